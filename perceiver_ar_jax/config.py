@@ -1,0 +1,376 @@
+"""The experiment's settings: frozen, documented, validated dataclasses.
+
+A config file builds an `ml_collections.ConfigDict` from `defaults()`, so that every field below can be
+overridden on the command line (`--config.train.steps=100`); `resolve` turns it into a `Config`. This room
+owns names, types, defaults and every check that needs the settings alone. What depends on the machine (how
+many devices there are, which data is on disk) is checked where it is first known.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+
+class InputError(ValueError):
+  """What the user gave cannot work; the message names the value and the fix, in one paragraph."""
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+  """A hint for a misspelt name: the closest known one and the whole list."""
+  known = sorted(known)
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return (f"Did you mean {close[0]!r}? " if close else "") + "Known: " + ", ".join(known) + "."
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise InputError(message)
+
+
+def _choice(field: str, value: str, known: tuple[str, ...]) -> None:
+  _require(value in known, f"{field}={value!r} is unknown. {nearest(value, known)}")
+
+
+ACTIVATIONS = ("squared_relu", "gelu")
+DTYPES = ("float32", "bfloat16")
+POSITION_ENCODINGS = ("sinusoidal", "fourier", "learned", "rotary")
+REMAT_POLICIES = ("none", "dots", "full")
+OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "sgd", "sm3")
+SCHEDULES = ("constant", "cosine", "steps", "t5")
+LOSS_REDUCTIONS = ("mean", "sum")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The architecture (paper, section 3 and appendix)."""
+
+  vocab_size: int
+  """Number of token ids, PAD 0, EOS 1 and SOS 2 included (259 for bytes and colour values)."""
+  max_context: int
+  """L: the most input tokens the model reads at once; shorter inputs are padded on the left."""
+  num_latents: int
+  """M: how many of the last inputs become latents, and so predict; L = M is a plain Transformer."""
+  num_layers: int
+  """Self-attention layers after the cross-attend."""
+  latent_width: int
+  """D: width of the latents and of every layer."""
+  embed_width: int | None = None
+  """Width of the input embedding; None: `latent_width`."""
+  num_cross_heads: int
+  """Heads of the cross-attend."""
+  num_self_heads: int
+  """Heads of the self-attention layers."""
+  mlp_widening: int = 4
+  """Hidden width of each MLP block, in multiples of `latent_width`."""
+  activation: str = "squared_relu"
+  """MLP non-linearity: squared_relu or gelu (tanh form)."""
+  position_encoding: str
+  """sinusoidal, fourier or learned tables added to the embedding, or rotary inside attention."""
+  position_sizes: tuple[int, ...] = ()
+  """Rows of the table of each position dimension: its largest position + 1. Empty for rotary."""
+  rotary_fraction: float = 0.5
+  """Rotary: the leading part of each head that is rotated."""
+  rotary_max_wavelength: int | None = None
+  """Rotary: longest wavelength in positions; None: `max_context`."""
+  cross_attend_after: tuple[int, ...] = ()
+  """Layers after which the inputs are attended to once more, each time with own weights."""
+  dropout: float = 0.0
+  """Rate on the outputs of attention and MLP blocks, in training."""
+  remat: str = "none"
+  """What each layer keeps for the backward pass: none = all, dots = its matrix products, full = nothing."""
+  dtype: str = "float32"
+  """Compute type; weights, softmax, norms and loss stay float32."""
+
+  def __post_init__(self):
+    for name in ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads", "mlp_widening"):
+      _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1.")
+    _require(self.num_layers >= 0, f"model.num_layers={self.num_layers} must not be negative.")
+    _require(
+        self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS."
+    )
+    _require(
+        self.num_latents <= self.max_context,
+        f"model.num_latents={self.num_latents} exceeds model.max_context={self.max_context}: latents are the last"
+        " inputs, so lower num_latents or raise max_context.",
+    )
+    for heads in ("num_cross_heads", "num_self_heads"):
+      _require(
+          self.latent_width % getattr(self, heads) == 0,
+          f"model.latent_width={self.latent_width} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
+          " width that is a multiple of the number of heads.",
+      )
+    _choice("model.activation", self.activation, ACTIVATIONS)
+    _choice("model.position_encoding", self.position_encoding, POSITION_ENCODINGS)
+    _choice("model.remat", self.remat, REMAT_POLICIES)
+    _choice("model.dtype", self.dtype, DTYPES)
+    _require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1).")
+    _require(0 <= self.rotary_fraction <= 1, f"model.rotary_fraction={self.rotary_fraction} must lie in [0, 1].")
+    _require(
+        all(0 <= layer < self.num_layers for layer in self.cross_attend_after),
+        f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}.",
+    )
+    if self.position_encoding != "rotary":
+      _require(
+          bool(self.position_sizes),
+          f"model.position_sizes is empty, but {self.position_encoding} positions need a table: give one size (largest"
+          f" position + 1) for each position dimension, such as ({self.max_context + 1},).",
+      )
+
+  @property
+  def input_width(self) -> int:
+    """E: width of the input embedding."""
+    return self.embed_width or self.latent_width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Which sequences, from where."""
+
+  task: str
+  """Name of a registered seqio task; perceiver_ar_jax/data/tasks.py lists them."""
+  data_dir: str | None = None
+  """Folder of prepared TFDS datasets; None: TFDS's own default."""
+  train_split: str = "train"
+  """Split that training reads."""
+  min_crop: int = 1
+  """Shortest training crop of a sequence, in events; longer ones keep first tokens from being over-sampled."""
+  shuffle_buffer: int = 2048
+  """How many encoded records the shuffle holds; they travel in every checkpoint."""
+
+  def __post_init__(self):
+    _require(self.min_crop >= 1, f"data.min_crop={self.min_crop} must be at least 1.")
+    _require(self.shuffle_buffer >= 1, f"data.shuffle_buffer={self.shuffle_buffer} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """The update rule and its learning rate."""
+
+  name: str = "adam"
+  """adam, adamw, adafactor, lamb, sgd (with momentum) or sm3."""
+  learning_rate: float = 3e-4
+  """Peak rate, reached at the end of the warm-up."""
+  warmup_steps: int = 0
+  """Steps of linear warm-up; the very first update then has rate 0."""
+  schedule: str = "constant"
+  """After the warm-up: constant, cosine (down to `end_learning_rate`), steps (see `step_boundaries`), or t5 (1/sqrt(step))."""
+  end_learning_rate: float = 0.0
+  """Cosine: the rate at the last step."""
+  cosine_steps: int | None = None
+  """Cosine: decay over only this many final steps, constant before; None: from the end of the warm-up."""
+  step_boundaries: tuple[float, ...] = (0.5, 0.8, 0.95)
+  """Steps: multiply by `step_factor` at these fractions of the training steps, counted after the warm-up."""
+  step_factor: float = 0.1
+  """Steps: the factor."""
+  clip_norm: float = 1.0
+  """Largest global gradient norm; 0: no clipping."""
+  b1: float = 0.9
+  """Decay of the first moment; for sgd and sm3 the momentum."""
+  b2: float = 0.999
+  """Decay of the second moment (adam, adamw, lamb)."""
+  eps: float = 1e-8
+  """Added to the root of the second moment (adam, adamw, lamb)."""
+  weight_decay: float = 0.0
+  """Decoupled weight decay (adamw, lamb)."""
+
+  def __post_init__(self):
+    _choice("train.optimizer.name", self.name, OPTIMIZERS)
+    _choice("train.optimizer.schedule", self.schedule, SCHEDULES)
+    for name in ("learning_rate", "end_learning_rate", "warmup_steps", "clip_norm", "weight_decay"):
+      _require(getattr(self, name) >= 0, f"train.optimizer.{name}={getattr(self, name)} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """The training run."""
+
+  steps: int
+  """Optimizer updates."""
+  batch_size: int
+  """Sequences per update over all devices and microbatches."""
+  microbatches: int = 1
+  """Split each batch into this many parts and add up their gradients, to save memory."""
+  loss_reduction: str = "mean"
+  """mean over scored tokens, or sum as in the published runs (so that clipping acts on nearly every step)."""
+  z_loss: float = 1e-4
+  """Weight of log(Z)^2, which keeps logits near zero."""
+  label_smoothing: float = 0.0
+  """Probability mass spread evenly over the wrong tokens."""
+  optimizer: OptimizerConfig = OptimizerConfig()
+  """The update rule."""
+  log_every: int = 10
+  """Steps between lines of metrics."""
+  checkpoint_every: int = 1000
+  """Steps between checkpoints."""
+  keep_checkpoints: int = 3
+  """Newest checkpoints kept, next to the best one."""
+  profile_at: int | None = None
+  """Step at which a jax.profiler trace of 3 steps starts; None: no trace."""
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints"):
+      _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
+    _require(
+        self.batch_size % self.microbatches == 0,
+        f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}: make the batch"
+        " a multiple of it.",
+    )
+    _choice("train.loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+    _require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must lie in [0, 1).")
+    _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative.")
+    warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
+    if self.optimizer.schedule == "cosine":
+      _require(
+          warmup + (decay or 1) <= self.steps,
+          f"train.optimizer.warmup_steps={warmup} and the cosine's {decay or 'own'} steps do not fit into"
+          f" train.steps={self.steps}: lower the former (--config.train.optimizer.warmup_steps=0) or train longer.",
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """Scoring held-out sequences, in training and with --mode=eval."""
+
+  split: str = "validation"
+  """Split that is scored."""
+  every: int = 1000
+  """Steps between evaluations in training."""
+  stride: int | None = None
+  """New tokens scored by each window, at most `num_latents`; None: `num_latents`. Smaller: more context, more time."""
+  num_latents: int | None = None
+  """Latents at evaluation; None: the model's."""
+  batch_size: int
+  """Windows per step over all devices."""
+  max_sequences: int | None = None
+  """Score only the first so many sequences; None: all."""
+
+  def __post_init__(self):
+    _require(self.every >= 1, f"eval.every={self.every} must be at least 1.")
+    _require(self.batch_size >= 1, f"eval.batch_size={self.batch_size} must be at least 1.")
+    for name in ("stride", "num_latents", "max_sequences"):
+      value = getattr(self, name)
+      _require(value is None or value >= 1, f"eval.{name}={value} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """How devices are arranged; one axis may be -1: all the devices that the others leave."""
+
+  data: int = -1
+  """Copies of the model, each with its part of the batch."""
+  fsdp: int = 1
+  """Devices that share weights and optimizer state (ZeRO-3) and also split the batch."""
+  tensor: int = 1
+  """Devices that share heads and MLP hidden units."""
+  context: int = 1
+  """Devices that share the long key/value axis of the cross-attend."""
+
+  def __post_init__(self):
+    sizes = dataclasses.asdict(self)
+    _require(
+        sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),
+        f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One experiment."""
+
+  seed: int = 0
+  """Seed of weights, dropout, shuffling and crops."""
+  model: ModelConfig
+  data: DataConfig
+  train: TrainConfig
+  eval: EvalConfig
+  mesh: MeshConfig = MeshConfig()
+
+  def __post_init__(self):
+    latents = self.eval.num_latents or self.model.num_latents
+    stride = self.eval.stride or latents
+    _require(
+        latents <= self.model.max_context,
+        f"eval.num_latents={latents} exceeds model.max_context={self.model.max_context}: lower it.",
+    )
+    _require(
+        stride <= latents,
+        f"eval.stride={stride} exceeds the {latents} latents at evaluation, so tokens would be left out: lower"
+        " eval.stride or raise eval.num_latents.",
+    )
+
+  def to_json(self) -> str:
+    """The resolved settings as indented JSON, keys in the order of declaration."""
+    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+  @classmethod
+  def from_json(cls, text: str) -> "Config":
+    """The inverse of `to_json`; raises InputError for unknown or wrong settings."""
+    return _build(cls, json.loads(text), prefix="")
+
+
+def defaults() -> config_dict.ConfigDict:
+  """A ConfigDict with every field at its default; those without one are None, for the config file to fill."""
+  return _defaults(Config)
+
+
+def resolve(config: config_dict.ConfigDict) -> Config:
+  """The validated, frozen `Config` of a filled `ConfigDict`; raises InputError for what cannot work."""
+  return _build(Config, config.to_dict(preserve_field_references=False), prefix="")
+
+
+def _field_type(hint: Any) -> tuple[type, bool]:
+  """(the plain type, whether None is allowed) of a field's annotation."""
+  optional = isinstance(hint, types.UnionType)
+  if optional:
+    (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+  return typing.get_origin(hint) or hint, optional
+
+
+def _defaults(cls: type) -> config_dict.ConfigDict:
+  result = config_dict.ConfigDict()
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    kind, _ = _field_type(hints[field.name])
+    if dataclasses.is_dataclass(kind):
+      result[field.name] = _defaults(kind)
+    elif field.default in (dataclasses.MISSING, None):
+      result[field.name] = config_dict.placeholder(kind)
+    else:
+      result[field.name] = field.default
+  return result
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+  """A `cls` of the plain `values`, recursively; unknown and missing keys are named with their full path."""
+  hints = typing.get_type_hints(cls)
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  for name in values:
+    _require(name in fields, f"Unknown config key {prefix + name!r}. {nearest(name, fields)}")
+  arguments = {}
+  for name, field in fields.items():
+    kind, optional = _field_type(hints[name])
+    value = values.get(name)
+    if dataclasses.is_dataclass(kind):
+      arguments[name] = _build(kind, value or {}, f"{prefix}{name}.")
+    elif value is None:
+      missing = field.default is dataclasses.MISSING
+      _require(not missing, f"config.{prefix}{name} is not set: add --config.{prefix}{name}=... or set it in the file.")
+      _require(optional or name not in values, f"config.{prefix}{name} must not be None.")
+      arguments[name] = field.default
+    else:
+      arguments[name] = _convert(kind, value, prefix + name)
+  return cls(**arguments)
+
+
+def _convert(kind: type, value: Any, path: str) -> Any:
+  if kind is tuple and isinstance(value, (list, tuple)):
+    return tuple(value)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  _require(type(value) is kind, f"config.{path}={value!r} must be of type {kind.__name__}.")
+  return value
