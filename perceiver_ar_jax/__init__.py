@@ -1,1 +1,7 @@
 """Perceiver AR in JAX/Flax: a long-context autoregressive model for TPU and GPU pods."""
+
+from perceiver_ar_jax.config import ModelConfig
+from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+
+__all__ = ["ModelConfig", "PerceiverAR"]
+__version__ = "0.1.0"

@@ -1,0 +1,50 @@
+"""How a square RGB picture is laid out as events (paper, section 5.2); NumPy only.
+
+A picture of S x S pixels is 1 + S*S*3 events: SOS, then its sub-pixels in one of `ORDERS`. No EOS, as the length
+never varies. Every event has a position (x, y, channel): SOS is at (1, 1, 1), sub-pixels count from (2, 2, 2).
+"""
+
+import numpy as np
+
+from perceiver_ar_jax.data import NUM_SPECIAL
+
+ORDERS = ("pixel_raster", "rgb_planes")
+"""pixel_raster: r, g, b of each pixel in turn; rgb_planes: all of r, then all of g, then all of b."""
+
+VOCAB_SIZE = 256 + NUM_SPECIAL
+
+
+def num_events(size: int) -> int:
+  """Events of a picture of `size` x `size` pixels, SOS included."""
+  return 1 + size * size * 3
+
+
+def position_sizes(size: int) -> tuple[int, int, int]:
+  """Rows that the (x, y, channel) position tables need: the largest position + 1."""
+  return (size + 2, size + 2, 5)
+
+
+def positions(size: int, order: str) -> np.ndarray:
+  """Positions (x, y, channel) of every event, SOS first: int32[1 + size*size*3, 3]."""
+  y, x, channel = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
+  positions_SxSxCxP = np.stack([x, y, channel], axis=-1) + 2
+  if order == "rgb_planes":
+    positions_SxSxCxP = np.transpose(positions_SxSxCxP, (2, 0, 1, 3))
+  return np.concatenate([np.ones((1, 3)), positions_SxSxCxP.reshape(-1, 3)]).astype(np.int32)
+
+
+def to_image(events_N: np.ndarray, size: int, order: str) -> np.ndarray:
+  """The picture uint8[size, size, 3] of the sub-pixel events, SOS left off or not.
+
+  Ids that are no colour (a sampled PAD, EOS or SOS) become black.
+
+  Raises:
+    ValueError: there are not size*size*3 sub-pixels.
+  """
+  values_N = np.asarray(events_N)[-(size * size * 3) :] - NUM_SPECIAL
+  if values_N.size != size * size * 3:
+    raise ValueError(f"{values_N.size} sub-pixels do not make a picture of {size}x{size}x3.")
+  values_N = np.clip(values_N, 0, 255).astype(np.uint8)
+  if order == "rgb_planes":
+    return np.transpose(values_N.reshape(3, size, size), (1, 2, 0))
+  return values_N.reshape(size, size, 3)

@@ -1,0 +1,113 @@
+"""Small crops of photographs that lie in the wheels of ordinary packages, so that training needs no download.
+
+| photograph        | split      | package      | author, terms                                              |
+|-------------------|------------|--------------|------------------------------------------------------------|
+| astronaut         | train      | scikit-image | NASA (Eileen Collins), public domain                       |
+| coffee            | train      | scikit-image | Rachel Michetti, CC0                                       |
+| rocket            | train      | scikit-image | SpaceX, released into the public domain                    |
+| hubble_deep_field | train      | scikit-image | NASA and ESA, public domain                                |
+| retina            | train      | scikit-image | Mikael Häggström, CC0                                      |
+| flower            | train      | scikit-learn | flickr.com/photos/vultilion/6056698931, CC BY 2.0          |
+| chelsea           | validation | scikit-image | Stéfan van der Walt, CC0                                   |
+| china             | validation | scikit-learn | danielbuechele, flickr.com/.../6061409035, CC BY 2.0       |
+
+Other photographs in these packages are left out, since their terms are not stated.
+
+A record is only a crop's number; photograph, scale, place and mirroring are a stateless hash of it. So the state of a
+pipeline over 50,000 crops is a handful of integers, and every crop can be made again from its number. The pixels are
+held once, as a pyramid of each photograph shrunk by averaging areas.
+"""
+
+import functools
+import importlib.util
+import pathlib
+
+import numpy as np
+import PIL.Image
+
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.data.tf_cpu import tf
+
+PHOTOGRAPHS = {
+    "train": (
+        ("skimage", "data/astronaut.png"),
+        ("skimage", "data/coffee.png"),
+        ("skimage", "data/rocket.jpg"),
+        ("skimage", "data/hubble_deep_field.jpg"),
+        ("skimage", "data/retina.jpg"),
+        ("sklearn", "datasets/images/flower.jpg"),
+    ),
+    "validation": (
+        ("skimage", "data/chelsea.png"),
+        ("sklearn", "datasets/images/china.jpg"),
+    ),
+}
+"""(import name of the package, path in it) of each photograph; no photograph is in two splits."""
+
+NUM_CROPS = {"train": 50_000, "validation": 64}
+"""Crops an epoch. The validation crops are few, so that scoring them all takes minutes on a laptop."""
+
+_FIELDS_OF_VIEW = (1.25, 1.75, 2.5, 3.5)
+"""Shorter side of each pyramid level in multiples of the crop's side: from nearly the whole scene to a detail."""
+
+_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+_SALTS = {"train": 1, "validation": 3}
+
+
+def records(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
+  """Dataset of {"crop": int64, "validation": bool}, in order; the last two arguments are seqio's and have no effect."""
+  del shuffle_files, seed
+  validation = split == "validation"
+  return tf.data.Dataset.range(NUM_CROPS[split]).map(lambda crop: {"crop": crop, "validation": validation})
+
+
+def crop(record: dict[str, tf.Tensor], size: int) -> tf.Tensor:
+  """The picture uint8[size, size, 3] that a record stands for; training crops are mirrored half of the time."""
+  return tf.cond(
+      record["validation"],
+      lambda: _crop(record["crop"], "validation", size),
+      lambda: _crop(record["crop"], "train", size),
+  )
+
+
+def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
+  pixels, sides = _pyramids(split, size)
+  # A level with more room holds more different crops, so draw it more often: in proportion to its shorter side.
+  shares = np.cumsum(sides.min(axis=1) / sides.min(axis=1).sum()).astype(np.float32)
+  draws = tf.random.stateless_uniform((4,), seed=tf.stack([_SALTS[split], number]), alg="philox")
+  level = tf.minimum(tf.searchsorted(shares, draws[:1], side="right")[0], len(sides) - 1)
+  room = tf.cast(tf.gather(tf.constant(sides), level) - size + 1, tf.float32)
+  corner = tf.cast(draws[1:3] * room, tf.int32)
+  picture = tf.slice(tf.constant(pixels)[level], [corner[0], corner[1], 0], [size, size, 3])
+  mirrored = tf.logical_and(split == "train", draws[3] < 0.5)
+  return tf.where(mirrored, picture[:, ::-1], picture)
+
+
+@functools.lru_cache
+def _pyramids(split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+  """(uint8[levels, height, width, 3] padded with black, int32[levels, 2] true heights and widths) of all photographs."""
+  levels = []
+  for photograph in PHOTOGRAPHS[split]:
+    image = _load(*photograph)
+    for field in _FIELDS_OF_VIEW:
+      shrink = size * field / min(image.size)
+      if shrink <= 1:
+        levels.append(np.asarray(image.resize([round(side * shrink) for side in image.size], PIL.Image.Resampling.BOX)))
+  sides = np.array([level.shape[:2] for level in levels], np.int32)
+  pixels = np.zeros((len(levels), *sides.max(axis=0), 3), np.uint8)
+  for row, level in zip(pixels, levels):
+    row[: level.shape[0], : level.shape[1]] = level
+  return pixels, sides
+
+
+def _load(package: str, path: str) -> PIL.Image.Image:
+  # Finding the package without importing it saves seconds: only its files are wanted.
+  spec = importlib.util.find_spec(package)
+  file = pathlib.Path(spec.submodule_search_locations[0]) / path if spec else None
+  if file is None or not file.exists():
+    distribution = _DISTRIBUTIONS[package]
+    raise InputError(
+        f"The photograph {path} of the package {distribution} is not installed: run `pip install {distribution}`."
+    )
+  with PIL.Image.open(file) as image:
+    return image.convert("RGB")

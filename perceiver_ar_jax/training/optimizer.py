@@ -1,0 +1,106 @@
+"""Update rules and learning-rate schedules: two tables over optax, in the forms of the published runs."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from perceiver_ar_jax.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Learning rate by update index: linear warm-up from 0 to the peak, then the configured decay.
+
+  The cosine reaches `end_learning_rate` at the last of `steps`. (The published code starts it after the
+  warm-up yet stretches it over all steps, so it never gets there.)
+  """
+  peak, warmup = config.learning_rate, config.warmup_steps
+  after_warmup = _SCHEDULES[config.schedule](config, steps)
+  if not warmup:
+    return after_warmup
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after_warmup], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """Clipping by global norm, then the update rule, scaled by the schedule."""
+  schedule = make_schedule(config, steps)
+  rule = _RULES[config.name](config)
+  clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+  return optax.chain(*clip, rule, optax.scale_by_learning_rate(schedule))
+
+
+def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  del steps
+  return optax.constant_schedule(config.learning_rate)
+
+
+def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  after_warmup = steps - config.warmup_steps
+  decay = config.cosine_steps or after_warmup
+  peak = config.learning_rate
+  cosine = optax.cosine_decay_schedule(peak, decay, alpha=config.end_learning_rate / peak if peak else 0.0)
+  return optax.join_schedules([optax.constant_schedule(peak), cosine], [after_warmup - decay])
+
+
+def _steps(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  factors = {}
+  for fraction in config.step_boundaries:
+    boundary = int(fraction * steps)
+    factors[boundary] = factors.get(boundary, 1.0) * config.step_factor
+  return optax.piecewise_constant_schedule(config.learning_rate, factors)
+
+
+def _t5(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  del steps
+  warmup = max(config.warmup_steps, 1)
+  return lambda count: config.learning_rate * jnp.sqrt(warmup / jnp.maximum(count + warmup, warmup))
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+
+def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.add_decayed_weights(config.weight_decay, mask=_is_kernel)
+
+
+def _is_kernel(params):
+  """True for Dense kernels: embeddings, biases and norms are not decayed."""
+  return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _trust_ratio_per_layer() -> optax.GradientTransformation:
+  """LAMB's trust ratio of every weight by itself, also of those that stand stacked under "layers..."."""
+  ratio = optax.scale_by_trust_ratio()
+
+  def update(updates, state, params):
+    def one(path, update, param):
+      def scale(update, param):
+        return ratio.update(update, state, param)[0]
+
+      stacked = str(path[0].key).startswith("layers")
+      return jax.vmap(scale)(update, param) if stacked else scale(update, param)
+
+    return jax.tree.map_with_path(one, updates, params), state
+
+  return optax.GradientTransformation(ratio.init, update)
+
+
+_SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "steps": _steps,
+    "t5": _t5,
+}
+
+_RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adam": _adam,
+    "adamw": lambda config: optax.chain(_adam(config), _decay(config)),
+    "adafactor": lambda config: optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+    ),
+    "lamb": lambda config: optax.chain(_adam(config), _decay(config), _trust_ratio_per_layer()),
+    "sgd": lambda config: optax.trace(decay=config.b1, nesterov=True),
+    "sm3": lambda config: optax.scale_by_sm3(b1=config.b1),
+}

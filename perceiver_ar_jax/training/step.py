@@ -1,0 +1,88 @@
+"""One update as a pure function: (state, batch, key) -> (state, metrics)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from perceiver_ar_jax.config import Config
+from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.parallel.sharding import constrain
+from perceiver_ar_jax.training import loss as loss_lib
+from perceiver_ar_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+"""inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]."""
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+  """The update for `config`; jit it with the state donated.
+
+  Its metrics are float32 scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens`
+  scored, and `grad_norm`, the global norm of what the optimizer receives, before clipping.
+  """
+  model = PerceiverAR(config.model)
+  deterministic = config.model.dropout == 0
+
+  def sum_of_losses(params, batch: Batch, key: jax.Array):
+    logits_BxMxV = model.apply(
+        {"params": params},
+        batch["inputs"],
+        batch["positions"],
+        num_latents=batch["targets"].shape[1],
+        deterministic=deterministic,
+        rngs=None if deterministic else {"dropout": key},
+    )
+    parts = loss_lib.token_losses(
+        logits_BxMxV, batch["targets"], z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing
+    )
+    weights_BxM = batch["weights"]
+    correct_BxM = logits_BxMxV.argmax(axis=-1) == batch["targets"]
+    sums = {
+        "loss": (parts.cross_entropy * weights_BxM).sum(),
+        "z_loss": (parts.z_loss * weights_BxM).sum(),
+        "accuracy": (correct_BxM * weights_BxM).sum(),
+        "num_tokens": weights_BxM.sum(),
+    }
+    return sums["loss"] + sums["z_loss"], sums
+
+  def train_step(state: TrainState, batch: Batch, key: jax.Array):
+    grad_fn = jax.grad(sum_of_losses, has_aux=True)
+    if config.train.microbatches == 1:
+      gradients, sums = grad_fn(state.params, batch, key)
+    else:
+      gradients, sums = _accumulate(grad_fn, state.params, batch, key, config.train.microbatches)
+    num_tokens = jnp.maximum(sums["num_tokens"], 1.0)
+    if config.train.loss_reduction == "mean":
+      gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    metrics = {name: sums[name] / num_tokens for name in ("loss", "z_loss", "accuracy")}
+    metrics |= {"num_tokens": sums["num_tokens"], "grad_norm": optax.global_norm(gradients)}
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+  return train_step
+
+
+def _accumulate(grad_fn, params, batch: Batch, key: jax.Array, microbatches: int):
+  """(gradients, sums) added up over equal parts of the batch, one part in memory at a time.
+
+  Part i takes every n-th row, so that each device keeps the rows it holds and nothing moves.
+  """
+
+  def split(x):
+    parts = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
+
+  def add(total, part):
+    index, rows = part
+    return jax.tree.map(jnp.add, total, grad_fn(params, rows, jax.random.fold_in(key, index))), None
+
+  parts = jax.tree.map(split, batch)
+  first = jax.tree.map(lambda part: part[0], parts)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, key))
+  total, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))
+  return total

@@ -1,0 +1,192 @@
+"""Windows: small cases written out, and every crop and block of the published pipeline."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from perceiver_ar_jax.data import EOS, SOS, features
+from perceiver_ar_jax.data.tf_cpu import tf
+
+GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "data.npz")
+INDEX = json.loads(str(GOLDEN["index"]))
+VARLEN = json.loads(str(GOLDEN["varlen/docs"]))
+DUMMY6 = [[68, 69, 70, 71, 72, 73]]
+
+
+def document(events, **more):
+  """A document with positions 1..N."""
+  events = np.asarray(events, np.int32)
+  return {"events": events, "positions": np.arange(1, len(events) + 1, dtype=np.int32)[:, None], **more}
+
+
+def window(events, end, num_new, context, latents, **more):
+  end, num_new = tf.constant(end, tf.int64), tf.constant(num_new, tf.int64)
+  row = features.window(document(events, **more), end, num_new, context=context, latents=latents)
+  return {name: value.numpy() for name, value in row.items()}
+
+
+def eval_windows(events, stride, context, latents, **more):
+  """The rows of all windows of one document, in order."""
+  blocks = features.eval_blocks(document(events), stride).as_numpy_iterator()
+  return [window(events, end, num_new, context, latents, **more) for end, num_new in blocks]
+
+
+def shifted_left(row):
+  """The reference pads on the right: the same row with its zeros behind."""
+  row = np.asarray(row)
+  count = np.count_nonzero(row)
+  return np.concatenate([row[len(row) - count :], np.zeros(len(row) - count, row.dtype)])
+
+
+def with_specials(events, sos):
+  return [SOS] * sos + list(events) + [EOS]
+
+
+def test_a_window_in_the_middle_is_full():
+  row = window([2, 10, 11, 12, 13, 14], 5, 2, context=3, latents=2)
+  assert row["inputs"].tolist() == [10, 11, 12]
+  assert row["positions"].tolist() == [[2], [3], [4]]
+  assert row["targets"].tolist() == [12, 13]
+  assert row["weights"].tolist() == [1, 1]
+
+
+def test_a_window_at_the_start_is_padded_on_the_left():
+  row = window([2, 10, 11, 12, 13, 14], 3, 9, context=4, latents=3)
+  assert row["inputs"].tolist() == [0, 0, 2, 10]
+  assert row["positions"].tolist() == [[0], [0], [1], [2]]
+  assert row["targets"].tolist() == [0, 10, 11]
+  assert row["weights"].tolist() == [0, 1, 1], "padding must not be scored"
+
+
+def test_only_new_targets_that_are_scored_weigh():
+  scored = np.array([0, 0, 0, 1, 0, 1], np.int32)
+  assert window([2, 10, 11, 12, 13, 14], 6, 2, context=5, latents=4)["weights"].tolist() == [0, 0, 1, 1]
+  assert window([2, 10, 11, 12, 13, 14], 6, 4, context=5, latents=4, scored=scored)["weights"].tolist() == [0, 1, 0, 1]
+  assert window([2, 10, 11, 12, 13, 14], 6, 2, context=5, latents=4, scored=scored)["weights"].tolist() == [0, 0, 0, 1]
+
+
+def test_a_window_without_targets_is_all_padding():
+  row = window([0], 1, 0, context=3, latents=2)
+  assert not any(value.any() for value in row.values())
+
+
+def test_positions_with_more_dimensions_come_along():
+  positions = np.arange(1, 13, dtype=np.int32).reshape(4, 3)
+  row = window([2, 10, 11, 12], 4, 1, context=5, latents=1, positions=positions)
+  assert row["positions"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
+def test_inputs_and_targets_are_the_events_shifted_by_one():
+  for events, inputs, targets in zip(GOLDEN["shift/events"], GOLDEN["shift/inputs"], GOLDEN["shift/targets"]):
+    events = events[events > 0]
+    row = window(events, len(events), 8, context=8, latents=8)
+    np.testing.assert_array_equal(shifted_left(row["inputs"]), inputs)
+    np.testing.assert_array_equal(shifted_left(row["targets"]), targets)
+  positions = GOLDEN["shift/image_idxs"][0]
+  row = window(np.full(49, 5), 49, 1, context=48, latents=1, positions=positions)
+  np.testing.assert_array_equal(row["positions"], GOLDEN["shift/image_input_idxs"][0])
+
+
+def train_rows(events, min_crop, context, count, first_seed=0):
+  """`count` training crops of one document, stacked."""
+  seeds = tf.data.Dataset.range(first_seed, first_seed + count)
+  dataset = seeds.map(
+      lambda seed: features.train_window(
+          document(events), tf.stack([seed, seed]), context=context, latents=context, min_crop=min_crop
+      )
+  )
+  return next(dataset.batch(count).as_numpy_iterator())
+
+
+@pytest.mark.parametrize("case", [name for name in INDEX if name.startswith("train_crops/")])
+def test_training_crops_are_those_of_the_reference_and_as_frequent(case):
+  settings = INDEX[case]
+  context = settings["max_context_length"] - 1  # There it counts events, of which the last is no input.
+  golden = {}
+  for events, positions in zip(GOLDEN[f"{case}/events"], GOLDEN[f"{case}/event_idxs"]):
+    count = np.count_nonzero(events)
+    golden[tuple(events[:count])] = tuple(positions[:count])
+  seen = {}
+  for doc in VARLEN:
+    rows = train_rows(with_specials(doc, 1), settings["minimum_crop_length"], context, count=600)
+    crops = {}
+    for inputs, positions, targets, weights in zip(*(rows[k] for k in ("inputs", "positions", "targets", "weights"))):
+      count = np.count_nonzero(inputs)
+      crop = (*inputs[len(inputs) - count :], targets[-1])
+      crops[crop] = crops.get(crop, 0) + 1
+      seen[crop] = tuple(positions[len(positions) - count :, 0])
+      assert weights.sum() == count and weights[-count:].all()
+    # Ends are even: with 600 draws of k crops, none strays further than about five standard deviations.
+    expected = 600 / len(crops)
+    for crop, count in crops.items():
+      assert abs(count - expected) <= 5 * np.sqrt(expected) + 1, f"crop {crop} came {count} times, not about {expected}"
+  assert set(seen) == set(golden), "the set of possible crops differs"
+  for crop, positions in seen.items():
+    assert positions == golden[crop][:-1]
+
+
+def test_training_crops_depend_on_the_seed_alone():
+  first, again = (train_rows(range(3, 40), 1, 8, count=50) for _ in range(2))
+  other = train_rows(range(3, 40), 1, 8, count=50, first_seed=1000)
+  np.testing.assert_array_equal(first["inputs"], again["inputs"])
+  assert not np.array_equal(first["inputs"], other["inputs"])
+
+
+def test_training_weighs_what_evaluation_leaves_out():
+  doc = document([2, 10, 11, 12], scored=np.zeros(4, np.int32))
+  row = features.train_window(doc, tf.constant([0, 0], tf.int64), context=3, latents=3, min_crop=4)
+  assert row["weights"].numpy().tolist() == [1, 1, 1]
+
+
+def test_blocks_are_even_and_the_short_one_comes_first():
+  rows = eval_windows([2, 10, 11, 12, 13, 14], stride=2, context=3, latents=2)
+  assert [row["inputs"].tolist() for row in rows] == [[0, 0, 2], [2, 10, 11], [11, 12, 13]]
+  assert [row["targets"].tolist() for row in rows] == [[0, 10], [11, 12], [13, 14]]
+  assert [row["weights"].tolist() for row in rows] == [[0, 1], [1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("case", [name for name in INDEX if name.startswith("block_eval/")])
+def test_evaluation_blocks_are_those_of_the_reference(case):
+  settings = INDEX[case]
+  context, stride = settings["max_context_length"], settings["block_eval_window"]
+  docs = VARLEN if settings["dataset"] == "varlen" else DUMMY6
+  rows = [row for doc in docs for row in eval_windows(with_specials(doc, settings["include_sos"]), stride, context, context)]
+  inputs, targets = (GOLDEN[f"{case}/{name}"].reshape(-1, context) for name in ("inputs", "targets"))
+  filled = inputs.any(axis=1)
+  assert len(rows) == filled.sum() and filled[: len(rows)].all()
+  for number, row in enumerate(rows):
+    np.testing.assert_array_equal(shifted_left(row["inputs"]), inputs[number])
+    np.testing.assert_array_equal(shifted_left(row["targets"]), targets[number])
+    if settings["include_event_idxs"]:
+      golden = GOLDEN[f"{case}/input_idxs"].reshape(-1, context)[number]
+      np.testing.assert_array_equal(shifted_left(row["positions"][:, 0]), golden)
+
+
+@pytest.mark.parametrize("dataset", ["dummy6", "varlen"])
+@pytest.mark.parametrize("sos", [0, 1])
+@pytest.mark.parametrize("events", [4, 9])
+def test_stride_1_gives_the_incremental_windows_of_the_reference(dataset, sos, events):
+  golden = GOLDEN[f"eval_crops/{dataset}/sos{sos}/ctx{events}_min1/events"].reshape(-1, events)
+  wanted = {tuple(crop[crop > 0]) for crop in golden if np.count_nonzero(crop) > 1}
+  docs = VARLEN if dataset == "varlen" else DUMMY6
+  ours = [row for doc in docs for row in eval_windows(with_specials(doc, sos), 1, events - 1, 1)]
+  assert {(*row["inputs"][row["inputs"] > 0], row["targets"][0]) for row in ours} == wanted
+  assert len(ours) == len(wanted) and all(row["weights"].tolist() == [1] for row in ours)
+
+
+@pytest.mark.parametrize("length", [2, 3, 17, 18, 40])
+@pytest.mark.parametrize("stride, latents, context", [(1, 1, 1), (1, 4, 9), (3, 4, 9), (4, 4, 9), (8, 8, 8), (5, 8, 40)])
+def test_every_target_is_scored_exactly_once_with_as_much_context_as_fits(length, stride, latents, context):
+  events = list(range(100, 100 + length))
+  rows = eval_windows(events, stride, context, latents)
+  scored = [target for row in rows for target, weight in zip(row["targets"], row["weights"]) if weight == 1]
+  assert scored == events[1:]
+  for row in rows:
+    assert set(row["weights"]) <= {0, 1} and row["targets"][-1] > 0
+    assert np.count_nonzero(row["inputs"]) == min(context, row["targets"][-1] - 100)
+
+
+def test_documents_too_short_to_predict_anything_have_no_blocks():
+  assert eval_windows([2], 4, 8, 4) == [] and eval_windows([], 4, 8, 4) == []

@@ -1,0 +1,174 @@
+"""The update against the reference's training loop, and its own properties."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from perceiver_ar_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
+from perceiver_ar_jax.interop import haiku
+from perceiver_ar_jax.training import optimizer as optimizer_lib
+from perceiver_ar_jax.training import step as step_lib
+from perceiver_ar_jax.training.state import TrainState
+from tests import golden
+
+
+def _optimizer_config(reference: dict) -> OptimizerConfig:
+  """Our settings for the reference's."""
+  name = reference["optimizer"]
+  moments = reference["lamb_kwargs"] if name == "lamb" else reference["adam_kwargs"]
+  return OptimizerConfig(
+      name=name,
+      learning_rate=reference["base_lr"],
+      warmup_steps=reference["warmup_steps"],
+      schedule=reference["schedule_type"],
+      end_learning_rate=reference["cosine_decay_kwargs"]["end_value"],
+      step_boundaries=tuple(reference["step_decay_kwargs"]["decay_boundaries"]),
+      step_factor=reference["step_decay_kwargs"]["decay_rate"],
+      clip_norm=reference["max_norm"],
+      b1=reference["sgd_kwargs"]["decay"] if name == "sgd" else moments["b1"],
+      b2=moments["b2"],
+      eps=moments["eps"],
+  )
+
+
+def _config(model, train_steps, **train) -> Config:
+  return Config(
+      model=model,
+      data=DataConfig(task="copy"),
+      train=TrainConfig(steps=train_steps, batch_size=4, **train),
+      eval=EvalConfig(batch_size=4),
+  )
+
+
+def _batch(events, positions, num_latents) -> dict[str, np.ndarray]:
+  """The batch of rows of events, [B, L + 1], padded on the right as the reference does."""
+  lengths = (events > 0).sum(axis=1)
+  events, positions = golden.right_align(events, lengths), golden.right_align(positions, lengths)
+  targets = events[:, -num_latents:]
+  return {
+      "inputs": events[:, :-1],
+      "positions": positions[:, :-1],
+      "targets": targets,
+      "weights": (targets > 0).astype(np.float32),
+  }
+
+
+@pytest.mark.parametrize("run", ["adam_cosine", "sgd_constant", "lamb_steps", "adam_t5_noclip"])
+def test_four_steps_of_two_microbatches_match_the_reference(run):
+  case = golden.Case("train_and_eval")
+  reference = json.loads(str(case[f"{run}/optimizer_config"]))
+  model, params = haiku.convert(case.tree("params"), case.kwargs)
+  config = _config(
+      model,
+      reference["training_steps"],
+      microbatches=2,
+      loss_reduction="sum",
+      optimizer=_optimizer_config(reference),
+  )
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
+  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  step = jax.jit(step_lib.make_train_step(config, optimizer))
+  for index in range(4):
+    np.testing.assert_allclose(schedule(index), case[f"{run}/scalars/learning_rate"][index], rtol=1e-5)
+    # The reference keeps microbatches apart: [microbatch, row]; ours takes every second row for each.
+    events, positions = (case[name][index].swapaxes(0, 1).reshape(4, *case[name].shape[3:]) for name in ("events", "event_idxs"))
+    state, metrics = step(state, _batch(events, positions, model.num_latents), jax.random.key(0))
+    total = (metrics["loss"] + metrics["z_loss"]) * metrics["num_tokens"]
+    np.testing.assert_allclose(total, case[f"{run}/scalars/train_total_loss"][index], rtol=2e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], case[f"{run}/scalars/global_gradient_norm"][index], rtol=1e-4)
+    np.testing.assert_allclose(metrics["num_tokens"], case[f"{run}/scalars/train_num_next_events"][index])
+  # The reference stored part of its parameters: compare where they exist.
+  stored = {**case.tree("params")}
+  after = case.tree(f"{run}/params_after")
+  merged = {module: {**values, **after.get(module, {})} for module, values in stored.items()}
+  marks = {
+      module: {name: np.full(value.shape, float(name in after.get(module, {}))) for name, value in values.items()}
+      for module, values in stored.items()
+  }
+  _, expected = haiku.convert(merged, case.kwargs)
+  _, exists = haiku.convert(marks, case.kwargs)
+  for (path, ours), theirs, mark in zip(
+      jax.tree.leaves_with_path(state.params), jax.tree.leaves(expected), jax.tree.leaves(exists), strict=True
+  ):
+    name = jax.tree_util.keystr(path)
+    if name.endswith("['key']['bias']"):
+      # A shift of every key leaves the softmax as it is: where rotary does not act, the gradient is rounding
+      # noise that Adam turns into steps of full size. Only the rotated half of each head (4 of 8) is defined.
+      ours, theirs = (leaf.reshape(*leaf.shape[:-1], 4, 8)[..., :4] for leaf in (ours, theirs))
+    if mark.any():
+      np.testing.assert_allclose(ours, theirs, atol=5e-5, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["constant_warmup0", "constant_warmup4", "cosine_warmup0", "steps_warmup0", "steps_warmup4", "t5_warmup4"])
+def test_learning_rates_match_the_reference(name):
+  schedule, warmup = name.split("_warmup")
+  config = OptimizerConfig(learning_rate=1e-2, warmup_steps=int(warmup), schedule=schedule, end_learning_rate=1e-3)
+  ours = optimizer_lib.make_schedule(config, steps=20)
+  rates = [ours(step) for step in range(40)]
+  np.testing.assert_allclose(rates, golden.Case("train_and_eval")[f"lr/{name}"], rtol=2e-5)
+
+
+def test_cosine_reaches_its_end_at_the_last_step():
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="cosine", end_learning_rate=0.1, cosine_steps=50)
+  schedule = optimizer_lib.make_schedule(config, steps=100)
+  rates = [float(schedule(step)) for step in (0, 5, 10, 49, 50, 75, 100)]
+  np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
+
+
+def test_lamb_scales_each_stacked_layer_by_itself():
+  config = OptimizerConfig(name="lamb", learning_rate=0.1, clip_norm=0.0)
+  rng = np.random.default_rng(0)
+  weights, gradients = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 3, 4))
+  weights[1] *= 100
+
+  def updates(params, grads):
+    optimizer = optimizer_lib.make_optimizer(config, steps=10)
+    return optimizer.update(grads, optimizer.init(params), params)[0]
+
+  stacked = updates({"layers": {"kernel": weights}}, {"layers": {"kernel": gradients}})["layers"]["kernel"]
+  for index in range(2):
+    alone = updates({"one": {"kernel": weights[index]}}, {"one": {"kernel": gradients[index]}})["one"]["kernel"]
+    np.testing.assert_allclose(stacked[index], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adafactor", "lamb", "sgd", "sm3"])
+def test_every_optimizer_lowers_a_quadratic(name):
+  config = OptimizerConfig(name=name, learning_rate=0.02, weight_decay=1e-3 if name == "adamw" else 0.0)
+  optimizer = optimizer_lib.make_optimizer(config, steps=60)
+  params = {"layers": {"kernel": jnp.full((2, 4, 4), 3.0), "bias": jnp.ones((2, 4))}}
+  state = optimizer.init(params)
+
+  def loss(params):
+    return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))
+
+  before = loss(params)
+  for _ in range(60):
+    updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+    params = optax.apply_updates(params, updates)
+  assert loss(params) < 0.9 * before
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_microbatches_equal_one_batch(reduction):
+  case = golden.Case("train_and_eval")
+  model, params = haiku.convert(case.tree("params"), case.kwargs)
+  events, positions = (case[name][0].reshape(4, *case[name].shape[3:]) for name in ("events", "event_idxs"))
+  batch = _batch(events, positions, model.num_latents)
+  batch["weights"][1, :5] = 0  # unequal numbers of targets must not change the mean
+  results = []
+  for microbatches in (1, 4):
+    config = _config(
+        model, 10, microbatches=microbatches, loss_reduction=reduction, optimizer=OptimizerConfig(name="sgd", learning_rate=0.1)
+    )
+    optimizer = optimizer_lib.make_optimizer(config.train.optimizer, 10)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    results.append(jax.jit(step_lib.make_train_step(config, optimizer))(state, batch, jax.random.key(0)))
+  (one, one_metrics), (four, four_metrics) = results
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, four.params)
+  np.testing.assert_allclose(one_metrics["grad_norm"], four_metrics["grad_norm"], rtol=1e-5)
+  np.testing.assert_allclose(one_metrics["loss"], four_metrics["loss"], rtol=1e-6)
