@@ -223,13 +223,13 @@ class TrainConfig:
     _choice("train.loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
     _require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must lie in [0, 1).")
     _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative.")
-    warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
-    if self.optimizer.schedule == "cosine":
-      _require(
-          warmup + (decay or 1) <= self.steps,
-          f"train.optimizer.warmup_steps={warmup} and the cosine's {decay or 'own'} steps do not fit into"
-          f" train.steps={self.steps}: lower the former (--config.train.optimizer.warmup_steps=0) or train longer.",
-      )
+    warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps or 1
+    _require(
+        self.optimizer.schedule != "cosine" or warmup + decay <= self.steps,
+        f"train.steps={self.steps} leaves no room for train.optimizer.warmup_steps={warmup} and then a cosine over"
+        f" train.optimizer.cosine_steps={self.optimizer.cosine_steps or 'the rest'}: lower these"
+        " (--config.train.optimizer.warmup_steps=0) or train longer.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

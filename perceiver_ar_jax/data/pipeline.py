@@ -85,6 +85,14 @@ class TrainIterator:
     dataset = dataset.batch(batch_size_per_host, drop_remainder=True).prefetch(_PREFETCH_BATCHES)
     self._iterator = iter(dataset.with_options(_options()))
 
+  @property
+  def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of each array of a batch, without drawing one."""
+    return {
+        name: jax.ShapeDtypeStruct(tuple(spec.shape), spec.dtype.as_numpy_dtype)
+        for name, spec in self._iterator.element_spec.items()
+    }
+
   def __iter__(self) -> "TrainIterator":
     return self
 

@@ -30,6 +30,12 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def batch_shards(mesh: Mesh) -> int:
-  """Into how many parts the rows of a batch are split."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:
+  """Raises InputError unless the rows of a batch divide over the data and fsdp axes, and over the hosts."""
+  parts = math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count())
+  if batch_size % parts:
+    raise InputError(
+        f"{field}={batch_size} does not divide over the {parts} parts into which this mesh"
+        f" ({', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}) splits a batch: make it a multiple of"
+        f" {parts}, or give the mesh fewer data and fsdp devices."
+    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from perceiver_ar_jax.config import Config
+from perceiver_ar_jax.config import Config, ModelConfig
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 from perceiver_ar_jax.parallel import sharding
 
@@ -24,29 +24,42 @@ class TrainState:
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """The state as jax.ShapeDtypeStructs with their shardings on `mesh`; nothing is allocated."""
-  boxed = jax.eval_shape(lambda: _init(config, optimizer, jax.random.key(0)))
+
+  def init():
+    params = _init_params(config.model, jax.random.key(0))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  return _with_shardings(jax.eval_shape(init), mesh)
+
+
+def abstract_params(config: Config, mesh: Mesh) -> dict:
+  """The weights alone, as `abstract_state` gives them."""
+  return _with_shardings(jax.eval_shape(lambda: _init_params(config.model, jax.random.key(0))), mesh)
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """A fresh state, each device creating only its own part; the same values on every mesh."""
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+
+  def init(key):
+    params = nn.meta.unbox(_init_params(config.model, key))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  with jax.set_mesh(mesh):
+    return jax.jit(init, out_shardings=layout)(jax.random.key(config.seed))
+
+
+def _init_params(model: ModelConfig, key: jax.Array) -> dict:
+  """Fresh weights, still in the boxes that carry their logical axes."""
+  # Weights do not depend on the context, so a sequence as short as the model allows traces fastest.
+  tokens_1xM = jnp.ones((1, model.num_latents), jnp.int32)
+  positions_1xMxP = jnp.ones((1, model.num_latents, len(model.position_sizes) or 1), jnp.int32)
+  return PerceiverAR(model).init(key, tokens_1xM, positions_1xMxP)["params"]
+
+
+def _with_shardings(boxed, mesh: Mesh):
   return jax.tree.map(
       lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
       nn.meta.unbox(boxed),
       sharding.shardings(boxed, mesh),
   )
-
-
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """A fresh state, each device creating only its own part; the same values on every mesh."""
-  shape = abstract_state(config, optimizer, mesh)
-  layout = jax.tree.map(lambda leaf: leaf.sharding, shape)
-  with jax.set_mesh(mesh):
-    init = jax.jit(lambda key: nn.meta.unbox(_init(config, optimizer, key)), out_shardings=layout)
-    return init(jax.random.key(config.seed))
-
-
-def _init(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-  """The state with its weights still in the boxes that carry their logical axes."""
-  model = config.model
-  # Weights do not depend on the context, so a sequence as short as the model allows traces fastest.
-  tokens_1xM = jnp.ones((1, model.num_latents), jnp.int32)
-  dimensions = len(model.position_sizes) or 1
-  positions_1xMxP = jnp.ones((1, model.num_latents, dimensions), jnp.int32)
-  params = PerceiverAR(model).init(key, tokens_1xM, positions_1xMxP)["params"]
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))

@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine: `make train` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: install train test lint format
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "This project needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	@echo "Installing JAX, TensorFlow and what belongs to them: a few minutes, the first time only."
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+train: install
+	$(RUN) -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=runs/photos32
+
+test: install
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+lint: install
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+format: install
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .

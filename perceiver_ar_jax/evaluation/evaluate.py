@@ -1,0 +1,131 @@
+"""Scores held-out sequences: every token once, in blocks of `stride` new tokens with as much context as fits.
+
+This is how the paper measures likelihood (section 4): a smaller stride gives each token more context and costs
+more windows. Windows come from data/pipeline.py; this room turns logits into figures.
+"""
+
+import collections
+from collections.abc import Callable
+import json
+import math
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.data import pipeline, tasks
+from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.parallel import sharding
+from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
+from perceiver_ar_jax.training import checkpoint, loss, workdir as workdir_lib
+from perceiver_ar_jax.training import state as state_lib
+
+
+def make_eval_step(config: Config):
+  """The pure function (params, batch) -> sums over the batch: `nats`, `correct`, `tokens`, `histogram` float32[V].
+
+  The histogram counts the scored targets by token id.
+  """
+  model = PerceiverAR(config.model)
+
+  def eval_step(params, batch):
+    targets_BxM, weights_BxM = batch["targets"], batch["weights"]
+    logits_BxMxV = model.apply(
+        {"params": params}, batch["inputs"], batch["positions"], num_latents=targets_BxM.shape[1]
+    )
+    nats_BxM = loss.token_losses(logits_BxMxV, targets_BxM, z_loss=0.0, label_smoothing=0.0).cross_entropy
+    return {
+        "nats": (nats_BxM * weights_BxM).sum(),
+        "correct": ((logits_BxMxV.argmax(axis=-1) == targets_BxM) * weights_BxM).sum(),
+        "tokens": weights_BxM.sum(),
+        "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
+    }
+
+  return eval_step
+
+
+class Evaluator:
+  """Scores one split of the config's task with any parameters; compiled once."""
+
+  def __init__(self, config: Config, mesh: Mesh):
+    check_batch(config.eval.batch_size, "eval.batch_size", mesh)
+    self._config = config
+    self._mesh = mesh
+    self._step = jax.jit(make_eval_step(config))
+
+  def __call__(self, params, step: int, should_stop: Callable[[], bool] = lambda: False) -> dict | None:
+    """Nats, bits and the task's own unit per token over the whole split; None if `should_stop` says so on the way.
+
+    `histogram_entropy_bits` is what a model would pay that knows only how often each token occurs in the split.
+    """
+    config = self._config
+    totals = collections.defaultdict(float)
+    batches = pipeline.eval_batches(
+        config,
+        batch_size_per_host=config.eval.batch_size // jax.process_count(),
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    with jax.set_mesh(self._mesh):
+      for batch in batches:
+        if should_stop():
+          return None
+        sums = self._step(params, pipeline.to_global(batch, sharding.batch_sharding(self._mesh)))
+        for name, value in sums.items():
+          totals[name] += np.asarray(value, np.float64)
+    if not totals["tokens"]:
+      raise InputError(f"The split {config.eval.split!r} of {config.data.task} holds no tokens to score.")
+    nats = float(totals["nats"] / totals["tokens"])
+    frequencies = totals["histogram"][totals["histogram"] > 0] / totals["tokens"]
+    num_latents = config.eval.num_latents or config.model.num_latents
+    result = {
+        "task": config.data.task,
+        "split": config.eval.split,
+        "step": step,
+        "num_latents": num_latents,
+        "stride": config.eval.stride or num_latents,
+        "num_tokens": int(totals["tokens"]),
+        "nats_per_token": nats,
+        "bits_per_token": nats / math.log(2),
+        "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
+        "accuracy": float(totals["correct"] / totals["tokens"]),
+    }
+    if tasks.get_info(config.data.task).unit == "bits_per_dim":
+      result["bits_per_dim"] = result["bits_per_token"]  # a token is one sub-pixel
+    return result
+
+  @staticmethod
+  def describe(result: dict) -> str:
+    """One line for people: the split's figures, and what they are to be compared with."""
+    name = "bits/dim" if "bits_per_dim" in result else "bits/token"
+    return (
+        f"{result['split']} at step {result['step']}: {result['bits_per_token']:.3f} {name}"
+        f" (entropy of its token histogram: {result['histogram_entropy_bits']:.3f}),"
+        f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens"
+    )
+
+
+def evaluate(config: Config, workdir: epath.PathLike) -> dict:
+  """Scores the newest good checkpoint of `workdir` and writes eval-<split>-<step>.json there.
+
+  Raises:
+    InputError: the workdir holds no readable checkpoint, or one of another model.
+  """
+  workdir = epath.Path(workdir)
+  workdir_lib.check_model(config, workdir)
+  mesh = make_mesh(config.mesh)
+  evaluator = Evaluator(config, mesh)
+  with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
+    restored = checkpointer.restore_params(state_lib.abstract_params(config, mesh))
+  if restored is None:
+    raise InputError(f"--workdir={workdir} holds no checkpoint to evaluate: train first, with the same --workdir.")
+  step, params = restored
+  result = evaluator(params, step)
+  if jax.process_index() == 0:
+    path = workdir / f"eval-{result['split']}-{result['step']}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{evaluator.describe(result)}\nWritten to {path}", flush=True)
+  return result

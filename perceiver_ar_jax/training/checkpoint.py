@@ -1,0 +1,190 @@
+"""Checkpoints: weights, optimizer, step and data position in one atomic Orbax step.
+
+A step either is there as a whole or not at all, whenever the process dies. Every one carries a fingerprint
+of its values, so that damaged files are noticed even where they still parse; `restore` then falls back to
+the newest good one and moves the damaged one aside, deleting nothing.
+"""
+
+import dataclasses
+import sys
+from typing import Protocol
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.training.state import TrainState
+
+
+class Saveable(Protocol):
+  """A data iterator whose complete position lives in files under a directory."""
+
+  def save(self, directory: epath.Path) -> None: ...
+
+  def restore(self, directory: epath.Path) -> None: ...
+
+
+class DataHandler(ocp.CheckpointHandler):
+  """Lets a data iterator write its own files into the step, inside Orbax's atomic commit."""
+
+  def save(self, directory: epath.Path, args: "DataSave") -> None:
+    args.iterator.save(directory)
+
+  def restore(self, directory: epath.Path, args: "DataRestore") -> None:
+    args.iterator.restore(directory)
+
+
+@ocp.args.register_with_handler(DataHandler, for_save=True)
+@dataclasses.dataclass
+class DataSave(ocp.args.CheckpointArgs):
+  iterator: Saveable
+
+
+@ocp.args.register_with_handler(DataHandler, for_restore=True)
+@dataclasses.dataclass
+class DataRestore(ocp.args.CheckpointArgs):
+  iterator: Saveable
+
+
+class Checkpointer:
+  """The checkpoints of one workdir: the newest `keep`, and the best by nats per token at evaluation."""
+
+  def __init__(self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False):
+    self._directory = epath.Path(workdir).absolute() / "checkpoints"
+    self._read_only = read_only
+    policies = ocp.checkpoint_managers
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics["nats_per_token"],
+        reverse=True,
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+        ),
+        item_handlers={
+            "params": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "fingerprint": ocp.JsonCheckpointHandler(),
+            "data": DataHandler(),
+        },
+    )
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self._manager.close()  # waits for a save under way
+
+  def save(self, state: TrainState, data: Saveable, metrics: dict[str, float] | None = None) -> None:
+    """Starts to save `state` and the position of `data`; returns once both may change again.
+
+    `metrics` holds `nats_per_token` if this state was evaluated. A step that is saved already is left alone.
+    """
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(
+        step,
+        metrics=metrics,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            fingerprint=ocp.args.JsonSave(
+                _fingerprint("params", state.params) | _fingerprint("optimizer", state.opt_state)
+            ),
+            data=DataSave(data),
+        ),
+    )
+
+  def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:
+    """The newest good state in the layout of `abstract`, with `data` moved to its position.
+
+    Returns None where no checkpoint exists. A damaged one is reported and moved to `damaged/`, and the one
+    before it is taken.
+
+    Raises:
+      InputError: every checkpoint is damaged, or `data` does not fit the saved position.
+    """
+    items = {
+        "params": ocp.args.StandardRestore(abstract.params),
+        "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+        "data": DataRestore(data),
+    }
+    restored = self._restore_newest(items)
+    if restored is None:
+      return None
+    _, values = restored
+    return TrainState(params=values["params"], **values["optimizer"])
+
+  def restore_params(self, abstract_params: dict) -> tuple[int, dict] | None:
+    """(step, weights) of the newest good checkpoint, or None; damaged ones are treated as in `restore`."""
+    restored = self._restore_newest({"params": ocp.args.StandardRestore(abstract_params)})
+    return restored and (restored[0], restored[1]["params"])
+
+  def _restore_newest(self, items: dict[str, ocp.args.CheckpointArgs]):
+    """(step, {item: value}) of the newest checkpoint that is whole, or None where there is none at all."""
+    steps = sorted(self._manager.all_steps(read=True), reverse=True) if self._directory.exists() else []
+    for step in steps:
+      try:
+        return step, self._restore_step(step, items)
+      except InputError:
+        raise
+      except Exception as error:  # whatever a damaged file makes its reader raise; it is reported
+        reason = " ".join(str(error).split())[:300]
+        print(f"The checkpoint of step {step} in {self._directory} is damaged: {reason}", file=sys.stderr)
+        self._set_aside(step)
+    if steps:
+      raise InputError(
+          f"None of the checkpoints {sorted(steps)} in {self._directory} can be read. Put back a good copy, or start anew"
+          " with another --workdir."
+      )
+    return None
+
+  def _restore_step(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> dict:
+    values = self._manager.restore(step, args=ocp.args.Composite(fingerprint=ocp.args.JsonRestore(), **items))
+    found = _fingerprint("params", values["params"])
+    if "optimizer" in items:
+      found |= _fingerprint("optimizer", values["optimizer"]["opt_state"])
+    differing = [name for name in found if values["fingerprint"].get(name) != found[name]]
+    if differing:
+      raise ValueError(f"the values of {', '.join(differing[:3])} are not those that were saved")
+    return {name: values[name] for name in items if name != "data"}
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a damaged step out of the way of the run that goes on, deleting nothing."""
+    if self._read_only or jax.process_index() != 0:
+      return
+    damaged = self._directory.parent / "damaged"
+    damaged.mkdir(exist_ok=True)
+    copies = sum(path.name.split("-")[0] == str(step) for path in damaged.iterdir())
+    target = damaged / (f"{step}-{copies}" if copies else str(step))
+    (self._directory / str(step)).rename(target)
+    print(f"It was moved to {target}; the checkpoint before it is taken.", file=sys.stderr)
+    self._manager.reload()
+
+
+@jax.jit
+def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+  """uint32 sums of each array's bits: the same on every mesh, different after almost any damage."""
+  kinds = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}
+
+  def bit_sum(leaf):
+    bits = jax.lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize])
+    return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+  return [bit_sum(leaf) for leaf in leaves]
+
+
+def _fingerprint(prefix: str, tree) -> dict[str, int]:
+  """{path of each array: its bit sum}."""
+  paths, leaves = zip(*jax.tree.leaves_with_path(tree))
+  sums = jax.device_get(_bit_sums(list(leaves)))
+  return {prefix + jax.tree_util.keystr(path): int(value) for path, value in zip(paths, sums)}

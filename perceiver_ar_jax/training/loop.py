@@ -1,0 +1,245 @@
+"""The training run: from a config and a workdir to trained weights, through stops of every kind.
+
+The same command starts a run and goes on with it. What makes resuming exact: batches, random keys and
+updates are functions of the seed, the data position and the step, and these are saved together.
+"""
+
+from collections.abc import Callable
+import math
+import signal
+import time
+from typing import Protocol
+
+from clu import parameter_overview
+from etils import epath
+import jax
+from jax.sharding import Mesh
+import psutil
+
+from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.data import pipeline, tasks
+from perceiver_ar_jax.parallel import sharding
+from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
+from perceiver_ar_jax.training import checkpoint, metrics_log
+from perceiver_ar_jax.training import optimizer as optimizer_lib
+from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import step as step_lib
+from perceiver_ar_jax.training import workdir as workdir_lib
+
+_PROFILED_STEPS = 3
+_GIB = 2**30
+
+
+class Evaluator(Protocol):
+  """Scores held-out data; evaluation/evaluate.py has the real one."""
+
+  def __call__(self, params, step: int, should_stop: Callable[[], bool]) -> dict | None: ...
+
+  def describe(self, result: dict) -> str: ...
+
+
+def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Config, Mesh], Evaluator]) -> int:
+  """Trains to `config.train.steps`, going on from the newest good checkpoint; returns the exit code.
+
+  0: done. 128 + signal number: SIGTERM or SIGINT came, everything is saved, and the same command goes on.
+
+  Raises:
+    InputError: the config fits not the data, the devices, their memory or the workdir; or the loss is no
+      longer finite. Checkpoints stay as they are.
+  """
+  workdir = epath.Path(workdir)
+  mesh = make_mesh(config.mesh)
+  if config.train.microbatches > 1:
+    check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
+  check_batch(config.train.batch_size, "train.batch_size", mesh)
+  evaluator = make_evaluator(config, mesh)
+  hosts = jax.process_count()
+  data = pipeline.TrainIterator(config, config.train.batch_size // hosts, jax.process_index(), hosts)
+  workdir_lib.prepare(config, workdir)
+
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  abstract = state_lib.abstract_state(config, optimizer, mesh)
+  _say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
+  with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
+    train_step = _compile(step_lib.make_train_step(config, optimizer), abstract, data.spec, mesh)
+    state = checkpointer.restore(abstract, data)
+    if state is None:
+      state = state_lib.init_state(config, optimizer, mesh)
+    else:
+      _say(f"Going on from the checkpoint of step {int(state.step)}.")
+    with (
+        _Signals() as signals,
+        metrics_log.MetricsLog(
+            workdir,
+            first_step=int(state.step),
+            total_steps=config.train.steps,
+            bits_name="bits/dim" if tasks.get_info(config.data.task).unit == "bits_per_dim" else "bits/token",
+        ) as log,
+    ):
+      run = _Run(config, workdir, mesh, train_step, evaluator, checkpointer, signals, log)
+      state, result = run(state, data)
+  if signals.received:
+    _say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
+    return 128 + signals.received
+  result = result or evaluator(state.params, int(state.step), lambda: False)
+  _say(
+      f"Done. {evaluator.describe(result)}\nCurves: tensorboard --logdir={workdir}   Figures: {workdir}/metrics.jsonl  "
+      " Score again: the same command with --mode=eval"
+  )
+  return 0
+
+
+class _Run:
+  """The loop proper, with all that a step touches."""
+
+  def __init__(self, config, workdir, mesh, train_step, evaluator, checkpointer, signals, log):
+    self._config = config
+    self._rows = sharding.batch_sharding(mesh)
+    self._train_step = train_step
+    self._schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
+    self._evaluator = evaluator
+    self._checkpointer = checkpointer
+    self._signals = signals
+    self._log = log
+    self._profile = _Profile(config.train.profile_at, workdir / "profile")
+    self._key = jax.random.fold_in(jax.random.key(config.seed), 1)  # weights are drawn from the key itself
+
+  def __call__(self, state: state_lib.TrainState, data: pipeline.TrainIterator):
+    """(the last state, the evaluation at the last step or None), after the last step or a signal."""
+    train, first = self._config.train, int(state.step) + 1
+    result, pending, self._last_report = None, None, time.monotonic()
+    for step in range(first, train.steps + 1):
+      # Dispatch is asynchronous: while the device works on a step, the host reads, checks and transfers the next
+      # batch. Nothing is drawn ahead of its step, so `data` always stands where `state` does.
+      self._profile.before(step)
+      batch = pipeline.to_global(next(data), self._rows)
+      state, metrics = self._train_step(state, batch, jax.random.fold_in(self._key, step))
+      self._profile.after(step, metrics)
+      if pending:
+        self._report(*pending)  # a step late: the device never waits for the host
+      pending = step, metrics
+      last, stop = step == train.steps, bool(self._signals.received)
+      evaluate = last or step % self._config.eval.every == 0
+      if evaluate or stop or step % train.checkpoint_every == 0:
+        self._report(*pending)  # before saving: what is not finite is never saved
+        pending, result = None, None
+        if evaluate:
+          result = self._evaluate(state.params, step)
+        self._checkpointer.save(state, data, result and {"nats_per_token": result["nats_per_token"]})
+      if stop:
+        break
+    return state, result
+
+  def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Shows a finished step, and writes it if it is one to be logged; raises InputError for loss that is not finite."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    now = time.monotonic()
+    seconds, self._last_report = now - self._last_report, now
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+      raise InputError(
+          f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so training stopped."
+          " The checkpoints before it are kept as they are. A lower --config.train.optimizer.learning_rate, a longer"
+          " warmup_steps or float32 usually helps; the same command goes on from the last checkpoint."
+      )
+    tokens_per_second = values["num_tokens"] / seconds
+    self._log.progress(values["loss"], tokens_per_second)
+    if step % self._config.train.log_every == 0:
+      rate = float(self._schedule(step - 1))
+      self._log.write(
+          step, {"seconds": seconds, **values, "learning_rate": rate, "tokens_per_second": tokens_per_second}
+      )
+
+  def _evaluate(self, params, step: int) -> dict | None:
+    """The evaluation's figures, shown and logged; None if a signal came meanwhile."""
+    result = self._evaluator(params, step, lambda: bool(self._signals.received))
+    if result:
+      self._log.say(self._evaluator.describe(result))
+      figures = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
+      self._log.write(step, figures)
+    self._last_report = time.monotonic()
+    return result
+
+
+class _Profile:
+  """A jax.profiler trace of a few steps, if the config asks for one."""
+
+  def __init__(self, first: int | None, directory: epath.Path):
+    self._first, self._directory, self._active = first, directory, False
+
+  def before(self, step: int) -> None:
+    if step == self._first:
+      jax.profiler.start_trace(str(self._directory))
+      self._active = True
+
+  def after(self, step: int, metrics) -> None:
+    if self._active and step >= self._first + _PROFILED_STEPS - 1:
+      jax.block_until_ready(metrics)
+      jax.profiler.stop_trace()
+      self._active = False
+
+
+class _Signals:
+  """Remembers the first SIGTERM or SIGINT (Ctrl-C); a second one acts as it always does."""
+
+  def __init__(self):
+    self.received = 0
+
+  @property
+  def name(self) -> str:
+    return signal.Signals(self.received).name
+
+  def __enter__(self) -> "_Signals":
+    self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def __exit__(self, *unused) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _remember(self, number: int, frame) -> None:
+    del frame
+    self.received = number
+    signal.signal(number, self._before[number])
+
+
+def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh):
+  """The compiled update for these shapes, the state donated; says what memory it takes.
+
+  Raises:
+    InputError: it does not fit into the devices' memory.
+  """
+  rows = sharding.batch_sharding(mesh)
+  batch = {
+      name: jax.ShapeDtypeStruct((spec.shape[0] * jax.process_count(), *spec.shape[1:]), spec.dtype, sharding=rows)
+      for name, spec in batch_spec.items()
+  }
+  start = time.monotonic()
+  compiled = jax.jit(train_step, donate_argnums=0).lower(abstract, batch, jax.random.key(0)).compile()
+  memory = compiled.memory_analysis()
+  new_outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+  needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
+  available = _memory_per_device()
+  _say(
+      f"Compiled the train step in {time.monotonic() - start:.1f} s. Each of {mesh.size} devices holds"
+      f" {memory.argument_size_in_bytes / _GIB:.2f} GiB of weights, optimizer state and batch, and works in"
+      f" {memory.temp_size_in_bytes / _GIB:.2f} GiB; it has {available / _GIB:.1f} GiB."
+  )
+  if needed > available:
+    raise InputError(
+        f"The train step needs {needed / _GIB:.1f} GiB on each device, and each has {available / _GIB:.1f} GiB. Lower"
+        " train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations), spread"
+        " weights with mesh.fsdp, or make the model smaller (latent_width, num_layers, num_latents)."
+    )
+  return compiled
+
+
+def _memory_per_device() -> int:
+  """Bytes that a local device may use; CPU devices share what the machine has left."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()
+
+
+def _say(message: str) -> None:
+  """A message to people, from one host only."""
+  if jax.process_index() == 0:
+    print(message, flush=True)

@@ -1,0 +1,74 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard and the terminal."""
+
+import json
+import math
+import sys
+
+from clu import metric_writers
+from etils import epath
+import tqdm
+
+
+class MetricsLog:
+  """Writes the metrics of one run; a resumed run goes on where its checkpoint was, leaving no step twice.
+
+  Args:
+    workdir: gets metrics.jsonl (one object a line) and TensorBoard event files.
+    first_step: lines of later steps, from a run that died after its checkpoint, are dropped.
+    total_steps: end of the progress bar.
+    bits_name: what nats / ln 2 is called here, such as "bits/dim".
+  """
+
+  def __init__(self, workdir: epath.Path, *, first_step: int, total_steps: int, bits_name: str):
+    self._path = workdir / "metrics.jsonl"
+    if self._path.exists():
+      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
+      temporary = self._path.with_suffix(".tmp")
+      temporary.write_text("".join(line + "\n" for line in kept))
+      temporary.replace(self._path)
+    self._file = self._path.open("a")
+    self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+    self._bits_name = bits_name
+    self._bar = tqdm.tqdm(
+        total=total_steps,
+        initial=first_step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 5.0,
+        smoothing=0.05,
+    )
+
+  def progress(self, loss: float, tokens_per_second: float) -> None:
+    """One step further on the progress bar."""
+    bits = loss / math.log(2)
+    self._bar.set_postfix_str(
+        f"loss {loss:.4f}, {bits:.3f} {self._bits_name}, {tokens_per_second:,.0f} tokens/s", refresh=False
+    )
+    self._bar.update()
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Appends {"step": step, **metrics} to metrics.jsonl and the scalars to TensorBoard."""
+    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    self._file.flush()
+    self._tensorboard.write_scalars(step, metrics)
+
+  def say(self, message: str) -> None:
+    """A line to standard output that leaves the progress bar in one piece."""
+    with self._bar.external_write_mode(file=sys.stdout):
+      print(message, flush=True)
+
+  def __enter__(self) -> "MetricsLog":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self._bar.close()
+    self._file.close()
+    self._tensorboard.close()
+
+
+def _step_of(line: str) -> float:
+  """The step of a line; infinite for one that a kill cut short."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return math.inf

@@ -1,0 +1,89 @@
+"""The folder of one run: that it can be written, and that it belongs to the config that is about to use it."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from perceiver_ar_jax.config import Config, InputError
+
+# A run may go on with other values of these; anything else would make it another experiment.
+RESUMABLE = (
+    "train.steps",
+    "train.microbatches",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.profile_at",
+    "eval.",
+    "mesh.",
+    "data.data_dir",
+    "model.remat",
+)
+# Trained weights keep their meaning under other values of these, and of all that is not the model's.
+SAME_WEIGHTS = ("model.num_latents", "model.dropout", "model.remat", "model.dtype", "data.", "train.", "eval.", "mesh.", "seed")
+
+
+def prepare(config: Config, workdir: epath.Path) -> None:
+  """Makes the folder ready for `config` and writes config.json.
+
+  Raises:
+    InputError: it cannot be written, or holds checkpoints of another experiment.
+  """
+  path = workdir / "config.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".writable-{os.getpid()}"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise InputError(
+        f"--workdir={workdir} cannot be written ({error.strerror or error}): give a folder that you may write to."
+    ) from error
+  if path.exists() and (workdir / "checkpoints").exists():
+    changed = _differences(config, load_config(workdir), ignored=RESUMABLE)
+    if changed:
+      raise InputError(
+          f"--workdir={workdir} holds the checkpoints of another config: {'; '.join(changed)}. Give another --workdir, or"
+          " go on with the settings in its config.json."
+      )
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(config.to_json())
+  temporary.replace(path)
+
+
+def check_model(config: Config, workdir: epath.Path) -> None:
+  """Raises InputError unless `workdir` was trained with a model whose weights mean the same in `config`."""
+  changed = _differences(config, load_config(workdir), ignored=SAME_WEIGHTS)
+  if changed:
+    raise InputError(f"--workdir={workdir} holds another model: {'; '.join(changed)}. Use the config it was trained with.")
+
+
+def load_config(workdir: epath.Path) -> Config:
+  """The config that a run wrote; raises InputError where there is none."""
+  path = workdir / "config.json"
+  if not path.exists():
+    raise InputError(f"--workdir={workdir} holds no run (no config.json): train first, or check the path.")
+  try:
+    return Config.from_json(path.read_text())
+  except ValueError as error:
+    raise InputError(f"{path} cannot be read: {error} Restore it, or use another --workdir.") from error
+
+
+def _differences(config: Config, saved: Config, ignored: tuple[str, ...]) -> list[str]:
+  new, old = dict(_flatten(dataclasses.asdict(config))), dict(_flatten(dataclasses.asdict(saved)))
+  return [
+      f"{name} is {old[name]!r} there and {new[name]!r} here"
+      for name in new
+      if new[name] != old[name] and not name.startswith(ignored)
+  ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value

@@ -1,0 +1,40 @@
+"""Installs perceiver_ar_jax."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+    name="perceiver_ar_jax",
+    version="0.1.0",
+    description="Perceiver AR in JAX/Flax: long-context autoregressive models on TPU and GPU pods.",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["perceiver_ar_jax", "perceiver_ar_jax.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "absl-py>=2.1",
+        "clu>=0.0.12",
+        "etils[epath]>=1.9",
+        "flax>=0.12,<0.13",
+        "jax>=0.10,<0.13",
+        "ml_collections>=1.0,<2",
+        "numpy>=2.0,<3",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=10.1",
+        "psutil>=5.9",
+        "scikit-image>=0.24,<0.27",  # its photographs: data/photos.py
+        "seqio>=0.0.20,<0.1",
+        "tensorboard>=2.19,<3",
+        "tensorflow>=2.20,<3",
+        "tensorflow-datasets>=4.9.8,<5",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+        "dev": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.9,<1"],
+    },
+)
