@@ -90,19 +90,17 @@ class ModelConfig:
     for name in ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads", "mlp_widening"):
       _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1.")
     _require(self.num_layers >= 0, f"model.num_layers={self.num_layers} must not be negative.")
+    _require(self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS.")
     _require(
-        self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS."
-    )
-    _require(
-        self.num_latents <= self.max_context,
-        f"model.num_latents={self.num_latents} exceeds model.max_context={self.max_context}: latents are the last"
-        " inputs, so lower num_latents or raise max_context.",
+      self.num_latents <= self.max_context,
+      f"model.num_latents={self.num_latents} exceeds model.max_context={self.max_context}: latents are the last"
+      " inputs, so lower num_latents or raise max_context.",
     )
     for heads in ("num_cross_heads", "num_self_heads"):
       _require(
-          self.latent_width % getattr(self, heads) == 0,
-          f"model.latent_width={self.latent_width} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
-          " width that is a multiple of the number of heads.",
+        self.latent_width % getattr(self, heads) == 0,
+        f"model.latent_width={self.latent_width} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
+        " width that is a multiple of the number of heads.",
       )
     _choice("model.activation", self.activation, ACTIVATIONS)
     _choice("model.position_encoding", self.position_encoding, POSITION_ENCODINGS)
@@ -111,14 +109,14 @@ class ModelConfig:
     _require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1).")
     _require(0 <= self.rotary_fraction <= 1, f"model.rotary_fraction={self.rotary_fraction} must lie in [0, 1].")
     _require(
-        all(0 <= layer < self.num_layers for layer in self.cross_attend_after),
-        f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}.",
+      all(0 <= layer < self.num_layers for layer in self.cross_attend_after),
+      f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}.",
     )
     if self.position_encoding != "rotary":
       _require(
-          bool(self.position_sizes),
-          f"model.position_sizes is empty, but {self.position_encoding} positions need a table: give one size (largest"
-          f" position + 1) for each position dimension, such as ({self.max_context + 1},).",
+        bool(self.position_sizes),
+        f"model.position_sizes is empty, but {self.position_encoding} positions need a table: give one size (largest"
+        f" position + 1) for each position dimension, such as ({self.max_context + 1},).",
       )
 
   @property
@@ -158,7 +156,7 @@ class OptimizerConfig:
   warmup_steps: int = 0
   """Steps of linear warm-up; the very first update then has rate 0."""
   schedule: str = "constant"
-  """After the warm-up: constant, cosine (down to `end_learning_rate`), steps (see `step_boundaries`), or t5 (1/sqrt(step))."""
+  """After the warm-up: constant, cosine (down to `end_learning_rate`), steps (`step_boundaries`) or t5 (1/sqrt(step))."""
   end_learning_rate: float = 0.0
   """Cosine: the rate at the last step."""
   cosine_steps: int | None = None
@@ -216,19 +214,19 @@ class TrainConfig:
     for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints"):
       _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
     _require(
-        self.batch_size % self.microbatches == 0,
-        f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}: make the batch"
-        " a multiple of it.",
+      self.batch_size % self.microbatches == 0,
+      f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}: make the batch"
+      " a multiple of it.",
     )
     _choice("train.loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
     _require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must lie in [0, 1).")
     _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative.")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps or 1
     _require(
-        self.optimizer.schedule != "cosine" or warmup + decay <= self.steps,
-        f"train.steps={self.steps} leaves no room for train.optimizer.warmup_steps={warmup} and then a cosine over"
-        f" train.optimizer.cosine_steps={self.optimizer.cosine_steps or 'the rest'}: lower these"
-        " (--config.train.optimizer.warmup_steps=0) or train longer.",
+      self.optimizer.schedule != "cosine" or warmup + decay <= self.steps,
+      f"train.steps={self.steps} leaves no room for train.optimizer.warmup_steps={warmup} and then a cosine over"
+      f" train.optimizer.cosine_steps={self.optimizer.cosine_steps or 'the rest'}: lower these"
+      " (--config.train.optimizer.warmup_steps=0) or train longer.",
     )
 
 
@@ -273,8 +271,8 @@ class MeshConfig:
   def __post_init__(self):
     sizes = dataclasses.asdict(self)
     _require(
-        sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),
-        f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).",
+      sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),
+      f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).",
     )
 
 
@@ -294,13 +292,13 @@ class Config:
     latents = self.eval.num_latents or self.model.num_latents
     stride = self.eval.stride or latents
     _require(
-        latents <= self.model.max_context,
-        f"eval.num_latents={latents} exceeds model.max_context={self.model.max_context}: lower it.",
+      latents <= self.model.max_context,
+      f"eval.num_latents={latents} exceeds model.max_context={self.model.max_context}: lower it.",
     )
     _require(
-        stride <= latents,
-        f"eval.stride={stride} exceeds the {latents} latents at evaluation, so tokens would be left out: lower"
-        " eval.stride or raise eval.num_latents.",
+      stride <= latents,
+      f"eval.stride={stride} exceeds the {latents} latents at evaluation, so tokens would be left out: lower"
+      " eval.stride or raise eval.num_latents.",
     )
 
   def to_json(self) -> str:

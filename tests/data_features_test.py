@@ -93,9 +93,9 @@ def train_rows(events, min_crop, context, count, first_seed=0):
   """`count` training crops of one document, stacked."""
   seeds = tf.data.Dataset.range(first_seed, first_seed + count)
   dataset = seeds.map(
-      lambda seed: features.train_window(
-          document(events), tf.stack([seed, seed]), context=context, latents=context, min_crop=min_crop
-      )
+    lambda seed: features.train_window(
+      document(events), tf.stack([seed, seed]), context=context, latents=context, min_crop=min_crop
+    )
   )
   return next(dataset.batch(count).as_numpy_iterator())
 
@@ -152,7 +152,9 @@ def test_evaluation_blocks_are_those_of_the_reference(case):
   settings = INDEX[case]
   context, stride = settings["max_context_length"], settings["block_eval_window"]
   docs = VARLEN if settings["dataset"] == "varlen" else DUMMY6
-  rows = [row for doc in docs for row in eval_windows(with_specials(doc, settings["include_sos"]), stride, context, context)]
+  rows = [
+    row for doc in docs for row in eval_windows(with_specials(doc, settings["include_sos"]), stride, context, context)
+  ]
   inputs, targets = (GOLDEN[f"{case}/{name}"].reshape(-1, context) for name in ("inputs", "targets"))
   filled = inputs.any(axis=1)
   assert len(rows) == filled.sum() and filled[: len(rows)].all()
@@ -177,7 +179,9 @@ def test_stride_1_gives_the_incremental_windows_of_the_reference(dataset, sos, e
 
 
 @pytest.mark.parametrize("length", [2, 3, 17, 18, 40])
-@pytest.mark.parametrize("stride, latents, context", [(1, 1, 1), (1, 4, 9), (3, 4, 9), (4, 4, 9), (8, 8, 8), (5, 8, 40)])
+@pytest.mark.parametrize(
+  "stride, latents, context", [(1, 1, 1), (1, 4, 9), (3, 4, 9), (4, 4, 9), (8, 8, 8), (5, 8, 40)]
+)
 def test_every_target_is_scored_exactly_once_with_as_much_context_as_fits(length, stride, latents, context):
   events = list(range(100, 100 + length))
   rows = eval_windows(events, stride, context, latents)

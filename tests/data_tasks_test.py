@@ -98,7 +98,9 @@ def test_copy_validation_is_finite_and_shares_nothing_with_training():
 def test_photographs_are_varied_real_pixels(size):
   document, *_ = documents(f"photos{size}", "validation", count=1)
   assert document["events"].shape == (images.num_events(size),)
-  crops = [images.to_image(row["events"], size, "pixel_raster") for row in documents(f"photos{size}", "validation", count=99)]
+  crops = [
+    images.to_image(row["events"], size, "pixel_raster") for row in documents(f"photos{size}", "validation", count=99)
+  ]
   assert len(crops) == photos.NUM_CROPS["validation"]
   assert min(crop.std() for crop in crops) > 5, "a crop is nearly one colour"
   shares = np.bincount(np.stack(crops).ravel(), minlength=256) / np.stack(crops).size
@@ -118,7 +120,7 @@ def test_rgb_planes_of_a_photograph_hold_the_same_picture():
   for one, other in zip(raster, planes):
     assert not np.array_equal(one["events"], other["events"])
     np.testing.assert_array_equal(
-        images.to_image(one["events"], 32, "pixel_raster"), images.to_image(other["events"], 32, "rgb_planes")
+      images.to_image(one["events"], 32, "pixel_raster"), images.to_image(other["events"], 32, "rgb_planes")
     )
 
 
@@ -144,10 +146,12 @@ def test_unknown_tasks_get_a_hint():
 
 
 def test_the_registered_tasks_say_how_they_are_scored():
-  named = {f"{kind}{size}{order}" for kind in ("imagenet", "photos") for size in (32, 64) for order in ("", "_rgb_planes")}
+  named = {
+    f"{kind}{size}{order}" for kind in ("imagenet", "photos") for size in (32, 64) for order in ("", "_rgb_planes")
+  }
   assert set(tasks.names()) >= named | {"copy"}
   assert tasks.get_info("imagenet64_rgb_planes") == tasks.TaskInfo(
-      unit="bits_per_dim", modality="image", image_size=64, image_order="rgb_planes"
+    unit="bits_per_dim", modality="image", image_size=64, image_order="rgb_planes"
   )
   assert tasks.get_info("copy").unit == "accuracy"
   assert tasks.vocab_size(tasks.get_task("photos64")) == 259
@@ -163,11 +167,11 @@ def test_a_fork_adds_a_task_in_a_few_lines():
 
   name = "lines_of_a_fork"
   tasks.add(
-      name,
-      source=seqio.FunctionDataSource(lines, splits=["train"]),
-      preprocessors=[seqio.map_over_dataset(document)],
-      info=tasks.TaskInfo(unit="bits_per_byte", modality="bytes"),
-      vocab_size=259,
+    name,
+    source=seqio.FunctionDataSource(lines, splits=["train"]),
+    preprocessors=[seqio.map_over_dataset(document)],
+    info=tasks.TaskInfo(unit="bits_per_byte", modality="bytes"),
+    vocab_size=259,
   )
   try:
     assert [row["events"].tolist() for row in documents(name, "train", count=9)] == [[2, 100, 101, 1], [2, 102, 1]]

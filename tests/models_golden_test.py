@@ -2,10 +2,10 @@
 
 import json
 
-from flax import linen as nn
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from perceiver_ar_jax import PerceiverAR
 from perceiver_ar_jax.interop import haiku
@@ -13,12 +13,12 @@ from perceiver_ar_jax.training import loss as loss_lib
 from tests import golden
 
 MODELS = [
-    "a_abs_sinusoidal",
-    "b_rotary_half",
-    "d_abs_random_image_idxs",
-    "f_additional_cross_attend",
-    "n_shape_q_embed_ne_z",
-    "p_gelu",
+  "a_abs_sinusoidal",
+  "b_rotary_half",
+  "d_abs_random_image_idxs",
+  "f_additional_cross_attend",
+  "n_shape_q_embed_ne_z",
+  "p_gelu",
 ]
 
 
@@ -58,7 +58,7 @@ def test_losses_and_gradients_match_the_reference(name):
   (total, parts), gradients = jax.jit(jax.value_and_grad(total_loss, has_aux=True))(params)
   scored = weights > 0
   np.testing.assert_allclose(
-      (parts.cross_entropy + parts.z_loss)[scored], case["loss_per_position"][scored], atol=2e-5, rtol=0
+    (parts.cross_entropy + parts.z_loss)[scored], case["loss_per_position"][scored], atol=2e-5, rtol=0
   )
   np.testing.assert_allclose(parts.z_loss[scored], case["z_loss_per_position"][scored], atol=2e-5, rtol=0)
   np.testing.assert_allclose(total, case["loss_sum"], rtol=1e-5)
@@ -66,7 +66,7 @@ def test_losses_and_gradients_match_the_reference(name):
   for (path, ours), theirs in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
     scale = np.abs(theirs).max()
     np.testing.assert_allclose(
-        ours, theirs, rtol=1e-4, atol=max(1e-6, 1e-5 * scale), err_msg=f"gradient of {jax.tree_util.keystr(path)}"
+      ours, theirs, rtol=1e-4, atol=max(1e-6, 1e-5 * scale), err_msg=f"gradient of {jax.tree_util.keystr(path)}"
     )
 
 

@@ -21,26 +21,26 @@ def _optimizer_config(reference: dict) -> OptimizerConfig:
   name = reference["optimizer"]
   moments = reference["lamb_kwargs"] if name == "lamb" else reference["adam_kwargs"]
   return OptimizerConfig(
-      name=name,
-      learning_rate=reference["base_lr"],
-      warmup_steps=reference["warmup_steps"],
-      schedule=reference["schedule_type"],
-      end_learning_rate=reference["cosine_decay_kwargs"]["end_value"],
-      step_boundaries=tuple(reference["step_decay_kwargs"]["decay_boundaries"]),
-      step_factor=reference["step_decay_kwargs"]["decay_rate"],
-      clip_norm=reference["max_norm"],
-      b1=reference["sgd_kwargs"]["decay"] if name == "sgd" else moments["b1"],
-      b2=moments["b2"],
-      eps=moments["eps"],
+    name=name,
+    learning_rate=reference["base_lr"],
+    warmup_steps=reference["warmup_steps"],
+    schedule=reference["schedule_type"],
+    end_learning_rate=reference["cosine_decay_kwargs"]["end_value"],
+    step_boundaries=tuple(reference["step_decay_kwargs"]["decay_boundaries"]),
+    step_factor=reference["step_decay_kwargs"]["decay_rate"],
+    clip_norm=reference["max_norm"],
+    b1=reference["sgd_kwargs"]["decay"] if name == "sgd" else moments["b1"],
+    b2=moments["b2"],
+    eps=moments["eps"],
   )
 
 
 def _config(model, train_steps, **train) -> Config:
   return Config(
-      model=model,
-      data=DataConfig(task="copy"),
-      train=TrainConfig(steps=train_steps, batch_size=4, **train),
-      eval=EvalConfig(batch_size=4),
+    model=model,
+    data=DataConfig(task="copy"),
+    train=TrainConfig(steps=train_steps, batch_size=4, **train),
+    eval=EvalConfig(batch_size=4),
   )
 
 
@@ -50,10 +50,10 @@ def _batch(events, positions, num_latents) -> dict[str, np.ndarray]:
   events, positions = golden.right_align(events, lengths), golden.right_align(positions, lengths)
   targets = events[:, -num_latents:]
   return {
-      "inputs": events[:, :-1],
-      "positions": positions[:, :-1],
-      "targets": targets,
-      "weights": (targets > 0).astype(np.float32),
+    "inputs": events[:, :-1],
+    "positions": positions[:, :-1],
+    "targets": targets,
+    "weights": (targets > 0).astype(np.float32),
   }
 
 
@@ -63,11 +63,11 @@ def test_four_steps_of_two_microbatches_match_the_reference(run):
   reference = json.loads(str(case[f"{run}/optimizer_config"]))
   model, params = haiku.convert(case.tree("params"), case.kwargs)
   config = _config(
-      model,
-      reference["training_steps"],
-      microbatches=2,
-      loss_reduction="sum",
-      optimizer=_optimizer_config(reference),
+    model,
+    reference["training_steps"],
+    microbatches=2,
+    loss_reduction="sum",
+    optimizer=_optimizer_config(reference),
   )
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
@@ -76,7 +76,9 @@ def test_four_steps_of_two_microbatches_match_the_reference(run):
   for index in range(4):
     np.testing.assert_allclose(schedule(index), case[f"{run}/scalars/learning_rate"][index], rtol=1e-5)
     # The reference keeps microbatches apart: [microbatch, row]; ours takes every second row for each.
-    events, positions = (case[name][index].swapaxes(0, 1).reshape(4, *case[name].shape[3:]) for name in ("events", "event_idxs"))
+    events, positions = (
+      case[name][index].swapaxes(0, 1).reshape(4, *case[name].shape[3:]) for name in ("events", "event_idxs")
+    )
     state, metrics = step(state, _batch(events, positions, model.num_latents), jax.random.key(0))
     total = (metrics["loss"] + metrics["z_loss"]) * metrics["num_tokens"]
     np.testing.assert_allclose(total, case[f"{run}/scalars/train_total_loss"][index], rtol=2e-5)
@@ -87,13 +89,13 @@ def test_four_steps_of_two_microbatches_match_the_reference(run):
   after = case.tree(f"{run}/params_after")
   merged = {module: {**values, **after.get(module, {})} for module, values in stored.items()}
   marks = {
-      module: {name: np.full(value.shape, float(name in after.get(module, {}))) for name, value in values.items()}
-      for module, values in stored.items()
+    module: {name: np.full(value.shape, float(name in after.get(module, {}))) for name, value in values.items()}
+    for module, values in stored.items()
   }
   _, expected = haiku.convert(merged, case.kwargs)
   _, exists = haiku.convert(marks, case.kwargs)
   for (path, ours), theirs, mark in zip(
-      jax.tree.leaves_with_path(state.params), jax.tree.leaves(expected), jax.tree.leaves(exists), strict=True
+    jax.tree.leaves_with_path(state.params), jax.tree.leaves(expected), jax.tree.leaves(exists), strict=True
   ):
     name = jax.tree_util.keystr(path)
     if name.endswith("['key']['bias']"):
@@ -104,7 +106,9 @@ def test_four_steps_of_two_microbatches_match_the_reference(run):
       np.testing.assert_allclose(ours, theirs, atol=5e-5, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["constant_warmup0", "constant_warmup4", "cosine_warmup0", "steps_warmup0", "steps_warmup4", "t5_warmup4"])
+@pytest.mark.parametrize(
+  "name", ["constant_warmup0", "constant_warmup4", "cosine_warmup0", "steps_warmup0", "steps_warmup4", "t5_warmup4"]
+)
 def test_learning_rates_match_the_reference(name):
   schedule, warmup = name.split("_warmup")
   config = OptimizerConfig(learning_rate=1e-2, warmup_steps=int(warmup), schedule=schedule, end_learning_rate=1e-3)
@@ -114,7 +118,9 @@ def test_learning_rates_match_the_reference(name):
 
 
 def test_cosine_reaches_its_end_at_the_last_step():
-  config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="cosine", end_learning_rate=0.1, cosine_steps=50)
+  config = OptimizerConfig(
+    learning_rate=1.0, warmup_steps=10, schedule="cosine", end_learning_rate=0.1, cosine_steps=50
+  )
   schedule = optimizer_lib.make_schedule(config, steps=100)
   rates = [float(schedule(step)) for step in (0, 5, 10, 49, 50, 75, 100)]
   np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
@@ -163,7 +169,11 @@ def test_microbatches_equal_one_batch(reduction):
   results = []
   for microbatches in (1, 4):
     config = _config(
-        model, 10, microbatches=microbatches, loss_reduction=reduction, optimizer=OptimizerConfig(name="sgd", learning_rate=0.1)
+      model,
+      10,
+      microbatches=microbatches,
+      loss_reduction=reduction,
+      optimizer=OptimizerConfig(name="sgd", learning_rate=0.1),
     )
     optimizer = optimizer_lib.make_optimizer(config.train.optimizer, 10)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

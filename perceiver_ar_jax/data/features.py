@@ -38,10 +38,10 @@ def window(document, end, num_new, *, context: int, latents: int) -> dict[str, t
   new_M = tf.cast(tf.range(latents, 0, -1), end.dtype) <= tf.minimum(num_new, end - targets_start)
   scored_M = tf.cast(_align_right(scored_N[targets_start:end], latents), tf.float32)
   return {
-      "inputs": _align_right(events_N[start : end - 1], context),
-      "positions": _align_right(positions_NxP[start : end - 1], context),
-      "targets": targets,
-      "weights": tf.cast(new_M, tf.float32) * scored_M,
+    "inputs": _align_right(events_N[start : end - 1], context),
+    "positions": _align_right(positions_NxP[start : end - 1], context),
+    "targets": targets,
+    "weights": tf.cast(new_M, tf.float32) * scored_M,
   }
 
 

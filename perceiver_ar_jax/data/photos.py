@@ -29,18 +29,18 @@ from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data.tf_cpu import tf
 
 PHOTOGRAPHS = {
-    "train": (
-        ("skimage", "data/astronaut.png"),
-        ("skimage", "data/coffee.png"),
-        ("skimage", "data/rocket.jpg"),
-        ("skimage", "data/hubble_deep_field.jpg"),
-        ("skimage", "data/retina.jpg"),
-        ("sklearn", "datasets/images/flower.jpg"),
-    ),
-    "validation": (
-        ("skimage", "data/chelsea.png"),
-        ("sklearn", "datasets/images/china.jpg"),
-    ),
+  "train": (
+    ("skimage", "data/astronaut.png"),
+    ("skimage", "data/coffee.png"),
+    ("skimage", "data/rocket.jpg"),
+    ("skimage", "data/hubble_deep_field.jpg"),
+    ("skimage", "data/retina.jpg"),
+    ("sklearn", "datasets/images/flower.jpg"),
+  ),
+  "validation": (
+    ("skimage", "data/chelsea.png"),
+    ("sklearn", "datasets/images/china.jpg"),
+  ),
 }
 """(import name of the package, path in it) of each photograph; no photograph is in two splits."""
 
@@ -54,19 +54,12 @@ _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 _SALTS = {"train": 1, "validation": 3}
 
 
-def records(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
-  """Dataset of {"crop": int64, "validation": bool}, in order; the last two arguments are seqio's and have no effect."""
-  del shuffle_files, seed
-  validation = split == "validation"
-  return tf.data.Dataset.range(NUM_CROPS[split]).map(lambda crop: {"crop": crop, "validation": validation})
-
-
 def crop(record: dict[str, tf.Tensor], size: int) -> tf.Tensor:
-  """The picture uint8[size, size, 3] that a record stands for; training crops are mirrored half of the time."""
+  """The picture uint8[size, size, 3] of a record of sources.NumberSource; training mirrors half of the crops."""
   return tf.cond(
-      record["validation"],
-      lambda: _crop(record["crop"], "validation", size),
-      lambda: _crop(record["crop"], "train", size),
+    record["validation"],
+    lambda: _crop(record["number"], "validation", size),
+    lambda: _crop(record["number"], "train", size),
   )
 
 
@@ -85,7 +78,7 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
 
 @functools.lru_cache
 def _pyramids(split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """(uint8[levels, height, width, 3] padded with black, int32[levels, 2] true heights and widths) of all photographs."""
+  """(uint8[levels, height, width, 3] padded with black, int32[levels, 2] true heights and widths) of a split."""
   levels = []
   for photograph in PHOTOGRAPHS[split]:
     image = _load(*photograph)
@@ -107,7 +100,7 @@ def _load(package: str, path: str) -> PIL.Image.Image:
   if file is None or not file.exists():
     distribution = _DISTRIBUTIONS[package]
     raise InputError(
-        f"The photograph {path} of the package {distribution} is not installed: run `pip install {distribution}`."
+      f"The photograph {path} of the package {distribution} is not installed: run `pip install {distribution}`."
     )
   with PIL.Image.open(file) as image:
     return image.convert("RGB")

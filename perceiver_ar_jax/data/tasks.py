@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import InputError, nearest
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, images, photos
-from perceiver_ar_jax.data.sources import TfdsSource
+from perceiver_ar_jax.data.sources import NumberSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import tf
 
 UNITS = ("bits_per_dim", "accuracy", "bits_per_byte", "word_perplexity")
@@ -67,13 +67,13 @@ def add(name: str, *, source: seqio.DataSource, preprocessors: Sequence[Callable
   """
   vocabulary = seqio.PassThroughVocabulary(vocab_size, eos_id=EOS)
   seqio.TaskRegistry.add(
-      name,
-      source=source,
-      preprocessors=list(preprocessors),
-      output_features={
-          "events": seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32),
-          "positions": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32, rank=2),
-      },
+    name,
+    source=source,
+    preprocessors=list(preprocessors),
+    output_features={
+      "events": seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32),
+      "positions": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32, rank=2),
+    },
   )
   _INFO[name] = info
 
@@ -115,22 +115,15 @@ def image_document(image_SxSxC: tf.Tensor, size: int, order: str) -> dict[str, t
     image_SxSxC = tf.transpose(image_SxSxC, [2, 0, 1])
   values_N = tf.cast(tf.reshape(image_SxSxC, [-1]), tf.int32) + NUM_SPECIAL
   return {
-      "events": tf.concat([[SOS], values_N], axis=0),
-      "positions": tf.constant(images.positions(size, order)),
+    "events": tf.concat([[SOS], values_N], axis=0),
+    "positions": tf.constant(images.positions(size, order)),
   }
-
-
-def copy_records(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
-  """Numbers of copy sequences, {"seed": int64[2]}: endless for training, NUM_COPY_VALIDATION for validation."""
-  del shuffle_files, seed
-  if split == "train":
-    return tf.data.Dataset.range(2**62).repeat().map(lambda number: {"seed": tf.stack([1, number])})
-  return tf.data.Dataset.range(NUM_COPY_VALIDATION).map(lambda number: {"seed": tf.stack([2, number])})
 
 
 def copy_document(record: dict[str, tf.Tensor], length: int) -> dict[str, tf.Tensor]:
   """The copy sequence of `length` events that a record stands for; see `mirror`."""
-  random_K = tf.random.stateless_uniform(((length - 1) // 2,), record["seed"], 0, 256, tf.int32, alg="philox")
+  seed = tf.stack([tf.where(record["validation"], tf.constant(2, tf.int64), 1), record["number"]])
+  random_K = tf.random.stateless_uniform(((length - 1) // 2,), seed, 0, 256, tf.int32, alg="philox")
   return mirror(random_K + NUM_SPECIAL, length)
 
 
@@ -143,9 +136,9 @@ def mirror(events_K: tf.Tensor, length: int) -> dict[str, tf.Tensor]:
   num_random = (length - 1) // 2
   mirrored = events_K[: length - 2 - num_random][::-1]
   return {
-      "events": tf.concat([[SOS], events_K, mirrored, [EOS]], axis=0),
-      "positions": tf.range(1, length + 1)[:, None],
-      "scored": tf.cast(tf.range(length) > num_random, tf.int32),
+    "events": tf.concat([[SOS], events_K, mirrored, [EOS]], axis=0),
+    "positions": tf.range(1, length + 1)[:, None],
+    "scored": tf.cast(tf.range(length) > num_random, tf.int32),
   }
 
 
@@ -160,40 +153,38 @@ def _photo(record, size, order):
 
 def _copies(dataset, sequence_length):
   return dataset.map(
-      functools.partial(copy_document, length=sequence_length["events"]), num_parallel_calls=tf.data.AUTOTUNE
+    functools.partial(copy_document, length=sequence_length["events"]), num_parallel_calls=tf.data.AUTOTUNE
   )
 
 
 def _add_image_tasks(prefix, size, source, to_document):
   for order in images.ORDERS:
     add(
-        prefix if order == "pixel_raster" else f"{prefix}_{order}",
-        source=source,
-        preprocessors=[seqio.map_over_dataset(functools.partial(to_document, size=size, order=order))],
-        info=TaskInfo(unit="bits_per_dim", modality="image", image_size=size, image_order=order),
-        vocab_size=images.VOCAB_SIZE,
+      prefix if order == "pixel_raster" else f"{prefix}_{order}",
+      source=source,
+      preprocessors=[seqio.map_over_dataset(functools.partial(to_document, size=size, order=order))],
+      info=TaskInfo(unit="bits_per_dim", modality="image", image_size=size, image_order=order),
+      vocab_size=images.VOCAB_SIZE,
     )
 
 
 for _size in (32, 64):
   _add_image_tasks(
-      f"imagenet{_size}",
-      _size,
-      TfdsSource(f"downsampled_imagenet/{_size}x{_size}:2.0.0", decoders={"image": tfds.decode.SkipDecoding()}),
-      _decode_image,
+    f"imagenet{_size}",
+    _size,
+    TfdsSource(f"downsampled_imagenet/{_size}x{_size}:2.0.0", decoders={"image": tfds.decode.SkipDecoding()}),
+    _decode_image,
   )
   _add_image_tasks(
-      f"photos{_size}",
-      _size,
-      seqio.FunctionDataSource(photos.records, splits=tuple(photos.NUM_CROPS), num_input_examples=photos.NUM_CROPS),
-      _photo,
+    f"photos{_size}",
+    _size,
+    NumberSource(photos.NUM_CROPS),
+    _photo,
   )
 add(
-    "copy",
-    source=seqio.FunctionDataSource(
-        copy_records, splits=("train", "validation"), num_input_examples={"validation": NUM_COPY_VALIDATION}
-    ),
-    preprocessors=[_copies],
-    info=TaskInfo(unit="accuracy", modality="bytes"),
-    vocab_size=256 + NUM_SPECIAL,
+  "copy",
+  source=NumberSource({"train": None, "validation": NUM_COPY_VALIDATION}),
+  preprocessors=[_copies],
+  info=TaskInfo(unit="accuracy", modality="bytes"),
+  vocab_size=256 + NUM_SPECIAL,
 )

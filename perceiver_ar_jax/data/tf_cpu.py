@@ -8,7 +8,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read once, when TensorFlow loads: keeps its start-up notes out.
 
-import tensorflow as tf  # noqa: E402
+import tensorflow as tf
 
 tf.get_logger().setLevel("ERROR")
 for _kind in ("GPU", "TPU"):

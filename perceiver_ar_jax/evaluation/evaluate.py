@@ -5,23 +5,24 @@ more windows. Windows come from data/pipeline.py; this room turns logits into fi
 """
 
 import collections
-from collections.abc import Callable
 import json
 import math
+from collections.abc import Callable
 
-from etils import epath
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import pipeline, tasks
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
-from perceiver_ar_jax.training import checkpoint, loss, workdir as workdir_lib
+from perceiver_ar_jax.training import checkpoint, loss
 from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import workdir as workdir_lib
 
 
 def make_eval_step(config: Config):
@@ -34,14 +35,14 @@ def make_eval_step(config: Config):
   def eval_step(params, batch):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]
     logits_BxMxV = model.apply(
-        {"params": params}, batch["inputs"], batch["positions"], num_latents=targets_BxM.shape[1]
+      {"params": params}, batch["inputs"], batch["positions"], num_latents=targets_BxM.shape[1]
     )
     nats_BxM = loss.token_losses(logits_BxMxV, targets_BxM, z_loss=0.0, label_smoothing=0.0).cross_entropy
     return {
-        "nats": (nats_BxM * weights_BxM).sum(),
-        "correct": ((logits_BxMxV.argmax(axis=-1) == targets_BxM) * weights_BxM).sum(),
-        "tokens": weights_BxM.sum(),
-        "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
+      "nats": (nats_BxM * weights_BxM).sum(),
+      "correct": ((logits_BxMxV.argmax(axis=-1) == targets_BxM) * weights_BxM).sum(),
+      "tokens": weights_BxM.sum(),
+      "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
     }
 
   return eval_step
@@ -64,10 +65,10 @@ class Evaluator:
     config = self._config
     totals = collections.defaultdict(float)
     batches = pipeline.eval_batches(
-        config,
-        batch_size_per_host=config.eval.batch_size // jax.process_count(),
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+      config,
+      batch_size_per_host=config.eval.batch_size // jax.process_count(),
+      host_index=jax.process_index(),
+      host_count=jax.process_count(),
     )
     with jax.set_mesh(self._mesh):
       for batch in batches:
@@ -82,16 +83,16 @@ class Evaluator:
     frequencies = totals["histogram"][totals["histogram"] > 0] / totals["tokens"]
     num_latents = config.eval.num_latents or config.model.num_latents
     result = {
-        "task": config.data.task,
-        "split": config.eval.split,
-        "step": step,
-        "num_latents": num_latents,
-        "stride": config.eval.stride or num_latents,
-        "num_tokens": int(totals["tokens"]),
-        "nats_per_token": nats,
-        "bits_per_token": nats / math.log(2),
-        "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
-        "accuracy": float(totals["correct"] / totals["tokens"]),
+      "task": config.data.task,
+      "split": config.eval.split,
+      "step": step,
+      "num_latents": num_latents,
+      "stride": config.eval.stride or num_latents,
+      "num_tokens": int(totals["tokens"]),
+      "nats_per_token": nats,
+      "bits_per_token": nats / math.log(2),
+      "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
+      "accuracy": float(totals["correct"] / totals["tokens"]),
     }
     if tasks.get_info(config.data.task).unit == "bits_per_dim":
       result["bits_per_dim"] = result["bits_per_token"]  # a token is one sub-pixel
@@ -102,9 +103,9 @@ class Evaluator:
     """One line for people: the split's figures, and what they are to be compared with."""
     name = "bits/dim" if "bits_per_dim" in result else "bits/token"
     return (
-        f"{result['split']} at step {result['step']}: {result['bits_per_token']:.3f} {name}"
-        f" (entropy of its token histogram: {result['histogram_entropy_bits']:.3f}),"
-        f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens"
+      f"{result['split']} at step {result['step']}: {result['bits_per_token']:.3f} {name}"
+      f" (entropy of its token histogram: {result['histogram_entropy_bits']:.3f}),"
+      f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens"
     )
 
 

@@ -14,14 +14,14 @@ _ACTIVATIONS = {"sq_relu": "squared_relu", "gelu": "gelu"}
 _POSITIONS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
 # Options of the release that this model does not have, with the one value that means "off".
 _UNSUPPORTED = {
-    "num_latents_per_position": 1,
-    "initial_query_embed_style": "last_n_inputs",
-    "fraction_heads_to_rotate": 1.0,
+  "num_latents_per_position": 1,
+  "initial_query_embed_style": "last_n_inputs",
+  "fraction_heads_to_rotate": 1.0,
 }
 
 
 def convert(
-    haiku_params: Mapping[str, Mapping[str, np.ndarray]], model_kwargs: Mapping[str, Any]
+  haiku_params: Mapping[str, Mapping[str, np.ndarray]], model_kwargs: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict]:
   """(config, parameters) of an official model.
 
@@ -38,8 +38,8 @@ def convert(
   def get(path, name):
     try:
       return np.asarray(modules[path][name])
-    except KeyError:
-      raise InputError(f"The checkpoint has no parameter {path}/{name}, which these constructor arguments need.")
+    except KeyError as error:
+      raise InputError(f"The checkpoint lacks the parameter {path}/{name}, which these arguments need.") from error
 
   def dense(path):
     return {"kernel": get(path, "w"), "bias": get(path, "b")}
@@ -57,27 +57,27 @@ def convert(
   def cross_attend(index):
     path = _numbered("cross_attention", index)
     return {
-        "norm_query": norm(f"{path}/layer_norm"),
-        "norm_inputs": norm(f"{path}/layer_norm_1"),
-        "norm_mlp": norm(f"{path}/layer_norm_2"),
-        "attention": attention(path),
-        "mlp": mlp(path),
+      "norm_query": norm(f"{path}/layer_norm"),
+      "norm_inputs": norm(f"{path}/layer_norm_1"),
+      "norm_mlp": norm(f"{path}/layer_norm_2"),
+      "attention": attention(path),
+      "mlp": mlp(path),
     }
 
   def layer(index):
     path = _numbered("self_attention", index)
     return {
-        "norm_attention": norm(f"{path}/layer_norm"),
-        "norm_mlp": norm(f"{path}/layer_norm_1"),
-        "attention": attention(path),
-        "mlp": mlp(path),
+      "norm_attention": norm(f"{path}/layer_norm"),
+      "norm_mlp": norm(f"{path}/layer_norm_1"),
+      "attention": attention(path),
+      "mlp": mlp(path),
     }
 
   params = {
-      "embed": get("embed", "embeddings"),
-      "to_latents": dense("linear"),
-      "final_norm": norm("layer_norm"),
-      "logits": dense("logits"),
+    "embed": get("embed", "embeddings"),
+    "to_latents": dense("linear"),
+    "final_norm": norm("layer_norm"),
+    "logits": dense("logits"),
   }
   if config.position_encoding == "learned":
     for dimension in range(len(config.position_sizes)):
@@ -109,28 +109,28 @@ def _config(kwargs: Mapping[str, Any]) -> ModelConfig:
       raise InputError(f"The official option {name}={kwargs[name]!r} is not supported; only {off!r} can be converted.")
   if kwargs["cross_attend_widening_factor"] != kwargs["transformer_widening_factor"]:
     raise InputError(
-        "cross_attend_widening_factor and transformer_widening_factor differ"
-        f" ({kwargs['cross_attend_widening_factor']} and {kwargs['transformer_widening_factor']}); only equal ones can"
-        " be converted."
+      "cross_attend_widening_factor and transformer_widening_factor differ"
+      f" ({kwargs['cross_attend_widening_factor']} and {kwargs['transformer_widening_factor']}); only equal ones can"
+      " be converted."
     )
   rotary = kwargs["position_encoding_type"] == "rotary"
   return ModelConfig(
-      vocab_size=kwargs["num_classes"],
-      max_context=kwargs["max_context_length"],
-      num_latents=kwargs["z_index_dim"],
-      num_layers=kwargs["num_transformers_per_block"],
-      latent_width=kwargs["num_z_channels"],
-      embed_width=kwargs["input_embed_dim"],
-      num_cross_heads=kwargs["num_cross_attend_heads"],
-      num_self_heads=kwargs["num_transformer_heads"],
-      mlp_widening=kwargs["transformer_widening_factor"],
-      activation=_ACTIVATIONS[kwargs["activation_name"]],
-      position_encoding="rotary" if rotary else _POSITIONS[kwargs["position_encoding"]],
-      position_sizes=()
-      if rotary
-      else tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"]),
-      rotary_fraction=kwargs.get("fraction_to_rotate", 0.5),
-      rotary_max_wavelength=kwargs.get("max_wavelength"),
-      cross_attend_after=tuple(kwargs.get("additional_cross_attend_after_layers", ())),
-      dropout=kwargs["dropout_prob"],
+    vocab_size=kwargs["num_classes"],
+    max_context=kwargs["max_context_length"],
+    num_latents=kwargs["z_index_dim"],
+    num_layers=kwargs["num_transformers_per_block"],
+    latent_width=kwargs["num_z_channels"],
+    embed_width=kwargs["input_embed_dim"],
+    num_cross_heads=kwargs["num_cross_attend_heads"],
+    num_self_heads=kwargs["num_transformer_heads"],
+    mlp_widening=kwargs["transformer_widening_factor"],
+    activation=_ACTIVATIONS[kwargs["activation_name"]],
+    position_encoding="rotary" if rotary else _POSITIONS[kwargs["position_encoding"]],
+    position_sizes=()
+    if rotary
+    else tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"]),
+    rotary_fraction=kwargs.get("fraction_to_rotate", 0.5),
+    rotary_max_wavelength=kwargs.get("max_wavelength"),
+    cross_attend_after=tuple(kwargs.get("additional_cross_attend_after_layers", ())),
+    dropout=kwargs["dropout_prob"],
   )

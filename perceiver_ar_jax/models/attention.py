@@ -6,9 +6,9 @@ so causality is a static offset (design: sequences are right-aligned). Shape let
 
 import functools
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.models import positions as positions_lib
@@ -18,8 +18,8 @@ _MASKED = -1e30  # finite: a row with every key masked gives a uniform softmax, 
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 ACTIVATION_FNS = {
-    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+  "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+  "gelu": functools.partial(jax.nn.gelu, approximate=True),
 }
 
 
@@ -37,25 +37,25 @@ def causal_attention(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL):
 def dense(config: ModelConfig, features: int, name: str, axes: tuple[str, str], init=kernel_init, **kwargs) -> nn.Dense:
   """A Dense with bias, its kernel [in, out] carrying the logical `axes`; computes in `config.dtype`."""
   return nn.Dense(
-      features,
-      name=name,
-      dtype=config.dtype,
-      param_dtype=jnp.float32,
-      kernel_init=nn.with_logical_partitioning(init, axes),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
-      **kwargs,
+    features,
+    name=name,
+    dtype=config.dtype,
+    param_dtype=jnp.float32,
+    kernel_init=nn.with_logical_partitioning(init, axes),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+    **kwargs,
   )
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
   """LayerNorm with scale and offset over the last axis, in float32; the Dense after it casts."""
   return nn.LayerNorm(
-      epsilon=1e-5,
-      name=name,
-      dtype=jnp.float32,
-      use_fast_variance=False,
-      scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
+    epsilon=1e-5,
+    name=name,
+    dtype=jnp.float32,
+    use_fast_variance=False,
+    scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
   )
 
 
@@ -78,9 +78,9 @@ class Attention(nn.Module):
     v_BxLxHxK = heads(inputs_BxLxE, "value")
     if positions_BxL is not None:
       turn = functools.partial(
-          positions_lib.rotate,
-          fraction=config.rotary_fraction,
-          max_wavelength=config.rotary_max_wavelength or config.max_context,
+        positions_lib.rotate,
+        fraction=config.rotary_fraction,
+        max_wavelength=config.rotary_max_wavelength or config.max_context,
       )
       q_BxMxHxK = turn(q_BxMxHxK, positions_BxL[:, -query_BxMxD.shape[1] :])
       k_BxLxHxK = turn(k_BxLxHxK, positions_BxL)
@@ -115,7 +115,7 @@ class CrossAttend(nn.Module):
     query_BxMxD = layer_norm("norm_query")(latents_BxMxD)
     inputs_BxLxE = layer_norm("norm_inputs")(inputs_BxLxE)
     attended_BxMxD = Attention(config, config.num_cross_heads, name="attention")(
-        query_BxMxD, inputs_BxLxE, positions_BxL, valid_BxL
+      query_BxMxD, inputs_BxLxE, positions_BxL, valid_BxL
     )
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
     hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))
@@ -134,7 +134,7 @@ class SelfAttentionLayer(nn.Module):
     dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
     normed_BxMxD = layer_norm("norm_attention")(latents_BxMxD)
     attended_BxMxD = Attention(config, config.num_self_heads, name="attention")(
-        normed_BxMxD, normed_BxMxD, positions_BxM, valid_BxM
+      normed_BxMxD, normed_BxMxD, positions_BxM, valid_BxM
     )
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
     hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))

@@ -7,9 +7,9 @@ of that shape.
 
 import functools
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.models import attention
@@ -18,8 +18,8 @@ from perceiver_ar_jax.models import positions as positions_lib
 _table_init = nn.with_logical_partitioning(nn.initializers.truncated_normal(1.0), ("vocab", "width"))
 
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -57,19 +57,19 @@ class PerceiverAR(nn.Module):
     rotary_BxM = None if rotary_BxL is None else rotary_BxL[:, -num_latents:]
     valid_BxL = tokens_BxL > 0
     latents_BxMxD = attention.dense(config, config.latent_width, "to_latents", ("width", "latent"))(
-        inputs_BxLxE[:, -num_latents:]
+      inputs_BxLxE[:, -num_latents:]
     )
 
     cross_attend = _remat(attention.CrossAttend, config)
     latents_BxMxD = cross_attend(config, deterministic, name="cross_attend")(
-        latents_BxMxD, inputs_BxLxE, rotary_BxL, valid_BxL
+      latents_BxMxD, inputs_BxLxE, rotary_BxL, valid_BxL
     )
     done = 0
     for repeat, end in enumerate(_segments(config)):
       suffix = f"_{repeat}" if repeat else ""
       if repeat:
         latents_BxMxD = cross_attend(config, deterministic, name="cross_attend" + suffix)(
-            latents_BxMxD, inputs_BxLxE, rotary_BxL, valid_BxL
+          latents_BxMxD, inputs_BxLxE, rotary_BxL, valid_BxL
         )
       if end > done:
         layers = _scan_layers(config, deterministic, end - done, name="layers" + suffix)
@@ -78,12 +78,12 @@ class PerceiverAR(nn.Module):
 
     latents_BxMxD = attention.layer_norm("final_norm")(latents_BxMxD)
     logits = attention.dense(
-        config,
-        config.vocab_size,
-        "logits",
-        ("width", "vocab"),
-        init=nn.initializers.zeros_init(),
-        dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+      config,
+      config.vocab_size,
+      "logits",
+      ("width", "vocab"),
+      init=nn.initializers.zeros_init(),
+      dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
     )
     return logits(latents_BxMxD).astype(jnp.float32)
 
@@ -97,8 +97,8 @@ class PerceiverAR(nn.Module):
       return x_BxLxE
     if positions_BxLxP.shape[-1] != len(config.position_sizes):
       raise ValueError(
-          f"positions have {positions_BxLxP.shape[-1]} dimensions, model.position_sizes has"
-          f" {len(config.position_sizes)}: {config.position_sizes}."
+        f"positions have {positions_BxLxP.shape[-1]} dimensions, model.position_sizes has"
+        f" {len(config.position_sizes)}: {config.position_sizes}."
       )
     for dimension, size in enumerate(config.position_sizes):
       if config.position_encoding == "learned":
@@ -124,11 +124,11 @@ def _remat(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
 def _scan_layers(config: ModelConfig, deterministic: bool, length: int, name: str) -> nn.Module:
   """`length` self-attention layers traced and compiled once; their weights are stacked on axis 0."""
   scanned = nn.scan(
-      _remat(attention.SelfAttentionLayer, config),
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=nn.broadcast,
-      length=length,
-      metadata_params={nn.PARTITION_NAME: "layers"},
+    _remat(attention.SelfAttentionLayer, config),
+    variable_axes={"params": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=nn.broadcast,
+    length=length,
+    metadata_params={nn.PARTITION_NAME: "layers"},
   )
   return scanned(config, deterministic, name=name)

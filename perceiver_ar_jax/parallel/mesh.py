@@ -24,8 +24,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   shape = dict(zip(AXES, sizes))
   if -1 in sizes or math.prod(sizes) != len(devices):
     raise InputError(
-        f"The mesh {shape} needs a number of devices that its sizes multiply to, but there are {len(devices)}:"
-        " change --config.mesh.data, fsdp, tensor or context (one of them may be -1, for the rest)."
+      f"The mesh {shape} needs a number of devices that its sizes multiply to, but there are {len(devices)}:"
+      " change --config.mesh.data, fsdp, tensor or context (one of them may be -1, for the rest)."
     )
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -35,7 +35,7 @@ def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:
   parts = math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count())
   if batch_size % parts:
     raise InputError(
-        f"{field}={batch_size} does not divide over the {parts} parts into which this mesh"
-        f" ({', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}) splits a batch: make it a multiple of"
-        f" {parts}, or give the mesh fewer data and fsdp devices."
+      f"{field}={batch_size} does not divide over the {parts} parts into which this mesh"
+      f" ({', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}) splits a batch: make it a multiple of"
+      f" {parts}, or give the mesh fewer data and fsdp devices."
     )

@@ -5,20 +5,20 @@ spread over. A dimension that its mesh axes do not divide is left whole, so that
 259) work on every mesh.
 """
 
-from flax import linen as nn
 import jax
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # logical axis -> mesh axes. "batch" rows are split over data and fsdp alike; fsdp also splits weights (ZeRO-3).
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "width": ("fsdp",),
-    "latent": (),
-    "heads": ("tensor",),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
-    "norm": (),
-    "layers": (),
+  "batch": ("data", "fsdp"),
+  "width": ("fsdp",),
+  "latent": (),
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  "vocab": ("tensor",),
+  "norm": (),
+  "layers": (),
 }
 
 

@@ -9,10 +9,10 @@ import dataclasses
 import sys
 from typing import Protocol
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.training.state import TrainState
@@ -56,25 +56,25 @@ class Checkpointer:
     self._read_only = read_only
     policies = ocp.checkpoint_managers
     best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics["nats_per_token"],
-        reverse=True,
-        n=1,
-        keep_checkpoints_without_metrics=False,
+      get_metric_fn=lambda metrics: metrics["nats_per_token"],
+      reverse=True,
+      n=1,
+      keep_checkpoints_without_metrics=False,
     )
     self._manager = ocp.CheckpointManager(
-        self._directory,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        ),
-        item_handlers={
-            "params": ocp.StandardCheckpointHandler(),
-            "optimizer": ocp.StandardCheckpointHandler(),
-            "fingerprint": ocp.JsonCheckpointHandler(),
-            "data": DataHandler(),
-        },
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        create=not read_only,
+      ),
+      item_handlers={
+        "params": ocp.StandardCheckpointHandler(),
+        "optimizer": ocp.StandardCheckpointHandler(),
+        "fingerprint": ocp.JsonCheckpointHandler(),
+        "data": DataHandler(),
+      },
     )
 
   def __enter__(self) -> "Checkpointer":
@@ -92,16 +92,16 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     self._manager.save(
-        step,
-        metrics=metrics,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            fingerprint=ocp.args.JsonSave(
-                _fingerprint("params", state.params) | _fingerprint("optimizer", state.opt_state)
-            ),
-            data=DataSave(data),
+      step,
+      metrics=metrics,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+        fingerprint=ocp.args.JsonSave(
+          _fingerprint("params", state.params) | _fingerprint("optimizer", state.opt_state)
         ),
+        data=DataSave(data),
+      ),
     )
 
   def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:
@@ -114,9 +114,9 @@ class Checkpointer:
       InputError: every checkpoint is damaged, or `data` does not fit the saved position.
     """
     items = {
-        "params": ocp.args.StandardRestore(abstract.params),
-        "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
-        "data": DataRestore(data),
+      "params": ocp.args.StandardRestore(abstract.params),
+      "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+      "data": DataRestore(data),
     }
     restored = self._restore_newest(items)
     if restored is None:
@@ -131,7 +131,7 @@ class Checkpointer:
 
   def _restore_newest(self, items: dict[str, ocp.args.CheckpointArgs]):
     """(step, {item: value}) of the newest checkpoint that is whole, or None where there is none at all."""
-    steps = sorted(self._manager.all_steps(read=True), reverse=True) if self._directory.exists() else []
+    steps = sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []
     for step in steps:
       try:
         return step, self._restore_step(step, items)
@@ -143,8 +143,8 @@ class Checkpointer:
         self._set_aside(step)
     if steps:
       raise InputError(
-          f"None of the checkpoints {sorted(steps)} in {self._directory} can be read. Put back a good copy, or start anew"
-          " with another --workdir."
+        f"None of the checkpoints {sorted(steps)} in {self._directory} can be read. Put back a good copy, or start anew"
+        " with another --workdir."
       )
     return None
 

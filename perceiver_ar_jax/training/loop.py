@@ -4,17 +4,17 @@ The same command starts a run and goes on with it. What makes resuming exact: ba
 updates are functions of the seed, the data position and the step, and these are saved together.
 """
 
-from collections.abc import Callable
 import math
 import signal
 import time
+from collections.abc import Callable
 from typing import Protocol
 
+import jax
+import psutil
 from clu import parameter_overview
 from etils import epath
-import jax
 from jax.sharding import Mesh
-import psutil
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import pipeline, tasks
@@ -68,13 +68,13 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
     else:
       _say(f"Going on from the checkpoint of step {int(state.step)}.")
     with (
-        _Signals() as signals,
-        metrics_log.MetricsLog(
-            workdir,
-            first_step=int(state.step),
-            total_steps=config.train.steps,
-            bits_name="bits/dim" if tasks.get_info(config.data.task).unit == "bits_per_dim" else "bits/token",
-        ) as log,
+      _Signals() as signals,
+      metrics_log.MetricsLog(
+        workdir,
+        first_step=int(state.step),
+        total_steps=config.train.steps,
+        bits_name="bits/dim" if tasks.get_info(config.data.task).unit == "bits_per_dim" else "bits/token",
+      ) as log,
     ):
       run = _Run(config, workdir, mesh, train_step, evaluator, checkpointer, signals, log)
       state, result = run(state, data)
@@ -83,8 +83,8 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
     return 128 + signals.received
   result = result or evaluator(state.params, int(state.step), lambda: False)
   _say(
-      f"Done. {evaluator.describe(result)}\nCurves: tensorboard --logdir={workdir}   Figures: {workdir}/metrics.jsonl  "
-      " Score again: the same command with --mode=eval"
+    f"Done. {evaluator.describe(result)}\nCurves: tensorboard --logdir={workdir}   Figures: {workdir}/metrics.jsonl  "
+    " Score again: the same command with --mode=eval"
   )
   return 0
 
@@ -137,16 +137,16 @@ class _Run:
     seconds, self._last_report = now - self._last_report, now
     if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
       raise InputError(
-          f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so training stopped."
-          " The checkpoints before it are kept as they are. A lower --config.train.optimizer.learning_rate, a longer"
-          " warmup_steps or float32 usually helps; the same command goes on from the last checkpoint."
+        f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so training stopped."
+        " The checkpoints before it are kept as they are. A lower --config.train.optimizer.learning_rate, a longer"
+        " warmup_steps or float32 usually helps; the same command goes on from the last checkpoint."
       )
     tokens_per_second = values["num_tokens"] / seconds
     self._log.progress(values["loss"], tokens_per_second)
     if step % self._config.train.log_every == 0:
       rate = float(self._schedule(step - 1))
       self._log.write(
-          step, {"seconds": seconds, **values, "learning_rate": rate, "tokens_per_second": tokens_per_second}
+        step, {"seconds": seconds, **values, "learning_rate": rate, "tokens_per_second": tokens_per_second}
       )
 
   def _evaluate(self, params, step: int) -> dict | None:
@@ -210,8 +210,8 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
   """
   rows = sharding.batch_sharding(mesh)
   batch = {
-      name: jax.ShapeDtypeStruct((spec.shape[0] * jax.process_count(), *spec.shape[1:]), spec.dtype, sharding=rows)
-      for name, spec in batch_spec.items()
+    name: jax.ShapeDtypeStruct((spec.shape[0] * jax.process_count(), *spec.shape[1:]), spec.dtype, sharding=rows)
+    for name, spec in batch_spec.items()
   }
   start = time.monotonic()
   compiled = jax.jit(train_step, donate_argnums=0).lower(abstract, batch, jax.random.key(0)).compile()
@@ -220,15 +220,15 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
   needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
   available = _memory_per_device()
   _say(
-      f"Compiled the train step in {time.monotonic() - start:.1f} s. Each of {mesh.size} devices holds"
-      f" {memory.argument_size_in_bytes / _GIB:.2f} GiB of weights, optimizer state and batch, and works in"
-      f" {memory.temp_size_in_bytes / _GIB:.2f} GiB; it has {available / _GIB:.1f} GiB."
+    f"Compiled the train step in {time.monotonic() - start:.1f} s. Each of {mesh.size} devices holds"
+    f" {memory.argument_size_in_bytes / _GIB:.2f} GiB of weights, optimizer state and batch, and works in"
+    f" {memory.temp_size_in_bytes / _GIB:.2f} GiB; it has {available / _GIB:.1f} GiB."
   )
   if needed > available:
     raise InputError(
-        f"The train step needs {needed / _GIB:.1f} GiB on each device, and each has {available / _GIB:.1f} GiB. Lower"
-        " train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations), spread"
-        " weights with mesh.fsdp, or make the model smaller (latent_width, num_layers, num_latents)."
+      f"The train step needs {needed / _GIB:.1f} GiB on each device, and each has {available / _GIB:.1f} GiB. Lower"
+      " train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations), spread"
+      " weights with mesh.fsdp, or make the model smaller (latent_width, num_layers, num_latents)."
     )
   return compiled
 

@@ -4,9 +4,9 @@ import json
 import math
 import sys
 
+import tqdm
 from clu import metric_writers
 from etils import epath
-import tqdm
 
 
 class MetricsLog:
@@ -30,19 +30,19 @@ class MetricsLog:
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
     self._bits_name = bits_name
     self._bar = tqdm.tqdm(
-        total=total_steps,
-        initial=first_step,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 5.0,
-        smoothing=0.05,
+      total=total_steps,
+      initial=first_step,
+      unit="step",
+      dynamic_ncols=True,
+      mininterval=0.5 if sys.stderr.isatty() else 5.0,
+      smoothing=0.05,
     )
 
   def progress(self, loss: float, tokens_per_second: float) -> None:
     """One step further on the progress bar."""
     bits = loss / math.log(2)
     self._bar.set_postfix_str(
-        f"loss {loss:.4f}, {bits:.3f} {self._bits_name}, {tokens_per_second:,.0f} tokens/s", refresh=False
+      f"loss {loss:.4f}, {bits:.3f} {self._bits_name}, {tokens_per_second:,.0f} tokens/s", refresh=False
     )
     self._bar.update()
 

@@ -88,19 +88,19 @@ def _trust_ratio_per_layer() -> optax.GradientTransformation:
 
 
 _SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
-    "constant": _constant,
-    "cosine": _cosine,
-    "steps": _steps,
-    "t5": _t5,
+  "constant": _constant,
+  "cosine": _cosine,
+  "steps": _steps,
+  "t5": _t5,
 }
 
 _RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
-    "adam": _adam,
-    "adamw": lambda config: optax.chain(_adam(config), _decay(config)),
-    "adafactor": lambda config: optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-    ),
-    "lamb": lambda config: optax.chain(_adam(config), _decay(config), _trust_ratio_per_layer()),
-    "sgd": lambda config: optax.trace(decay=config.b1, nesterov=True),
-    "sm3": lambda config: optax.scale_by_sm3(b1=config.b1),
+  "adam": _adam,
+  "adamw": lambda config: optax.chain(_adam(config), _decay(config)),
+  "adafactor": lambda config: optax.chain(
+    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+  ),
+  "lamb": lambda config: optax.chain(_adam(config), _decay(config), _trust_ratio_per_layer()),
+  "sgd": lambda config: optax.trace(decay=config.b1, nesterov=True),
+  "sm3": lambda config: optax.scale_by_sm3(b1=config.b1),
 }

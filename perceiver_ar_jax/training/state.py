@@ -1,11 +1,11 @@
 """The training state and its sharded initialisation."""
 
-from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, ModelConfig
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
@@ -59,7 +59,7 @@ def _init_params(model: ModelConfig, key: jax.Array) -> dict:
 
 def _with_shardings(boxed, mesh: Mesh):
   return jax.tree.map(
-      lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-      nn.meta.unbox(boxed),
-      sharding.shardings(boxed, mesh),
+    lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+    nn.meta.unbox(boxed),
+    sharding.shardings(boxed, mesh),
   )

@@ -17,7 +17,7 @@ Batch = dict[str, jax.Array]
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation
+  config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
   """The update for `config`; jit it with the state donated.
 
@@ -29,23 +29,23 @@ def make_train_step(
 
   def sum_of_losses(params, batch: Batch, key: jax.Array):
     logits_BxMxV = model.apply(
-        {"params": params},
-        batch["inputs"],
-        batch["positions"],
-        num_latents=batch["targets"].shape[1],
-        deterministic=deterministic,
-        rngs=None if deterministic else {"dropout": key},
+      {"params": params},
+      batch["inputs"],
+      batch["positions"],
+      num_latents=batch["targets"].shape[1],
+      deterministic=deterministic,
+      rngs=None if deterministic else {"dropout": key},
     )
     parts = loss_lib.token_losses(
-        logits_BxMxV, batch["targets"], z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing
+      logits_BxMxV, batch["targets"], z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing
     )
     weights_BxM = batch["weights"]
     correct_BxM = logits_BxMxV.argmax(axis=-1) == batch["targets"]
     sums = {
-        "loss": (parts.cross_entropy * weights_BxM).sum(),
-        "z_loss": (parts.z_loss * weights_BxM).sum(),
-        "accuracy": (correct_BxM * weights_BxM).sum(),
-        "num_tokens": weights_BxM.sum(),
+      "loss": (parts.cross_entropy * weights_BxM).sum(),
+      "z_loss": (parts.z_loss * weights_BxM).sum(),
+      "accuracy": (correct_BxM * weights_BxM).sum(),
+      "num_tokens": weights_BxM.sum(),
     }
     return sums["loss"] + sums["z_loss"], sums
 

@@ -11,19 +11,29 @@ from perceiver_ar_jax.config import Config, InputError
 
 # A run may go on with other values of these; anything else would make it another experiment.
 RESUMABLE = (
-    "train.steps",
-    "train.microbatches",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.profile_at",
-    "eval.",
-    "mesh.",
-    "data.data_dir",
-    "model.remat",
+  "train.steps",
+  "train.microbatches",
+  "train.log_every",
+  "train.checkpoint_every",
+  "train.keep_checkpoints",
+  "train.profile_at",
+  "eval.",
+  "mesh.",
+  "data.data_dir",
+  "model.remat",
 )
 # Trained weights keep their meaning under other values of these, and of all that is not the model's.
-SAME_WEIGHTS = ("model.num_latents", "model.dropout", "model.remat", "model.dtype", "data.", "train.", "eval.", "mesh.", "seed")
+SAME_WEIGHTS = (
+  "model.num_latents",
+  "model.dropout",
+  "model.remat",
+  "model.dtype",
+  "data.",
+  "train.",
+  "eval.",
+  "mesh.",
+  "seed",
+)
 
 
 def prepare(config: Config, workdir: epath.Path) -> None:
@@ -40,14 +50,14 @@ def prepare(config: Config, workdir: epath.Path) -> None:
     probe.unlink()
   except OSError as error:
     raise InputError(
-        f"--workdir={workdir} cannot be written ({error.strerror or error}): give a folder that you may write to."
+      f"--workdir={workdir} cannot be written ({error.strerror or error}): give a folder that you may write to."
     ) from error
   if path.exists() and (workdir / "checkpoints").exists():
     changed = _differences(config, load_config(workdir), ignored=RESUMABLE)
     if changed:
       raise InputError(
-          f"--workdir={workdir} holds the checkpoints of another config: {'; '.join(changed)}. Give another --workdir, or"
-          " go on with the settings in its config.json."
+        f"--workdir={workdir} holds the checkpoints of another config: {'; '.join(changed)}. Give another --workdir, or"
+        " go on with the settings in its config.json."
       )
   temporary = path.with_suffix(".tmp")
   temporary.write_text(config.to_json())
@@ -58,7 +68,9 @@ def check_model(config: Config, workdir: epath.Path) -> None:
   """Raises InputError unless `workdir` was trained with a model whose weights mean the same in `config`."""
   changed = _differences(config, load_config(workdir), ignored=SAME_WEIGHTS)
   if changed:
-    raise InputError(f"--workdir={workdir} holds another model: {'; '.join(changed)}. Use the config it was trained with.")
+    raise InputError(
+      f"--workdir={workdir} holds another model: {'; '.join(changed)}. Use the config it was trained with."
+    )
 
 
 def load_config(workdir: epath.Path) -> Config:
@@ -75,9 +87,9 @@ def load_config(workdir: epath.Path) -> Config:
 def _differences(config: Config, saved: Config, ignored: tuple[str, ...]) -> list[str]:
   new, old = dict(_flatten(dataclasses.asdict(config))), dict(_flatten(dataclasses.asdict(saved)))
   return [
-      f"{name} is {old[name]!r} there and {new[name]!r} here"
-      for name in new
-      if new[name] != old[name] and not name.startswith(ignored)
+    f"{name} is {old[name]!r} there and {new[name]!r} here"
+    for name in new
+    if new[name] != old[name] and not name.startswith(ignored)
   ]
 
 

@@ -1,0 +1,15 @@
+"""Photographs of 64x64 pixels, embedded in installed packages: configs/photos32.py with four times the context.
+
+Reproduces nothing published: 12,288 sub-pixels, as many as the paper's ImageNet model reads, on a laptop with patience.
+"""
+
+from configs import photos32
+
+
+def get_config():
+  config = photos32.get_config()
+  config.model.update(max_context=12_288, position_sizes=(66, 66, 5))
+  config.data.task = "photos64"
+  config.train.update(steps=2000, batch_size=4)
+  config.eval.update(batch_size=4, every=500)
+  return config

@@ -1,0 +1,176 @@
+"""Runs that stop, die and find damaged files go on as if nothing had happened."""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.training import loop
+from tests import tiny
+
+
+class _Killer:
+  """An evaluator that sends this process a signal when it is called."""
+
+  def __init__(self, number: int):
+    self.number = number
+
+  def __call__(self, params, step, should_stop):
+    os.kill(os.getpid(), self.number)
+    time.sleep(0.1)
+    assert should_stop()
+
+  def describe(self, result):
+    raise AssertionError("there is no result")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  """A finished run of 12 steps."""
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  assert loop.train(tiny.config(), workdir, evaluate.Evaluator) == 0
+  return workdir
+
+
+@pytest.fixture
+def finished(uninterrupted, tmp_path):
+  """A copy of that run, to be damaged."""
+  return pathlib.Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+
+
+def test_a_run_logs_every_step_and_its_settings(uninterrupted):
+  losses = tiny.losses(uninterrupted)
+  assert sorted(losses) == list(range(1, 13))
+  assert len(set(losses.values())) >= 11, "only the first update, at rate 0, changes nothing"
+  assert (uninterrupted / "config.json").read_text() == tiny.config().to_json()
+  assert list(uninterrupted.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_the_run_goes_on_exactly(number, uninterrupted, tmp_path):
+  config = tiny.config(eval__every=4)
+  assert loop.train(config, tmp_path, lambda config, mesh: _Killer(number)) == 128 + number
+  assert 4 <= max(tiny.losses(tmp_path)) <= 5
+  assert loop.train(tiny.config(), tmp_path, evaluate.Evaluator) == 0
+  assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)
+
+
+def test_other_seeds_give_other_losses(uninterrupted, tmp_path):
+  loop.train(tiny.config(seed=1, train__steps=3), tmp_path, evaluate.Evaluator)
+  assert tiny.losses(tmp_path)[2] != tiny.losses(uninterrupted)[2]
+
+
+def _largest(directory: pathlib.Path) -> pathlib.Path:
+  return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def _flip_a_byte(step: pathlib.Path):
+  path = _largest(step / "params")
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0xFF
+  path.write_bytes(content)
+
+
+def _truncate_optimizer(step: pathlib.Path):
+  path = _largest(step / "optimizer")
+  path.write_bytes(path.read_bytes()[:100])
+
+
+def _lose_weights(step: pathlib.Path):
+  shutil.rmtree(step / "params")
+
+
+def _garble_data_position(step: pathlib.Path):
+  for path in (step / "data").iterdir():
+    path.write_bytes(b"not a checkpoint")
+
+
+@pytest.mark.parametrize("damage", [_flip_a_byte, _truncate_optimizer, _lose_weights, _garble_data_position])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, finished, uninterrupted, capfd):
+  damage(finished / "checkpoints" / "12")
+  assert loop.train(tiny.config(), finished, evaluate.Evaluator) == 0
+  captured = capfd.readouterr()
+  assert "checkpoint of step 12" in captured.err and "damaged" in captured.err
+  assert "Going on from the checkpoint of step 9" in captured.out
+  assert (finished / "damaged" / "12").is_dir()
+  assert tiny.losses(finished) == tiny.losses(uninterrupted)
+
+
+def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(finished):
+  for step in (finished / "checkpoints").iterdir():
+    _flip_a_byte(step)
+  with pytest.raises(InputError, match="None of the checkpoints"):
+    loop.train(tiny.config(), finished, evaluate.Evaluator)
+  assert len(list((finished / "damaged").iterdir())) == 3
+
+
+def test_a_longer_run_continues_a_finished_one(finished):
+  assert loop.train(tiny.config(train__steps=14), finished, evaluate.Evaluator) == 0
+  assert sorted(tiny.losses(finished)) == list(range(1, 15))
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
+  class Scores:
+    """Evaluations that get worse."""
+
+    def __call__(self, params, step, should_stop):
+      return {"nats_per_token": float(step)}
+
+    def describe(self, result):
+      return str(result)
+
+  config = tiny.config(eval__every=2, train__checkpoint_every=1, train__keep_checkpoints=2)
+  assert loop.train(config, tmp_path, lambda config, mesh: Scores()) == 0
+  assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "11", "12"}
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+  config = tiny.config(train__optimizer__learning_rate=1e30, train__optimizer__clip_norm=0.0)
+  with pytest.raises(InputError, match="At step 4 the loss is|At step [3-6] the loss is (nan|inf)"):
+    loop.train(config, tmp_path, evaluate.Evaluator)
+  assert all(int(path.name) <= 3 for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_profile_is_written_on_request(tmp_path):
+  assert loop.train(tiny.config(train__profile_at=2, train__steps=6), tmp_path, evaluate.Evaluator) == 0
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_killed_at_random_moments_the_run_ends_with_the_same_losses(uninterrupted, tmp_path):
+  """kill -9, checkpoint writes included: with a checkpoint every step, the process is nearly always writing one."""
+  rng, overrides = random.Random(0), {"train__checkpoint_every": 1}
+  kills = 0
+  for _ in range(12):
+    process = subprocess.Popen(
+      tiny.command(tmp_path, **overrides),
+      cwd=tiny.ROOT,
+      env=tiny.environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    before = _num_logged(tmp_path)
+    while process.poll() is None and _num_logged(tmp_path) < min(before + 3, 12):
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    if process.poll() is None:
+      process.kill()
+      kills += 1
+    if process.wait() == 0:
+      break
+  assert kills >= 2, "the process was to be killed at least twice"
+  if process.returncode:
+    finish = tiny.run(tmp_path, **overrides)
+    assert finish.returncode == 0, finish.stderr
+  assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)
+
+
+def _num_logged(workdir: pathlib.Path) -> int:
+  path = workdir / "metrics.jsonl"
+  return path.read_text().count("\n") if path.exists() else 0
