@@ -25,7 +25,9 @@ setuptools.setup(
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=10.1",
     "psutil>=5.9",
-    "scikit-image>=0.24,<0.27",  # its photographs: data/photos.py
+    # Two packages for the photographs in them (data/photos.py), which train without a download.
+    "scikit-image>=0.24,<0.27",
+    "scikit-learn>=1.5,<2",
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.19,<3",
     "tensorflow>=2.20,<3",

@@ -63,8 +63,8 @@ def test_signals_save_and_the_run_goes_on_exactly(number, uninterrupted, tmp_pat
 
 
 def test_other_seeds_give_other_losses(uninterrupted, tmp_path):
-  loop.train(tiny.config(seed=1, train__steps=3), tmp_path, evaluate.Evaluator)
-  assert tiny.losses(tmp_path)[2] != tiny.losses(uninterrupted)[2]
+  loop.train(tiny.config(seed=1), tmp_path, evaluate.Evaluator)
+  assert tiny.losses(tmp_path)[12] != tiny.losses(uninterrupted)[12]
 
 
 def _largest(directory: pathlib.Path) -> pathlib.Path:
@@ -133,9 +133,9 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   config = tiny.config(train__optimizer__learning_rate=1e30, train__optimizer__clip_norm=0.0)
-  with pytest.raises(InputError, match="At step 4 the loss is|At step [3-6] the loss is (nan|inf)"):
+  with pytest.raises(InputError, match="At step [34] the loss is .* so training stopped"):
     loop.train(config, tmp_path, evaluate.Evaluator)
-  assert all(int(path.name) <= 3 for path in (tmp_path / "checkpoints").iterdir())
+  assert all(int(path.name) < 3 for path in (tmp_path / "checkpoints").iterdir())
 
 
 def test_a_profile_is_written_on_request(tmp_path):

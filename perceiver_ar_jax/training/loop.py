@@ -14,7 +14,7 @@ import jax
 import psutil
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import pipeline, tasks
@@ -138,8 +138,8 @@ class _Run:
     if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
       raise InputError(
         f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so training stopped."
-        " The checkpoints before it are kept as they are. A lower --config.train.optimizer.learning_rate, a longer"
-        " warmup_steps or float32 usually helps; the same command goes on from the last checkpoint."
+        " The checkpoints before it are kept as they are: go on from the newest with a lower"
+        " --config.train.optimizer.learning_rate or clip_norm (or begin anew with a longer warm-up, or in float32)."
       )
     tokens_per_second = values["num_tokens"] / seconds
     self._log.progress(values["loss"], tokens_per_second)
@@ -213,8 +213,10 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
     name: jax.ShapeDtypeStruct((spec.shape[0] * jax.process_count(), *spec.shape[1:]), spec.dtype, sharding=rows)
     for name, spec in batch_spec.items()
   }
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   start = time.monotonic()
-  compiled = jax.jit(train_step, donate_argnums=0).lower(abstract, batch, jax.random.key(0)).compile()
+  update = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, PartitionSpec())))
+  compiled = update.lower(abstract, batch, jax.random.key(0)).compile()
   memory = compiled.memory_analysis()
   new_outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
   needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs

@@ -13,6 +13,9 @@ from perceiver_ar_jax.config import Config, InputError
 RESUMABLE = (
   "train.steps",
   "train.microbatches",
+  "train.optimizer.learning_rate",
+  "train.optimizer.end_learning_rate",
+  "train.optimizer.clip_norm",
   "train.log_every",
   "train.checkpoint_every",
   "train.keep_checkpoints",
