@@ -37,6 +37,7 @@ def _choice(field: str, value: str, known: tuple[str, ...]) -> None:
 
 
 ACTIVATIONS = ("squared_relu", "gelu")
+ATTENTION_KERNELS = ("auto", "reference", "chunked")
 DTYPES = ("float32", "bfloat16")
 POSITION_ENCODINGS = ("sinusoidal", "fourier", "learned", "rotary")
 REMAT_POLICIES = ("none", "dots", "full")
@@ -73,6 +74,8 @@ class ModelConfig:
   """sinusoidal, fourier or learned tables added to the embedding, or rotary inside attention."""
   position_sizes: tuple[int, ...] = ()
   """Rows of the table of each position dimension: its largest position + 1. Empty for rotary."""
+  positions_from_data: bool = True
+  """False: count positions back from the last token instead of taking the task's own."""
   rotary_fraction: float = 0.5
   """Rotary: the leading part of each head that is rotated."""
   rotary_max_wavelength: int | None = None
@@ -81,6 +84,8 @@ class ModelConfig:
   """Layers after which the inputs are attended to once more, each time with own weights."""
   dropout: float = 0.0
   """Rate on the outputs of attention and MLP blocks, in training."""
+  attention: str = "auto"
+  """How attention is computed: reference, chunked (memory of one chunk of keys), or auto. The result is the same."""
   remat: str = "none"
   """What each layer keeps for the backward pass: none = all, dots = its matrix products, full = nothing."""
   dtype: str = "float32"
@@ -104,6 +109,7 @@ class ModelConfig:
       )
     _choice("model.activation", self.activation, ACTIVATIONS)
     _choice("model.position_encoding", self.position_encoding, POSITION_ENCODINGS)
+    _choice("model.attention", self.attention, ATTENTION_KERNELS)
     _choice("model.remat", self.remat, REMAT_POLICIES)
     _choice("model.dtype", self.dtype, DTYPES)
     _require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1).")

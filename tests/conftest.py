@@ -14,6 +14,17 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  """A folder of prepared TFDS datasets that holds a tiny downsampled_imagenet/32x32."""
+  from tests import tiny_imagenet  # imports TensorFlow, which most tests can do without
+
+  folder = tmp_path_factory.mktemp("tfds")
+  tiny_imagenet.write(folder)
+  return folder

@@ -14,38 +14,7 @@ import tensorflow_datasets as tfds
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import images, pipeline
-
-NUM_TRAIN, NUM_VALIDATION = 22, 7
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-  """A folder with a tiny downsampled_imagenet/32x32, written by TFDS itself; picture k starts with the colour k."""
-  folder = tmp_path_factory.mktemp("tfds")
-  (folder / "downsampled_imagenet" / "32x32" / "2.0.0").mkdir(parents=True)
-  random = np.random.default_rng(0)
-
-  def records(first, count):
-    for number in range(first, first + count):
-      image = random.integers(0, 256, (32, 32, 3), np.uint8)
-      image[0, 0] = number
-      yield {"image": image}
-
-  identity = tfds.core.DatasetIdentity(
-    name="downsampled_imagenet",
-    config_name="32x32",
-    version="2.0.0",
-    data_dir=str(folder / "downsampled_imagenet" / "32x32" / "2.0.0"),
-    module_name="downsampled_imagenet",
-  )
-  features = tfds.features.FeaturesDict({"image": tfds.features.Image(encoding_format="png")})
-  writer = tfds.core.SequentialWriter(
-    tfds.core.DatasetInfo(builder=identity, features=features), max_examples_per_shard=8
-  )
-  writer.initialize_splits(["train", "validation"])
-  writer.add_examples({"train": records(0, NUM_TRAIN), "validation": records(100, NUM_VALIDATION)})
-  writer.close_all()
-  return folder
+from tests.tiny_imagenet import NUM_TRAIN, NUM_VALIDATION
 
 
 def settings(task, data_dir=None, *, context=3072, latents=16, sizes=(34, 34, 5), encoding="learned", seed=0, **data):

@@ -20,6 +20,7 @@ held once, as a pyramid of each photograph shrunk by averaging areas.
 
 import functools
 import importlib.util
+import itertools
 import pathlib
 
 import numpy as np
@@ -47,8 +48,12 @@ PHOTOGRAPHS = {
 NUM_CROPS = {"train": 50_000, "validation": 64}
 """Crops an epoch. The validation crops are few, so that scoring them all takes minutes on a laptop."""
 
-_FIELDS_OF_VIEW = (1.25, 1.75, 2.5, 3.5)
+_FIELDS_OF_VIEW = (1.5, 2.5, 4.0, 6.5)
 """Shorter side of each pyramid level in multiples of the crop's side: from nearly the whole scene to a detail."""
+
+_COLOUR_ORDERS = list(itertools.permutations(range(3)))
+_TONES = np.stack([(255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8) for gamma in np.geomspace(0.4, 1.6, 9)])
+"""uint8[curves, 256]: darker and brighter versions; a handful of photographs has too few tones to learn colour from."""
 
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 _SALTS = {"train": 1, "validation": 3}
@@ -67,13 +72,20 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
   pixels, sides = _pyramids(split, size)
   # A level with more room holds more different crops, so draw it more often: in proportion to its shorter side.
   shares = np.cumsum(sides.min(axis=1) / sides.min(axis=1).sum()).astype(np.float32)
-  draws = tf.random.stateless_uniform((4,), seed=tf.stack([_SALTS[split], number]), alg="philox")
+  draws = tf.random.stateless_uniform((5,), seed=tf.stack([_SALTS[split], number]), alg="philox")
   level = tf.minimum(tf.searchsorted(shares, draws[:1], side="right")[0], len(sides) - 1)
   room = tf.cast(tf.gather(tf.constant(sides), level) - size + 1, tf.float32)
   corner = tf.cast(draws[1:3] * room, tf.int32)
   picture = tf.slice(tf.constant(pixels)[level], [corner[0], corner[1], 0], [size, size, 3])
-  mirrored = tf.logical_and(split == "train", draws[3] < 0.5)
-  return tf.where(mirrored, picture[:, ::-1], picture)
+  return _vary(picture, draws[3], tf.cast(draws[4] * len(_TONES), tf.int32)) if split == "train" else picture
+
+
+def _vary(picture: tf.Tensor, draw: tf.Tensor, tone: tf.Tensor) -> tf.Tensor:
+  """`picture` mirrored or not, its colours exchanged in one of 6 ways and its tones changed, by draws in [0, 1)."""
+  variant = tf.cast(draw * 12, tf.int32)
+  picture = tf.where(variant % 2 == 0, picture[:, ::-1], picture)
+  picture = tf.gather(picture, tf.constant(_COLOUR_ORDERS)[variant // 2], axis=-1)
+  return tf.gather(tf.gather(tf.constant(_TONES), tone), tf.cast(picture, tf.int32))
 
 
 @functools.lru_cache

@@ -129,6 +129,7 @@ def _config(kwargs: Mapping[str, Any]) -> ModelConfig:
     position_sizes=()
     if rotary
     else tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"]),
+    positions_from_data=kwargs["use_positions_from_data"],
     rotary_fraction=kwargs.get("fraction_to_rotate", 0.5),
     rotary_max_wavelength=kwargs.get("max_wavelength"),
     cross_attend_after=tuple(kwargs.get("additional_cross_attend_after_layers", ())),

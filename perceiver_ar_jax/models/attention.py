@@ -12,26 +12,14 @@ from flax import linen as nn
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.models import positions as positions_lib
+from perceiver_ar_jax.models.attention_kernels import KERNELS
 from perceiver_ar_jax.parallel.sharding import constrain
-
-_MASKED = -1e30  # finite: a row with every key masked gives a uniform softmax, not NaN, and carries no weight
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 ACTIVATION_FNS = {
   "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
   "gelu": functools.partial(jax.nn.gelu, approximate=True),
 }
-
-
-def causal_attention(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL):
-  """BxMxHxK: softmax attention in which query m sees key l iff l <= L - M + m and `valid`; softmax in float32."""
-  num_queries, num_keys = q_BxMxHxK.shape[1], k_BxLxHxK.shape[1]
-  scores_BxHxMxL = jnp.einsum("bmhk,blhk->bhml", q_BxMxHxK, k_BxLxHxK, preferred_element_type=jnp.float32)
-  scores_BxHxMxL *= q_BxMxHxK.shape[-1] ** -0.5
-  causal_MxL = jnp.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
-  mask_Bx1xMxL = causal_MxL[None, None] & valid_BxL[:, None, None, :]
-  weights_BxHxMxL = jax.nn.softmax(jnp.where(mask_Bx1xMxL, scores_BxHxMxL, _MASKED), axis=-1)
-  return jnp.einsum("bhml,blhk->bmhk", weights_BxHxMxL.astype(v_BxLxHxK.dtype), v_BxLxHxK)
 
 
 def dense(config: ModelConfig, features: int, name: str, axes: tuple[str, str], init=kernel_init, **kwargs) -> nn.Dense:
@@ -84,7 +72,7 @@ class Attention(nn.Module):
       )
       q_BxMxHxK = turn(q_BxMxHxK, positions_BxL[:, -query_BxMxD.shape[1] :])
       k_BxLxHxK = turn(k_BxLxHxK, positions_BxL)
-    attended_BxMxHxK = causal_attention(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL)
+    attended_BxMxHxK = KERNELS[config.attention](q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL)
     merged_BxMxD = attended_BxMxHxK.reshape(query_BxMxD.shape[:2] + (width,))
     return dense(config, width, "out", ("heads", "width"))(merged_BxMxD)
 

@@ -37,7 +37,8 @@ class PerceiverAR(nn.Module):
 
     Args:
       tokens_BxL: int32 token ids, right-aligned, 0 = padding.
-      positions_BxLxP: int32, 1-based, 0 on padding; None: distance from the last token (P = 1).
+      positions_BxLxP: int32, 1-based, 0 on padding; None, or if the config says so: distance
+        from the last token (P = 1).
       num_latents: M, at most L; None: the config's.
       deterministic: False applies dropout and needs the "dropout" random key.
 
@@ -49,7 +50,7 @@ class PerceiverAR(nn.Module):
     num_latents = num_latents or config.num_latents
     if num_latents > length:
       raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
-    if positions_BxLxP is None:
+    if positions_BxLxP is None or not config.positions_from_data:
       positions_BxLxP = positions_lib.terminal_relative(tokens_BxL)
 
     inputs_BxLxE = self._embed(tokens_BxL, positions_BxLxP)

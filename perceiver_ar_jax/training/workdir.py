@@ -23,12 +23,14 @@ RESUMABLE = (
   "eval.",
   "mesh.",
   "data.data_dir",
+  "model.attention",
   "model.remat",
 )
 # Trained weights keep their meaning under other values of these, and of all that is not the model's.
 SAME_WEIGHTS = (
   "model.num_latents",
   "model.dropout",
+  "model.attention",
   "model.remat",
   "model.dtype",
   "data.",

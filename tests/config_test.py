@@ -1,0 +1,71 @@
+"""Settings: every published config is valid, and every mistake is named with its fix."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+from perceiver_ar_jax import PerceiverAR
+from perceiver_ar_jax import config as config_lib
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.data import tasks
+
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def _config(name):
+  return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_resolves_and_names_a_task_that_fits(name):
+  config = config_lib.resolve(_config(name))
+  assert config_lib.Config.from_json(config.to_json()) == config
+  assert tasks.vocab_size(tasks.get_task(config.data.task)) <= config.model.vocab_size
+
+
+def test_the_imagenet_model_has_the_papers_size():
+  model = config_lib.resolve(_config("imagenet64")).model
+  tokens = jax.ShapeDtypeStruct((1, model.num_latents), "int32")
+  positions = jax.ShapeDtypeStruct((1, model.num_latents, 3), "int32")
+  shapes = jax.eval_shape(PerceiverAR(model).init, jax.random.key(0), tokens, positions)
+  assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6) == 770
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model.num_latents": 33}, "model.num_latents=33 exceeds model.max_context=32"),
+    ({"model.num_self_heads": 3}, "model.latent_width=128 is not divisible by model.num_self_heads=3"),
+    ({"model.position_encoding": "rotery"}, "Did you mean 'rotary'"),
+    ({"model.position_sizes": ()}, "model.position_sizes is empty"),
+    ({"model.vocab_size": 2}, "model.vocab_size=2 must exceed 3"),
+    ({"model.vocab_size": None}, "config.model.vocab_size is not set"),
+    ({"model.dropout": 1.0}, "model.dropout=1.0 must lie in"),
+    ({"model.cross_attend_after": (1,)}, "names a layer outside 0..0"),
+    ({"train.batch_size": 0}, "train.batch_size=0 must be at least 1"),
+    ({"train.microbatches": 3}, "train.batch_size=256 is not divisible by train.microbatches=3"),
+    ({"train.steps": 50}, "leaves no room for train.optimizer.warmup_steps=100"),
+    ({"train.optimizer.name": "adan"}, "Did you mean 'adam'"),
+    ({"train.optimizer.schedule": "linear"}, "Known: constant, cosine, steps, t5"),
+    ({"eval.stride": 17}, "eval.stride=17 exceeds the 16 latents"),
+    ({"eval.num_latents": 64}, "eval.num_latents=64 exceeds model.max_context=32"),
+    ({"mesh.fsdp": -1}, "at most one may be -1"),
+    ({"mesh.tensor": 0}, "must be positive"),
+    ({"model.widht": 3}, "Unknown config key 'model.widht'"),
+    ({"data.shufle_buffer": 3}, "Did you mean 'shuffle_buffer'"),
+    ({"train.steps": "many"}, "config.train.steps='many' must be of type int"),
+  ],
+)
+def test_mistakes_are_named(changes, message):
+  values = _config("copy").to_dict()
+  for path, value in changes.items():
+    *sections, name = path.split(".")
+    section = values
+    for part in sections:
+      section = section[part]
+    section[name] = value
+  with pytest.raises(InputError) as error:
+    config_lib.resolve(config_lib.config_dict.ConfigDict(values))
+  assert message in str(error.value)
