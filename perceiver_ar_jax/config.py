@@ -118,6 +118,12 @@ class ModelConfig:
       all(0 <= layer < self.num_layers for layer in self.cross_attend_after),
       f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}.",
     )
+    if self.position_encoding != "rotary" and not self.positions_from_data:
+      _require(
+        len(self.position_sizes) == 1 and self.position_sizes[0] >= self.max_context,
+        f"model.position_sizes={self.position_sizes} must be one size of at least model.max_context={self.max_context},"
+        " since positions are counted from the last token.",
+      )
     if self.position_encoding != "rotary":
       _require(
         bool(self.position_sizes),

@@ -281,7 +281,7 @@ def _check_vocabulary(task: seqio.Task, config: Config) -> None:
 
 
 def _check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
-  if config.model.position_encoding == "rotary":
+  if config.model.position_encoding == "rotary" or not config.model.positions_from_data:
     return
   largest, sizes = positions_BxLxP.max(axis=(0, 1)), config.model.position_sizes
   if len(sizes) != len(largest):
