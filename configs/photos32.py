@@ -22,9 +22,7 @@ def get_config():
     position_sizes=(34, 34, 5),
   )
   config.data.update(task="photos32", min_crop=513)
-  config.train.update(steps=800, batch_size=4, checkpoint_every=100)
-  config.train.optimizer.update(
-    learning_rate=3e-3, warmup_steps=50, schedule="cosine", end_learning_rate=1e-4, b2=0.98
-  )
+  config.train.update(steps=700, batch_size=4, checkpoint_every=100)
+  config.train.optimizer.update(learning_rate=1.5e-3, warmup_steps=30, schedule="cosine", end_learning_rate=1e-4, b2=0.98)
   config.eval.update(batch_size=4, every=400)
   return config

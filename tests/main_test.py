@@ -66,7 +66,10 @@ def _expect(result, *words):
   [
     (["--config=configs/copy.py", "--config.train.stesp=3", "--workdir=x"], ["stesp", "steps"]),
     (["--config=configs/copy.py", "--config.trian.steps=3", "--workdir=x"], ["trian", "train"]),
-    (["--config=configs/copy.py", "--config.model.num_latents=64", "--workdir=x"], ["num_latents=64", "max_context=32"]),
+    (
+      ["--config=configs/copy.py", "--config.model.num_latents=64", "--workdir=x"],
+      ["num_latents=64", "max_context=32"],
+    ),
     (["--config=configs/copy.py", "--config.train.steps=many", "--workdir=x"], ["train.steps", "many"]),
     (["--config=configs/cpoy.py", "--workdir=x"], ["configs/cpoy.py"]),
     (["--config=configs/copy.py"], ["--workdir is missing"]),

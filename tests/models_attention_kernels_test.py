@@ -10,9 +10,7 @@ from perceiver_ar_jax.models import attention_kernels as kernels
 
 def _inputs(num_queries, num_keys, dtype=np.float32):
   rng = np.random.default_rng(0)
-  q, k, v = (
-    jnp.asarray(rng.normal(size=(2, length, 3, 4)), dtype) for length in (num_queries, num_keys, num_keys)
-  )
+  q, k, v = (jnp.asarray(rng.normal(size=(2, length, 3, 4)), dtype) for length in (num_queries, num_keys, num_keys))
   valid = np.ones((2, num_keys), bool)
   valid[1, : num_keys // 3] = False  # padding on the left of the second row
   return q, k, v, valid

@@ -78,9 +78,7 @@ def _forward(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, chunk):
     scores = _scores(q, k_BxCxHxK, valid_BxC, first_key, num_keys)
     new_top = jnp.maximum(top_BxHxM, scores.max(axis=-1))
     shrink, weights = jnp.exp(top_BxHxM - new_top), jnp.exp(scores - new_top[..., None])
-    part = jnp.einsum(
-      "bhmc,bchk->bhmk", weights.astype(v_BxCxHxK.dtype), v_BxCxHxK, preferred_element_type=jnp.float32
-    )
+    part = jnp.einsum("bhmc,bchk->bhmk", weights.astype(v_BxCxHxK.dtype), v_BxCxHxK, preferred_element_type=jnp.float32)
     return (new_top, sum_BxHxM * shrink + weights.sum(axis=-1), out_BxHxMxK * shrink[..., None] + part), None
 
   rows = (batch, heads, num_queries)
