@@ -1,6 +1,6 @@
 """The mirrored copy task: random bytes, then the same in reverse; the second half tests how far back a model sees.
 
-Reproduces: Perceiver AR, section 5.1, whose model of 6 layers copies 131,072 tokens without error after about 25,000
+Reproduces: the paper's copy task, whose model of 6 layers copies 131,072 tokens without error after about 25,000
   steps. This file is its small sibling of 32 tokens, which learns on a laptop's CPU; any length is two overrides away:
     --config.model.max_context=L --config.model.position_sizes="(L+2,)" --config.data.min_crop=L/2
   and the published one has L = 131,072, 1,024 latents, 6 layers, width 1,024, 16 heads, batch 4,096.

@@ -1,6 +1,6 @@
 """ImageNet at 64x64 with all of red first, then green, then blue: a bad order that long context makes up for.
 
-Reproduces: Perceiver AR, section 5.2, the order ablation. A channel's own pixel in the previous plane lies 4,096 tokens
+Reproduces: the paper's ablation of the order. A channel's own pixel in the previous plane lies 4,096 tokens
   back, so a short context cannot see it.
 Published (a smaller model than configs/imagenet64.py; from memory of the paper, to be verified): 3.53 bits/dim at full
   context against 4.63 with 1,024 tokens of it.

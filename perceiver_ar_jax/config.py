@@ -168,7 +168,7 @@ class OptimizerConfig:
   warmup_steps: int = 0
   """Steps of linear warm-up; the very first update then has rate 0."""
   schedule: str = "constant"
-  """After the warm-up: constant, cosine (down to `end_learning_rate`), steps (`step_boundaries`) or t5 (1/sqrt(step))."""
+  """After the warm-up: constant, cosine (down to `end_learning_rate`), steps (`step_boundaries`) or t5 (1/sqrt)."""
   end_learning_rate: float = 0.0
   """Cosine: the rate at the last step."""
   cosine_steps: int | None = None

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from perceiver_ar_jax import ModelConfig, PerceiverAR
 

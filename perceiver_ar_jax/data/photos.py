@@ -50,7 +50,7 @@ Hubble's and the retina's are mostly black, so they weigh less: dark crops are s
 NUM_CROPS = {"train": 50_000, "validation": 64}
 """Crops an epoch. The validation crops are few, so that scoring them all takes minutes on a laptop."""
 
-_FIELDS_OF_VIEW = (1.5, 2.5, 4.0, 6.5)
+_FIELDS_OF_VIEW = (2.0, 5.0, 9.0, 13.0)
 """Shorter side of each pyramid level in multiples of the crop's side: from nearly the whole scene to a detail."""
 
 _TONES = np.stack(
@@ -63,7 +63,7 @@ _SALTS = {"train": 1, "validation": 3}
 
 
 def crop(record: dict[str, tf.Tensor], size: int) -> tf.Tensor:
-  """The picture uint8[size, size, 3] of a record of sources.NumberSource; training crops are mirrored and toned at random."""
+  """The picture uint8[size, size, 3] of a NumberSource's record; training crops are mirrored and toned at random."""
   return tf.cond(
     record["validation"],
     lambda: _crop(record["number"], "validation", size),

@@ -1,6 +1,6 @@
 """Scores held-out sequences: every token once, in blocks of `stride` new tokens with as much context as fits.
 
-This is how the paper measures likelihood (section 4): a smaller stride gives each token more context and costs
+This is how the paper measures likelihood: a smaller stride gives each token more context and costs
 more windows. Windows come from data/pipeline.py; this room turns logits into figures.
 """
 
