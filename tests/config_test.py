@@ -37,7 +37,7 @@ def test_the_imagenet_model_has_the_papers_size():
   ("changes", "message"),
   [
     ({"model.num_latents": 33}, "model.num_latents=33 exceeds model.max_context=32"),
-    ({"model.num_self_heads": 3}, "model.latent_width=128 is not divisible by model.num_self_heads=3"),
+    ({"model.num_self_heads": 3}, "model.latent_width=64 is not divisible by model.num_self_heads=3"),
     ({"model.position_encoding": "rotery"}, "Did you mean 'rotary'"),
     ({"model.position_sizes": ()}, "model.position_sizes is empty"),
     ({"model.vocab_size": 2}, "model.vocab_size=2 must exceed 3"),
@@ -45,7 +45,7 @@ def test_the_imagenet_model_has_the_papers_size():
     ({"model.dropout": 1.0}, "model.dropout=1.0 must lie in"),
     ({"model.cross_attend_after": (1,)}, "names a layer outside 0..0"),
     ({"train.batch_size": 0}, "train.batch_size=0 must be at least 1"),
-    ({"train.microbatches": 3}, "train.batch_size=256 is not divisible by train.microbatches=3"),
+    ({"train.microbatches": 3}, "train.batch_size=64 is not divisible by train.microbatches=3"),
     ({"train.steps": 50}, "leaves no room for train.optimizer.warmup_steps=100"),
     ({"train.optimizer.name": "adan"}, "Did you mean 'adam'"),
     ({"train.optimizer.schedule": "linear"}, "Known: constant, cosine, steps, t5"),
