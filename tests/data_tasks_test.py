@@ -126,7 +126,7 @@ def test_rgb_planes_of_a_photograph_hold_the_same_picture():
 
 def test_crops_stay_inside_their_photograph():
   # The pyramid's rows are padded with black to a common size; a crop that strays would hold whole black columns.
-  pixels, sides = photos._pyramids("validation", 32)
+  pixels, sides, _ = photos._pyramids("validation", 32)
   assert (sides >= 32).all() and (pixels[0, : sides[0, 0], : sides[0, 1]].max(axis=(1, 2)) > 0).all()
   for row in documents("photos32", "validation", count=64):
     crop = images.to_image(row["events"], 32, "pixel_raster")
