@@ -25,7 +25,10 @@ def _run(argv: list[str]) -> int:
   for name in ("config", "workdir"):
     if flags.FLAGS[name].value is None:
       raise config_lib.InputError(f"--{name} is missing. For example: --config=configs/photos32.py --workdir=/tmp/run")
-  config = config_lib.resolve(_CONFIG.value)
+  try:
+    config = config_lib.resolve(_CONFIG.value)
+  except OSError as error:  # raised at the first look into a config whose file could not be loaded
+    raise config_lib.InputError(f"The file given as --config cannot be loaded: {error}") from error
   # Imported late, so that a misspelt flag is answered at once.
   from perceiver_ar_jax.evaluation import evaluate
 
@@ -40,8 +43,8 @@ def _run(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> list[str]:
   """The arguments that are no flags; a mistake in the flags ends in one paragraph."""
   try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     return _fail(error)
 
 
