@@ -37,7 +37,7 @@ def _choice(field: str, value: str, known: tuple[str, ...]) -> None:
 
 
 ACTIVATIONS = ("squared_relu", "gelu")
-ATTENTION_KERNELS = ("auto", "reference", "chunked")
+ATTENTION_KERNELS = ("auto", "reference", "chunked", "streamed", "cudnn", "splash")
 DTYPES = ("float32", "bfloat16")
 POSITION_ENCODINGS = ("sinusoidal", "fourier", "learned", "rotary")
 REMAT_POLICIES = ("none", "dots", "full")
@@ -84,16 +84,31 @@ class ModelConfig:
   """Layers after which the inputs are attended to once more, each time with own weights."""
   dropout: float = 0.0
   """Rate on the outputs of attention and MLP blocks, in training."""
+  latent_dropout: float = 0.0
+  """Rate of latents that the other latents do not see in self-attention, in training."""
+  cross_attend_dropout: float = 0.0
+  """Rate of inputs before the latents that are left out of the context altogether, in training; they cost nothing."""
   attention: str = "auto"
-  """How attention is computed: reference, chunked (memory of one chunk of keys), or auto. The result is the same."""
+  """How attention is computed, with the same result: reference (plain einsums), chunked (scores of one chunk of keys at
+  a time), streamed (the context embedded and projected in chunks too, so that memory does not grow with it), cudnn
+  (NVIDIA GPUs, bfloat16), splash (TPUs), or auto: by shape."""
+  attention_chunk: int = 512
+  """Slots that chunked and streamed attention work on at a time."""
+  logits_chunk: int | None = None
+  """Latents whose logits exist at a time in training and evaluation, for large vocabularies; None: all."""
   remat: str = "none"
-  """What each layer keeps for the backward pass: none = all, dots = its matrix products, full = nothing."""
+  """What a self-attention layer keeps for the backward pass: none = all, dots = its matrix products, full = none."""
   dtype: str = "float32"
   """Compute type; weights, softmax, norms and loss stay float32."""
 
   def __post_init__(self):
-    for name in ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads", "mlp_widening"):
+    for name in ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads"):
       _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1.")
+    for name in ("mlp_widening", "attention_chunk"):
+      _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1.")
+    _require(
+      self.logits_chunk is None or self.logits_chunk >= 1, f"model.logits_chunk={self.logits_chunk} must be at least 1."
+    )
     _require(self.num_layers >= 0, f"model.num_layers={self.num_layers} must not be negative.")
     _require(self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS.")
     _require(
@@ -112,7 +127,12 @@ class ModelConfig:
     _choice("model.attention", self.attention, ATTENTION_KERNELS)
     _choice("model.remat", self.remat, REMAT_POLICIES)
     _choice("model.dtype", self.dtype, DTYPES)
-    _require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1).")
+    for name in ("dropout", "latent_dropout", "cross_attend_dropout"):
+      _require(0 <= getattr(self, name) < 1, f"model.{name}={getattr(self, name)} must lie in [0, 1).")
+    _require(
+      self.attention != "cudnn" or self.dtype == "bfloat16",
+      "model.attention=cudnn computes in half precision only: set model.dtype=bfloat16, or take another kernel.",
+    )
     _require(0 <= self.rotary_fraction <= 1, f"model.rotary_fraction={self.rotary_fraction} must lie in [0, 1].")
     _require(
       all(0 <= layer < self.num_layers for layer in self.cross_attend_after),

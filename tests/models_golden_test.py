@@ -1,14 +1,18 @@
 """The model against the reference implementation: logits, losses and gradients of converted parameters."""
 
+import contextlib
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from perceiver_ar_jax import PerceiverAR
 from perceiver_ar_jax.interop import haiku
+from perceiver_ar_jax.models import attention, attention_kernels, positions
 from perceiver_ar_jax.training import loss as loss_lib
 from tests import golden
 
@@ -17,6 +21,7 @@ MODELS = [
   "b_rotary_half",
   "d_abs_random_image_idxs",
   "f_additional_cross_attend",
+  "m_chunked",
   "n_shape_q_embed_ne_z",
   "p_gelu",
 ]
@@ -39,24 +44,51 @@ def test_logits_match_the_reference(name):
   logits = apply({"params": params}, tokens, positions)
   np.testing.assert_allclose(logits[exists], case["logits"][exists], atol=2e-5, rtol=0)
   last = apply({"params": params}, tokens, positions, num_latents=1)
-  # With one latent the reference picks the input of shorter rows differently; the full row is common ground.
+  # With one latent the reference masks nothing, padding included; the full row is common ground.
   np.testing.assert_allclose(last[0], case["logits_z1"][0], atol=2e-5, rtol=0, err_msg="with a single latent")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_losses_and_gradients_match_the_reference(name):
+def _with_drawn_masks(case):
+  """Puts the dropped inputs and latents that the reference drew in the place of our own draw."""
+  if "latent_keep" not in case.arrays:
+    return contextlib.nullcontext()
+  lengths = (case["inputs"] > 0).sum(axis=1)
+  # Shifted like the inputs; the reference's latents stand right-aligned already.
+  sees_input = jnp.asarray(golden.right_align(case["encoder_keep"], lengths))
+  sees_latent = jnp.asarray(case["latent_keep"])
+
+  def replace(next_function, args, kwargs, context):
+    if context.method_name != "__call__":
+      return next_function(*args, **kwargs)
+    if isinstance(context.module, attention.CrossAttend):
+      latents, inputs, deterministic = args
+      args = latents, inputs._replace(valid_BxL=inputs.valid_BxL & sees_input), deterministic
+    elif isinstance(context.module, attention.SelfAttentionLayer):
+      latents, rotary, valid, _, deterministic = args
+      args = latents, rotary, valid & sees_latent, True, deterministic
+    return next_function(*args, **kwargs)
+
+  return nn.intercept_methods(replace)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "r_train_mask_dropout"])
+@pytest.mark.parametrize("kernel", ["reference", "chunked", "streamed"])
+def test_losses_and_gradients_match_the_reference(name, kernel):
   case = golden.Case(name)
   config, params = haiku.convert(case.tree("params"), case.kwargs)
+  config = dataclasses.replace(config, attention=kernel, attention_chunk=7)
   tokens, positions, exists = _inputs(case)
   weights = (case["loss_mask"] * exists).astype(np.float32)
 
   def total_loss(params):
-    logits = PerceiverAR(config).apply({"params": params}, tokens, positions)
+    with _with_drawn_masks(case):
+      logits = PerceiverAR(config).apply({"params": params}, tokens, positions)
     parts = loss_lib.token_losses(logits, case["labels"] * exists, z_loss=1e-4, label_smoothing=0.0)
-    return ((parts.cross_entropy + parts.z_loss) * weights).sum(), parts
+    return ((parts.cross_entropy + parts.z_loss) * weights).sum(), (parts, logits)
 
-  (total, parts), gradients = jax.jit(jax.value_and_grad(total_loss, has_aux=True))(params)
+  (total, (parts, logits)), gradients = jax.jit(jax.value_and_grad(total_loss, has_aux=True))(params)
   scored = weights > 0
+  np.testing.assert_allclose(logits[exists], case["logits"][exists], atol=2e-5, rtol=0)
   np.testing.assert_allclose(
     (parts.cross_entropy + parts.z_loss)[scored], case["loss_per_position"][scored], atol=2e-5, rtol=0
   )
@@ -73,7 +105,7 @@ def test_losses_and_gradients_match_the_reference(name):
 def test_fresh_parameters_have_the_reference_distribution():
   stats = json.loads((golden.FOLDER / "init_stats.json").read_text())
   # These two options only add parameters that no published config uses; the rest of the statistics stands.
-  kwargs = {**stats["config"], "num_latents_per_position": 1, "initial_query_embed_style": "last_n_inputs"}
+  kwargs = {**stats["config"], "num_latents_per_position": 1, "initial_query_embed_style": "none"}
 
   def filled(statistic):
     """The converted tree in which every parameter is filled with its `statistic`."""
@@ -94,3 +126,55 @@ def test_fresh_parameters_have_the_reference_distribution():
     np.testing.assert_allclose(np.std(ours), std, rtol=0.03, atol=1e-7, err_msg=f"stddev of {name}")
     np.testing.assert_allclose(np.mean(ours), mean, atol=0.02, err_msg=f"mean of {name}")
     np.testing.assert_allclose(np.abs(ours).max(), largest, rtol=0.03, atol=1e-7, err_msg=f"range of {name}")
+
+
+def test_what_latents_see_matches_the_reference():
+  case = golden.Case("masks_and_primitives")
+  tokens, lengths = case["inputs"], case["lengths"]
+  for num_latents in (6, 12):
+    theirs = case[f"encoder_z{num_latents}_lpp1_train0"][:, 0].astype(bool)
+    exists = case[f"last_steps_z{num_latents}_lpp1_train0"] >= 0
+    q = np.zeros((len(tokens), num_latents, 1, 1), np.float32)
+    ours = attention_kernels._seen(q, golden.right_align(tokens, lengths) > 0, keep_own=False)[:, 0]
+    for row, length in enumerate(lengths):
+      if length:
+        shifted = np.roll(theirs[row], 12 - length, axis=1)
+        np.testing.assert_array_equal(ours[row][exists[row]], shifted[exists[row]], err_msg=f"row {row}")
+
+
+def test_latent_dropout_hides_what_the_reference_hides():
+  case = golden.Case("masks_and_primitives")
+  keep = case["dropout_latent_keep"]
+  exists = case["last_steps_z6_lpp1_train0"] >= 0
+  q = np.zeros((len(keep), 6, 1, 1), np.float32)
+  ours = attention_kernels._seen(q, keep & exists, keep_own=True)[:, 0]
+  theirs = case["dropout_processor"][:, 0].astype(bool)
+  for row, latents in enumerate(exists):
+    np.testing.assert_array_equal(ours[row][latents], theirs[row][latents], err_msg=f"row {row}")
+
+
+def test_position_primitives_match_the_reference():
+  case = golden.Case("masks_and_primitives")
+  for name, encode in positions.ABSOLUTE.items():
+    for width, size in ((32, 50), (7, 10)):
+      if f"{name}_{width}_{size}" in case.arrays:
+        ours = encode(jnp.arange(size)[None], size=size, width=width)[0]
+        np.testing.assert_allclose(ours, case[f"{name}_{width}_{size}"], atol=2e-5, err_msg=name)
+  for settings in ("f1.0_h1.0_w48", "f0.5_h1.0_w48", "f0.75_h1.0_w49"):
+    fraction, _, wavelength = (float(part[1:]) for part in settings.split("_"))
+    ours = positions.rotate(
+      jnp.asarray(case["rot_x"]), jnp.asarray(case["rot_positions"]), fraction=fraction, max_wavelength=wavelength
+    )
+    np.testing.assert_allclose(ours, case[f"rot_{settings}"], atol=2e-5, err_msg=settings)
+  lengths = case["lengths"]
+  ours = positions.terminal_relative(golden.right_align(case["inputs"], lengths))[..., 0]
+  theirs = golden.right_align(case["terminal_relative_positions"], lengths)
+  np.testing.assert_array_equal(ours, theirs)
+
+
+def test_sinusoids_are_exact_at_a_million_positions():
+  """float32 angles are off by hundredths there; compare with float64."""
+  where = np.array([[1, 1_000_000, 1_048_575]])
+  ours = positions.sinusoidal(jnp.asarray(where), size=1_048_576, width=32)
+  angles = where[..., None] * np.exp(np.arange(16) * -np.log(10_000.0) / 15)
+  np.testing.assert_allclose(ours, np.concatenate([np.sin(angles), np.cos(angles)], axis=-1), atol=1e-6)

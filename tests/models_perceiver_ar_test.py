@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from perceiver_ar_jax import ModelConfig, PerceiverAR
+from perceiver_ar_jax.models.perceiver_ar import drop_context
 
 CONFIG = ModelConfig(
   vocab_size=20,
@@ -33,8 +34,8 @@ def _params(config, seed=0):
   """Weights in which every path carries signal: the logits' kernel starts at zero, so it is filled."""
   tokens = np.ones((1, config.max_context), np.int32)
   params = nn.meta.unbox(jax.jit(PerceiverAR(config).init)(jax.random.key(seed), tokens, _positions(tokens))["params"])
-  kernel = jax.random.normal(jax.random.key(seed + 1), params["logits"]["kernel"].shape)
-  return params | {"logits": params["logits"] | {"kernel": kernel}}
+  kernel = jax.random.normal(jax.random.key(seed + 1), params["to_logits"]["kernel"].shape)
+  return params | {"to_logits": params["to_logits"] | {"kernel": kernel}}
 
 
 def _logits(config, params, tokens, **kwargs):
@@ -127,6 +128,86 @@ def test_dropout_acts_in_training_only():
   np.testing.assert_array_equal(first, again)
   assert np.abs(first - other).max() > 0.01
   np.testing.assert_array_equal(_logits(config, params, tokens), _logits(CONFIG, params, tokens))
+
+
+def test_context_dropout_keeps_a_random_part_of_the_inputs_in_order_and_all_latents():
+  tokens = np.arange(1, 41).reshape(2, 20).astype(np.int32)
+  positions = 100 * tokens[..., None]
+  kept, where = drop_context(jax.random.key(0), tokens, positions, num_latents=4, keep=6)
+  np.testing.assert_array_equal(kept[:, 6:], tokens[:, 16:])
+  np.testing.assert_array_equal(where, 100 * kept[..., None])
+  for row, inputs in enumerate(np.asarray(kept)):
+    assert (np.diff(inputs) > 0).all() and set(inputs) <= set(tokens[row])
+  assert (np.asarray(kept[0]) + 20 != np.asarray(kept[1])).any(), "every row draws its own"
+  drawn = [drop_context(jax.random.key(seed), tokens, positions, 4, 6)[0][:, :6] for seed in range(200)]
+  counts = np.bincount(np.concatenate(drawn, axis=None), minlength=41)
+  np.testing.assert_allclose(counts[1:17], 200 * 6 / 16, atol=35)  # 4 standard deviations
+  with pytest.raises(ValueError, match="keep=17 must lie in 0..16"):
+    drop_context(jax.random.key(0), tokens, positions, num_latents=4, keep=17)
+
+
+def test_cross_attend_dropout_is_the_model_on_the_inputs_that_stay():
+  config = dataclasses.replace(CONFIG, cross_attend_dropout=0.5, attention="reference")
+  params, tokens = _params(config), _tokens()
+  model = PerceiverAR(config)
+
+  def training(tokens):
+    rngs = {"dropout": jax.random.key(0)}
+    return model.apply({"params": params}, tokens, _positions(tokens), deterministic=False, rngs=rngs)
+
+  whole = _logits(config, params, tokens)
+  assert np.abs(training(tokens) - whole).max() > 1e-3
+  sees = []
+  for slot in range(12):
+    changed = tokens.copy()
+    changed[:, slot] = (changed[:, slot] - 3 + 7) % 17 + 3
+    sees.append(np.abs(training(changed) - training(tokens)).max(axis=(1, 2)) > 1e-6)
+  # Of the 7 inputs before the latents, round(3.5) = 4 stay in each row; the latents all do.
+  np.testing.assert_array_equal(np.sum(sees[:7], axis=0), [4, 4])
+  assert np.all(sees[7:])
+
+
+def test_a_dropped_latent_is_hidden_from_later_ones_and_not_from_itself():
+  # One layer and no inputs before the latents, so that latents meet in self-attention only (beside their own input).
+  config = dataclasses.replace(CONFIG, num_latents=12, num_layers=1, latent_dropout=0.5)
+  params, tokens = _params(config), _tokens((1, 12))
+
+  def training(tokens, seed):
+    rngs = {"dropout": jax.random.key(seed)}
+    return PerceiverAR(config).apply({"params": params}, tokens, _positions(tokens), deterministic=False, rngs=rngs)
+
+  whole = _logits(config, params, tokens)
+  for seed in range(3):
+    dropped = training(tokens, seed)
+    np.testing.assert_allclose(dropped[0, 0], whole[0, 0], atol=1e-5)  # the first latent sees only itself anyway
+    assert np.abs(dropped - whole).max() > 1e-3
+
+
+def test_streamed_memory_does_not_grow_with_the_context():
+  def temp_bytes(length, encoding):
+    sizes = {} if encoding == "rotary" else {"position_sizes": (length,)}
+    config = dataclasses.replace(
+      ROTARY, max_context=length, num_latents=64, position_encoding=encoding, attention="streamed", **sizes
+    )
+    tokens = jax.ShapeDtypeStruct((2, length), "int32")
+    positions = jax.ShapeDtypeStruct((2, length, 1), "int32")
+    params = jax.eval_shape(lambda: _params(dataclasses.replace(config, max_context=64)))
+
+    def loss(params, tokens, positions):
+      return PerceiverAR(config).apply({"params": params}, tokens, positions).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, tokens, positions).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  for encoding in ("rotary", "sinusoidal"):
+    grown = temp_bytes(2**18, encoding) - temp_bytes(2**13, encoding)
+    assert grown <= 2 * 2 * 2**18, encoding  # two flags an input at most: what is padding
+
+
+def test_more_latents_at_evaluation_than_in_training():
+  params, tokens = _params(CONFIG), _tokens()
+  more = _logits(CONFIG, params, tokens, num_latents=9)
+  assert more.shape == (2, 9, 20) and np.isfinite(more).all()
 
 
 def test_depth_does_not_grow_the_program():

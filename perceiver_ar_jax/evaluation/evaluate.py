@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import pipeline, tasks
+from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
@@ -34,14 +35,20 @@ def make_eval_step(config: Config):
 
   def eval_step(params, batch):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]
-    logits_BxMxV = model.apply(
-      {"params": params}, batch["inputs"], batch["positions"], num_latents=targets_BxM.shape[1]
+    latents_BxMxD = model.apply(
+      {"params": params}, batch["inputs"], batch["positions"], num_latents=targets_BxM.shape[1], method="latents"
     )
-    nats_BxM = loss.token_losses(logits_BxMxV, targets_BxM, z_loss=0.0, label_smoothing=0.0).cross_entropy
+    sums = loss.summed(
+      lambda latents: model.apply({"params": params}, latents, method="logits"),
+      latents_BxMxD,
+      targets_BxM,
+      weights_BxM,
+      chunk=config.model.logits_chunk,
+    )
     return {
-      "nats": (nats_BxM * weights_BxM).sum(),
-      "correct": ((logits_BxMxV.argmax(axis=-1) == targets_BxM) * weights_BxM).sum(),
-      "tokens": weights_BxM.sum(),
+      "nats": sums["loss"],
+      "correct": sums["accuracy"],
+      "tokens": sums["num_tokens"],
       "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
     }
 
@@ -118,6 +125,7 @@ def evaluate(config: Config, workdir: epath.PathLike) -> dict:
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)
   mesh = make_mesh(config.mesh)
+  check_platform(config.model.attention, mesh)
   evaluator = Evaluator(config, mesh)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
     restored = checkpointer.restore_params(state_lib.abstract_params(config, mesh))

@@ -1,23 +1,87 @@
-"""Official Perceiver AR parameters (Haiku's module paths) as this project's parameters.
+"""Official Perceiver AR checkpoints (Haiku) as this project's parameters and checkpoints.
 
-The mapping is by meaning, one line a module; self-attention layers are stacked for nn.scan.
+  python -m perceiver_ar_jax.interop.haiku --checkpoint=checkpoint.dill --config=configs/imagenet64.py --workdir=DIR
+
+writes the weights as step 0 of a run in DIR, which evaluation reads and training goes on from (fine-tuning). The file
+holds no architecture, so --config must describe the model it was trained with.
+
+A .dill file is a pickle, and a pickle is a program: read with dill, it can run anything. Here unpickle.py reads it,
+which rebuilds arrays and runs nothing.
 """
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from etils import epath
 
-from perceiver_ar_jax.config import InputError, ModelConfig
+from perceiver_ar_jax import command_line
+from perceiver_ar_jax.config import Config, InputError, ModelConfig
+from perceiver_ar_jax.interop import unpickle
+from perceiver_ar_jax.parallel.mesh import make_mesh
+from perceiver_ar_jax.training import checkpoint
+from perceiver_ar_jax.training import optimizer as optimizer_lib
+from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import workdir as workdir_lib
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "An official checkpoint.dill.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to make.")
 
 _ACTIVATIONS = {"sq_relu": "squared_relu", "gelu": "gelu"}
-_POSITIONS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
-# Options of the release that this model does not have, with the one value that means "off".
+_ENCODINGS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
+# The official constructor's own defaults, for arguments that are left out.
+_DEFAULTS = {
+  "input_embed_dim": 1024,
+  "position_encoding": "sinusoidal",
+  "learnable_position_embeddings": False,
+  "num_transformers_per_block": 12,
+  "z_index_dim": 1024,
+  "num_z_channels": 1024,
+  "num_cross_attend_heads": 1,
+  "num_transformer_heads": 8,
+  "cross_attend_widening_factor": 1,
+  "transformer_widening_factor": 1,
+  "additional_cross_attend_after_layers": (),
+  "dropout_prob": 0.0,
+  "latent_dropout_prob": 0.0,
+  "encoder_dropout_prob": 0.0,
+  "activation_name": "sq_relu",
+  "fraction_to_rotate": 0.25,
+  "max_wavelength": 8192,
+  "use_positions_from_data": False,
+}
+_REQUIRED = ("num_classes", "input_idx_size", "max_context_length", "position_encoding_type")
+# Options that this model does not have, with the one value that can be converted.
 _UNSUPPORTED = {
   "num_latents_per_position": 1,
-  "initial_query_embed_style": "last_n_inputs",
+  "initial_query_embed_style": "none",
+  "initial_query_offsetting": False,
+  "include_initial_cross_attention": True,
+  "encoder_use_query_residual": True,
+  "cross_attention_shape_for_attn": "kv",
+  "mask_style": "final_block",
   "fraction_heads_to_rotate": 1.0,
+  "use_negative_rotary_positions": False,
+  "train_input_positions": 0,
 }
+# Options that change only the order of computation, fresh weights, or what an unsupported option would do.
+_IGNORED = (
+  "cross_attention_head_group_size",
+  "chunked_cross_attention",
+  "chunked_cross_query_size",
+  "chunked_cross_key_size",
+  "final_layer_init_zeros",
+  "z_pos_enc_init_scale",
+  "share_learned_initial_query",
+  "initial_query_embed_activation_name",
+  "initial_query_embed_num_layers",
+  "concat_pos",
+  "name",
+)
 
 
 def convert(
@@ -33,13 +97,83 @@ def convert(
     InputError: an option that this model does not have, or a parameter that is missing.
   """
   config = _config(model_kwargs)
+  return config, _params(haiku_params, config)
+
+
+def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+  """(parameters by module path, training step) of an official checkpoint.dill, without running what is in it.
+
+  Raises:
+    InputError: the file cannot be read, or is no such checkpoint.
+  """
+  try:
+    with pathlib.Path(path).open("rb") as file:
+      state = unpickle.load(file)
+  except OSError as error:
+    raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
+  except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+    raise InputError(
+      f"--checkpoint={path} is no readable pickle: {error}. Give an official checkpoint.dill."
+    ) from error
+  params = state.get("params") if isinstance(state, dict) else None
+  arrays = isinstance(params, dict) and all(
+    isinstance(module, dict) and all(isinstance(value, np.ndarray) for value in module.values())
+    for module in params.values()
+  )
+  if not arrays:
+    raise InputError(
+      f"--checkpoint={path} is no official checkpoint: it should hold 'params', a mapping from module paths to arrays."
+    )
+  return params, int(state.get("global_step", 0))
+
+
+def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.ndarray]], workdir: str) -> int:
+  """Writes converted weights as step 0 of a run of `config` in `workdir`; returns how many there are.
+
+  Raises:
+    InputError: the weights are not those of `config.model`, or the workdir is in use.
+  """
+  workdir, mesh = epath.Path(workdir), make_mesh(config.mesh)
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  abstract = state_lib.abstract_state(config, optimizer, mesh)
+  params = _params(haiku_params, config.model)
+  _check_shapes(params, abstract.params)
+  if (workdir / "checkpoints").exists():
+    raise InputError(f"--workdir={workdir} holds a run already: give a new folder.")
+  workdir_lib.prepare(config, workdir)
+  with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir) as checkpointer:
+    params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
+    checkpointer.save(state_lib.TrainState(jnp.zeros((), jnp.int32), params, opt_state), data=None)
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _check_shapes(params: dict, expected: dict) -> None:
+  def shapes(tree):
+    return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+      for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+  found = shapes(params)
+  for name, shape in shapes(expected).items():
+    if found[name] != shape:
+      raise InputError(
+        f"The checkpoint's parameter {name} has shape {found[name]}, and --config makes it {shape}: set its"
+        " model to what the checkpoint was trained with."
+      )
+
+
+def _params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> dict:
+  """The parameters of `config`, by meaning, one line a module; self-attention layers are stacked for nn.scan."""
   modules = {path.replace("perceiver_ar/", "", 1).removeprefix("~/"): value for path, value in haiku_params.items()}
 
   def get(path, name):
     try:
       return np.asarray(modules[path][name])
     except KeyError as error:
-      raise InputError(f"The checkpoint lacks the parameter {path}/{name}, which these arguments need.") from error
+      raise InputError(f"The checkpoint lacks the parameter {path}/{name}, which this model needs.") from error
 
   def dense(path):
     return {"kernel": get(path, "w"), "bias": get(path, "b")}
@@ -48,8 +182,10 @@ def convert(
     return {"scale": get(path, "scale"), "bias": get(path, "offset")}
 
   def attention(path):
-    names = {"query": "linear", "key": "linear_1", "value": "linear_2", "out": "linear_3"}
-    return {ours: dense(f"{path}/attention/{theirs}") for ours, theirs in names.items()}
+    return {
+      "attention": {"query": dense(f"{path}/attention/linear"), "out": dense(f"{path}/attention/linear_3")},
+      "keys_values": {"key": dense(f"{path}/attention/linear_1"), "value": dense(f"{path}/attention/linear_2")},
+    }
 
   def mlp(path):
     return {"up": dense(f"{path}/dense/linear"), "down": dense(f"{path}/dense/linear_1")}
@@ -60,8 +196,8 @@ def convert(
       "norm_query": norm(f"{path}/layer_norm"),
       "norm_inputs": norm(f"{path}/layer_norm_1"),
       "norm_mlp": norm(f"{path}/layer_norm_2"),
-      "attention": attention(path),
       "mlp": mlp(path),
+      **attention(path),
     }
 
   def layer(index):
@@ -69,26 +205,27 @@ def convert(
     return {
       "norm_attention": norm(f"{path}/layer_norm"),
       "norm_mlp": norm(f"{path}/layer_norm_1"),
-      "attention": attention(path),
       "mlp": mlp(path),
+      **attention(path),
     }
 
-  params = {
-    "embed": get("embed", "embeddings"),
-    "to_latents": dense("linear"),
-    "final_norm": norm("layer_norm"),
-    "logits": dense("logits"),
-  }
+  embed = {"tokens": get("embed", "embeddings")}
   if config.position_encoding == "learned":
     for dimension in range(len(config.position_sizes)):
-      params[f"position_{dimension}"] = get(f"embed_{dimension + 1}", "embeddings")
+      embed[f"position_{dimension}"] = get(f"embed_{dimension + 1}", "embeddings")
+  params = {
+    "embed": embed,
+    "to_latents": dense("linear"),
+    "final_norm": norm("layer_norm"),
+    "to_logits": dense("logits"),
+  }
   start = 0
-  for repeat, end in enumerate(sorted({after + 1 for after in config.cross_attend_after}) + [config.num_layers]):
-    params[_numbered("cross_attend", repeat)] = cross_attend(repeat)
+  for run, end in enumerate(sorted({after + 1 for after in config.cross_attend_after}) + [config.num_layers]):
+    params[f"cross_attend_{run}"] = cross_attend(run)
     if end > start:
-      params[_numbered("layers", repeat)] = _stack([layer(index) for index in range(start, end)])
+      params[f"layers_{run}"] = _stack([layer(index) for index in range(start, end)])
     start = end
-  return config, params
+  return params
 
 
 def _numbered(name: str, index: int) -> str:
@@ -103,17 +240,30 @@ def _stack(trees: list[dict]) -> dict:
   return {name: _stack([tree[name] for tree in trees]) for name in first}
 
 
-def _config(kwargs: Mapping[str, Any]) -> ModelConfig:
-  for name, off in _UNSUPPORTED.items():
-    if kwargs.get(name, off) != off:
-      raise InputError(f"The official option {name}={kwargs[name]!r} is not supported; only {off!r} can be converted.")
-  if kwargs["cross_attend_widening_factor"] != kwargs["transformer_widening_factor"]:
+def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
+  for name in _REQUIRED:
+    if name not in model_kwargs:
+      raise InputError(f"The official argument {name} is missing.")
+  for name, value in model_kwargs.items():
+    if name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
+      raise InputError(
+        f"The official option {name}={value!r} is not supported; only {_UNSUPPORTED[name]!r} can be converted."
+      )
+    if name not in (*_REQUIRED, *_DEFAULTS, *_UNSUPPORTED, *_IGNORED):
+      raise InputError(f"The official model has no option {name}={value!r} that is known here.")
+  kwargs = _DEFAULTS | dict(model_kwargs)
+  widening = kwargs["transformer_widening_factor"]
+  if kwargs["cross_attend_widening_factor"] != widening:
     raise InputError(
-      "cross_attend_widening_factor and transformer_widening_factor differ"
-      f" ({kwargs['cross_attend_widening_factor']} and {kwargs['transformer_widening_factor']}); only equal ones can"
-      " be converted."
+      f"cross_attend_widening_factor={kwargs['cross_attend_widening_factor']} and"
+      f" transformer_widening_factor={widening} differ; only equal ones can be converted."
     )
+  for name, known in (("activation_name", _ACTIVATIONS), ("position_encoding", _ENCODINGS)):
+    if kwargs[name] not in known:
+      raise InputError(f"The official option {name}={kwargs[name]!r} is not supported; known: {', '.join(known)}.")
   rotary = kwargs["position_encoding_type"] == "rotary"
+  encoding = "learned" if kwargs["learnable_position_embeddings"] else _ENCODINGS[kwargs["position_encoding"]]
+  sizes = tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"])
   return ModelConfig(
     vocab_size=kwargs["num_classes"],
     max_context=kwargs["max_context_length"],
@@ -123,15 +273,29 @@ def _config(kwargs: Mapping[str, Any]) -> ModelConfig:
     embed_width=kwargs["input_embed_dim"],
     num_cross_heads=kwargs["num_cross_attend_heads"],
     num_self_heads=kwargs["num_transformer_heads"],
-    mlp_widening=kwargs["transformer_widening_factor"],
+    mlp_widening=widening,
     activation=_ACTIVATIONS[kwargs["activation_name"]],
-    position_encoding="rotary" if rotary else _POSITIONS[kwargs["position_encoding"]],
-    position_sizes=()
-    if rotary
-    else tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"]),
+    position_encoding="rotary" if rotary else encoding,
+    position_sizes=() if rotary else sizes,
     positions_from_data=kwargs["use_positions_from_data"],
-    rotary_fraction=kwargs.get("fraction_to_rotate", 0.5),
-    rotary_max_wavelength=kwargs.get("max_wavelength"),
-    cross_attend_after=tuple(kwargs.get("additional_cross_attend_after_layers", ())),
+    rotary_fraction=kwargs["fraction_to_rotate"],
+    rotary_max_wavelength=kwargs["max_wavelength"],
+    cross_attend_after=tuple(kwargs["additional_cross_attend_after_layers"] or ()),
     dropout=kwargs["dropout_prob"],
+    latent_dropout=kwargs["latent_dropout_prob"],
+    cross_attend_dropout=kwargs["encoder_dropout_prob"],
   )
+
+
+def _main(config: Config) -> int:
+  haiku_params, trained_steps = load(_CHECKPOINT.value)
+  count = write_checkpoint(config, haiku_params, _WORKDIR.value)
+  print(
+    f"Wrote {count:,} parameters, trained for {trained_steps:,} steps, as step 0 of {_WORKDIR.value}. Score them:"
+    " python -m perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without that, train on."
+  )
+  return 0
+
+
+if __name__ == "__main__":
+  command_line.run(_main, required=("checkpoint", "workdir"))

@@ -5,14 +5,16 @@ so causality is a static offset (design: sequences are right-aligned). Shape let
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from perceiver_ar_jax.config import ModelConfig
+from perceiver_ar_jax.models import attention_kernels
 from perceiver_ar_jax.models import positions as positions_lib
-from perceiver_ar_jax.models.attention_kernels import KERNELS
 from perceiver_ar_jax.parallel.sharding import constrain
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -22,7 +24,9 @@ ACTIVATION_FNS = {
 }
 
 
-def dense(config: ModelConfig, features: int, name: str, axes: tuple[str, str], init=kernel_init, **kwargs) -> nn.Dense:
+def dense(
+  config: ModelConfig, features: int, name: str | None, axes: tuple[str, str], init=kernel_init, **kwargs
+) -> nn.Dense:
   """A Dense with bias, its kernel [in, out] carrying the logical `axes`; computes in `config.dtype`."""
   return nn.Dense(
     features,
@@ -35,7 +39,7 @@ def dense(config: ModelConfig, features: int, name: str, axes: tuple[str, str], 
   )
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
+def layer_norm(name: str | None) -> nn.LayerNorm:
   """LayerNorm with scale and offset over the last axis, in float32; the Dense after it casts."""
   return nn.LayerNorm(
     epsilon=1e-5,
@@ -47,34 +51,47 @@ def layer_norm(name: str) -> nn.LayerNorm:
   )
 
 
-class Attention(nn.Module):
-  """Multi-head attention from normalised latents to normalised inputs, projected back to the latents' width."""
+class KeysValues(nn.Module):
+  """Keys and values of normalised inputs, not yet rotated."""
 
   config: ModelConfig
   num_heads: int
 
   @nn.compact
-  def __call__(self, query_BxMxD, inputs_BxLxE, positions_BxL, valid_BxL):
-    """`positions_BxL`: rotary positions, or None when positions are absolute."""
+  def __call__(self, inputs_BxLxE):
+    """Returns k_BxLxHxK and v_BxLxHxK."""
+    width = self.config.latent_width
+
+    def heads(name):
+      projected = dense(self.config, width, name, ("width", "heads"))(inputs_BxLxE)
+      return projected.reshape(*inputs_BxLxE.shape[:2], self.num_heads, width // self.num_heads)
+
+    return heads("key"), heads("value")
+
+
+class Attention(nn.Module):
+  """Multi-head attention from normalised latents to `Keys`, projected back to the latents' width."""
+
+  config: ModelConfig
+  num_heads: int
+
+  @nn.compact
+  def __call__(self, normed_BxMxD, keys: attention_kernels.Keys, rotary_BxM, valid_BxL, keep_own: bool = False):
+    """`rotary_BxM`: the latents' rotary positions, or None when positions are absolute."""
     config, width = self.config, self.config.latent_width
+    query_BxMxD = dense(config, width, "query", ("width", "heads"))(normed_BxMxD)
+    q_BxMxHxK = turn(config, query_BxMxD.reshape(*query_BxMxD.shape[:2], self.num_heads, -1), rotary_BxM)
+    attend = attention_kernels.KERNELS[config.attention]
+    attended_BxMxHxK = attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
+    return dense(config, width, "out", ("heads", "width"))(attended_BxMxHxK.reshape(query_BxMxD.shape))
 
-    def heads(x, name):
-      projected = dense(config, width, name, ("width", "heads"))(x)
-      return projected.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
 
-    q_BxMxHxK, k_BxLxHxK = heads(query_BxMxD, "query"), heads(inputs_BxLxE, "key")
-    v_BxLxHxK = heads(inputs_BxLxE, "value")
-    if positions_BxL is not None:
-      turn = functools.partial(
-        positions_lib.rotate,
-        fraction=config.rotary_fraction,
-        max_wavelength=config.rotary_max_wavelength or config.max_context,
-      )
-      q_BxMxHxK = turn(q_BxMxHxK, positions_BxL[:, -query_BxMxD.shape[1] :])
-      k_BxLxHxK = turn(k_BxLxHxK, positions_BxL)
-    attended_BxMxHxK = KERNELS[config.attention](q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL)
-    merged_BxMxD = attended_BxMxHxK.reshape(query_BxMxD.shape[:2] + (width,))
-    return dense(config, width, "out", ("heads", "width"))(merged_BxMxD)
+def turn(config: ModelConfig, x_BxLxHxK, rotary_BxL):
+  """Queries or keys rotated by their positions as the config says; as they are where positions are None."""
+  if rotary_BxL is None:
+    return x_BxLxHxK
+  wavelength = config.rotary_max_wavelength or config.max_context
+  return positions_lib.rotate(x_BxLxHxK, rotary_BxL, fraction=config.rotary_fraction, max_wavelength=wavelength)
 
 
 class MLP(nn.Module):
@@ -90,39 +107,99 @@ class MLP(nn.Module):
     return dense(config, config.latent_width, "down", ("mlp", "width"))(hidden_BxMxF)
 
 
+class Context(NamedTuple):
+  """What the latents attend to: all inputs as ids, and how to embed any run of them."""
+
+  embed: Callable
+  """(weights, tokens_BxC, positions_BxCxP) -> x_BxCxE; a pure function."""
+  weights: Any
+  tokens_BxL: jax.Array
+  positions_BxLxP: jax.Array
+  valid_BxL: jax.Array
+  """False: nobody sees this input."""
+
+  def rotary(self, config: ModelConfig, num_latents: int | None = None):
+    """The rotary positions of the last `num_latents` (all) inputs; None when positions are absolute."""
+    return rotary_positions(config, self.positions_BxLxP[:, -(num_latents or 0) :])
+
+
+def rotary_positions(config: ModelConfig, positions_BxLxP):
+  """The positions that rotary encoding uses; None when positions are absolute."""
+  return positions_BxLxP[..., 0] if config.position_encoding == "rotary" else None
+
+
 class CrossAttend(nn.Module):
   """Pre-norm attention from the latents to all inputs and a pre-norm MLP, each with dropout and a residual."""
 
   config: ModelConfig
-  deterministic: bool
 
   @nn.compact
-  def __call__(self, latents_BxMxD, inputs_BxLxE, positions_BxL, valid_BxL):
+  def __call__(self, latents_BxMxD, context: Context, deterministic: bool):
     config = self.config
-    dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
-    query_BxMxD = layer_norm("norm_query")(latents_BxMxD)
-    inputs_BxLxE = layer_norm("norm_inputs")(inputs_BxLxE)
+    dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+    normed_BxMxD = layer_norm("norm_query")(latents_BxMxD)
+    rotary_BxM = context.rotary(config, latents_BxMxD.shape[1])
     attended_BxMxD = Attention(config, config.num_cross_heads, name="attention")(
-      query_BxMxD, inputs_BxLxE, positions_BxL, valid_BxL
+      normed_BxMxD, self._keys(context), rotary_BxM, context.valid_BxL
     )
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
     hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))
     return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None)
+
+  def _keys(self, context: Context) -> attention_kernels.Keys:
+    """Keys and values of the context, from ids to rotated heads as one pure function, for kernels that stream it."""
+    config = self.config
+    norm, norm_weights = functional(layer_norm("norm_inputs"), jnp.zeros((1, 1, config.input_width)))
+    project, project_weights = functional(
+      KeysValues(config, config.num_cross_heads, name="keys_values"), jnp.zeros((1, 1, config.input_width))
+    )
+
+    def from_ids(weights, tokens_BxC, positions_BxCxP):
+      embed_weights, norm_weights, project_weights = weights
+      x_BxCxE = norm(norm_weights, context.embed(embed_weights, tokens_BxC, positions_BxCxP))
+      return project(project_weights, x_BxCxE)
+
+    def from_table(tables, tokens_BxC, positions_BxCxP):
+      del positions_BxCxP
+      return tuple(table_VxHxK[tokens_BxC] for table_VxHxK in tables)
+
+    weights, make = (context.weights, norm_weights, project_weights), from_ids
+    # Without absolute positions, inputs of equal id have equal keys and values up to the rotation: where there are
+    # more inputs than ids, project each id once and look the inputs up.
+    if config.position_encoding == "rotary" and config.vocab_size <= context.tokens_BxL.shape[1]:
+      ids_1xV = jnp.arange(config.vocab_size)[None]
+      weights, make = tuple(part[0] for part in from_ids(weights, ids_1xV, ids_1xV[..., None])), from_table
+
+    def turned(weights, source):
+      tokens_BxC, positions_BxCxP = source
+      k_BxCxHxK, v_BxCxHxK = make(weights, tokens_BxC, positions_BxCxP)
+      return turn(config, k_BxCxHxK, rotary_positions(config, positions_BxCxP)), v_BxCxHxK
+
+    return attention_kernels.Keys(turned, weights, (context.tokens_BxL, context.positions_BxLxP))
+
+
+def functional(module: nn.Module, *example) -> tuple[Callable, Any]:
+  """(pure function of its variables and inputs, its variables) of a submodule, which `example` initialises."""
+  if module.is_initializing():
+    module(*example)
+  unbound, variables = module.unbind()
+  return unbound.apply, variables
 
 
 class SelfAttentionLayer(nn.Module):
   """One causal pre-norm Transformer layer over the latents, in the (carry, output) form that nn.scan wants."""
 
   config: ModelConfig
-  deterministic: bool
 
   @nn.compact
-  def __call__(self, latents_BxMxD, positions_BxM, valid_BxM):
+  def __call__(self, latents_BxMxD, rotary_BxM, valid_BxM, keep_own: bool, deterministic: bool):
     config = self.config
-    dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
+    dropout = nn.Dropout(config.dropout, deterministic=deterministic)
     normed_BxMxD = layer_norm("norm_attention")(latents_BxMxD)
+    k_BxMxHxK, v_BxMxHxK = KeysValues(config, config.num_self_heads, name="keys_values")(normed_BxMxD)
+    keys = attention_kernels.Keys.of(turn(config, k_BxMxHxK, rotary_BxM), v_BxMxHxK)
     attended_BxMxD = Attention(config, config.num_self_heads, name="attention")(
-      normed_BxMxD, normed_BxMxD, positions_BxM, valid_BxM
+      normed_BxMxD, keys, rotary_BxM, valid_BxM, keep_own
     )
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
     hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))

@@ -1,119 +1,285 @@
-"""Ways to compute the same attention, in one table: `KERNELS[name](q, k, v, valid)`.
+"""Ways to compute the same attention, in one table: `KERNELS[name](q, keys, valid, keep_own, chunk)`.
 
-All give q_BxMxHxK's attention over k, v_BxLxHxK with softmax in float32: query m, which stands on slot
-L - M + m, sees key l iff l <= L - M + m and valid_BxL[l]. A query that sees no key at all, which only padding
-does, gets finite values of no meaning.
+All give the attention of q_BxMxHxK over a context, with softmax in float32. Query m stands on slot L - M + m and
+sees key l iff l <= L - M + m and valid_BxL[l]; with `keep_own` it also sees its own slot, valid or not. A query
+that sees no key at all, which only padding does, gets finite values of no meaning.
+
+A kernel receives the context as `Keys`, not yet projected, so that it may choose how much of it exists at a time.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.parallel import sharding
 
 _MASKED = -1e30  # finite, so that a row with every key masked does not become NaN
-_CHUNK = 512
-_LARGE = 2**20  # scores of one head from which walking over the keys is faster and far smaller; measured on CPU
+_LARGE = 2**18  # scores of one head from which walking over the context is faster and far smaller; measured on CPU
+_LANES = 128  # the TPU's vector width: splash wants lengths to be multiples of it
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def reference(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL):
-  """Plain einsums: the truth. Keeps scores of size B x H x M x L."""
-  scores_BxHxMxL = _scores(_scaled(q_BxMxHxK), k_BxLxHxK, valid_BxL, first_key=0, num_keys=k_BxLxHxK.shape[1])
+class Keys(NamedTuple):
+  """A context whose keys and values are made on demand, from any run of its slots."""
+
+  make: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+  """(weights, source of C slots) -> k_BxCxHxK, v_BxCxHxK; a pure function without tracers of its own."""
+  weights: Any
+  """A tree of float arrays, the same for every slot."""
+  source: Any
+  """A tree of arrays [B, L, ...]."""
+
+  @classmethod
+  def of(cls, k_BxLxHxK, v_BxLxHxK) -> "Keys":
+    """Keys and values that are there already."""
+    return cls(_given, (), (k_BxLxHxK, v_BxLxHxK))
+
+  def all(self) -> tuple[jax.Array, jax.Array]:
+    return self.make(self.weights, self.source)
+
+
+def _given(weights, source):
+  del weights
+  return source
+
+
+def reference(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
+  """Plain einsums: the truth. Keeps scores of size B x H x M x L; `chunk` does not matter."""
+  del chunk
+  k_BxLxHxK, v_BxLxHxK = keys.all()
+  scores_BxHxMxL = _product("bmhk,blhk->bhml", _scaled(q_BxMxHxK), k_BxLxHxK)
+  scores_BxHxMxL = jnp.where(_seen(q_BxMxHxK, valid_BxL, keep_own), scores_BxHxMxL, _MASKED)
   weights_BxHxMxL = jax.nn.softmax(scores_BxHxMxL, axis=-1)
   return jnp.einsum("bhml,blhk->bmhk", weights_BxHxMxL.astype(v_BxLxHxK.dtype), v_BxLxHxK)
 
 
-def chunked(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, chunk: int = _CHUNK):
-  """A running softmax over chunks of keys, recomputed in the backward pass (Milakov & Gimelshein; FlashAttention).
+def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
+  """Walks over the context: projects `chunk` slots, attends with a running softmax, forgets them; again backward.
 
-  Scores exist for one chunk at a time: B x H x M x `chunk`. Any chunk size does; the last one is filled up.
+  Nothing as long as the context is ever kept but its source, so memory does not grow with the context (running
+  softmax: Milakov & Gimelshein, 2018; recomputed backward pass: FlashAttention). Any chunk size does. Only
+  the last M slots need a causal mask; the walk over those before them has none.
   """
-  num_keys = k_BxLxHxK.shape[1]
-  filler = -num_keys % min(chunk, num_keys)
-
-  def fill(x):  # in front, where padding stands anyway: the causal offset stays as it is
-    return jnp.pad(x, ((0, 0), (filler, 0)) + ((0, 0),) * (x.ndim - 2))
-
-  return _chunked(q_BxMxHxK, fill(k_BxLxHxK), fill(v_BxLxHxK), fill(valid_BxL), min(chunk, num_keys))
+  return _walk(keys.make, chunk, keep_own, q_BxMxHxK, keys.weights, keys.source, valid_BxL)
 
 
-def auto(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL):
-  """The faster of the kernels for these shapes."""
-  large = q_BxMxHxK.shape[1] * k_BxLxHxK.shape[1] >= _LARGE
-  return (chunked if large else reference)(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL)
+def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
+  """`streamed` over keys and values that are projected at once and kept: more memory, less to recompute."""
+  return streamed(q_BxMxHxK, Keys.of(*keys.all()), valid_BxL, keep_own, chunk)
 
 
-KERNELS = {"auto": auto, "reference": reference, "chunked": chunked}
+def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
+  """cuDNN's fused attention, for NVIDIA GPUs in bfloat16; `chunk` does not matter."""
+  del chunk
+  seen = _seen(q_BxMxHxK, valid_BxL, keep_own)
+  return jax.nn.dot_product_attention(q_BxMxHxK, *keys.all(), mask=seen, implementation="cudnn")
+
+
+def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None, interpret: bool = False):
+  """The Pallas kernel that ships with JAX, for TPUs: blocks that no query sees are skipped; `chunk` does not matter.
+
+  Padding is told apart by segment ids, so it cannot `keep_own`. `interpret` runs it on any platform, slowly.
+  """
+  del chunk
+  if keep_own:
+    raise InputError("model.attention=splash cannot apply model.latent_dropout: set that to 0 or use another kernel.")
+  k_BxLxHxK, v_BxLxHxK = keys.all()
+  layout = sharding.current_spec(("batch", None, "heads", None), q_BxMxHxK.shape)
+  attend = functools.partial(_splash, interpret=interpret)
+  if layout is not None:  # a Pallas kernel is not split over devices by itself
+    rows = sharding.current_spec(("batch", None), valid_BxL.shape)
+    attend = jax.shard_map(attend, in_specs=(layout, layout, layout, rows), out_specs=layout, check_vma=False)
+  return attend(_scaled(q_BxMxHxK), k_BxLxHxK, v_BxLxHxK, valid_BxL)
+
+
+def auto(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
+  """The fastest of the kernels that run everywhere, by shape; see docs/benchmarks.md for the measurements."""
+  large = q_BxMxHxK.shape[1] * valid_BxL.shape[1] >= _LARGE
+  return (streamed if large else reference)(q_BxMxHxK, keys, valid_BxL, keep_own, chunk)
+
+
+KERNELS = {
+  "auto": auto,
+  "reference": reference,
+  "chunked": chunked,
+  "streamed": streamed,
+  "cudnn": cudnn,
+  "splash": splash,
+}
+_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+
+
+def check_platform(name: str, mesh: Mesh) -> None:
+  """Raises InputError if the kernel cannot run on the mesh's devices."""
+  platform = mesh.devices.flat[0].platform
+  needed = _PLATFORMS.get(name, platform)
+  if needed != platform:
+    raise InputError(
+      f"model.attention={name} runs on a {needed.upper()} only, and the devices here are {platform.upper()}s: take"
+      " auto, reference, chunked or streamed."
+    )
 
 
 def _scaled(q_BxMxHxK):
   return q_BxMxHxK * q_BxMxHxK.shape[-1] ** -0.5
 
 
-def _scores(q_BxMxHxK, k_BxCxHxK, valid_BxC, first_key, num_keys: int):
-  """float32[B, H, M, C] masked scores of the keys from `first_key` on, of `num_keys` in all."""
-  num_queries, chunk = q_BxMxHxK.shape[1], k_BxCxHxK.shape[1]
-  scores_BxHxMxC = jnp.einsum("bmhk,bchk->bhmc", q_BxMxHxK, k_BxCxHxK, preferred_element_type=jnp.float32)
-  slots_M = jnp.arange(num_keys - num_queries, num_keys)
-  seen_MxC = first_key + jnp.arange(chunk)[None] <= slots_M[:, None]
-  return jnp.where(seen_MxC[None, None] & valid_BxC[:, None, None, :], scores_BxHxMxC, _MASKED)
+def _seen(q_BxMxHxK, valid_BxL, keep_own: bool):
+  """bool[B, 1, M, L]: which keys each query sees."""
+  num_queries, num_keys = q_BxMxHxK.shape[1], valid_BxL.shape[1]
+  return _seen_run(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own)
 
 
-def _split(x_BxL, chunk: int):
-  """[L / chunk, B, chunk, ...]: chunks on the first axis, to scan over."""
-  return x_BxL.reshape(x_BxL.shape[0], -1, chunk, *x_BxL.shape[2:]).swapaxes(0, 1)
+def _seen_run(slots_C, num_queries: int, num_keys: int, valid_BxC, keep_own: bool):
+  """bool[B, 1, M, C]: which of the keys on these slots each query sees."""
+  own_M = jnp.arange(num_keys - num_queries, num_keys)[:, None]
+  seen_BxMxC = (slots_C[None] <= own_M)[None] & valid_BxC[:, None, :]
+  if keep_own:
+    seen_BxMxC |= (slots_C[None] == own_M)[None]
+  return seen_BxMxC[:, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(q, k, v, valid, chunk):
-  return _forward(q, k, v, valid, chunk)[0]
+# The walk. Each step takes one run of slots; `causal` runs lie among the last M slots, the others before them.
 
 
-def _forward(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, chunk):
-  q, num_keys = _scaled(q_BxMxHxK), k_BxLxHxK.shape[1]
-  batch, num_queries, heads, width = q.shape
-
-  def attend(carry, keys):
-    top_BxHxM, sum_BxHxM, out_BxHxMxK = carry
-    first_key, k_BxCxHxK, v_BxCxHxK, valid_BxC = keys
-    scores = _scores(q, k_BxCxHxK, valid_BxC, first_key, num_keys)
-    new_top = jnp.maximum(top_BxHxM, scores.max(axis=-1))
-    shrink, weights = jnp.exp(top_BxHxM - new_top), jnp.exp(scores - new_top[..., None])
-    part = jnp.einsum("bhmc,bchk->bhmk", weights.astype(v_BxCxHxK.dtype), v_BxCxHxK, preferred_element_type=jnp.float32)
-    return (new_top, sum_BxHxM * shrink + weights.sum(axis=-1), out_BxHxMxK * shrink[..., None] + part), None
-
-  rows = (batch, heads, num_queries)
-  start = jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((*rows, width))
-  keys = jnp.arange(0, num_keys, chunk), _split(k_BxLxHxK, chunk), _split(v_BxLxHxK, chunk), _split(valid_BxL, chunk)
-  (top, total, out), _ = jax.lax.scan(attend, start, keys)
-  out_BxMxHxK = (out / total[..., None]).swapaxes(1, 2).astype(v_BxLxHxK.dtype)
-  return out_BxMxHxK, (q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, out_BxMxHxK, top + jnp.log(total))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _walk(make, chunk, keep_own, q, weights, source, valid):
+  return _forward(make, chunk, keep_own, q, weights, source, valid)[0]
 
 
-def _backward(chunk, residuals, grad_BxMxHxK):
-  q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, out_BxMxHxK, log_total_BxHxM = residuals
-  q, num_keys = _scaled(q_BxMxHxK), k_BxLxHxK.shape[1]
-  dtype = q.dtype
-  inner_BxHxM = jnp.einsum("bmhk,bmhk->bhm", grad_BxMxHxK, out_BxMxHxK, preferred_element_type=jnp.float32)
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _forward(make, chunk, keep_own, q_BxMxHxK, weights, source, valid_BxL):
+  q_BxHxMxK = _scaled(q_BxMxHxK).swapaxes(1, 2)
 
-  def attend(grad_q_BxMxHxK, keys):
-    first_key, k_BxCxHxK, v_BxCxHxK, valid_BxC = keys
-    scores = _scores(q, k_BxCxHxK, valid_BxC, first_key, num_keys)
-    weights_BxHxMxC = jnp.exp(scores - log_total_BxHxM[..., None])
-    grad_weights = product("bmhk,bchk->bhmc", grad_BxMxHxK, v_BxCxHxK)
-    grad_scores = (weights_BxHxMxC * (grad_weights - inner_BxHxM[..., None])).astype(dtype)
-    grad_v = product("bhmc,bmhk->bchk", weights_BxHxMxC.astype(dtype), grad_BxMxHxK)
-    grad_k = product("bhmc,bmhk->bchk", grad_scores, q)
-    grad_q_BxMxHxK += product("bhmc,bchk->bmhk", grad_scores, k_BxCxHxK)
-    return grad_q_BxMxHxK, (grad_k.astype(dtype), grad_v.astype(dtype))
+  def attend(carry, first, size, causal):
+    top_BxHxM, total_BxHxM, out_BxHxMxK = carry
+    k_BxHxCxK, v_BxHxCxK = (x.swapaxes(1, 2) for x in make(weights, _run(source, first, size)))
+    bias_Bx1xMxC = _bias(valid_BxL, first, size, q_BxMxHxK.shape[1], causal, keep_own)
+    scores_BxHxMxC = _product("bhmk,bhck->bhmc", q_BxHxMxK, k_BxHxCxK) + bias_Bx1xMxC
+    # The run's own softmax first, then its share: compilers fuse this, but not a maximum that runs along.
+    run_top_BxHxM = scores_BxHxMxC.max(axis=-1)
+    p_BxHxMxC = jnp.exp(scores_BxHxMxC - run_top_BxHxM[..., None])
+    run_out_BxHxMxK = _product("bhmc,bhck->bhmk", p_BxHxMxC.astype(v_BxHxCxK.dtype), v_BxHxCxK)
+    new_top = jnp.maximum(top_BxHxM, run_top_BxHxM)
+    shrink, run_shrink = jnp.exp(top_BxHxM - new_top), jnp.exp(run_top_BxHxM - new_top)
+    total_BxHxM = total_BxHxM * shrink + p_BxHxMxC.sum(axis=-1) * run_shrink
+    return new_top, total_BxHxM, out_BxHxMxK * shrink[..., None] + run_out_BxHxMxK * run_shrink[..., None]
 
-  keys = jnp.arange(0, num_keys, chunk), _split(k_BxLxHxK, chunk), _split(v_BxLxHxK, chunk), _split(valid_BxL, chunk)
-  grad_q, (grad_k, grad_v) = jax.lax.scan(attend, jnp.zeros(q.shape), keys)
-
-  def join(x):
-    return x.swapaxes(0, 1).reshape(k_BxLxHxK.shape)
-
-  return _scaled(grad_q).astype(dtype), join(grad_k), join(grad_v), None
+  rows = q_BxHxMxK.shape[:3]
+  start = jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros(q_BxHxMxK.shape)
+  top, total, out = _for_each_run(attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk)
+  out_BxMxHxK = (out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype)
+  return out_BxMxHxK, (q_BxMxHxK, weights, source, valid_BxL, out_BxMxHxK, top + jnp.log(total))
 
 
-_chunked.defvjp(_forward, _backward)
+def _backward(make, chunk, keep_own, residuals, grad_BxMxHxK):
+  q_BxMxHxK, weights, source, valid_BxL, out_BxMxHxK, log_total_BxHxM = residuals
+  q_BxHxMxK, grad_BxHxMxK = _scaled(q_BxMxHxK).swapaxes(1, 2), grad_BxMxHxK.swapaxes(1, 2)
+  inner_BxHxM = _product("bmhk,bmhk->bhm", grad_BxMxHxK, out_BxMxHxK)
+  dtype = q_BxMxHxK.dtype
+
+  def attend(carry, first, size, causal):
+    grad_q_BxHxMxK, grad_weights, grad_source = carry
+    (k, v), pull_back = jax.vjp(make, weights, _run(source, first, size))
+    k_BxHxCxK, v_BxHxCxK = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    bias_Bx1xMxC = _bias(valid_BxL, first, size, q_BxMxHxK.shape[1], causal, keep_own)
+    # Keys stand before queries here: two of the three products below then need no transposition.
+    scores_BxHxCxM = _product("bhck,bhmk->bhcm", k_BxHxCxK, q_BxHxMxK) + bias_Bx1xMxC.swapaxes(2, 3)
+    p_BxHxCxM = jnp.exp(scores_BxHxCxM - log_total_BxHxM[:, :, None])
+    grad_p_BxHxCxM = _product("bhck,bhmk->bhcm", v_BxHxCxK, grad_BxHxMxK)
+    grad_scores_BxHxCxM = (p_BxHxCxM * (grad_p_BxHxCxM - inner_BxHxM[:, :, None])).astype(dtype)
+    grad_q_BxHxMxK += _product("bhcm,bhck->bhmk", grad_scores_BxHxCxM, k_BxHxCxK)
+    grad_k_BxHxCxK = _product("bhcm,bhmk->bhck", grad_scores_BxHxCxM, q_BxHxMxK)
+    grad_v_BxHxCxK = _product("bhcm,bhmk->bhck", p_BxHxCxM.astype(dtype), grad_BxHxMxK)
+    of_weights, of_source = pull_back(
+      (grad_k_BxHxCxK.swapaxes(1, 2).astype(k.dtype), grad_v_BxHxCxK.swapaxes(1, 2).astype(v.dtype))
+    )
+    grad_weights = jax.tree.map(jnp.add, grad_weights, of_weights)
+    return grad_q_BxHxMxK, grad_weights, _put_run(grad_source, of_source, first)
+
+  zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype) if _is_float(x) else _no_gradient(x))
+  start = jnp.zeros(q_BxHxMxK.shape), zeros(weights), zeros(source)
+  grad_q, grad_weights, grad_source = _for_each_run(attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk)
+  return _scaled(grad_q).swapaxes(1, 2).astype(dtype), grad_weights, grad_source, _no_gradient(valid_BxL)
+
+
+_walk.defvjp(_forward, _backward)
+
+
+def _for_each_run(step, carry, num_keys: int, num_queries: int, chunk: int):
+  """The carry after `step(carry, first, size, causal)` for every run of slots, in order."""
+  prefix = num_keys - num_queries
+  for start, end, causal in ((0, prefix, False), (prefix, num_keys, True)):
+    whole, rest = divmod(end - start, chunk)
+    if rest:
+      carry = step(carry, start, rest, causal)
+    if whole:
+      body = functools.partial(_step_at, step, start + rest, chunk, causal)
+      carry = jax.lax.fori_loop(0, whole, body, carry)
+  return carry
+
+
+def _step_at(step, start: int, chunk: int, causal: bool, index, carry):
+  return step(carry, start + index * chunk, chunk, causal)
+
+
+def _run(tree, first, size: int):
+  """`size` slots of a tree of [B, L, ...] from slot `first` on."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), tree)
+
+
+def _put_run(tree, parts, first):
+  """`tree` with `parts` in the place of the run that starts at `first`; what has no gradient stays as it is."""
+
+  def put(x, part):
+    return jax.lax.dynamic_update_slice_in_dim(x, part, first, axis=1) if _is_float(x) else x
+
+  return jax.tree.map(put, tree, parts)
+
+
+def _bias(valid_BxL, first, size: int, num_queries: int, causal: bool, keep_own: bool):
+  """float32[B, 1, M or 1, C] to add to the scores of a run: 0 where a query sees the key, very low where not."""
+  valid_BxC = _run(valid_BxL, first, size)
+  if causal:
+    seen = _seen_run(first + jnp.arange(size), num_queries, valid_BxL.shape[1], valid_BxC, keep_own)
+  else:
+    seen = valid_BxC[:, None, None, :]
+  return jnp.where(seen, 0.0, _MASKED)
+
+
+def _is_float(x) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _no_gradient(x) -> np.ndarray:
+  """JAX's cotangent of integers and booleans."""
+  return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _splash(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, interpret: bool):
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  num_queries, num_keys = q_BxMxHxK.shape[1], k_BxLxHxK.shape[1]
+  more_queries, more_keys = -num_queries % _LANES, -num_keys % _LANES
+
+  def fill(x, more):  # in front, where padding stands anyway, so that the causal offset is the only thing that moves
+    return jnp.pad(x, ((0, 0), (more, 0)) + ((0, 0),) * (x.ndim - 2))
+
+  offset = (num_keys + more_keys) - (num_queries + more_queries)
+  mask = splash_attention.CausalMask((num_queries + more_queries, num_keys + more_keys), offset=offset)
+  heads = splash_attention.MultiHeadMask([mask] * q_BxMxHxK.shape[2])
+  kernel = splash_attention.make_splash_mha(heads, head_shards=1, q_seq_shards=1, interpret=interpret)
+
+  def attend(q_MxHxK, k_LxHxK, v_LxHxK, valid_L):
+    segments = splash_attention.SegmentIds(q=jnp.ones(q_MxHxK.shape[0], jnp.int32), kv=valid_L.astype(jnp.int32))
+    out_HxMxK = kernel(*(x.swapaxes(0, 1) for x in (q_MxHxK, k_LxHxK, v_LxHxK)), segment_ids=segments)
+    return out_HxMxK.swapaxes(0, 1)
+
+  filled = fill(q_BxMxHxK, more_queries), fill(k_BxLxHxK, more_keys), fill(v_BxLxHxK, more_keys)
+  return jax.vmap(attend)(*filled, fill(valid_BxL, more_keys))[:, more_queries:]

@@ -31,7 +31,23 @@ class PerceiverAR(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
+  def setup(self):
+    config = self.config
+    self.embed = Embed(config)
+    self.to_latents = attention.dense(config, config.latent_width, None, ("width", "latent"))
+    runs = _runs(config)
+    self.cross_attend = [attention.CrossAttend(config) for _ in runs]
+    self.layers = [_scan_layers(config, length) if length else None for length in runs]
+    self.final_norm = attention.layer_norm(None)
+    self.to_logits = attention.dense(
+      config,
+      config.vocab_size,
+      None,
+      ("width", "vocab"),
+      init=nn.initializers.zeros_init(),
+      dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+    )
+
   def __call__(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
     """Returns float32 logits_BxMxV for the token after each of the last M slots.
 
@@ -40,11 +56,15 @@ class PerceiverAR(nn.Module):
       positions_BxLxP: int32, 1-based, 0 on padding; None, or if the config says so: distance
         from the last token (P = 1).
       num_latents: M, at most L; None: the config's.
-      deterministic: False applies dropout and needs the "dropout" random key.
+      deterministic: False applies dropout of every kind and needs the "dropout" random key.
 
     Raises:
       ValueError: more latents than inputs, or positions that do not fit the position tables.
     """
+    return self.logits(self.latents(tokens_BxL, positions_BxLxP, num_latents=num_latents, deterministic=deterministic))
+
+  def latents(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
+    """latents_BxMxD after the last layer, normalised: what `logits` reads. Arguments as for the call."""
     config = self.config
     length = tokens_BxL.shape[1]
     num_latents = num_latents or config.num_latents
@@ -52,49 +72,45 @@ class PerceiverAR(nn.Module):
       raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
     if positions_BxLxP is None or not config.positions_from_data:
       positions_BxLxP = positions_lib.terminal_relative(tokens_BxL)
-
-    inputs_BxLxE = self._embed(tokens_BxL, positions_BxLxP)
-    rotary_BxL = positions_BxLxP[..., 0] if config.position_encoding == "rotary" else None
-    rotary_BxM = None if rotary_BxL is None else rotary_BxL[:, -num_latents:]
+    if not deterministic and config.cross_attend_dropout:
+      keep = round((1 - config.cross_attend_dropout) * (length - num_latents))
+      tokens_BxL, positions_BxLxP = drop_context(
+        self.make_rng("dropout"), tokens_BxL, positions_BxLxP, num_latents, keep
+      )
     valid_BxL = tokens_BxL > 0
-    latents_BxMxD = attention.dense(config, config.latent_width, "to_latents", ("width", "latent"))(
-      inputs_BxLxE[:, -num_latents:]
-    )
+    valid_BxM, keep_own = valid_BxL[:, -num_latents:], False
+    if not deterministic and config.latent_dropout:
+      keep_own = True  # a dropped latent is hidden from the others, not from itself
+      valid_BxM &= jax.random.bernoulli(self.make_rng("dropout"), 1 - config.latent_dropout, valid_BxM.shape)
 
-    cross_attend = _remat(attention.CrossAttend, config)
-    latents_BxMxD = cross_attend(config, deterministic, name="cross_attend")(
-      latents_BxMxD, inputs_BxLxE, rotary_BxL, valid_BxL
-    )
-    done = 0
-    for repeat, end in enumerate(_segments(config)):
-      suffix = f"_{repeat}" if repeat else ""
-      if repeat:
-        latents_BxMxD = cross_attend(config, deterministic, name="cross_attend" + suffix)(
-          latents_BxMxD, inputs_BxLxE, rotary_BxL, valid_BxL
-        )
-      if end > done:
-        layers = _scan_layers(config, deterministic, end - done, name="layers" + suffix)
-        latents_BxMxD, _ = layers(latents_BxMxD, rotary_BxM, valid_BxL[:, -num_latents:])
-      done = end
+    tokens_BxM, positions_BxMxP = tokens_BxL[:, -num_latents:], positions_BxLxP[:, -num_latents:]
+    latents_BxMxD = self.to_latents(self.embed(tokens_BxM, positions_BxMxP))
+    embed, weights = attention.functional(self.embed, tokens_BxM, positions_BxMxP)
+    context = attention.Context(embed, weights, tokens_BxL, positions_BxLxP, valid_BxL)
+    rotary_BxM = context.rotary(config, num_latents)
+    for cross_attend, layers in zip(self.cross_attend, self.layers, strict=True):
+      latents_BxMxD = cross_attend(latents_BxMxD, context, deterministic)
+      if layers is not None:
+        latents_BxMxD, _ = layers(latents_BxMxD, rotary_BxM, valid_BxM, keep_own, deterministic)
+    return self.final_norm(latents_BxMxD)
 
-    latents_BxMxD = attention.layer_norm("final_norm")(latents_BxMxD)
-    logits = attention.dense(
-      config,
-      config.vocab_size,
-      "logits",
-      ("width", "vocab"),
-      init=nn.initializers.zeros_init(),
-      dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-    )
-    return logits(latents_BxMxD).astype(jnp.float32)
+  def logits(self, latents_BxMxD):
+    """float32 logits_BxMxV of the latents after the last layer."""
+    return self.to_logits(latents_BxMxD).astype(jnp.float32)
 
-  def _embed(self, tokens_BxL, positions_BxLxP):
-    """x_BxLxE in the compute dtype: token embedding plus one absolute table per position dimension."""
+
+class Embed(nn.Module):
+  """x_BxLxE in the compute dtype: token embedding plus one absolute encoding per position dimension, or none."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BxL, positions_BxLxP):
     config = self.config
-    width, dtype = config.input_width, jnp.dtype(config.dtype)
-    table_VxE = self.param("embed", _table_init, (config.vocab_size, width), jnp.float32)
+    width, dtype, encoding = config.input_width, jnp.dtype(config.dtype), config.position_encoding
+    table_VxE = self.param("tokens", _table_init, (config.vocab_size, width), jnp.float32)
     x_BxLxE = table_VxE.astype(dtype)[tokens_BxL]
-    if config.position_encoding == "rotary":
+    if encoding == "rotary":
       return x_BxLxE
     if positions_BxLxP.shape[-1] != len(config.position_sizes):
       raise ValueError(
@@ -102,34 +118,51 @@ class PerceiverAR(nn.Module):
         f" {len(config.position_sizes)}: {config.position_sizes}."
       )
     for dimension, size in enumerate(config.position_sizes):
-      if config.position_encoding == "learned":
+      positions_BxL = positions_BxLxP[..., dimension]
+      if encoding == "learned":
         table = self.param(f"position_{dimension}", _table_init, (size, width), jnp.float32)
+        x_BxLxE += table.astype(dtype)[positions_BxL]
       else:
-        table = jnp.asarray(positions_lib.TABLES[config.position_encoding](size, width))
-      x_BxLxE += table.astype(dtype)[positions_BxLxP[..., dimension]]
+        x_BxLxE += positions_lib.ABSOLUTE[encoding](positions_BxL, size=size, width=width).astype(dtype)
     return x_BxLxE
 
 
-def _segments(config: ModelConfig) -> list[int]:
-  """Ends of the runs of self-attention layers; a further cross-attend stands between two runs."""
-  return sorted({layer + 1 for layer in config.cross_attend_after}) + [config.num_layers]
+def drop_context(key: jax.Array, tokens_BxL, positions_BxLxP, num_latents: int, keep: int):
+  """(tokens, positions) with a random `keep` of each row's inputs before the latents, in order, and all the latents.
+
+  Cross-attend dropout (paper, section 4 and appendix): dropped inputs are never embedded, so they cost nothing.
+  The kept ones are not scaled up.
+
+  Raises:
+    ValueError: `keep` exceeds the inputs before the latents.
+  """
+  rows, length = tokens_BxL.shape
+  prefix = length - num_latents
+  if not 0 <= keep <= prefix:
+    raise ValueError(f"keep={keep} must lie in 0..{prefix}, the inputs before the latents.")
+  order_BxP = jnp.argsort(jax.random.bits(key, (rows, prefix)), axis=1)
+  latents_M = jnp.broadcast_to(jnp.arange(prefix, length, dtype=order_BxP.dtype), (rows, num_latents))
+  slots_BxK = jnp.concatenate([jnp.sort(order_BxP[:, :keep], axis=1), latents_M], axis=1)
+  return jnp.take_along_axis(tokens_BxL, slots_BxK, 1), jnp.take_along_axis(positions_BxLxP, slots_BxK[..., None], 1)
 
 
-def _remat(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
-  """`module`, keeping for its backward pass only what `config.remat` says."""
-  if config.remat == "none":
-    return module
-  return nn.remat(module, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+def _runs(config: ModelConfig) -> list[int]:
+  """Numbers of self-attention layers between one cross-attend and the next."""
+  ends = sorted({layer + 1 for layer in config.cross_attend_after}) + [config.num_layers]
+  return [end - start for start, end in zip([0, *ends], ends)]
 
 
-def _scan_layers(config: ModelConfig, deterministic: bool, length: int, name: str) -> nn.Module:
+def _scan_layers(config: ModelConfig, length: int) -> nn.Module:
   """`length` self-attention layers traced and compiled once; their weights are stacked on axis 0."""
+  layer = attention.SelfAttentionLayer
+  if config.remat != "none":
+    layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False, static_argnums=(4, 5))
   scanned = nn.scan(
-    _remat(attention.SelfAttentionLayer, config),
+    layer,
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
     in_axes=nn.broadcast,
     length=length,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
-  return scanned(config, deterministic, name=name)
+  return scanned(config)

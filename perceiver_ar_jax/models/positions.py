@@ -1,37 +1,56 @@
-"""Position encodings: absolute tables added to the embedding, and rotary for queries and keys (paper, section 3).
+"""Position encodings: absolute ones added to the embedding, and rotary for queries and keys (paper, section 3).
 
 Positions are integers, 1-based, 0 on padding. This room holds the mathematics only; perceiver_ar.py decides
 which encoding a model uses and owns the learned tables.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
 
-def sinusoidal_table(size: int, width: int) -> np.ndarray:
-  """float32[size, width]: sines in the first half, cosines in the second, wavelengths from 2 pi to 10,000 * 2 pi."""
+def sinusoidal(positions_BxL, *, size: int, width: int):
+  """float32[B, L, width] for positions below `size`: sines in the first half, cosines in the second.
+
+  Wavelengths run from 2 pi to 10,000 * 2 pi. An odd width leaves its last column 0.
+  """
   half = width // 2
   frequencies = np.exp(np.arange(half) * (-np.log(10_000.0) / max(half - 1, 1)))
-  angles = np.arange(size)[:, None] * frequencies
-  table = np.zeros((size, width), np.float32)
-  table[:, :half] = np.sin(angles)
-  table[:, half : 2 * half] = np.cos(angles)
-  return table
+  waves = jnp.concatenate(_sin_cos(positions_BxL, size, frequencies), axis=-1)
+  return jnp.pad(waves, ((0, 0), (0, 0), (0, width - 2 * half)))
 
 
-def fourier_table(size: int, width: int) -> np.ndarray:
-  """float32[size, width]: sines then cosines of pi * f * x with x in [-1, 1] and f evenly spaced in 1..size/2.
+def fourier(positions_BxL, *, size: int, width: int):
+  """float32[B, L, width]: sines, then cosines, of pi * f * x; x in [-1, 1] over `size` positions, f in 1..size/2.
 
   Raises ValueError for an odd width.
   """
   if width % 2:
     raise ValueError(f"Fourier positions need an even embedding width, not {width}.")
-  frequencies = np.linspace(1.0, size / 2, width // 2)
-  angles = np.pi * np.linspace(-1.0, 1.0, size)[:, None] * frequencies
-  return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+  bands = np.pi * np.linspace(1.0, size / 2, width // 2)
+  return jnp.concatenate(_sin_cos(positions_BxL, size, bands * 2 / max(size - 1, 1), phases=-bands), axis=-1)
 
 
-TABLES = {"sinusoidal": sinusoidal_table, "fourier": fourier_table}
+ABSOLUTE = {"sinusoidal": sinusoidal, "fourier": fourier}
+
+
+def _sin_cos(positions_BxL, size: int, frequencies: np.ndarray, phases: np.ndarray | float = 0.0):
+  """float32 sine and cosine [B, L, bands] of phase + frequency * position, exact to rounding for any `size`.
+
+  A table of a million rows would be as large as what a long context must not keep, and a float32 angle is too
+  coarse there. So a position is high * base + low, and two tables of about sqrt(size) rows are combined by the
+  addition theorems.
+  """
+  base = math.isqrt(max(size - 1, 0)) + 1
+  rows = np.arange(base)[:, None]
+  low, high = rows * frequencies, rows * base * frequencies + phases
+  table = [jnp.asarray(fn(angles), jnp.float32) for angles in (high, low) for fn in (np.sin, np.cos)]
+  high_BxL, low_BxL = positions_BxL // base, positions_BxL % base
+  sin_high, cos_high, sin_low, cos_low = (
+    part[index] for part, index in zip(table, (high_BxL, high_BxL, low_BxL, low_BxL), strict=True)
+  )
+  return sin_high * cos_low + cos_high * sin_low, cos_high * cos_low - sin_high * sin_low
 
 
 def terminal_relative(tokens_BxL) -> jnp.ndarray:

@@ -38,12 +38,16 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Partitio
   return PartitionSpec(*parts)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """`x`, kept in the layout of its logical `axes` on the mesh in use (jax.set_mesh); unchanged without one."""
+def current_spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec | None:
+  """`spec` on the mesh in use (jax.set_mesh); None without one."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+  return None if mesh.empty else spec(axes, shape, mesh)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """`x`, kept in the layout of its logical `axes` on the mesh in use; unchanged without one."""
+  layout = current_spec(axes, x.shape)
+  return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
 
 
 def shardings(boxed_shapes, mesh: Mesh):

@@ -17,6 +17,8 @@ from etils import epath
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.training.state import TrainState
 
+_HAS_DATA = "has_data"  # beside the bit sums: whether the step holds a data position
+
 
 class Saveable(Protocol):
   """A data iterator whose complete position lives in files under a directory."""
@@ -83,26 +85,24 @@ class Checkpointer:
   def __exit__(self, *unused) -> None:
     self._manager.close()  # waits for a save under way
 
-  def save(self, state: TrainState, data: Saveable, metrics: dict[str, float] | None = None) -> None:
+  def save(self, state: TrainState, data: Saveable | None, metrics: dict[str, float] | None = None) -> None:
     """Starts to save `state` and the position of `data`; returns once both may change again.
 
-    `metrics` holds `nats_per_token` if this state was evaluated. A step that is saved already is left alone.
+    Without `data` (weights from elsewhere), training on from here begins the data anew. `metrics` holds
+    `nats_per_token` if this state was evaluated. A step that is saved already is left alone.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    self._manager.save(
-      step,
-      metrics=metrics,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-        fingerprint=ocp.args.JsonSave(
-          _fingerprint("params", state.params) | _fingerprint("optimizer", state.opt_state)
-        ),
-        data=DataSave(data),
-      ),
-    )
+    fingerprint = _fingerprint("params", state.params) | _fingerprint("optimizer", state.opt_state)
+    items = {
+      "params": ocp.args.StandardSave(state.params),
+      "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+      "fingerprint": ocp.args.JsonSave(fingerprint | {_HAS_DATA: int(data is not None)}),
+    }
+    if data is not None:
+      items["data"] = DataSave(data)
+    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(**items))
 
   def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:
     """The newest good state in the layout of `abstract`, with `data` moved to its position.
@@ -149,11 +149,14 @@ class Checkpointer:
     return None
 
   def _restore_step(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> dict:
-    values = self._manager.restore(step, args=ocp.args.Composite(fingerprint=ocp.args.JsonRestore(), **items))
+    saved = self._manager.restore(step, args=ocp.args.Composite(fingerprint=ocp.args.JsonRestore()))["fingerprint"]
+    if not saved.get(_HAS_DATA, 1):
+      items = {name: item for name, item in items.items() if name != "data"}
+    values = self._manager.restore(step, args=ocp.args.Composite(**items))
     found = _fingerprint("params", values["params"])
     if "optimizer" in items:
       found |= _fingerprint("optimizer", values["optimizer"]["opt_state"])
-    differing = [name for name in found if values["fingerprint"].get(name) != found[name]]
+    differing = [name for name in found if saved.get(name) != found[name]]
     if differing:
       raise ValueError(f"the values of {', '.join(differing[:3])} are not those that were saved")
     return {name: values[name] for name in items if name != "data"}

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import pipeline, tasks
+from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
 from perceiver_ar_jax.training import checkpoint, metrics_log
@@ -49,6 +50,7 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
   """
   workdir = epath.Path(workdir)
   mesh = make_mesh(config.mesh)
+  check_platform(config.model.attention, mesh)
   if config.train.microbatches > 1:
     check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   check_batch(config.train.batch_size, "train.batch_size", mesh)
@@ -229,7 +231,8 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
   if needed > available:
     raise InputError(
       f"The train step needs {needed / _GIB:.1f} GiB on each device, and each has {available / _GIB:.1f} GiB. Lower"
-      " train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations), spread"
+      " train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
+      " model.attention=streamed (a long context), spread"
       " weights with mesh.fsdp, or make the model smaller (latent_width, num_layers, num_latents)."
     )
   return compiled

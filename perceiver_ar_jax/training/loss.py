@@ -1,5 +1,6 @@
-"""The loss of next-token logits, per token (paper's training recipe: cross-entropy with z-loss)."""
+"""The loss of next-token logits (paper's training recipe: cross-entropy with z-loss): per token, and summed up."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,3 +32,47 @@ def token_losses(logits_BxMxV, targets_BxM, *, z_loss: float, label_smoothing: f
     uniform_BxM = num_classes * log_z_BxM - logits_BxMxV.sum(axis=-1)
     cross_entropy_BxM = confidence * cross_entropy_BxM + other * (uniform_BxM - cross_entropy_BxM) - entropy
   return TokenLosses(cross_entropy_BxM, z_loss * jnp.square(log_z_BxM))
+
+
+def summed(
+  logits_fn: Callable[[jax.Array], jax.Array],
+  latents_BxMxD,
+  targets_BxM,
+  weights_BxM,
+  *,
+  z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
+  chunk: int | None = None,
+) -> dict[str, jax.Array]:
+  """Weighted sums over all tokens: `loss` and `z_loss` in nats, `accuracy` (right guesses), `num_tokens` scored.
+
+  Args:
+    logits_fn: from latents [B, C, D] to logits [B, C, V].
+    chunk: latents whose logits exist at a time, forward and backward; None: all. Any number does.
+  """
+
+  def of(latents_BxCxD, targets_BxC, weights_BxC):
+    logits_BxCxV = logits_fn(latents_BxCxD)
+    parts = token_losses(logits_BxCxV, targets_BxC, z_loss=z_loss, label_smoothing=label_smoothing)
+    right_BxC = logits_BxCxV.argmax(axis=-1) == targets_BxC
+    return {
+      "loss": (parts.cross_entropy * weights_BxC).sum(),
+      "z_loss": (parts.z_loss * weights_BxC).sum(),
+      "accuracy": (right_BxC * weights_BxC).sum(),
+      "num_tokens": weights_BxC.sum(),
+    }
+
+  num_latents = targets_BxM.shape[1]
+  if chunk is None or chunk >= num_latents:
+    return of(latents_BxMxD, targets_BxM, weights_BxM)
+
+  def split(x_BxM):
+    """[chunks, B, chunk, ...], filled up with zeros: weight 0 does not count."""
+    filled = jnp.pad(x_BxM, ((0, 0), (0, -num_latents % chunk)) + ((0, 0),) * (x_BxM.ndim - 2))
+    return filled.reshape(x_BxM.shape[0], -1, chunk, *x_BxM.shape[2:]).swapaxes(0, 1)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, jax.checkpoint(of)(*part)), None
+
+  zeros = {name: jnp.zeros(()) for name in ("loss", "z_loss", "accuracy", "num_tokens")}
+  return jax.lax.scan(add, zeros, tuple(map(split, (latents_BxMxD, targets_BxM, weights_BxM))))[0]

@@ -25,28 +25,27 @@ def make_train_step(
   scored, and `grad_norm`, the global norm of what the optimizer receives, before clipping.
   """
   model = PerceiverAR(config.model)
-  deterministic = config.model.dropout == 0
+  deterministic = not (config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout)
 
   def sum_of_losses(params, batch: Batch, key: jax.Array):
-    logits_BxMxV = model.apply(
+    latents_BxMxD = model.apply(
       {"params": params},
       batch["inputs"],
       batch["positions"],
       num_latents=batch["targets"].shape[1],
       deterministic=deterministic,
       rngs=None if deterministic else {"dropout": key},
+      method="latents",
     )
-    parts = loss_lib.token_losses(
-      logits_BxMxV, batch["targets"], z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing
+    sums = loss_lib.summed(
+      lambda latents: model.apply({"params": params}, latents, method="logits"),
+      latents_BxMxD,
+      batch["targets"],
+      batch["weights"],
+      z_loss=config.train.z_loss,
+      label_smoothing=config.train.label_smoothing,
+      chunk=config.model.logits_chunk,
     )
-    weights_BxM = batch["weights"]
-    correct_BxM = logits_BxMxV.argmax(axis=-1) == batch["targets"]
-    sums = {
-      "loss": (parts.cross_entropy * weights_BxM).sum(),
-      "z_loss": (parts.z_loss * weights_BxM).sum(),
-      "accuracy": (correct_BxM * weights_BxM).sum(),
-      "num_tokens": weights_BxM.sum(),
-    }
     return sums["loss"] + sums["z_loss"], sums
 
   def train_step(state: TrainState, batch: Batch, key: jax.Array):

@@ -24,13 +24,17 @@ RESUMABLE = (
   "mesh.",
   "data.data_dir",
   "model.attention",
+  "model.logits_chunk",
   "model.remat",
 )
 # Trained weights keep their meaning under other values of these, and of all that is not the model's.
 SAME_WEIGHTS = (
   "model.num_latents",
   "model.dropout",
+  "model.latent_dropout",
+  "model.cross_attend_dropout",
   "model.attention",
+  "model.logits_chunk",
   "model.remat",
   "model.dtype",
   "data.",

@@ -1,0 +1,59 @@
+"""What every command shares: the --config flag, and mistakes that end in one paragraph with exit code 1."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from perceiver_ar_jax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file such as configs/photos32.py.")
+
+
+def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) -> None:
+  """Parses the flags and exits with what `command` returns for the resolved config.
+
+  Args:
+    command: returns the exit code; an InputError it raises becomes the message and code 1.
+    required: names of flags that must be given, next to --config.
+  """
+
+  def main(argv: list[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # libraries report every file they write; --verbosity=0 shows it
+    try:
+      return command(_resolve(argv, required))
+    except config_lib.InputError as error:
+      return _fail(error)
+    except KeyboardInterrupt:
+      return 128 + signal.SIGINT
+
+  app.run(main, flags_parser=_parse)
+
+
+def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
+  if len(argv) > 1:
+    raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
+  for name in ("config", *required):
+    if flags.FLAGS[name].value is None:
+      raise config_lib.InputError(f"--{name} is missing. For example: --config=configs/photos32.py --workdir=/tmp/run")
+  try:
+    return config_lib.resolve(_CONFIG.value)
+  except OSError as error:  # raised at the first look into a config whose file could not be loaded
+    raise config_lib.InputError(f"The file given as --config cannot be loaded: {error}") from error
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """The arguments that are no flags; a mistake in the flags ends in one paragraph."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    return _fail(error)
+
+
+def _fail(error: Exception):
+  message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+  print(f"Error: {message}", file=sys.stderr, flush=True)
+  sys.exit(1)

@@ -1,0 +1,173 @@
+"""Official checkpoints: the file is read without running it, its options are understood or refused, weights arrive."""
+
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.interop import haiku
+from tests import golden, tiny
+
+KWARGS = golden.Case("a_abs_sinusoidal").kwargs
+
+
+def _official_params(width=16, vocab=259):
+  """Random weights of a model with one self-attention layer, under the official names."""
+  rng = np.random.default_rng(0)
+
+  def dense(inputs, outputs):
+    return {"w": rng.normal(size=(inputs, outputs)).astype(np.float32) / 4, "b": np.zeros(outputs, np.float32)}
+
+  def norm():
+    return {"scale": np.ones(width, np.float32), "offset": np.zeros(width, np.float32)}
+
+  params = {
+    "perceiver_ar/~/embed": {"embeddings": rng.normal(size=(vocab, width)).astype(np.float32)},
+    "perceiver_ar/~/linear": dense(width, width),
+    "perceiver_ar/layer_norm": norm(),
+    "perceiver_ar/~/logits": dense(width, vocab),
+  }
+  for block, norms in (("cross_attention", 3), ("self_attention", 2)):
+    path = f"perceiver_ar/~/{block}"
+    for number in range(norms):
+      params[f"{path}/layer_norm" + (f"_{number}" if number else "")] = norm()
+    for number in range(4):
+      params[f"{path}/attention/linear" + (f"_{number}" if number else "")] = dense(width, width)
+    params[f"{path}/dense/linear"] = dense(width, 4 * width)
+    params[f"{path}/dense/linear_1"] = dense(4 * width, width)
+  return params
+
+
+class FlatMapping(dict):
+  """Pickled like Haiku's class of this name: its content in a slot."""
+
+  def __reduce__(self):
+    return FlatMapping, (), {"_mapping": dict(self)}
+
+
+class Optimizer:
+  """Any object of the optimizer's state."""
+
+  def __init__(self):
+    self.moments = np.ones(3)
+
+
+class Malicious:
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f"touch {self.path}",)
+
+
+def _write(path: pathlib.Path, **state) -> pathlib.Path:
+  path.write_bytes(pickle.dumps(state))
+  return path
+
+
+def test_a_checkpoint_file_is_read_and_nothing_in_it_is_run(tmp_path):
+  arrays = {
+    "numpy": np.arange(6.0).reshape(2, 3),
+    "jax": jnp.arange(4, dtype=jnp.float32),
+    "half": np.asarray(jnp.ones(2, jnp.bfloat16)),
+  }
+  file = _write(
+    tmp_path / "checkpoint.dill",
+    params=FlatMapping({"a/b": FlatMapping(arrays)}),
+    opt_state=(Optimizer(), Malicious(tmp_path / "harm")),
+    global_step=np.int64(7) and 7,
+  )
+  params, step = haiku.load(str(file))
+  assert step == 7
+  assert not (tmp_path / "harm").exists(), "loading ran what was in the file"
+  for name, value in arrays.items():
+    np.testing.assert_array_equal(np.asarray(params["a/b"][name], np.float32), np.asarray(value, np.float32))
+
+
+@pytest.mark.parametrize(
+  ("content", "words"),
+  [(b"not a pickle", "no readable pickle"), (pickle.dumps({"params": 3}), "should hold 'params'")],
+)
+def test_other_files_are_refused(content, words, tmp_path):
+  (tmp_path / "file").write_bytes(content)
+  with pytest.raises(InputError, match=words):
+    haiku.load(str(tmp_path / "file"))
+
+
+def test_a_missing_file_is_named():
+  with pytest.raises(InputError, match="--checkpoint=/nowhere/x.dill cannot be read: No such file"):
+    haiku.load("/nowhere/x.dill")
+
+
+@pytest.mark.parametrize(
+  ("option", "value"),
+  [
+    ("num_latents_per_position", 2),
+    ("initial_query_embed_style", "mlp"),
+    ("fraction_heads_to_rotate", 0.5),
+    ("use_negative_rotary_positions", True),
+    ("train_input_positions", 5),
+    ("position_encoding", "linear"),
+    ("activation_name", "swish"),
+    ("no_such_option", 1),
+    ("cross_attend_widening_factor", 7),
+  ],
+)
+def test_options_that_cannot_be_converted_are_named(option, value):
+  with pytest.raises(InputError, match=option):
+    haiku.convert({}, KWARGS | {option: value})
+
+
+def test_a_missing_parameter_is_named():
+  case = golden.Case("a_abs_sinusoidal")
+  params = case.tree("params")
+  del params["perceiver_ar/~/self_attention_1/dense/linear"]
+  with pytest.raises(InputError, match="self_attention_1/dense/linear/w"):
+    haiku.convert(params, case.kwargs)
+
+
+def test_options_left_out_have_the_official_defaults():
+  names = ("num_classes", "input_idx_size", "max_context_length", "position_encoding_type")
+  with pytest.raises(InputError, match="lacks the parameter embed/embeddings"):  # past all options
+    haiku.convert({}, {name: KWARGS[name] for name in names} | {"max_context_length": 2048, "input_idx_size": [-1]})
+  assert haiku._config(KWARGS | {"learnable_position_embeddings": True}).position_encoding == "learned"
+
+
+def _convert(checkpoint, workdir):
+  command = tiny.command(workdir, f"--checkpoint={checkpoint}", model__num_layers=1)
+  command[command.index("perceiver_ar_jax.main")] = "perceiver_ar_jax.interop.haiku"
+  return subprocess.run(command, cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
+  file = _write(tmp_path / "checkpoint.dill", params=_official_params(), global_step=5)
+  workdir = tmp_path / "run"
+  result = _convert(file, workdir)
+  assert result.returncode == 0, result.stderr
+  assert "trained for 5 steps" in result.stdout
+
+  assert tiny.run(workdir, "--mode=eval", model__num_layers=1).returncode == 0
+  scores = json.loads((workdir / "eval-validation-0.json").read_text())
+  assert scores["nats_per_token"] > 5.6  # random weights know less than nothing: log(259) = 5.56
+
+  result = tiny.run(workdir, model__num_layers=1)
+  assert result.returncode == 0 and "Going on from the checkpoint of step 0" in result.stdout, result.stderr
+  # A fresh model starts at log(259), since its logits are zero; this one goes on from what it was given.
+  assert tiny.losses(workdir)[1] > 5.6
+
+  again = _convert(file, workdir)
+  assert again.returncode == 1 and "holds a run already" in again.stderr
+
+
+def test_a_config_of_another_shape_is_refused(tmp_path):
+  file = _write(tmp_path / "checkpoint.dill", params=_official_params(width=8))
+  result = _convert(file, tmp_path / "run")
+  assert result.returncode == 1
+  assert "has shape (8,), and --config makes it (16,)" in result.stderr, result.stderr
+  assert not (tmp_path / "run").exists()
