@@ -14,13 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.parallel import sharding
 
+ATTENDED = "attended"
+"""Checkpoint name of what the walk leaves for its backward pass: small, and dear to compute again."""
+
 _MASKED = -1e30  # finite, so that a row with every key masked does not become NaN
-_LARGE = 2**18  # scores of one head from which walking over the context is faster and far smaller; measured on CPU
+_LARGE = 2**15  # scores of one head from which walking over the context is at least as fast, and smaller; measured on CPU
 _LANES = 128  # the TPU's vector width: splash wants lengths to be multiples of it
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -174,8 +178,9 @@ def _forward(make, chunk, keep_own, q_BxMxHxK, weights, source, valid_BxL):
   rows = q_BxHxMxK.shape[:3]
   start = jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros(q_BxHxMxK.shape)
   top, total, out = _for_each_run(attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk)
-  out_BxMxHxK = (out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype)
-  return out_BxMxHxK, (q_BxMxHxK, weights, source, valid_BxL, out_BxMxHxK, top + jnp.log(total))
+  out_BxMxHxK = checkpoint_name((out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype), ATTENDED)
+  log_total_BxHxM = checkpoint_name(top + jnp.log(total), ATTENDED)
+  return out_BxMxHxK, (q_BxMxHxK, weights, source, valid_BxL, out_BxMxHxK, log_total_BxHxM)
 
 
 def _backward(make, chunk, keep_own, residuals, grad_BxMxHxK):
@@ -185,28 +190,30 @@ def _backward(make, chunk, keep_own, residuals, grad_BxMxHxK):
   dtype = q_BxMxHxK.dtype
 
   def attend(carry, first, size, causal):
-    grad_q_BxHxMxK, grad_weights, grad_source = carry
+    grad_q_BxHxKxM, grad_weights, grad_source = carry
     (k, v), pull_back = jax.vjp(make, weights, _run(source, first, size))
     k_BxHxCxK, v_BxHxCxK = k.swapaxes(1, 2), v.swapaxes(1, 2)
     bias_Bx1xMxC = _bias(valid_BxL, first, size, q_BxMxHxK.shape[1], causal, keep_own)
-    # Keys stand before queries here: two of the three products below then need no transposition.
+    # Keys stand before queries, and the gradient of queries is summed up transposed: no product below then has to
+    # turn its large operand around, which on CPUs costs more than the product.
     scores_BxHxCxM = _product("bhck,bhmk->bhcm", k_BxHxCxK, q_BxHxMxK) + bias_Bx1xMxC.swapaxes(2, 3)
     p_BxHxCxM = jnp.exp(scores_BxHxCxM - log_total_BxHxM[:, :, None])
     grad_p_BxHxCxM = _product("bhck,bhmk->bhcm", v_BxHxCxK, grad_BxHxMxK)
     grad_scores_BxHxCxM = (p_BxHxCxM * (grad_p_BxHxCxM - inner_BxHxM[:, :, None])).astype(dtype)
-    grad_q_BxHxMxK += _product("bhcm,bhck->bhmk", grad_scores_BxHxCxM, k_BxHxCxK)
+    grad_q_BxHxKxM += _product("bhck,bhcm->bhkm", k_BxHxCxK, grad_scores_BxHxCxM)
     grad_k_BxHxCxK = _product("bhcm,bhmk->bhck", grad_scores_BxHxCxM, q_BxHxMxK)
     grad_v_BxHxCxK = _product("bhcm,bhmk->bhck", p_BxHxCxM.astype(dtype), grad_BxHxMxK)
     of_weights, of_source = pull_back(
       (grad_k_BxHxCxK.swapaxes(1, 2).astype(k.dtype), grad_v_BxHxCxK.swapaxes(1, 2).astype(v.dtype))
     )
     grad_weights = jax.tree.map(jnp.add, grad_weights, of_weights)
-    return grad_q_BxHxMxK, grad_weights, _put_run(grad_source, of_source, first)
+    return grad_q_BxHxKxM, grad_weights, _put_run(grad_source, of_source, first)
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype) if _is_float(x) else _no_gradient(x))
-  start = jnp.zeros(q_BxHxMxK.shape), zeros(weights), zeros(source)
-  grad_q, grad_weights, grad_source = _for_each_run(attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk)
-  return _scaled(grad_q).swapaxes(1, 2).astype(dtype), grad_weights, grad_source, _no_gradient(valid_BxL)
+  start = jnp.zeros(q_BxHxMxK.swapaxes(2, 3).shape), zeros(weights), zeros(source)
+  grad_q_BxHxKxM, grad_weights, grad_source = _for_each_run(attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk)
+  grad_q_BxMxHxK = grad_q_BxHxKxM.transpose(0, 3, 1, 2)
+  return _scaled(grad_q_BxMxHxK).astype(dtype), grad_weights, grad_source, _no_gradient(valid_BxL)
 
 
 _walk.defvjp(_forward, _backward)

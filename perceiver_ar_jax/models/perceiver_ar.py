@@ -12,14 +12,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from perceiver_ar_jax.config import ModelConfig
-from perceiver_ar_jax.models import attention
+from perceiver_ar_jax.models import attention, attention_kernels
 from perceiver_ar_jax.models import positions as positions_lib
 
 _table_init = nn.with_logical_partitioning(nn.initializers.truncated_normal(1.0), ("vocab", "width"))
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(attention_kernels.ATTENDED),
+  ),
 }
 
 
