@@ -37,6 +37,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+    "benchmarks": ["matplotlib>=3.9,<4"],
     "dev": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.9,<1"],
   },
 )

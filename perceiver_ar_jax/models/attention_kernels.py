@@ -24,7 +24,9 @@ ATTENDED = "attended"
 """Checkpoint name of what the walk leaves for its backward pass: small, and dear to compute again."""
 
 _MASKED = -1e30  # finite, so that a row with every key masked does not become NaN
-_LARGE = 2**15  # scores of one head from which walking over the context is at least as fast, and smaller; measured on CPU
+_LARGE = (
+  2**15
+)  # scores of one head from which walking over the context is at least as fast, and smaller; measured on CPU
 _LANES = 128  # the TPU's vector width: splash wants lengths to be multiples of it
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -211,7 +213,9 @@ def _backward(make, chunk, keep_own, residuals, grad_BxMxHxK):
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype) if _is_float(x) else _no_gradient(x))
   start = jnp.zeros(q_BxHxMxK.swapaxes(2, 3).shape), zeros(weights), zeros(source)
-  grad_q_BxHxKxM, grad_weights, grad_source = _for_each_run(attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk)
+  grad_q_BxHxKxM, grad_weights, grad_source = _for_each_run(
+    attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk
+  )
   grad_q_BxMxHxK = grad_q_BxHxKxM.transpose(0, 3, 1, 2)
   return _scaled(grad_q_BxMxHxK).astype(dtype), grad_weights, grad_source, _no_gradient(valid_BxL)
 

@@ -1,0 +1,97 @@
+"""Measures training steps over contexts and attention kernels, prints a table and stores every figure as JSON.
+
+  python -m benchmarks.run --contexts 2048 8192 32768 --attention auto reference --peer --out=results.json
+
+Every measurement is a process of its own, so that its peak memory is its own; all of them take turns for --rounds, so
+that a machine that slows down slows all of them; figures are medians over the rounds. Other arguments, such as
+--config.train.batch_size=1, go to the config. `python -m benchmarks.plot results.json plot.png` draws the result.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_PEER_ENVIRONMENT = _ROOT / ".venv-peer"
+_PEER_PACKAGES = ("torch", "perceiver-ar-pytorch==0.0.10")
+_MEDIANS = ("seconds", "targets_per_second", "compile_seconds", "peak_rss_bytes")
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", default="benchmarks/point_a.py")
+  parser.add_argument("--contexts", type=int, nargs="+", required=True)
+  parser.add_argument("--attention", nargs="+", default=["auto"])
+  parser.add_argument(
+    "--peer", action="store_true", help="also measure perceiver-ar-pytorch, in an environment of its own"
+  )
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--steps", type=int, default=7)
+  parser.add_argument("--seconds", type=float, default=60.0, help="the longest time for one measurement's steps")
+  parser.add_argument("--out", required=True, help="JSON file; figures are added to what it holds")
+  arguments, overrides = parser.parse_known_args()
+  limits = [f"--steps={arguments.steps}", f"--seconds={arguments.seconds}"]
+  commands = []
+  for context in arguments.contexts:
+    for attention in arguments.attention:
+      commands.append(
+        [
+          sys.executable,
+          "-m",
+          "benchmarks.step",
+          f"--config={arguments.config}",
+          f"--config.model.attention={attention}",
+        ]
+        + [f"--context={context}", *limits, *overrides]
+      )
+    if arguments.peer:
+      commands.append([str(_peer_python()), "benchmarks/peer_torch.py", f"--context={context}", *limits])
+  rows = [[] for _ in commands]
+  for index in range(arguments.rounds):
+    for command, row in zip(commands, rows):
+      row.append(_measure(command))
+      print(f"round {index + 1} of {arguments.rounds}: {_line(row[-1])}", flush=True)
+  results = [_median(row) | {"overrides": overrides, "rounds": arguments.rounds} for row in rows]
+  out = pathlib.Path(arguments.out)
+  stored = json.loads(out.read_text()) if out.exists() else []
+  out.write_text(json.dumps(stored + results, indent=2) + "\n")
+  print(f"\nMedians of {arguments.rounds} rounds, {platform.machine()}, also in {out}:")
+  print("\n".join(map(_line, results)))
+
+
+def _measure(command: list[str]) -> dict:
+  result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+  if result.returncode:
+    sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+  return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def _median(row: list[dict]) -> dict:
+  middle = {name: statistics.median(entry[name] for entry in row) for name in _MEDIANS}
+  return row[0] | middle | {"all_seconds": [entry["seconds"] for entry in row]}
+
+
+def _line(row: dict) -> str:
+  temp = f"{row['temp_bytes'] / 2**20:8.0f} MiB temp" if row["temp_bytes"] is not None else " " * 17
+  return (
+    f"{row['implementation']:20s} {row['attention']:10s} context {row['context']:9,d}: {row['seconds']:8.3f} s a step,"
+    f" {row['targets_per_second']:8,.0f} targets/s, {temp}, {row['peak_rss_bytes'] / 2**20:6.0f} MiB peak RSS,"
+    f" compiled in {row['compile_seconds']:.1f} s"
+  )
+
+
+def _peer_python() -> pathlib.Path:
+  python = _PEER_ENVIRONMENT / "bin" / "python"
+  if not python.exists():
+    print(f"Installing {' and '.join(_PEER_PACKAGES)} into {_PEER_ENVIRONMENT}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", str(_PEER_ENVIRONMENT)], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *_PEER_PACKAGES], check=True)
+  return python
+
+
+if __name__ == "__main__":
+  main()
