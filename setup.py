@@ -20,6 +20,7 @@ setuptools.setup(
     "flax>=0.12,<0.13",
     "jax>=0.10,<0.13",
     "ml_collections>=1.0,<2",
+    "ml_dtypes>=0.5,<1",
     "numpy>=2.0,<3",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12,<0.13",

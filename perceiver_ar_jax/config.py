@@ -64,6 +64,8 @@ class ModelConfig:
   """Width of the input embedding; None: `latent_width`."""
   num_cross_heads: int
   """Heads of the cross-attend."""
+  cross_attend_width: int | None = None
+  """Width of the cross-attend's queries, keys and values, all heads together; None: `latent_width`."""
   num_self_heads: int
   """Heads of the self-attention layers."""
   mlp_widening: int = 4
@@ -96,7 +98,7 @@ class ModelConfig:
   """Slots that chunked and streamed attention work on at a time."""
   logits_chunk: int | None = None
   """Latents whose logits exist at a time in training and evaluation, for large vocabularies; None: all."""
-  remat: str = "none"
+  remat: str = "dots"
   """What a self-attention layer keeps for the backward pass: none = all, dots = its matrix products, full = none."""
   dtype: str = "float32"
   """Compute type; weights, softmax, norms and loss stay float32."""
@@ -116,10 +118,11 @@ class ModelConfig:
       f"model.num_latents={self.num_latents} exceeds model.max_context={self.max_context}: latents are the last"
       " inputs, so lower num_latents or raise max_context.",
     )
-    for heads in ("num_cross_heads", "num_self_heads"):
+    cross = "cross_attend_width" if self.cross_attend_width else "latent_width"
+    for width, heads in ((cross, "num_cross_heads"), ("latent_width", "num_self_heads")):
       _require(
-        self.latent_width % getattr(self, heads) == 0,
-        f"model.latent_width={self.latent_width} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
+        getattr(self, width) % getattr(self, heads) == 0,
+        f"model.{width}={getattr(self, width)} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
         " width that is a multiple of the number of heads.",
       )
     _choice("model.activation", self.activation, ACTIVATIONS)
@@ -155,6 +158,11 @@ class ModelConfig:
   def input_width(self) -> int:
     """E: width of the input embedding."""
     return self.embed_width or self.latent_width
+
+  @property
+  def cross_width(self) -> int:
+    """Width of the cross-attend's queries, keys and values."""
+    return self.cross_attend_width or self.latent_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

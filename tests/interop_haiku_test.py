@@ -6,12 +6,14 @@ import pathlib
 import pickle
 import subprocess
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.interop import haiku
+from perceiver_ar_jax.training import state
 from tests import golden, tiny
 
 KWARGS = golden.Case("a_abs_sinusoidal").kwargs
@@ -137,6 +139,17 @@ def test_options_left_out_have_the_official_defaults():
   with pytest.raises(InputError, match="lacks the parameter embed/embeddings"):  # past all options
     haiku.convert({}, {name: KWARGS[name] for name in names} | {"max_context_length": 2048, "input_idx_size": [-1]})
   assert haiku._config(KWARGS | {"learnable_position_embeddings": True}).position_encoding == "learned"
+
+
+def test_the_cross_attend_is_as_wide_as_the_option_says():
+  case = golden.Case("n_shape_q_embed_ne_z")
+  assert case.kwargs["cross_attention_shape_for_attn"] == "q"
+  assert haiku._config(case.kwargs).cross_width == 32
+  config = haiku._config(case.kwargs | {"cross_attention_shape_for_attn": "kv"})
+  params = state._init_params(config, jax.random.key(0))["cross_attend_0"]
+  assert params["attention"]["query"]["kernel"].value.shape == (32, 24)
+  assert params["keys_values"]["value"]["kernel"].value.shape == (24, 24)
+  assert params["attention"]["out"]["kernel"].value.shape == (24, 32)
 
 
 def _convert(checkpoint, workdir):

@@ -204,6 +204,32 @@ def test_streamed_memory_does_not_grow_with_the_context():
     assert grown <= 2 * 2 * 2**18, encoding  # two flags an input at most: what is padding
 
 
+def test_ids_projected_once_are_the_same_model():
+  """A rotary context longer than the vocabulary looks its keys up in a table of all ids; a shorter one does not."""
+  config = dataclasses.replace(ROTARY, max_context=40, attention="streamed", attention_chunk=7)
+  tokens = _tokens((2, 40))
+  tokens[1, :9] = 0
+  params = _params(config)
+
+  def run(config, params):
+    def loss(params):
+      logits = PerceiverAR(config).apply({"params": params}, tokens, _positions(tokens))[..., :20]
+      return jnp.square(logits).sum(), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return logits, gradients["embed"]["tokens"][:20]
+
+  def add_ids(x, axis):  # ids that do not occur, so that there are more of them than inputs
+    return jnp.pad(x, [(0, 21 * (dimension == axis % x.ndim)) for dimension in range(x.ndim)])
+
+  grown = params | {
+    "embed": {"tokens": add_ids(params["embed"]["tokens"], 0)},
+    "to_logits": jax.tree.map(lambda x: add_ids(x, -1), params["to_logits"]),
+  }
+  for ours, theirs in zip(run(config, params), run(dataclasses.replace(config, vocab_size=41), grown), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_more_latents_at_evaluation_than_in_training():
   params, tokens = _params(CONFIG), _tokens()
   more = _logits(CONFIG, params, tokens, num_latents=9)

@@ -5,8 +5,14 @@ import pytest
 
 from tests import tiny
 
-# Widths and rows that eight devices can share.
-SHAPE = {"model__latent_width": 32, "train__batch_size": 16, "train__steps": 6}
+# Widths and rows that eight devices can share; chunks that do not divide the context.
+SHAPE = {
+  "model__latent_width": 32,
+  "model__attention": "streamed",
+  "model__attention_chunk": 5,
+  "train__batch_size": 16,
+  "train__steps": 6,
+}
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ _ACTIVATIONS = {"sq_relu": "squared_relu", "gelu": "gelu"}
 _ENCODINGS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
 # The official constructor's own defaults, for arguments that are left out.
 _DEFAULTS = {
+  "cross_attention_shape_for_attn": "kv",
   "input_embed_dim": 1024,
   "position_encoding": "sinusoidal",
   "learnable_position_embeddings": False,
@@ -62,7 +63,6 @@ _UNSUPPORTED = {
   "initial_query_offsetting": False,
   "include_initial_cross_attention": True,
   "encoder_use_query_residual": True,
-  "cross_attention_shape_for_attn": "kv",
   "mask_style": "final_block",
   "fraction_heads_to_rotate": 1.0,
   "use_negative_rotary_positions": False,
@@ -258,7 +258,12 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
       f"cross_attend_widening_factor={kwargs['cross_attend_widening_factor']} and"
       f" transformer_widening_factor={widening} differ; only equal ones can be converted."
     )
-  for name, known in (("activation_name", _ACTIVATIONS), ("position_encoding", _ENCODINGS)):
+  widths = {"kv": kwargs["input_embed_dim"], "q": kwargs["num_z_channels"]}
+  for name, known in (
+    ("activation_name", _ACTIVATIONS),
+    ("position_encoding", _ENCODINGS),
+    ("cross_attention_shape_for_attn", widths),
+  ):
     if kwargs[name] not in known:
       raise InputError(f"The official option {name}={kwargs[name]!r} is not supported; known: {', '.join(known)}.")
   rotary = kwargs["position_encoding_type"] == "rotary"
@@ -272,6 +277,7 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
     latent_width=kwargs["num_z_channels"],
     embed_width=kwargs["input_embed_dim"],
     num_cross_heads=kwargs["num_cross_attend_heads"],
+    cross_attend_width=widths[kwargs["cross_attention_shape_for_attn"]],
     num_self_heads=kwargs["num_transformer_heads"],
     mlp_widening=widening,
     activation=_ACTIVATIONS[kwargs["activation_name"]],

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.models import attention_kernels
@@ -51,20 +52,29 @@ def layer_norm(name: str | None) -> nn.LayerNorm:
   )
 
 
+def _dropout(module: nn.Module, rate: float, x):
+  """`x` with a share `rate` of its elements 0 and the others scaled up."""
+  if not rate:
+    return x
+  kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+  kept = checkpoint_name(kept, attention_kernels.SAVED)  # a byte an element, and dearer to draw again than to keep
+  return jnp.where(kept, x / (1 - rate), 0)
+
+
 class KeysValues(nn.Module):
-  """Keys and values of normalised inputs, not yet rotated."""
+  """Keys and values of normalised inputs, not yet rotated; `width` is that of all heads together."""
 
   config: ModelConfig
   num_heads: int
+  width: int
 
   @nn.compact
   def __call__(self, inputs_BxLxE):
     """Returns k_BxLxHxK and v_BxLxHxK."""
-    width = self.config.latent_width
 
     def heads(name):
-      projected = dense(self.config, width, name, ("width", "heads"))(inputs_BxLxE)
-      return projected.reshape(*inputs_BxLxE.shape[:2], self.num_heads, width // self.num_heads)
+      projected = dense(self.config, self.width, name, ("width", "heads"))(inputs_BxLxE)
+      return projected.reshape(*inputs_BxLxE.shape[:2], self.num_heads, -1)
 
     return heads("key"), heads("value")
 
@@ -74,16 +84,17 @@ class Attention(nn.Module):
 
   config: ModelConfig
   num_heads: int
+  width: int
 
   @nn.compact
   def __call__(self, normed_BxMxD, keys: attention_kernels.Keys, rotary_BxM, valid_BxL, keep_own: bool = False):
     """`rotary_BxM`: the latents' rotary positions, or None when positions are absolute."""
-    config, width = self.config, self.config.latent_width
-    query_BxMxD = dense(config, width, "query", ("width", "heads"))(normed_BxMxD)
-    q_BxMxHxK = turn(config, query_BxMxD.reshape(*query_BxMxD.shape[:2], self.num_heads, -1), rotary_BxM)
+    config = self.config
+    query = dense(config, self.width, "query", ("width", "heads"))(normed_BxMxD)
+    q_BxMxHxK = turn(config, query.reshape(*normed_BxMxD.shape[:2], self.num_heads, -1), rotary_BxM)
     attend = attention_kernels.KERNELS[config.attention]
     attended_BxMxHxK = attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
-    return dense(config, width, "out", ("heads", "width"))(attended_BxMxHxK.reshape(query_BxMxD.shape))
+    return dense(config, config.latent_width, "out", ("heads", "width"))(attended_BxMxHxK.reshape(query.shape))
 
 
 def turn(config: ModelConfig, x_BxLxHxK, rotary_BxL):
@@ -118,10 +129,6 @@ class Context(NamedTuple):
   valid_BxL: jax.Array
   """False: nobody sees this input."""
 
-  def rotary(self, config: ModelConfig, num_latents: int | None = None):
-    """The rotary positions of the last `num_latents` (all) inputs; None when positions are absolute."""
-    return rotary_positions(config, self.positions_BxLxP[:, -(num_latents or 0) :])
-
 
 def rotary_positions(config: ModelConfig, positions_BxLxP):
   """The positions that rotary encoding uses; None when positions are absolute."""
@@ -136,10 +143,10 @@ class CrossAttend(nn.Module):
   @nn.compact
   def __call__(self, latents_BxMxD, context: Context, deterministic: bool):
     config = self.config
-    dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+    dropout = functools.partial(_dropout, self, 0.0 if deterministic else config.dropout)
     normed_BxMxD = layer_norm("norm_query")(latents_BxMxD)
-    rotary_BxM = context.rotary(config, latents_BxMxD.shape[1])
-    attended_BxMxD = Attention(config, config.num_cross_heads, name="attention")(
+    rotary_BxM = rotary_positions(config, context.positions_BxLxP[:, -latents_BxMxD.shape[1] :])
+    attended_BxMxD = Attention(config, config.num_cross_heads, config.cross_width, name="attention")(
       normed_BxMxD, self._keys(context), rotary_BxM, context.valid_BxL
     )
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
@@ -151,7 +158,8 @@ class CrossAttend(nn.Module):
     config = self.config
     norm, norm_weights = functional(layer_norm("norm_inputs"), jnp.zeros((1, 1, config.input_width)))
     project, project_weights = functional(
-      KeysValues(config, config.num_cross_heads, name="keys_values"), jnp.zeros((1, 1, config.input_width))
+      KeysValues(config, config.num_cross_heads, config.cross_width, name="keys_values"),
+      jnp.zeros((1, 1, config.input_width)),
     )
 
     def from_ids(weights, tokens_BxC, positions_BxCxP):
@@ -161,14 +169,15 @@ class CrossAttend(nn.Module):
 
     def from_table(tables, tokens_BxC, positions_BxCxP):
       del positions_BxCxP
-      return tuple(table_VxHxK[tokens_BxC] for table_VxHxK in tables)
+      return tuple(table_VxHxK[tokens_BxC].astype(config.dtype) for table_VxHxK in tables)
 
     weights, make = (context.weights, norm_weights, project_weights), from_ids
     # Without absolute positions, inputs of equal id have equal keys and values up to the rotation: where there are
-    # more inputs than ids, project each id once and look the inputs up.
+    # more inputs than ids, project each id once and look the inputs up (in float32: many inputs add up in a gradient).
     if config.position_encoding == "rotary" and config.vocab_size <= context.tokens_BxL.shape[1]:
       ids_1xV = jnp.arange(config.vocab_size)[None]
-      weights, make = tuple(part[0] for part in from_ids(weights, ids_1xV, ids_1xV[..., None])), from_table
+      projected = from_ids(weights, ids_1xV, ids_1xV[..., None])
+      weights, make = tuple(part_1xVxHxK[0].astype(jnp.float32) for part_1xVxHxK in projected), from_table
 
     def turned(weights, source):
       tokens_BxC, positions_BxCxP = source
@@ -194,11 +203,12 @@ class SelfAttentionLayer(nn.Module):
   @nn.compact
   def __call__(self, latents_BxMxD, rotary_BxM, valid_BxM, keep_own: bool, deterministic: bool):
     config = self.config
-    dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+    dropout = functools.partial(_dropout, self, 0.0 if deterministic else config.dropout)
     normed_BxMxD = layer_norm("norm_attention")(latents_BxMxD)
-    k_BxMxHxK, v_BxMxHxK = KeysValues(config, config.num_self_heads, name="keys_values")(normed_BxMxD)
+    heads, width = config.num_self_heads, config.latent_width
+    k_BxMxHxK, v_BxMxHxK = KeysValues(config, heads, width, name="keys_values")(normed_BxMxD)
     keys = attention_kernels.Keys.of(turn(config, k_BxMxHxK, rotary_BxM), v_BxMxHxK)
-    attended_BxMxD = Attention(config, config.num_self_heads, name="attention")(
+    attended_BxMxD = Attention(config, heads, width, name="attention")(
       normed_BxMxD, keys, rotary_BxM, valid_BxM, keep_own
     )
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)

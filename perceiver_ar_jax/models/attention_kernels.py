@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.parallel import sharding
 
-ATTENDED = "attended"
+SAVED = "saved"
 """Checkpoint name of what the walk leaves for its backward pass: small, and dear to compute again."""
 
 _MASKED = -1e30  # finite, so that a row with every key masked does not become NaN
@@ -180,8 +180,8 @@ def _forward(make, chunk, keep_own, q_BxMxHxK, weights, source, valid_BxL):
   rows = q_BxHxMxK.shape[:3]
   start = jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros(q_BxHxMxK.shape)
   top, total, out = _for_each_run(attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk)
-  out_BxMxHxK = checkpoint_name((out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype), ATTENDED)
-  log_total_BxHxM = checkpoint_name(top + jnp.log(total), ATTENDED)
+  out_BxMxHxK = checkpoint_name((out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype), SAVED)
+  log_total_BxHxM = checkpoint_name(top + jnp.log(total), SAVED)
   return out_BxMxHxK, (q_BxMxHxK, weights, source, valid_BxL, out_BxMxHxK, log_total_BxHxM)
 
 

@@ -21,7 +21,7 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(attention_kernels.ATTENDED),
+    jax.checkpoint_policies.save_only_these_names(attention_kernels.SAVED),
   ),
 }
 
@@ -90,7 +90,7 @@ class PerceiverAR(nn.Module):
     latents_BxMxD = self.to_latents(self.embed(tokens_BxM, positions_BxMxP))
     embed, weights = attention.functional(self.embed, tokens_BxM, positions_BxMxP)
     context = attention.Context(embed, weights, tokens_BxL, positions_BxLxP, valid_BxL)
-    rotary_BxM = context.rotary(config, num_latents)
+    rotary_BxM = attention.rotary_positions(config, positions_BxMxP)
     for cross_attend, layers in zip(self.cross_attend, self.layers, strict=True):
       latents_BxMxD = cross_attend(latents_BxMxD, context, deterministic)
       if layers is not None:
