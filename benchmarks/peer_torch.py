@@ -19,7 +19,6 @@ def main():
   parser.add_argument("--context", type=int, required=True)
   parser.add_argument("--steps", type=int, default=7)
   parser.add_argument("--seconds", type=float, default=60.0)
-  parser.add_argument("--cross_attend_dropout", type=float, default=0.0)
   arguments = parser.parse_args()
   batch, latents, width, heads, layers = 2, 256, 256, 8, 4
   torch.manual_seed(0)
@@ -30,7 +29,6 @@ def main():
     dim_head=width // heads,
     heads=heads,
     dropout=0.1,
-    cross_attn_dropout=arguments.cross_attend_dropout,
     max_seq_len=arguments.context,
     cross_attn_seq_len=arguments.context - latents,
   )

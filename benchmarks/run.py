@@ -34,6 +34,8 @@ def main():
   parser.add_argument("--seconds", type=float, default=60.0, help="the longest time for one measurement's steps")
   parser.add_argument("--out", required=True, help="JSON file; figures are added to what it holds")
   arguments, overrides = parser.parse_known_args()
+  if arguments.peer and (overrides or arguments.config != parser.get_default("config")):
+    parser.error("--peer measures its own copy of point A: leave --config and other settings as they are")
   limits = [f"--steps={arguments.steps}", f"--seconds={arguments.seconds}"]
   commands = []
   for context in arguments.contexts:
@@ -50,15 +52,16 @@ def main():
       )
     if arguments.peer:
       commands.append([str(_peer_python()), "benchmarks/peer_torch.py", f"--context={context}", *limits])
+  out = pathlib.Path(arguments.out)
+  stored = json.loads(out.read_text()) if out.exists() else []
   rows = [[] for _ in commands]
   for index in range(arguments.rounds):
     for command, row in zip(commands, rows):
       row.append(_measure(command))
       print(f"round {index + 1} of {arguments.rounds}: {_line(row[-1])}", flush=True)
-  results = [_median(row) | {"overrides": overrides, "rounds": arguments.rounds} for row in rows]
-  out = pathlib.Path(arguments.out)
-  stored = json.loads(out.read_text()) if out.exists() else []
-  out.write_text(json.dumps(stored + results, indent=2) + "\n")
+    # After every round, so that a later failure loses no earlier figure.
+    results = [_median(row) | {"overrides": overrides, "rounds": len(row)} for row in rows]
+    out.write_text(json.dumps(stored + results, indent=2) + "\n")
   print(f"\nMedians of {arguments.rounds} rounds, {platform.machine()}, also in {out}:")
   print("\n".join(map(_line, results)))
 

@@ -9,6 +9,7 @@ from ml_collections import config_flags
 
 from perceiver_ar_jax import config as config_lib
 
+_UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # what a config file that cannot be run raises
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file such as configs/photos32.py.")
 
 
@@ -41,15 +42,17 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
       raise config_lib.InputError(f"--{name} is missing. For example: --config=configs/photos32.py --workdir=/tmp/run")
   try:
     return config_lib.resolve(_CONFIG.value)
-  except OSError as error:  # raised at the first look into a config whose file could not be loaded
-    raise config_lib.InputError(f"The file given as --config cannot be loaded: {error}") from error
+  except _UNLOADABLE as error:  # raised at the first look into the config
+    raise config_lib.InputError(
+      f"The file given as --config cannot be loaded: {error}. (Run from the folder that holds configs/.)"
+    ) from error
 
 
 def _parse(argv: list[str]) -> list[str]:
   """The arguments that are no flags; a mistake in the flags ends in one paragraph."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, *_UNLOADABLE) as error:
     return _fail(error)
 
 

@@ -99,7 +99,8 @@ class ModelConfig:
   logits_chunk: int | None = None
   """Latents whose logits exist at a time in training and evaluation, for large vocabularies; None: all."""
   remat: str = "dots"
-  """What a self-attention layer keeps for the backward pass: none = all, dots = its matrix products, full = none."""
+  """What a self-attention layer keeps for the backward pass: none = everything, dots = matrix products and what else is
+  dear to compute again, full = nothing."""
   dtype: str = "float32"
   """Compute type; weights, softmax, norms and loss stay float32."""
 
@@ -125,6 +126,17 @@ class ModelConfig:
         f"model.{width}={getattr(self, width)} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
         " width that is a multiple of the number of heads.",
       )
+    for name in ("embed_width", "cross_attend_width", "rotary_max_wavelength"):
+      value = getattr(self, name)
+      _require(value is None or value >= 1, f"model.{name}={value} must be at least 1, or None.")
+    _require(
+      all(isinstance(size, int) and size >= 1 for size in self.position_sizes),
+      f"model.position_sizes={self.position_sizes} must be whole numbers of at least 1, one for each dimension.",
+    )
+    _require(
+      self.position_encoding != "fourier" or self.input_width % 2 == 0,
+      f"Fourier positions need an even embedding width, not {self.input_width}: change model.embed_width.",
+    )
     _choice("model.activation", self.activation, ACTIVATIONS)
     _choice("model.position_encoding", self.position_encoding, POSITION_ENCODINGS)
     _choice("model.attention", self.attention, ATTENTION_KERNELS)

@@ -83,7 +83,7 @@ def test_a_checkpoint_file_is_read_and_nothing_in_it_is_run(tmp_path):
     tmp_path / "checkpoint.dill",
     params=FlatMapping({"a/b": FlatMapping(arrays)}),
     opt_state=(Optimizer(), Malicious(tmp_path / "harm")),
-    global_step=np.int64(7) and 7,
+    global_step=np.int64(7),
   )
   params, step = haiku.load(str(file))
   assert step == 7
@@ -92,9 +92,22 @@ def test_a_checkpoint_file_is_read_and_nothing_in_it_is_run(tmp_path):
     np.testing.assert_array_equal(np.asarray(params["a/b"][name], np.float32), np.asarray(value, np.float32))
 
 
+class ForgedArray:
+  """An array of object pointers whose addresses are the file's bytes, if NumPy's own constructor made it."""
+
+  def __reduce__(self):
+    return np.ndarray, ((2,), np.dtype("O"), b"0123456789abcdef")
+
+
 @pytest.mark.parametrize(
   ("content", "words"),
-  [(b"not a pickle", "no readable pickle"), (pickle.dumps({"params": 3}), "should hold 'params'")],
+  [
+    (b"not a pickle", "no readable pickle"),
+    (pickle.dumps({"params": 3}), "should hold 'params'"),
+    (pickle.dumps({"params": {"a": {"b": ForgedArray()}}}), "should hold 'params'"),
+    (pickle.dumps({"params": {"a": {"b": np.array([{}])}}}), "arrays of type 'O8' are not numbers"),
+    (pickle.dumps({"params": {"a": {"b": np.ones(1)}}, "global_step": "x"}), "no official checkpoint"),
+  ],
 )
 def test_other_files_are_refused(content, words, tmp_path):
   (tmp_path / "file").write_bytes(content)
@@ -184,3 +197,17 @@ def test_a_config_of_another_shape_is_refused(tmp_path):
   assert result.returncode == 1
   assert "has shape (8,), and --config makes it (16,)" in result.stderr, result.stderr
   assert not (tmp_path / "run").exists()
+
+
+def test_parameters_without_a_place_are_named(tmp_path):
+  params = _official_params()
+  params |= {path.replace("self_attention", "self_attention_1"): value for path, value in params.items()}
+  result = _convert(_write(tmp_path / "checkpoint.dill", params=params), tmp_path / "run")
+  assert result.returncode == 1
+  assert "no place for: self_attention_1/attention/linear/b" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("name", ["a_abs_sinusoidal", "b_rotary_half", "d_abs_random_image_idxs"])
+def test_every_official_parameter_has_a_place(name):
+  case = golden.Case(name)
+  assert haiku.params_of(case.tree("params"), haiku._config(case.kwargs))[1] == []

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perceiver_ar_jax.config import InputError, MeshConfig
+from perceiver_ar_jax.config import ATTENTION_KERNELS, InputError, MeshConfig
 from perceiver_ar_jax.models import attention_kernels as kernels
 from perceiver_ar_jax.models.attention_kernels import Keys
 from perceiver_ar_jax.parallel.mesh import make_mesh
@@ -36,6 +36,10 @@ def _values_and_gradients(kernel, q, k, v, valid, **kwargs):
 
   (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
   return out * (weights != 0), *gradients
+
+
+def test_the_config_knows_the_kernels_that_exist():
+  assert set(kernels.KERNELS) == set(ATTENTION_KERNELS)
 
 
 def test_reference_is_causal_softmax_attention():

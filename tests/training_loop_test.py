@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.config import OPTIMIZERS, InputError
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.training import loop
 from tests import tiny
@@ -106,9 +106,20 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, finished, unin
 def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(finished):
   for step in (finished / "checkpoints").iterdir():
     _flip_a_byte(step)
-  with pytest.raises(InputError, match="None of the checkpoints"):
-    loop.train(tiny.config(), finished, evaluate.Evaluator)
-  assert len(list((finished / "damaged").iterdir())) == 3
+  logged = (finished / "metrics.jsonl").read_text()
+  for _ in range(2):  # a restart loop must not begin anew either
+    with pytest.raises(InputError, match="None of the checkpoints"):
+      loop.train(tiny.config(), finished, evaluate.Evaluator)
+  assert len(list((finished / "checkpoints").iterdir())) == 3
+  assert (finished / "metrics.jsonl").read_text() == logged
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adam"])
+def test_every_optimizer_trains_and_resumes(name, tmp_path):
+  settings = {"train__optimizer__name": name, "train__optimizer__schedule": "constant"}
+  for steps in (3, 4):
+    assert loop.train(tiny.config(train__steps=steps, **settings), tmp_path, evaluate.Evaluator) == 0
+  assert sorted(tiny.losses(tmp_path)) == [1, 2, 3, 4]
 
 
 def test_a_longer_run_continues_a_finished_one(finished):

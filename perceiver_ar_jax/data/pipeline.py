@@ -281,7 +281,15 @@ def _check_vocabulary(task: seqio.Task, config: Config) -> None:
 
 
 def _check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
-  if config.model.position_encoding == "rotary" or not config.model.positions_from_data:
+  if not config.model.positions_from_data:
+    return
+  if config.model.position_encoding == "rotary":
+    if positions_BxLxP.shape[-1] != 1:
+      raise InputError(
+        f"The task {config.data.task} has {positions_BxLxP.shape[-1]} position dimensions, and rotary positions are"
+        " one number: count them from the last token instead (--config.model.positions_from_data=False), or use learned"
+        " ones."
+      )
     return
   largest, sizes = positions_BxLxP.max(axis=(0, 1)), config.model.position_sizes
   if len(sizes) != len(largest):

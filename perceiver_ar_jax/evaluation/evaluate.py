@@ -120,7 +120,7 @@ def evaluate(config: Config, workdir: epath.PathLike) -> dict:
   """Scores the newest good checkpoint of `workdir` and writes eval-<split>-<step>.json there.
 
   Raises:
-    InputError: the workdir holds no readable checkpoint, or one of another model.
+    InputError: the workdir holds no readable checkpoint, or one of another model, or cannot be written.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)
@@ -135,6 +135,10 @@ def evaluate(config: Config, workdir: epath.PathLike) -> dict:
   result = evaluator(params, step)
   if jax.process_index() == 0:
     path = workdir / f"eval-{result['split']}-{result['step']}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{evaluator.describe(result)}\nWritten to {path}", flush=True)
+    print(evaluator.describe(result), flush=True)
+    try:
+      path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+      raise InputError(f"The figures above could not be written to {path}: {error.strerror or error}.") from error
+    print(f"Written to {path}", flush=True)
   return result

@@ -13,23 +13,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from etils import epath
 
-from perceiver_ar_jax import command_line
-from perceiver_ar_jax.config import Config, InputError, ModelConfig
+from perceiver_ar_jax.config import InputError, ModelConfig
 from perceiver_ar_jax.interop import unpickle
-from perceiver_ar_jax.parallel.mesh import make_mesh
-from perceiver_ar_jax.training import checkpoint
-from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
-from perceiver_ar_jax.training import workdir as workdir_lib
-
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "An official checkpoint.dill.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to make.")
+from perceiver_ar_jax.models import positions
 
 _ACTIVATIONS = {"sq_relu": "squared_relu", "gelu": "gelu"}
 _ENCODINGS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
@@ -97,7 +86,7 @@ def convert(
     InputError: an option that this model does not have, or a parameter that is missing.
   """
   config = _config(model_kwargs)
-  return config, _params(haiku_params, config)
+  return config, params_of(haiku_params, config)[0]
 
 
 def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
@@ -115,61 +104,32 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
     raise InputError(
       f"--checkpoint={path} is no readable pickle: {error}. Give an official checkpoint.dill."
     ) from error
-  params = state.get("params") if isinstance(state, dict) else None
+  params, step = (state.get("params"), state.get("global_step", 0)) if isinstance(state, dict) else (None, 0)
   arrays = isinstance(params, dict) and all(
     isinstance(module, dict) and all(isinstance(value, np.ndarray) for value in module.values())
     for module in params.values()
   )
-  if not arrays:
+  if not arrays or not isinstance(step, (int, np.integer)):
     raise InputError(
       f"--checkpoint={path} is no official checkpoint: it should hold 'params', a mapping from module paths to arrays."
     )
-  return params, int(state.get("global_step", 0))
+  return params, int(step)
 
 
-def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.ndarray]], workdir: str) -> int:
-  """Writes converted weights as step 0 of a run of `config` in `workdir`; returns how many there are.
+def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> tuple[dict, list[str]]:
+  """(the parameters of `config`, official parameters that it has no place for).
+
+  By meaning, one line a module; self-attention layers are stacked for nn.scan. Constant position tables, which official
+  checkpoints hold too, are left out if they are the config's.
 
   Raises:
-    InputError: the weights are not those of `config.model`, or the workdir is in use.
+    InputError: a parameter is missing.
   """
-  workdir, mesh = epath.Path(workdir), make_mesh(config.mesh)
-  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  abstract = state_lib.abstract_state(config, optimizer, mesh)
-  params = _params(haiku_params, config.model)
-  _check_shapes(params, abstract.params)
-  if (workdir / "checkpoints").exists():
-    raise InputError(f"--workdir={workdir} holds a run already: give a new folder.")
-  workdir_lib.prepare(config, workdir)
-  with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir) as checkpointer:
-    params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
-    checkpointer.save(state_lib.TrainState(jnp.zeros((), jnp.int32), params, opt_state), data=None)
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _check_shapes(params: dict, expected: dict) -> None:
-  def shapes(tree):
-    return {
-      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-      for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-  found = shapes(params)
-  for name, shape in shapes(expected).items():
-    if found[name] != shape:
-      raise InputError(
-        f"The checkpoint's parameter {name} has shape {found[name]}, and --config makes it {shape}: set its"
-        " model to what the checkpoint was trained with."
-      )
-
-
-def _params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> dict:
-  """The parameters of `config`, by meaning, one line a module; self-attention layers are stacked for nn.scan."""
+  used = set()
   modules = {path.replace("perceiver_ar/", "", 1).removeprefix("~/"): value for path, value in haiku_params.items()}
 
   def get(path, name):
+    used.add(f"{path}/{name}")
     try:
       return np.asarray(modules[path][name])
     except KeyError as error:
@@ -225,7 +185,16 @@ def _params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelC
     if end > start:
       params[f"layers_{run}"] = _stack([layer(index) for index in range(start, end)])
     start = end
-  return params
+  if config.position_encoding in positions.ABSOLUTE:
+    for dimension, size in enumerate(config.position_sizes):
+      path = f"embed_{dimension + 1}"
+      encode = positions.ABSOLUTE[config.position_encoding]
+      table = encode(jnp.arange(size)[None], size=size, width=config.input_width)[0]
+      stored = modules.get(path, {}).get("embeddings")
+      if stored is not None and stored.shape == table.shape and np.allclose(stored, table, atol=1e-3):
+        used.add(f"{path}/embeddings")
+  found = [f"{path}/{name}" for path, module in modules.items() for name in module]
+  return params, sorted(set(found) - used)
 
 
 def _numbered(name: str, index: int) -> str:
@@ -293,15 +262,7 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
   )
 
 
-def _main(config: Config) -> int:
-  haiku_params, trained_steps = load(_CHECKPOINT.value)
-  count = write_checkpoint(config, haiku_params, _WORKDIR.value)
-  print(
-    f"Wrote {count:,} parameters, trained for {trained_steps:,} steps, as step 0 of {_WORKDIR.value}. Score them:"
-    " python -m perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without that, train on."
-  )
-  return 0
-
-
 if __name__ == "__main__":
-  command_line.run(_main, required=("checkpoint", "workdir"))
+  from perceiver_ar_jax.interop import haiku_command  # apart, so that importing this module defines no flags
+
+  haiku_command.run()

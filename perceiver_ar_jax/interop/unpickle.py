@@ -1,10 +1,12 @@
 """Reads the arrays and plain containers of a pickle (a .dill file is one) without running what is in it.
 
 A pickle is a program: the standard reader calls any function that it names. This one knows how NumPy, JAX, Haiku and
-dill write arrays and dictionaries; everything else, such as optimizer state, becomes an inert object.
+dill write arrays and dictionaries, and makes arrays from their bytes itself; everything else, such as optimizer state,
+becomes an inert object.
 """
 
 import pickle
+import re
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,23 +15,15 @@ from ml_dtypes import bfloat16
 
 def load(file: BinaryIO) -> Any:
   """The pickled object; raises whatever a damaged or foreign file makes the reader raise."""
-  return _Unpickler(file).load()
+  return _with_arrays(_Unpickler(file).load())
 
 
 class _Unpickler(pickle.Unpickler):
-  """Rebuilds arrays and plain containers, and nothing else: what is unknown becomes an `_Inert` object."""
-
   def find_class(self, module: str, name: str):
-    numpy_parts = {
-      "ndarray": np.ndarray,
-      "dtype": np.dtype,
-      "_reconstruct": _empty_array,
-      "_frombuffer": _array_from_buffer,
-    }
-    if module.split(".")[0] == "numpy" and name in numpy_parts:
-      return numpy_parts[name]
+    if module.split(".")[0] == "numpy":
+      return _NUMPY.get(name, _Inert)
     if name == "bfloat16":
-      return bfloat16
+      return "bfloat16"
     if name in ("_reconstruct_array", "reconstruct_device_array", "_create_array"):  # JAX's arrays, and dill's
       return _array_with_state
     if name == "FlatMapping":  # Haiku's dictionary
@@ -38,25 +32,34 @@ class _Unpickler(pickle.Unpickler):
     return _inert_class if module.startswith("dill") else _Inert
 
 
-def _inert_class(*unused, **unused_too):
-  return _Inert
+class _DType:
+  """A number's type by its code, such as f4; its state carries the byte order."""
+
+  def __init__(self, code="", *unused):
+    self.code, self.order = code, "="
+
+  def __setstate__(self, state):
+    self.order = state[1]
+
+  def resolve(self) -> np.dtype:
+    if self.code == "bfloat16":
+      return np.dtype(bfloat16)
+    if not (isinstance(self.code, str) and re.fullmatch("[biuf][0-9]+", self.code)):
+      raise pickle.UnpicklingError(f"arrays of type {self.code!r} are not numbers")
+    return np.dtype(self.code).newbyteorder({"<": "<", ">": ">"}.get(self.order, "="))
 
 
-def _empty_array(subtype, shape, kind):
-  del subtype, kind
-  return np.ndarray(shape, np.int8)
+class _Array:
+  """An array to be: NumPy pickles an empty one, then its state."""
 
+  value: np.ndarray | None = None
 
-def _array_from_buffer(buffer, dtype, shape, order):
-  return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+  def __init__(self, *unused):
+    pass
 
-
-def _array_with_state(make, arguments, state, *unused):
-  """An array in the form that JAX and dill pickle it: how to make an empty one, then its state."""
-  array = make(*arguments)
-  if isinstance(array, np.ndarray):
-    array.__setstate__(state)
-  return array
+  def __setstate__(self, state):
+    _, shape, dtype, fortran, raw = state
+    self.value = _from_bytes(raw, dtype, shape, "F" if fortran else "C")
 
 
 class _FlatMapping(dict):
@@ -90,3 +93,37 @@ class _Inert:
 
   def extend(self, values):
     pass
+
+
+def _inert_class(*unused, **unused_too):
+  return _Inert
+
+
+def _from_bytes(raw: bytes, dtype: _DType, shape, order: str) -> np.ndarray:
+  return np.frombuffer(raw, dtype.resolve()).reshape(shape, order=order)
+
+
+def _scalar(dtype: _DType, raw: bytes):
+  return np.frombuffer(raw, dtype.resolve())[0]
+
+
+def _array_with_state(make, arguments, state, *unused):
+  """An array in the form that JAX and dill pickle it: how to make an empty one, its arguments, its state."""
+  del make, arguments
+  array = _Array()
+  array.__setstate__(state)
+  return array
+
+
+_NUMPY = {"dtype": _DType, "_reconstruct": _Array, "_frombuffer": _from_bytes, "scalar": _scalar}
+
+
+def _with_arrays(tree):
+  """`tree` with its arrays made, through dictionaries, lists and tuples."""
+  if isinstance(tree, _Array):
+    return tree.value
+  if isinstance(tree, dict):
+    return {name: _with_arrays(value) for name, value in tree.items()}
+  if isinstance(tree, (list, tuple)):
+    return [_with_arrays(value) for value in tree]
+  return tree

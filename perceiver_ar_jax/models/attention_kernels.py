@@ -21,7 +21,7 @@ from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.parallel import sharding
 
 SAVED = "saved"
-"""Checkpoint name of what the walk leaves for its backward pass: small, and dear to compute again."""
+"""Checkpoint name of what a layer should keep for its backward pass: small, and dear to compute again."""
 
 _MASKED = -1e30  # finite, so that a row with every key masked does not become NaN
 _LARGE = (
@@ -106,7 +106,7 @@ def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int 
 
 
 def auto(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
-  """The fastest of the kernels that run everywhere, by shape; see docs/benchmarks.md for the measurements."""
+  """The fastest of the kernels that run everywhere, by shape, as measured on CPUs (docs/benchmarks.md)."""
   large = q_BxMxHxK.shape[1] * valid_BxL.shape[1] >= _LARGE
   return (streamed if large else reference)(q_BxMxHxK, keys, valid_BxL, keep_own, chunk)
 

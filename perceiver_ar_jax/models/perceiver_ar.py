@@ -112,7 +112,7 @@ class Embed(nn.Module):
     config = self.config
     width, dtype, encoding = config.input_width, jnp.dtype(config.dtype), config.position_encoding
     table_VxE = self.param("tokens", _table_init, (config.vocab_size, width), jnp.float32)
-    x_BxLxE = table_VxE.astype(dtype)[tokens_BxL]
+    x_BxLxE = table_VxE[tokens_BxL].astype(dtype)  # cast last: the gradients of a row add up in float32
     if encoding == "rotary":
       return x_BxLxE
     if positions_BxLxP.shape[-1] != len(config.position_sizes):
@@ -124,7 +124,7 @@ class Embed(nn.Module):
       positions_BxL = positions_BxLxP[..., dimension]
       if encoding == "learned":
         table = self.param(f"position_{dimension}", _table_init, (size, width), jnp.float32)
-        x_BxLxE += table.astype(dtype)[positions_BxL]
+        x_BxLxE += table[positions_BxL].astype(dtype)
       else:
         x_BxLxE += positions_lib.ABSOLUTE[encoding](positions_BxL, size=size, width=width).astype(dtype)
     return x_BxLxE

@@ -2,7 +2,7 @@
 
 A step either is there as a whole or not at all, whenever the process dies. Every one carries a fingerprint
 of its values, so that damaged files are noticed even where they still parse; `restore` then falls back to
-the newest good one and moves the damaged one aside, deleting nothing.
+the newest good one and moves the damaged ones aside, deleting nothing. Where none is good, nothing moves.
 """
 
 import dataclasses
@@ -131,46 +131,53 @@ class Checkpointer:
 
   def _restore_newest(self, items: dict[str, ocp.args.CheckpointArgs]):
     """(step, {item: value}) of the newest checkpoint that is whole, or None where there is none at all."""
-    steps = sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []
-    for step in steps:
+    damaged = []
+    for step in sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []:
       try:
-        return step, self._restore_step(step, items)
+        values = self._restore_step(step, items)
       except InputError:
         raise
       except Exception as error:  # whatever a damaged file makes its reader raise; it is reported
         reason = " ".join(str(error).split())[:300]
         print(f"The checkpoint of step {step} in {self._directory} is damaged: {reason}", file=sys.stderr)
-        self._set_aside(step)
-    if steps:
+        damaged.append(step)
+      else:
+        self._set_aside(damaged)
+        return step, values
+    if damaged:
       raise InputError(
-        f"None of the checkpoints {sorted(steps)} in {self._directory} can be read. Put back a good copy, or start anew"
-        " with another --workdir."
+        f"None of the checkpoints {sorted(damaged)} in {self._directory} can be read. Put back a good copy, or start"
+        " anew with another --workdir."
       )
     return None
 
   def _restore_step(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> dict:
     saved = self._manager.restore(step, args=ocp.args.Composite(fingerprint=ocp.args.JsonRestore()))["fingerprint"]
-    if not saved.get(_HAS_DATA, 1):
-      items = {name: item for name, item in items.items() if name != "data"}
-    values = self._manager.restore(step, args=ocp.args.Composite(**items))
+    arrays = {name: item for name, item in items.items() if name != "data"}
+    values = self._manager.restore(step, args=ocp.args.Composite(**arrays))
     found = _fingerprint("params", values["params"])
     if "optimizer" in items:
       found |= _fingerprint("optimizer", values["optimizer"]["opt_state"])
     differing = [name for name in found if saved.get(name) != found[name]]
     if differing:
       raise ValueError(f"the values of {', '.join(differing[:3])} are not those that were saved")
-    return {name: values[name] for name in items if name != "data"}
+    if "optimizer" in items and int(values["optimizer"]["step"]) != step:
+      raise ValueError(f"it says that it is of step {values['optimizer']['step']}")
+    if "data" in items and saved.get(_HAS_DATA, 1):  # last, so that a step given up leaves the data where it was
+      self._manager.restore(step, args=ocp.args.Composite(data=items["data"]))
+    return {name: values[name] for name in arrays}
 
-  def _set_aside(self, step: int) -> None:
-    """Moves a damaged step out of the way of the run that goes on, deleting nothing."""
-    if self._read_only or jax.process_index() != 0:
+  def _set_aside(self, steps: list[int]) -> None:
+    """Moves damaged steps out of the way of the run that goes on, deleting nothing."""
+    if not steps or self._read_only or jax.process_index() != 0:
       return
     damaged = self._directory.parent / "damaged"
     damaged.mkdir(exist_ok=True)
-    copies = sum(path.name.split("-")[0] == str(step) for path in damaged.iterdir())
-    target = damaged / (f"{step}-{copies}" if copies else str(step))
-    (self._directory / str(step)).rename(target)
-    print(f"It was moved to {target}; the checkpoint before it is taken.", file=sys.stderr)
+    for step in steps:
+      copies = sum(path.name.split("-")[0] == str(step) for path in damaged.iterdir())
+      target = damaged / (f"{step}-{copies}" if copies else str(step))
+      (self._directory / str(step)).rename(target)
+      print(f"Step {step} was moved to {target}; the checkpoint before it is taken.", file=sys.stderr)
     self._manager.reload()
 
 

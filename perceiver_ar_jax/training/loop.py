@@ -27,6 +27,11 @@ from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
+_LESS_MEMORY = (
+  "Lower train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
+  " model.attention=streamed (a long context), spread weights with mesh.fsdp, or make the model smaller (latent_width,"
+  " num_layers, num_latents)."
+)
 _PROFILED_STEPS = 3
 _GIB = 2**30
 
@@ -127,6 +132,7 @@ class _Run:
         pending, result = None, None
         if evaluate:
           result = self._evaluate(state.params, step)
+          stop = bool(self._signals.received)
         self._checkpointer.save(state, data, result and {"nats_per_token": result["nats_per_token"]})
       if stop:
         break
@@ -218,7 +224,12 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   start = time.monotonic()
   update = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, PartitionSpec())))
-  compiled = update.lower(abstract, batch, jax.random.key(0)).compile()
+  try:
+    compiled = update.lower(abstract, batch, jax.random.key(0)).compile()
+  except jax.errors.JaxRuntimeError as error:  # the TPU's compiler refuses by itself what cannot fit
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise InputError(f"The train step does not fit into the devices' memory. {_LESS_MEMORY}") from error
   memory = compiled.memory_analysis()
   new_outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
   needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
@@ -230,10 +241,8 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
   )
   if needed > available:
     raise InputError(
-      f"The train step needs {needed / _GIB:.1f} GiB on each device, and each has {available / _GIB:.1f} GiB. Lower"
-      " train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
-      " model.attention=streamed (a long context), spread"
-      " weights with mesh.fsdp, or make the model smaller (latent_width, num_layers, num_latents)."
+      f"The train step needs {needed / _GIB:.1f} GiB on each device, and each has {available / _GIB:.1f} GiB."
+      f" {_LESS_MEMORY}"
     )
   return compiled
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, ModelConfig
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
@@ -23,18 +23,32 @@ class TrainState:
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """The state as jax.ShapeDtypeStructs with their shardings on `mesh`; nothing is allocated."""
+  """The state as jax.ShapeDtypeStructs with their shardings on `mesh`; nothing is allocated.
 
-  def init():
-    params = _init_params(config.model, jax.random.key(0))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  What the optimizer keeps for a weight, in its shape, lies as the weight does; all else of it is small and replicated.
+  """
+  params = abstract_params(config, mesh)
+  weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+  replicated = NamedSharding(mesh, PartitionSpec())
 
-  return _with_shardings(jax.eval_shape(init), mesh)
+  def place(path, leaf):
+    names = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
+    weight = next((weights[name] for name in names if name in weights), None)
+    alike = weight is not None and weight.shape == leaf.shape
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding if alike else replicated)
+
+  opt_state = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
+  return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state)
 
 
 def abstract_params(config: Config, mesh: Mesh) -> dict:
   """The weights alone, as `abstract_state` gives them."""
-  return _with_shardings(jax.eval_shape(lambda: _init_params(config.model, jax.random.key(0))), mesh)
+  boxed = jax.eval_shape(lambda: _init_params(config.model, jax.random.key(0)))
+  return jax.tree.map(
+    lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+    nn.meta.unbox(boxed),
+    sharding.shardings(boxed, mesh),
+  )
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -55,11 +69,3 @@ def _init_params(model: ModelConfig, key: jax.Array) -> dict:
   tokens_1xM = jnp.ones((1, model.num_latents), jnp.int32)
   positions_1xMxP = jnp.ones((1, model.num_latents, len(model.position_sizes) or 1), jnp.int32)
   return PerceiverAR(model).init(key, tokens_1xM, positions_1xMxP)["params"]
-
-
-def _with_shardings(boxed, mesh: Mesh):
-  return jax.tree.map(
-    lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-    nn.meta.unbox(boxed),
-    sharding.shardings(boxed, mesh),
-  )

@@ -89,7 +89,7 @@ def load_config(workdir: epath.Path) -> Config:
     raise InputError(f"--workdir={workdir} holds no run (no config.json): train first, or check the path.")
   try:
     return Config.from_json(path.read_text())
-  except ValueError as error:
+  except (ValueError, TypeError, AttributeError) as error:
     raise InputError(f"{path} cannot be read: {error} Restore it, or use another --workdir.") from error
 
 

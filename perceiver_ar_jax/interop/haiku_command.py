@@ -1,0 +1,78 @@
+"""The command that makes a run of an official checkpoint; haiku.py says how to call it."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from perceiver_ar_jax import command_line
+from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.interop import haiku
+from perceiver_ar_jax.parallel.mesh import make_mesh
+from perceiver_ar_jax.training import checkpoint
+from perceiver_ar_jax.training import optimizer as optimizer_lib
+from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import workdir as workdir_lib
+
+
+def run() -> None:
+  """Parses the flags, writes the checkpoint and exits."""
+  flags.DEFINE_string("checkpoint", None, "An official checkpoint.dill.")
+  flags.DEFINE_string("workdir", None, "Folder of the run to make.")
+  command_line.run(_main, required=("checkpoint", "workdir"))
+
+
+def _main(config: Config) -> int:
+  haiku_params, trained_steps = haiku.load(flags.FLAGS.checkpoint)
+  count = write_checkpoint(config, haiku_params, flags.FLAGS.workdir)
+  print(
+    f"Wrote {count:,} parameters, trained for {trained_steps:,} steps, as step 0 of {flags.FLAGS.workdir}. Score them:"
+    " python -m perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without that, train on."
+  )
+  return 0
+
+
+def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.ndarray]], workdir: str) -> int:
+  """Writes converted weights as step 0 of a run of `config` in `workdir`; returns how many there are.
+
+  Raises:
+    InputError: the weights are not those of `config.model`, or the workdir is in use.
+  """
+  workdir, mesh = epath.Path(workdir), make_mesh(config.mesh)
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  abstract = state_lib.abstract_state(config, optimizer, mesh)
+  params, unused = haiku.params_of(haiku_params, config.model)
+  if unused:
+    raise InputError(
+      f"The checkpoint holds parameters that the model of --config has no place for: {', '.join(unused[:5])}"
+      f"{' and others' if len(unused) > 5 else ''}. Set its model to what the checkpoint was trained with."
+    )
+  _check_shapes(params, abstract.params)
+  if (workdir / "checkpoints").exists():
+    raise InputError(f"--workdir={workdir} holds a run already: give a new folder.")
+  workdir_lib.prepare(config, workdir)
+  with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir) as checkpointer:
+    params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
+    checkpointer.save(state_lib.TrainState(jnp.zeros((), jnp.int32), params, opt_state), data=None)
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _check_shapes(params: dict, expected: dict) -> None:
+  def shapes(tree):
+    return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+      for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+  found = shapes(params)
+  for name, shape in shapes(expected).items():
+    if found[name] != shape:
+      raise InputError(
+        f"The checkpoint's parameter {name} has shape {found[name]}, and --config makes it {shape}: set its"
+        " model to what the checkpoint was trained with."
+      )
