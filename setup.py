@@ -7,7 +7,7 @@ import setuptools
 setuptools.setup(
   name="perceiver_ar_jax",
   version="0.1.0",
-  description="Perceiver AR in JAX/Flax: long-context autoregressive models on TPU and GPU pods.",
+  description="Perceiver AR in JAX/Flax: long-context autoregressive models on CPU, GPU and TPU.",
   long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",

@@ -4,6 +4,7 @@ python -m benchmarks.plot results.json plot.png
 """
 
 import collections
+import itertools
 import json
 import pathlib
 import sys
@@ -17,17 +18,18 @@ from matplotlib import pyplot
 def main(results: str, picture: str):
   lines = collections.defaultdict(list)
   for row in json.loads(pathlib.Path(results).read_text()):
-    label = " ".join([row["implementation"], row["attention"], *row["overrides"]])
+    label = " ".join([row["implementation"], row["attention"], *(word.split(".")[-1] for word in row["overrides"])])
     lines[label].append((row["context"], row["seconds"], row["peak_rss_bytes"] / 2**30))
-  figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-  for label, points in sorted(lines.items()):
-    contexts, seconds, memory = zip(*sorted(points))
-    time_axes.plot(contexts, seconds, marker="o", label=label)
-    memory_axes.plot(contexts, memory, marker="o", label=label)
+  curves = {label: sorted(points) for label, points in sorted(lines.items()) if len(points) > 1}
+  figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+  for (label, points), marker in zip(curves.items(), itertools.cycle("osv^D<>")):
+    contexts, seconds, memory = zip(*points)
+    time_axes.plot(contexts, seconds, marker=marker, label=label)
+    memory_axes.plot(contexts, memory, marker=marker)
   for axes, name in ((time_axes, "seconds per training step"), (memory_axes, "peak memory of the process, GiB")):
     axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel=name)
     axes.grid(True, which="both", alpha=0.3)
-  time_axes.legend(fontsize=7)
+  figure.legend(loc="outside lower center", ncols=3, fontsize=8)
   figure.savefig(picture, dpi=110)
 
 
