@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.parallel import sharding
@@ -73,7 +73,16 @@ def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: in
   softmax: Milakov & Gimelshein, 2018; recomputed backward pass: FlashAttention). Any chunk size does. Only
   the last M slots need a causal mask; the walk over those before them has none.
   """
-  return _walk(keys.make, chunk, keep_own, q_BxMxHxK, keys.weights, keys.source, valid_BxL)
+  walk = functools.partial(_walk, keys.make, chunk, keep_own)
+  rows = sharding.current_spec(("batch",), q_BxMxHxK.shape[:1])
+  if rows is not None and rows[0]:
+    # Each device walks with its own rows, and gradients of the weights are added up over devices once, at the end:
+    # left to the compiler, they would be after every chunk.
+    whole = jax.tree.map(lambda _: PartitionSpec(), keys.weights)
+    split = jax.tree.map(lambda _: rows, keys.source)
+    axes = {rows[0]} if isinstance(rows[0], str) else set(rows[0])
+    walk = jax.shard_map(walk, in_specs=(rows, whole, split, rows), out_specs=rows, axis_names=axes, check_vma=False)
+  return walk(q_BxMxHxK, keys.weights, keys.source, valid_BxL)
 
 
 def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
