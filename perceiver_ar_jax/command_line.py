@@ -1,11 +1,12 @@
 """What every command shares: the --config flag, and mistakes that end in one paragraph with exit code 1."""
 
+import pathlib
 import signal
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from perceiver_ar_jax import config as config_lib
 
@@ -23,7 +24,7 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
 
   def main(argv: list[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # libraries report every file they write; --verbosity=0 shows it
+      logging.set_verbosity(logging.ERROR)  # libraries report every file they write; --verbosity=0 shows it
     try:
       return command(_resolve(argv, required))
     except config_lib.InputError as error:
@@ -51,9 +52,26 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
 def _parse(argv: list[str]) -> list[str]:
   """The arguments that are no flags; a mistake in the flags ends in one paragraph."""
   try:
+    for argument in argv[1:]:
+      _check_name(argument)
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, *_UNLOADABLE) as error:
     return _fail(error)
+
+
+def _check_name(argument: str) -> None:
+  """Raises InputError for a config file that is not there or a setting that does not exist, naming the nearest."""
+  name, _, value = argument.lstrip("-").partition("=")
+  if name == "config" and value and not pathlib.Path(value.split(":")[0]).exists():
+    there = map(str, pathlib.Path(value).parent.glob("*.py"))
+    raise config_lib.InputError(f"--config={value} does not exist. {config_lib.nearest(value, there)}")
+  if name.startswith("config."):
+    section, path = config_lib.defaults(), name.split(".")[1:]
+    for position, word in enumerate(path):
+      if word not in section:
+        where = ".".join(path[: position + 1])
+        raise config_lib.InputError(f"Unknown config key {where!r}. {config_lib.nearest(word, section)}")
+      section = section[word] if isinstance(section[word], config_dict.ConfigDict) else {}
 
 
 def _fail(error: Exception):

@@ -6,9 +6,13 @@ events, features.py cuts documents into model inputs, pipeline.py feeds hosts. T
 A *document* is one whole sequence: `events` int32[N], `positions` int32[N, P] (1-based), and optionally `scored`
 int32[N] (0: the event does not count in evaluation). Ids: 0 PAD, 1 EOS, 2 SOS, value v is v + 3.
 
-This module imports nothing, so that the parts without TensorFlow (images.py) stay quick to load; TensorFlow itself is
-imported in one place only, tf_cpu.py.
+This module imports no library, so that the parts without TensorFlow (images.py) stay quick to load; TensorFlow itself
+is imported in one place only, tf_cpu.py.
 """
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read once, when TensorFlow loads: keeps its start-up notes out
 
 PAD = 0
 EOS = 1

@@ -4,10 +4,6 @@ TensorFlow takes all the memory of every GPU it can see at its first operation, 
 this before anything else runs a TensorFlow operation.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read once, when TensorFlow loads: keeps its start-up notes out.
-
 import tensorflow as tf
 
 tf.get_logger().setLevel("ERROR")

@@ -104,6 +104,10 @@ class Checkpointer:
       items["data"] = DataSave(data)
     self._manager.save(step, metrics=metrics, args=ocp.args.Composite(**items))
 
+  def evaluated(self, step: int) -> bool:
+    """Whether the checkpoint of `step` was saved with the figures of an evaluation."""
+    return bool(self._manager.metrics(step))
+
   def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:
     """The newest good state in the layout of `abstract`, with `data` moved to its position.
 

@@ -5,7 +5,9 @@ updates are functions of the seed, the data position and the step, and these are
 """
 
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -33,7 +35,6 @@ _LESS_MEMORY = (
   " num_layers, num_latents)."
 )
 _PROFILED_STEPS = 3
-_GIB = 2**30
 
 
 class Evaluator(Protocol):
@@ -67,24 +68,25 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
   _say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
-  with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
+  with _Signals() as signals, jax.set_mesh(mesh):
     train_step = _compile(step_lib.make_train_step(config, optimizer), abstract, data.spec, mesh)
-    state = checkpointer.restore(abstract, data)
-    if state is None:
-      state = state_lib.init_state(config, optimizer, mesh)
-    else:
-      _say(f"Going on from the checkpoint of step {int(state.step)}.")
-    with (
-      _Signals() as signals,
-      metrics_log.MetricsLog(
+    with checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
+      state = checkpointer.restore(abstract, data)
+      if state is None:
+        state = state_lib.init_state(config, optimizer, mesh)
+      else:
+        _say(f"Going on from the checkpoint of step {int(state.step)}.")
+      if signals.received:
+        _say(f"{signals.name}: stopped at step {int(state.step)}, where it began.")
+        return 128 + signals.received
+      with metrics_log.MetricsLog(
         workdir,
         first_step=int(state.step),
         total_steps=config.train.steps,
         bits_name="bits/dim" if tasks.get_info(config.data.task).unit == "bits_per_dim" else "bits/token",
-      ) as log,
-    ):
-      run = _Run(config, workdir, mesh, train_step, evaluator, checkpointer, signals, log)
-      state, result = run(state, data)
+      ) as log:
+        run = _Run(config, workdir, mesh, train_step, evaluator, checkpointer, signals, log)
+        state, result = run(state, data)
   if signals.received:
     _say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
     return 128 + signals.received
@@ -115,6 +117,12 @@ class _Run:
     """(the last state, the evaluation at the last step or None), after the last step or a signal."""
     train, first = self._config.train, int(state.step) + 1
     result, pending, self._last_report = None, None, time.monotonic()
+    if (
+      1 < first <= train.steps
+      and (first - 1) % self._config.eval.every == 0
+      and not self._checkpointer.evaluated(first - 1)
+    ):
+      self._evaluate(state.params, first - 1)  # owed: a signal had cut it short
     for step in range(first, train.steps + 1):
       # Dispatch is asynchronous: while the device works on a step, the host reads, checks and transfers the next
       # batch. Nothing is drawn ahead of its step, so `data` always stands where `state` does.
@@ -208,6 +216,8 @@ class _Signals:
     del frame
     self.received = number
     signal.signal(number, self._before[number])
+    note = f"\n{self.name}: stopping. Once more: at once, without saving.\n"
+    os.write(sys.stderr.fileno(), note.encode())  # print may not run inside itself, and a handler runs anywhere
 
 
 def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh):
@@ -236,15 +246,18 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
   available = _memory_per_device()
   _say(
     f"Compiled the train step in {time.monotonic() - start:.1f} s. Each of {mesh.size} devices holds"
-    f" {memory.argument_size_in_bytes / _GIB:.2f} GiB of weights, optimizer state and batch, and works in"
-    f" {memory.temp_size_in_bytes / _GIB:.2f} GiB; it has {available / _GIB:.1f} GiB."
+    f" {_size(memory.argument_size_in_bytes)} of weights, optimizer state and batch, and works in"
+    f" {_size(memory.temp_size_in_bytes)}; it has {_size(available)}."
   )
   if needed > available:
     raise InputError(
-      f"The train step needs {needed / _GIB:.1f} GiB on each device, and each has {available / _GIB:.1f} GiB."
-      f" {_LESS_MEMORY}"
+      f"The train step needs {_size(needed)} on each device, and each has {_size(available)}. {_LESS_MEMORY}"
     )
   return compiled
+
+
+def _size(num_bytes: int) -> str:
+  return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _memory_per_device() -> int:

@@ -61,7 +61,8 @@ def prepare(config: Config, workdir: epath.Path) -> None:
     raise InputError(
       f"--workdir={workdir} cannot be written ({error.strerror or error}): give a folder that you may write to."
     ) from error
-  if path.exists() and (workdir / "checkpoints").exists():
+  checkpoints = workdir / "checkpoints"
+  if path.exists() and checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
     changed = _differences(config, load_config(workdir), ignored=RESUMABLE)
     if changed:
       raise InputError(
