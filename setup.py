@@ -29,6 +29,7 @@ setuptools.setup(
     # Two packages for the photographs in them (data/photos.py), which train without a download.
     "scikit-image>=0.24,<0.27",
     "scikit-learn>=1.5,<2",
+    "sentencepiece>=0.2,<0.3",
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.19,<3",
     "tensorflow>=2.20,<3",
@@ -39,6 +40,7 @@ setuptools.setup(
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     "benchmarks": ["matplotlib>=3.9,<4"],
-    "dev": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.9,<1"],
+    "music": ["mido>=1.3,<2"],
+    "dev": ["mido>=1.3,<2", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.9,<1"],
   },
 )

@@ -1,6 +1,6 @@
-"""Train and evaluate Perceiver AR.
+"""Train and evaluate Perceiver AR, and look at the data first.
 
-  python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=train|eval]
+  python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=train|eval|data]
 
 Every setting can be overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes
 on with a run that was stopped.
@@ -12,11 +12,16 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data"], "What to do.")
 
 
 def main(config: Config) -> int:
   # Imported late, so that a misspelt flag is answered at once.
+  if _MODE.value == "data":
+    from perceiver_ar_jax.data import inspect
+
+    inspect.inspect(config, _WORKDIR.value)
+    return 0
   from perceiver_ar_jax.evaluation import evaluate
 
   if _MODE.value == "eval":

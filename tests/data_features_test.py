@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from perceiver_ar_jax.data import EOS, SOS, features
-from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data import EOS, SOS, documents, features
+from perceiver_ar_jax.data.documents import Document
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "data.npz")
 INDEX = json.loads(str(GOLDEN["index"]))
@@ -15,21 +15,22 @@ VARLEN = json.loads(str(GOLDEN["varlen/docs"]))
 DUMMY6 = [[68, 69, 70, 71, 72, 73]]
 
 
-def document(events, **more):
+def document(events, positions=None, scored=None):
   """A document with positions 1..N."""
   events = np.asarray(events, np.int32)
-  return {"events": events, "positions": np.arange(1, len(events) + 1, dtype=np.int32)[:, None], **more}
+  return Document(events, documents.count_positions(len(events)) if positions is None else positions, scored)
 
 
-def window(events, end, num_new, context, latents, **more):
-  end, num_new = tf.constant(end, tf.int64), tf.constant(num_new, tf.int64)
-  row = features.window(document(events, **more), end, num_new, context=context, latents=latents)
-  return {name: value.numpy() for name, value in row.items()}
+def window(events, end, num_new, context, latents, dims=1, **more):
+  batch = features.empty_batch(1, context=context, latents=latents, position_dims=dims)
+  row = features.row_of(batch, 0)
+  features.eval_window(row, document(events, **more), end, num_new)
+  return row
 
 
 def eval_windows(events, stride, context, latents, **more):
   """The rows of all windows of one document, in order."""
-  blocks = features.eval_blocks(document(events), stride).as_numpy_iterator()
+  blocks = features.eval_blocks(len(events), stride)
   return [window(events, end, num_new, context, latents, **more) for end, num_new in blocks]
 
 
@@ -61,20 +62,26 @@ def test_a_window_at_the_start_is_padded_on_the_left():
 
 
 def test_only_new_targets_that_are_scored_weigh():
-  scored = np.array([0, 0, 0, 1, 0, 1], np.int32)
+  scored = np.array([0, 0, 0, 1, 0, 1], bool)
   assert window([2, 10, 11, 12, 13, 14], 6, 2, context=5, latents=4)["weights"].tolist() == [0, 0, 1, 1]
   assert window([2, 10, 11, 12, 13, 14], 6, 4, context=5, latents=4, scored=scored)["weights"].tolist() == [0, 1, 0, 1]
   assert window([2, 10, 11, 12, 13, 14], 6, 2, context=5, latents=4, scored=scored)["weights"].tolist() == [0, 0, 0, 1]
 
 
-def test_a_window_without_targets_is_all_padding():
-  row = window([0], 1, 0, context=3, latents=2)
-  assert not any(value.any() for value in row.values())
+def test_a_row_that_is_not_filled_is_all_padding():
+  batch = features.empty_batch(2, context=3, latents=2, position_dims=2)
+  assert {name: value.shape for name, value in batch.items()} == {
+    "inputs": (2, 3),
+    "positions": (2, 3, 2),
+    "targets": (2, 2),
+    "weights": (2, 2),
+  }
+  assert not any(value.any() for value in batch.values())
 
 
 def test_positions_with_more_dimensions_come_along():
   positions = np.arange(1, 13, dtype=np.int32).reshape(4, 3)
-  row = window([2, 10, 11, 12], 4, 1, context=5, latents=1, positions=positions)
+  row = window([2, 10, 11, 12], 4, 1, context=5, latents=1, dims=3, positions=positions)
   assert row["positions"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
@@ -85,19 +92,17 @@ def test_inputs_and_targets_are_the_events_shifted_by_one():
     np.testing.assert_array_equal(shifted_left(row["inputs"]), inputs)
     np.testing.assert_array_equal(shifted_left(row["targets"]), targets)
   positions = GOLDEN["shift/image_idxs"][0]
-  row = window(np.full(49, 5), 49, 1, context=48, latents=1, positions=positions)
+  row = window(np.full(49, 5), 49, 1, context=48, latents=1, dims=3, positions=positions)
   np.testing.assert_array_equal(row["positions"], GOLDEN["shift/image_input_idxs"][0])
 
 
-def train_rows(events, min_crop, context, count, first_seed=0):
+def train_rows(events, min_crop, context, count, first_seed=0, **more):
   """`count` training crops of one document, stacked."""
-  seeds = tf.data.Dataset.range(first_seed, first_seed + count)
-  dataset = seeds.map(
-    lambda seed: features.train_window(
-      document(events), tf.stack([seed, seed]), context=context, latents=context, min_crop=min_crop
-    )
-  )
-  return next(dataset.batch(count).as_numpy_iterator())
+  batch = features.empty_batch(count, context=context, latents=context, position_dims=1)
+  for index in range(count):
+    random = np.random.Generator(np.random.Philox(key=[7, first_seed + index]))
+    features.train_window(features.row_of(batch, index), document(events, **more), random, min_crop=min_crop)
+  return batch
 
 
 @pytest.mark.parametrize("case", [name for name in INDEX if name.startswith("train_crops/")])
@@ -135,9 +140,28 @@ def test_training_crops_depend_on_the_seed_alone():
 
 
 def test_training_weighs_what_evaluation_leaves_out():
-  doc = document([2, 10, 11, 12], scored=np.zeros(4, np.int32))
-  row = features.train_window(doc, tf.constant([0, 0], tf.int64), context=3, latents=3, min_crop=4)
-  assert row["weights"].numpy().tolist() == [1, 1, 1]
+  rows = train_rows([2, 10, 11, 12], 4, context=3, count=1, scored=np.zeros(4, bool))
+  assert rows["weights"].tolist() == [[1, 1, 1]]
+
+
+def test_a_part_of_a_document_ends_its_crops_there_and_reaches_back_beyond_it():
+  doc = document(list(range(100, 120)))
+  doc.ends = (11, 14)
+  crops = [doc.crop(draw, longest=6, shortest=2) for draw in (0, 0.25, 0.5, 0.75, 0.999)]
+  assert [events.tolist()[-1] for events, _ in crops] == [110, 111, 112, 113, 113]
+  assert all(len(events) == 6 for events, _ in crops)
+
+
+def test_an_augmented_crop_keeps_its_newest_events_and_counts_them_anew():
+  def double(events, random):
+    return np.repeat(events, 2)
+
+  batch = features.empty_batch(1, context=5, latents=5, position_dims=1)
+  random = np.random.default_rng(0)
+  plain = Document(np.array([2, 10, 11, 12], np.int32))
+  features.train_window(features.row_of(batch, 0), plain, random, min_crop=4, augment=double)
+  assert batch["inputs"].tolist() == [[10, 10, 11, 11, 12]] and batch["targets"].tolist() == [[10, 11, 11, 12, 12]]
+  assert batch["positions"][0, :, 0].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_blocks_are_even_and_the_short_one_comes_first():

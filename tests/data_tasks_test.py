@@ -1,54 +1,64 @@
 """Tasks: every record becomes the document that the published layouts say, and unknown names are explained."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
 import pytest
 import seqio
 
-from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data import EOS, SOS, images, photos, tasks
+from perceiver_ar_jax.config import DataConfig, InputError
+from perceiver_ar_jax.data import EOS, SOS, images, photos, registry, tasks, texts
 from perceiver_ar_jax.data.tf_cpu import tf
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "data.npz")
 
 
+def get_task(name, events=12, **data):
+  ((task, share),) = tasks.get_tasks(DataConfig(task=name, **data), events)
+  assert share == 1
+  return task
+
+
 def documents(name, split, *, count, events=12):
   """The first `count` documents of a task, as dicts of arrays."""
-  task = tasks.get_task(name)
-  records = task.source.get_dataset(split=split, shuffle=False).take(count)
-  dataset = task.preprocess_postcache(records, {"events": events}, seed=0)
-  return list(dataset.as_numpy_iterator())
+  seqio_task = registry.to_seqio(get_task(name, events))
+  dataset = seqio_task.get_dataset(None, split, shuffle=False, use_cached=False)
+  return list(dataset.take(count).as_numpy_iterator())
 
 
 def test_no_accelerator_is_left_to_tensorflow():
   assert [device.device_type for device in tf.config.get_visible_devices()] == ["CPU"]
 
 
+def whole(document):
+  """(events, positions) of all of a document."""
+  return document.read(0, len(document)), document.positions(0, len(document))
+
+
 def test_pixel_raster_takes_pixels_in_turn_and_rgb_planes_takes_colours_in_turn():
   picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-  raster = tasks.image_document(picture, 2, "pixel_raster")
-  planes = tasks.image_document(picture, 2, "rgb_planes")
-  assert list(raster["events"].numpy()) == [SOS, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
-  assert list(planes["events"].numpy()) == [SOS, 3, 6, 9, 12, 4, 7, 10, 13, 5, 8, 11, 14]
+  raster, raster_positions = whole(images.document(picture, "pixel_raster"))
+  planes, planes_positions = whole(images.document(picture, "rgb_planes"))
+  assert list(raster) == [SOS, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+  assert list(planes) == [SOS, 3, 6, 9, 12, 4, 7, 10, 13, 5, 8, 11, 14]
   # (x, y, channel): the second pixel of the first row comes second, x + 1.
-  assert raster["positions"].numpy()[:5].tolist() == [[1, 1, 1], [2, 2, 2], [2, 2, 3], [2, 2, 4], [3, 2, 2]]
-  assert planes["positions"].numpy()[:5].tolist() == [[1, 1, 1], [2, 2, 2], [3, 2, 2], [2, 3, 2], [3, 3, 2]]
+  assert raster_positions[:5].tolist() == [[1, 1, 1], [2, 2, 2], [2, 2, 3], [2, 2, 4], [3, 2, 2]]
+  assert planes_positions[:5].tolist() == [[1, 1, 1], [2, 2, 2], [3, 2, 2], [2, 3, 2], [3, 3, 2]]
 
 
 @pytest.mark.parametrize("order", images.ORDERS)
 @pytest.mark.parametrize("row", [0, 1])
 def test_image_layout_matches_the_reference(order, row):
-  picture = GOLDEN["image/image"][row]
-  document = tasks.image_document(picture, 4, order)
-  np.testing.assert_array_equal(document["events"], GOLDEN[f"image/{order}/sos1/events"][row])
-  np.testing.assert_array_equal(document["positions"], GOLDEN[f"image/{order}/sos1/event_idxs"][row])
+  events, positions = whole(images.document(GOLDEN["image/image"][row], order))
+  np.testing.assert_array_equal(events, GOLDEN[f"image/{order}/sos1/events"][row])
+  np.testing.assert_array_equal(positions, GOLDEN[f"image/{order}/sos1/event_idxs"][row])
 
 
 @pytest.mark.parametrize("order", images.ORDERS)
 def test_events_turn_back_into_the_picture(order):
   picture = GOLDEN["image/image"][0]
-  events = tasks.image_document(picture, 4, order)["events"].numpy()
+  events, _ = whole(images.document(picture, order))
   np.testing.assert_array_equal(images.to_image(events, 4, order), picture)
   np.testing.assert_array_equal(images.to_image(events[1:], 4, order), picture)
   events[1] = EOS  # No colour: black, and nothing else changes.
@@ -68,22 +78,23 @@ def test_position_tables_are_just_large_enough():
 
 @pytest.mark.parametrize("length", [3, 12, 13])
 def test_copy_is_start_bytes_mirrored_bytes_end(length):
-  (document,) = documents("copy", "train", count=1, events=length)
-  events, scored = document["events"], document["scored"]
+  document = get_task("copy", length).open({"number": 5, "validation": False})
+  events, positions = whole(document)
   assert len(events) == length and events[0] == SOS and events[-1] == EOS
   np.testing.assert_array_equal(events[1:-1], events[1:-1][::-1], err_msg="the bytes are not mirrored")
-  assert document["positions"][:, 0].tolist() == list(range(1, length + 1))
+  assert positions[:, 0].tolist() == list(range(1, length + 1))
   # What is scored is exactly what the events before it determine.
-  assert scored.tolist() == [0] * (length // 2 + length % 2) + [1] * (length // 2)
+  scored = document.scored(0, length).astype(int).tolist()
+  assert scored == [0] * (length // 2 + length % 2) + [1] * (length // 2)
 
 
 @pytest.mark.parametrize("split", ["TRAIN", "VALIDATION", "TEST"])
 def test_copy_has_the_published_layout(split):
   golden = zip(GOLDEN[f"mirrored12/raw/{split}/events"], GOLDEN[f"mirrored12/raw/{split}/event_idxs"])
   for events, positions in golden:
-    ours = tasks.mirror(events[1:6], 12)
-    np.testing.assert_array_equal(ours["events"], events)
-    np.testing.assert_array_equal(ours["positions"], positions)
+    ours_events, ours_positions = whole(tasks.mirror(events[1:6], 12))
+    np.testing.assert_array_equal(ours_events, events)
+    np.testing.assert_array_equal(ours_positions, positions)
 
 
 def test_copy_validation_is_finite_and_shares_nothing_with_training():
@@ -91,7 +102,7 @@ def test_copy_validation_is_finite_and_shares_nothing_with_training():
   validation = {document["events"].tobytes() for document in documents("copy", "validation", count=10_000)}
   assert len(train) == 500 and len(validation) == tasks.NUM_COPY_VALIDATION
   assert not train & validation
-  assert tasks.get_task("copy").source.get_dataset("train", shuffle=False).cardinality() == tf.data.INFINITE_CARDINALITY
+  assert get_task("copy").source.get_dataset("train", shuffle=False).cardinality() == tf.data.INFINITE_CARDINALITY
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -140,46 +151,81 @@ def test_a_missing_package_of_photographs_is_named():
 
 def test_unknown_tasks_get_a_hint():
   with pytest.raises(InputError, match="Did you mean 'photos32'.*imagenet64_rgb_planes"):
-    tasks.get_task("photo32")
-  with pytest.raises(InputError, match="data.task='nothing'"):
-    tasks.get_info("nothing")
+    get_task("photo32")
 
 
 def test_the_registered_tasks_say_how_they_are_scored():
   named = {
     f"{kind}{size}{order}" for kind in ("imagenet", "photos") for size in (32, 64) for order in ("", "_rgb_planes")
   }
-  assert set(tasks.names()) >= named | {"copy"}
-  assert tasks.get_info("imagenet64_rgb_planes") == tasks.TaskInfo(
-    unit="bits_per_dim", modality="image", image_size=64, image_order="rgb_planes"
-  )
-  assert tasks.get_info("copy").unit == "accuracy"
-  assert tasks.vocab_size(tasks.get_task("photos64")) == 259
+  text = {"pg19", "wikitext103", "enwik8", "text_files"}
+  music = {"maestro_v1", "maestro_v3", "midi_files"}
+  assert set(tasks.names()) >= named | text | music | {"copy", "image_files", "audio_codes", "video_codes"}
+  units = {name: get_task(name).unit for name in ("imagenet64", "pg19", "wikitext103", "enwik8", "maestro_v3", "copy")}
+  assert units == {
+    "imagenet64": "bits_per_dim",
+    "pg19": "word_perplexity",
+    "wikitext103": "word_perplexity",
+    "enwik8": "bits_per_byte",
+    "maestro_v3": "nats_per_token",
+    "copy": "accuracy",
+  }
+  sizes = {name: get_task(name).vocab_size for name in ("photos64", "pg19", "midi_files", "audio_codes", "video_codes")}
+  assert sizes == {"photos64": 259, "pg19": 259, "midi_files": 391, "audio_codes": 8 * 1024 + 3, "video_codes": 1027}
 
 
-def test_a_fork_adds_a_task_in_a_few_lines():
+def test_every_task_is_a_seqio_task_too():
+  for name in tasks.names():
+    assert set(seqio.get_mixture_or_task(name).output_features) == {"events", "positions"}
+
+
+@pytest.fixture
+def lines_of_a_fork():
+  """A task as the example of registry.py makes one."""
+
   def lines(split, shuffle_files):
-    return tf.data.Dataset.from_tensor_slices({"text": ["ab", "c"]})
+    return tf.data.Dataset.from_tensor_slices({"text": ["ab", "", "c"]})
 
-  def document(record):
-    events_N = tf.concat([[SOS], tf.cast(tf.io.decode_raw(record["text"], tf.uint8), tf.int32) + 3, [EOS]], axis=0)
-    return {"events": events_N, "positions": tf.range(1, tf.size(events_N) + 1)[:, None]}
+  def build(data, max_events):
+    tokens = texts.tokenizer(data.sentencepiece)
+    return registry.Task(
+      name="lines_of_a_fork",
+      source=seqio.FunctionDataSource(lines, splits=["train"]),
+      document=lambda record: tokens.document(texts.Text(record["text"])),
+      modality="text",
+      unit="bits_per_byte",
+      vocab_size=tokens.vocab_size,
+      decode=tokens.decode,
+    )
 
-  name = "lines_of_a_fork"
-  tasks.add(
-    name,
-    source=seqio.FunctionDataSource(lines, splits=["train"]),
-    preprocessors=[seqio.map_over_dataset(document)],
-    info=tasks.TaskInfo(unit="bits_per_byte", modality="bytes"),
-    vocab_size=259,
-  )
-  try:
-    assert [row["events"].tolist() for row in documents(name, "train", count=9)] == [[2, 100, 101, 1], [2, 102, 1]]
-  finally:
-    seqio.TaskRegistry.remove(name)
-    tasks._INFO.pop(name)
+  registry.add("lines_of_a_fork", build)
+  yield "lines_of_a_fork"
+  seqio.TaskRegistry.remove("lines_of_a_fork")
+  registry._BUILDERS.pop("lines_of_a_fork")
+
+
+def test_a_fork_adds_a_task_in_a_few_lines(lines_of_a_fork):
+  rows = documents(lines_of_a_fork, "train", count=9)
+  assert [row["events"].tolist() for row in rows] == [[2, 100, 101, 1], [2, 1], [2, 102, 1]]
+  assert rows[0]["positions"].tolist() == [[1], [2], [3], [4]]
+  assert [(row["words"], row["bytes"]) for row in rows] == [(1, 2), (0, 0), (1, 1)]
 
 
 def test_a_task_with_an_unknown_unit_is_refused():
+  task = get_task("copy")
   with pytest.raises(ValueError, match="Did you mean 'bits_per_dim'"):
-    tasks.TaskInfo(unit="bits_per_dims", modality="image")
+    dataclasses.replace(task, unit="bits_per_dims")
+
+
+def test_a_mixture_names_its_tasks_and_their_shares():
+  def shares(name):
+    return {task.name: share for task, share in tasks.get_tasks(DataConfig(task=name), 12)}
+
+  assert shares("pg19:3+text_files") == {"pg19": 0.75, "text_files": 0.25}
+  assert shares("books_and_code") == {"pg19": 0.5, "text_files": 0.5}
+  with pytest.raises(InputError, match="different vocabularies.*pg19: text, 259 ids; maestro_v3: music, 391 ids"):
+    shares("pg19+maestro_v3")
+  with pytest.raises(InputError, match="Did you mean 'enwik8'"):
+    shares("pg19+enwik")
+  with pytest.raises(InputError, match="'-1' is no share"):
+    shares("pg19:-1+enwik8")

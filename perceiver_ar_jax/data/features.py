@@ -7,81 +7,92 @@ event after its input. A window is the stretch of at most `context` inputs that 
     context 4, latents 2, events SOS a b c d e:   ending at e:   inputs   a   b   c   d   targets d e
                                                   ending at b:   inputs PAD PAD SOS   a   targets a b
 
-Everything here runs in TensorFlow graphs and depends on its arguments alone; randomness comes from explicit seeds.
+A batch is a dict of arrays that begin as padding, `empty_batch`; each row of it is filled with one window. Everything
+here is NumPy and depends on its arguments alone.
 """
 
-from perceiver_ar_jax.data.tf_cpu import tf
+from collections.abc import Callable
+
+import numpy as np
+
+from perceiver_ar_jax.data.documents import Document
+
+Batch = dict[str, np.ndarray]
+"""inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]; a row has no B."""
 
 MIN_EVENTS = 2
 """The shortest document or crop that has anything to predict: one input and its target."""
 
 
-def window(document, end, num_new, *, context: int, latents: int) -> dict[str, tf.Tensor]:
-  """The model inputs of the window whose last target is event `end` - 1.
-
-  Args:
-    document: events int32[N], positions int32[N, P] and optionally scored int32[N].
-    end: events up to and including the last target; int64, in 1..N (1: no target, so everything is padding).
-    num_new: how many of the last targets may weigh 1, if `scored` allows; the others only provide context.
-    context: L, number of input slots.
-    latents: M, number of target slots.
-
-  Returns:
-    inputs int32[L], positions int32[L, P], targets int32[M], weights float32[M].
-  """
-  document = {name: tf.convert_to_tensor(values) for name, values in document.items()}
-  events_N, positions_NxP = document["events"], document["positions"]
-  start = tf.maximum(end - 1 - context, 0)
-  targets_start = tf.maximum(start + 1, end - latents)
-  scored_N = document.get("scored", tf.ones_like(events_N))
-  targets = _align_right(events_N[targets_start:end], latents)
-  new_M = tf.cast(tf.range(latents, 0, -1), end.dtype) <= tf.minimum(num_new, end - targets_start)
-  scored_M = tf.cast(_align_right(scored_N[targets_start:end], latents), tf.float32)
+def empty_batch(size: int, *, context: int, latents: int, position_dims: int) -> Batch:
+  """B = `size` rows of padding that score nothing; L = `context`, M = `latents`, P = `position_dims`."""
   return {
-    "inputs": _align_right(events_N[start : end - 1], context),
-    "positions": _align_right(positions_NxP[start : end - 1], context),
-    "targets": targets,
-    "weights": tf.cast(new_M, tf.float32) * scored_M,
+    "inputs": np.zeros((size, context), np.int32),
+    "positions": np.zeros((size, context, position_dims), np.int32),
+    "targets": np.zeros((size, latents), np.int32),
+    "weights": np.zeros((size, latents), np.float32),
   }
 
 
-def train_window(document, seed, *, context: int, latents: int, min_crop: int) -> dict[str, tf.Tensor]:
-  """A random window of a document, as `window`; every target weighs 1.
+def row_of(batch: Batch, index: int) -> Batch:
+  """Views of one row of a batch."""
+  return {name: values[index] for name, values in batch.items()}
 
-  The crop ends anywhere from event `min_crop` to the last, evenly, and reaches back as far as fits. A larger
-  `min_crop` keeps the first events, which every short crop holds, from being seen too often.
+
+def train_window(
+  row: Batch,
+  document: Document,
+  random: np.random.Generator,
+  *,
+  min_crop: int,
+  augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+) -> None:
+  """Fills an empty row with a random window of a document, every target of which weighs 1.
 
   Args:
-    document: see `window`; at least MIN_EVENTS long. Its `scored` is for evaluation and has no effect here.
-    seed: int64[2], fixes the crop.
-    context: L.
-    latents: M.
-    min_crop: shortest crop in events, target included; documents that are shorter come whole.
+    row: see `row_of`.
+    document: at least MIN_EVENTS long; what it says of scoring is for evaluation and has no effect here.
+    random: decides on the crop, see Document.crop.
+    min_crop: shortest crop in events, target included: keeps the first events, which every short crop holds, from
+      being seen too often.
+    augment: (events, random) -> events; positions must be those that count from the crop's start.
   """
-  length = tf.size(document["events"], out_type=tf.int64)
-  shortest = tf.minimum(tf.constant(max(min_crop, MIN_EVENTS), tf.int64), length)
-  end = tf.random.stateless_uniform((), seed, shortest, length + 1, tf.int64, alg="philox")
-  document = {name: document[name] for name in ("events", "positions")}
-  return window(document, end, tf.constant(latents, tf.int64), context=context, latents=latents)
+  longest = len(row["inputs"]) + 1
+  events, positions = document.crop(random.random(), longest, max(min_crop, MIN_EVENTS))
+  if augment:
+    events = augment(events, random)[-longest:]
+    positions = document.positions(0, len(events))
+  _fill(row, events, positions, np.ones(len(events), bool), len(row["targets"]))
 
 
-def eval_blocks(document, stride: int) -> tf.data.Dataset:
-  """Dataset of (end, num_new) int64 pairs: blocks of `stride` targets that together cover each target just once.
+def eval_window(row: Batch, document: Document, end: int, num_new: int) -> None:
+  """Fills an empty row with the window whose last target is event `end` - 1 of a document, `end` in 2..N.
+
+  At most the last `num_new` targets weigh 1, where the document says that they count; the others only provide context.
+  """
+  start = max(end - 1 - len(row["inputs"]), 0)
+  _fill(row, document.read(start, end), document.positions(start, end), document.scored(start, end), num_new)
+
+
+def eval_blocks(num_events: int, stride: int) -> list[tuple[int, int]]:
+  """(end, num_new) pairs: blocks of `stride` targets that together cover each target of a document just once.
 
   The first block is the short one when `stride` does not divide the number of targets, so that all the later ones
   have as much context as can be.
   """
-  num_targets = tf.maximum(tf.size(document["events"], out_type=tf.int64) - 1, 0)
-  num_blocks = (num_targets + stride - 1) // stride
-  first = num_targets - (num_blocks - 1) * stride
-
-  def block(index):
-    return 1 + first + index * stride, tf.where(index == 0, first, tf.constant(stride, tf.int64))
-
-  return tf.data.Dataset.range(num_blocks).map(block)
+  num_targets = max(num_events - 1, 0)
+  ends = range(num_targets, 0, -stride)
+  return [(1 + end, min(stride, end)) for end in reversed(ends)]
 
 
-def _align_right(values, length: int) -> tf.Tensor:
-  """`values` [n, ...] with zeros before them, to `length`; n <= length."""
-  padding = [[length - tf.shape(values)[0], 0]] + [[0, 0]] * (values.shape.rank - 1)
-  return tf.ensure_shape(tf.pad(values, padding), [length, *values.shape[1:]])
+def _fill(row: Batch, events: np.ndarray, positions: np.ndarray, scored: np.ndarray, num_new: int) -> None:
+  """Writes n inputs and the last of their n targets, made of n + 1 events."""
+  count = len(events) - 1
+  if count < 1:
+    return
+  row["inputs"][-count:] = events[:-1]
+  row["positions"][-count:] = positions[:-1]
+  targets = min(count, len(row["targets"]))
+  row["targets"][-targets:] = events[-targets:]
+  new = min(targets, num_new)
+  row["weights"][-new:] = scored[-new:]

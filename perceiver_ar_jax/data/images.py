@@ -1,14 +1,21 @@
-"""How a square RGB picture is laid out as events (paper, section 5.2); NumPy only.
+"""How a square RGB picture is laid out as events (paper, section 5.2), and how a file becomes such a picture.
 
 A picture of S x S pixels is 1 + S*S*3 events: SOS, then its sub-pixels in one of `ORDERS`. No EOS, as the length
 never varies. Every event has a position (x, y, channel): SOS is at (1, 1, 1), sub-pixels count from (2, 2, 2).
 """
 
+import functools
+import io
+
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 
-from perceiver_ar_jax.data import NUM_SPECIAL
+from perceiver_ar_jax.config import IMAGE_ORDERS
+from perceiver_ar_jax.data import NUM_SPECIAL, SOS
+from perceiver_ar_jax.data.documents import Document, Unreadable
 
-ORDERS = ("pixel_raster", "rgb_planes")
+ORDERS = IMAGE_ORDERS
 """pixel_raster: r, g, b of each pixel in turn; rgb_planes: all of r, then all of g, then all of b."""
 
 VOCAB_SIZE = 256 + NUM_SPECIAL
@@ -24,6 +31,33 @@ def position_sizes(size: int) -> tuple[int, int, int]:
   return (size + 2, size + 2, 5)
 
 
+def document(image_SxSxC: np.ndarray, order: str) -> Document:
+  """The document of a picture uint8[size, size, 3]."""
+  size = len(image_SxSxC)
+  if order == "rgb_planes":
+    image_SxSxC = np.transpose(image_SxSxC, (2, 0, 1))
+  events_N = np.empty(num_events(size), np.int32)
+  events_N[0] = SOS
+  np.add(image_SxSxC.reshape(-1), NUM_SPECIAL, out=events_N[1:], dtype=np.int32)
+  return Document(events_N, positions=positions(size, order))
+
+
+def load(content: bytes, name: str, size: int) -> np.ndarray:
+  """The picture uint8[size, size, 3] in an image file: upright, its central square, shrunk by averaging areas.
+
+  Raises:
+    Unreadable: it is no image that Pillow reads; `name` is for the message.
+  """
+  try:
+    with PIL.Image.open(io.BytesIO(content)) as image:
+      image.draft("RGB", (size, size))  # JPEG decoders can shrink on the way, which saves most of the time
+      image = PIL.ImageOps.exif_transpose(image).convert("RGB")
+  except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    raise Unreadable(f"{name} is no image that can be read ({error})") from error
+  return np.asarray(PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BOX))
+
+
+@functools.lru_cache(maxsize=4)
 def positions(size: int, order: str) -> np.ndarray:
   """Positions (x, y, channel) of every event, SOS first: int32[1 + size*size*3, 3]."""
   y, x, channel = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")

@@ -5,12 +5,15 @@ targets int32[B, M], weights float32[B, M]. `to_global` turns them into global j
 
 Order of the training stages: this host's records, still encoded -> shuffle -> repeat -> documents -> crops ->
 batches. Shuffling before repeating makes every epoch see each record just once, and shuffling encoded records keeps
-the saved state at the size of the shuffle buffer.
+the saved state at the size of the shuffle buffer. The first stages are tf.data's, whose state can be saved; the others,
+from documents on, are functions of a record and its number in NumPy, and have no state.
 """
 
+import concurrent.futures
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -18,16 +21,22 @@ import seqio
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, nearest
-from perceiver_ar_jax.data import features, tasks
+from perceiver_ar_jax.data import features
+from perceiver_ar_jax.data.documents import Document
+from perceiver_ar_jax.data.features import Batch
+from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import TfdsSource
+from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
 
-Batch = dict[str, np.ndarray]
-
-_AHEAD_BYTES = 8 * 2**20
-"""Finished rows that may wait for their batch; with the shuffle buffer, what a saved state mostly consists of."""
-_THREADS = 8
-"""Parallel decoders of a host; each one's sequence in the making is saved too."""
+_SHUFFLE_BYTES = 32 * 2**20
+"""The most that the records in a shuffle take on average: whole books would make checkpoints of gigabytes."""
+_AHEAD = 64
+"""Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
+_THREADS = min(16, os.cpu_count() or 1)
+"""Threads of a host that make rows, in Python."""
+_TF_THREADS = 8
+"""Threads that read and decode records, in TensorFlow."""
 
 
 class TrainIterator:
@@ -40,83 +49,140 @@ class TrainIterator:
     host_count: number of hosts.
 
   Raises:
-    InputError: unknown task or split, data that is not prepared, fewer records than hosts, or events and positions
-      for which the model has no room (the latter only once a batch shows it).
+    InputError: unknown task or split, data that is not prepared, fewer records than hosts, no record that can be read,
+      or events and positions for which the model has no room (the last two only once a batch shows it).
   """
 
   def __init__(self, config: Config, batch_size_per_host: int, host_index: int = 0, host_count: int = 1):
-    task = tasks.get_task(config.data.task, config.data.data_dir)
+    self._config, self._batch_size = config, batch_size_per_host
+    self._host_index, self._host_count = host_index, host_count
+    shares = get_tasks(config.data, _longest_crop(config))
+    self._tasks = [task for task, _ in shares]
+    self._cumulative_shares = np.cumsum([share for _, share in shares])
     split = config.data.train_split
-    _check_vocabulary(task, config)
-    num_records = _num_records(task, split)
-    if num_records is not None and num_records < host_count:
-      raise InputError(
-        f"The split {split!r} of {task.name} has {num_records} records, fewer than the {host_count} hosts that share"
-        " them: train on fewer hosts, or on more data."
-      )
-    self._config = config
+    self._num_records = []
+    for task in self._tasks:
+      _check_vocabulary(task, config)
+      self._num_records.append(_num_records(task, split))
+      if self._num_records[-1] is not None and self._num_records[-1] < host_count:
+        raise InputError(
+          f"The split {split!r} of {task.name} has {self._num_records[-1]} records, fewer than the {host_count} hosts"
+          " that share them: train on fewer hosts, or on more data."
+        )
     self._name = f"host-{host_index:05d}-of-{host_count:05d}"
     # What fixes the stream: a state restored under other settings would silently be another stream.
     self._stream = {
-      "task": task.name,
+      "task": config.data.task,
       "split": split,
-      "num_records": num_records,
+      "num_records": self._num_records,
       "seed": config.seed,
       "min_crop": config.data.min_crop,
       "shuffle_buffer": config.data.shuffle_buffer,
+      "sentencepiece": config.data.sentencepiece,
       "context": config.model.max_context,
       "latents": config.model.num_latents,
       "batch_size_per_host": batch_size_per_host,
       "host_count": host_count,
     }
-    self._host = host_index, host_count
-    self._iterator = self._start()
+    self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    self._begin()
 
-  def _start(self):
-    """A tf.data iterator at the beginning of the stream."""
-    config, (host_index, host_count) = self._config, self._host
-    task = tasks.get_task(config.data.task, config.data.data_dir)
-    records = _host_records(task.source, self._stream["split"], config.seed, host_index, host_count)
-    records = records.shuffle(config.data.shuffle_buffer, seed=config.seed, reshuffle_each_iteration=True).repeat()
+  def _begin(self):
+    """Moves to the beginning of the stream."""
+    self._num_drawn = 0
+    """Records drawn so far, whatever became of them; each one's number is the seed of its crop."""
+    self._records = [iter(self._open(task)) for task in self._tasks]
 
-    def to_window(index, document):
-      # Numbering examples over all hosts gives each of them a crop seed of its own.
-      seed = tf.stack([config.seed, index * host_count + host_index])
-      return features.train_window(
-        document,
-        seed,
-        context=config.model.max_context,
-        latents=config.model.num_latents,
-        min_crop=config.data.min_crop,
-      )
+  def _open(self, task: Task) -> tf.data.Dataset:
+    config = self._config
+    records = _host_records(task.source, config.data.train_split, config.seed, self._host_index, self._host_count)
+    record_bytes = getattr(task.source, "bytes_per_record", lambda split: 0)(config.data.train_split)
+    buffer = min(config.data.shuffle_buffer, max(1, int(_SHUFFLE_BYTES / max(record_bytes, 1))))
+    records = records.shuffle(buffer, seed=config.seed, reshuffle_each_iteration=True).repeat()
+    records = _preprocess(task, records)
+    # Records of one shape come a batch at a time, which saves a call for each; a mixture draws one by one.
+    fixed = all(spec.shape.is_fully_defined() for spec in records.element_spec.values())
+    return records.batch(self._batch_size if fixed and len(self._tasks) == 1 else 1)
 
-    dataset = _documents(task, records, config).enumerate().map(to_window, num_parallel_calls=tf.data.AUTOTUNE)
-    batch_size = self._stream["batch_size_per_host"]
-    dataset = dataset.prefetch(min(2 * batch_size, _rows_ahead(dataset.element_spec)))
-    return iter(dataset.batch(batch_size, drop_remainder=True).with_options(_options()))
+  @property
+  def task(self) -> Task:
+    """The task, or the first one of a mixture, whose tasks have one modality and vocabulary."""
+    return self._tasks[0]
 
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of each array of a batch, without drawing one."""
-    return {
-      name: jax.ShapeDtypeStruct(tuple(spec.shape), spec.dtype.as_numpy_dtype)
-      for name, spec in self._iterator.element_spec.items()
-    }
+    batch = self._empty(1)
+    return {name: jax.ShapeDtypeStruct((self._batch_size, *row.shape[1:]), row.dtype) for name, row in batch.items()}
+
+  def _empty(self, size: int) -> Batch:
+    model = self._config.model
+    dims = self.task.position_dims
+    return features.empty_batch(size, context=model.max_context, latents=model.num_latents, position_dims=dims)
 
   def __iter__(self) -> "TrainIterator":
     return self
 
   def __next__(self) -> Batch:
-    batch = {name: value.numpy() for name, value in next(self._iterator).items()}
+    for _ in range(self._max_attempts()):
+      batch, drawn = self._empty(self._batch_size), self._draw()
+      documents: list[Document | None] = [None] * self._batch_size
+
+      def fill(first: int, batch=batch, drawn=drawn, documents=documents) -> None:
+        for index in range(first, self._batch_size, _THREADS):
+          task, record, random = drawn[index]
+          documents[index] = task.open(record)
+          if documents[index] is not None:
+            self._crop(features.row_of(batch, index), task, documents[index], random)
+
+      list(self._threads.map(fill, range(_THREADS)))
+      readable = [index for index, document in enumerate(documents) if document is not None]
+      if readable:
+        break
+    else:
+      raise InputError(
+        f"The split {self._config.data.train_split!r} of {self._config.data.task} has {sum(self._num_records)} records,"
+        " and none can be read: see the reasons above."
+      )
+    # Rows whose records cannot be read get another crop of those that can.
+    others = itertools.cycle(readable)
+    for index in (index for index, document in enumerate(documents) if document is None):
+      other = next(others)
+      self._crop(features.row_of(batch, index), drawn[other][0], documents[other], drawn[index][2])
     _check_positions(batch["positions"], self._config)
     return batch
+
+  def _max_attempts(self) -> int:
+    """Batches in a row without a readable record after which there is none in the whole split."""
+    return 2**62 if None in self._num_records else 2 + 2 * sum(self._num_records) // self._batch_size
+
+  def _draw(self) -> list[tuple[Task, Record, np.random.Generator]]:
+    """For each row of a batch its task, the task's next record, and the random numbers of its crop."""
+    # Numbering rows over all hosts gives each of them a crop of its own.
+    numbers = self._host_index + self._host_count * np.arange(self._num_drawn, self._num_drawn + self._batch_size)
+    randoms = [np.random.Generator(np.random.Philox(key=[self._config.seed % 2**64, number])) for number in numbers]
+    self._num_drawn += self._batch_size
+    if len(self._tasks) == 1:
+      records = []
+      while len(records) < self._batch_size:
+        records += _to_records(next(self._records[0]))
+      return [(self.task, record, random) for record, random in zip(records, randoms)]
+    draws = [random.random() for random in randoms]
+    chosen = np.minimum(np.searchsorted(self._cumulative_shares, draws, side="right"), len(self._tasks) - 1)
+    return [
+      (self._tasks[index], *_to_records(next(self._records[index])), random) for index, random in zip(chosen, randoms)
+    ]
+
+  def _crop(self, row: Batch, task: Task, document: Document, random: np.random.Generator) -> None:
+    features.train_window(row, document, random, min_crop=self._config.data.min_crop, augment=task.augment)
 
   def save(self, directory: os.PathLike | str) -> None:
     """Writes the complete state into files of this host's own under `directory`, which is made if need be."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(directory / self._name))
-    (directory / f"{self._name}.json").write_text(json.dumps(self._stream, indent=2) + "\n")
+    self._checkpoint().write(os.fspath(directory / self._name))
+    state = {"num_drawn": self._num_drawn, "stream": self._stream}
+    (directory / f"{self._name}.json").write_text(json.dumps(state, indent=2) + "\n")
 
   def restore(self, directory: os.PathLike | str) -> None:
     """Takes up the state that `save` wrote: the next batch is the one that followed then.
@@ -132,7 +198,8 @@ class TrainIterator:
         f"{directory} holds no data iterator state for {self._name}"
         + (f", only for {', '.join(found)}: resume with as many hosts as before." if found else ".")
       )
-    saved = json.loads(settings.read_text())
+    state = json.loads(settings.read_text())
+    saved = state["stream"]
     changed = [
       f"{name} was {saved.get(name)!r} and is {value!r}"
       for name, value in self._stream.items()
@@ -144,8 +211,12 @@ class TrainIterator:
         " the data means nothing here: resume with the same settings, or start in a new workdir."
       )
     # Begin anew: the state of an iterator that had not begun does not undo the shuffles of one that has.
-    self._iterator = self._start()
-    tf.train.Checkpoint(iterator=self._iterator).read(os.fspath(directory / self._name)).assert_consumed()
+    self._begin()
+    self._checkpoint().read(os.fspath(directory / self._name)).assert_consumed()
+    self._num_drawn = state["num_drawn"]
+
+  def _checkpoint(self) -> tf.train.Checkpoint:
+    return tf.train.Checkpoint(**{f"records_{index}": records for index, records in enumerate(self._records)})
 
 
 def eval_batches(
@@ -165,6 +236,9 @@ def eval_batches(
   takes host_count * batch_size_per_host of them, this host its share. So all hosts yield equally many batches, of one
   shape, and together the same rows however many they are. The end is filled up with rows of PAD and weight 0.
 
+  Batches of text have two arrays more, int32[B]: `words` and `bytes` of the original text, each document's in its first
+  row and 0 in the others.
+
   Raises:
     InputError: as TrainIterator; or a stride beyond the latents; or an endless split without `max_sequences`.
   """
@@ -177,45 +251,47 @@ def eval_batches(
       f"A stride of {stride} with {num_latents} latents and a context of {config.model.max_context} cannot score every"
       " token: make eval.stride at most eval.num_latents, and that at most model.max_context."
     )
-  task = tasks.get_task(config.data.task, config.data.data_dir)
-  _check_vocabulary(task, config)
-  _num_records(task, split)
-  records = task.source.get_dataset(split=split, shuffle=False)
-  if max_sequences is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
-    raise InputError(
-      f"The split {split!r} of {task.name} never ends: set eval.max_sequences to how many sequences to score."
-    )
-  documents = _documents(task, records if max_sequences is None else records.take(max_sequences), config)
+  task, _ = get_tasks(config.data, _longest_crop(config))[0]
+  counted = ("words", "bytes") if task.modality == "text" else ()
   rows_per_step = batch_size_per_host * host_count
-  not_filler = tf.constant(-1, tf.int64)
 
-  def blocks(document):
-    return features.eval_blocks(document, stride).map(lambda end, num_new: (document, end, num_new, not_filler))
+  def blocks() -> Iterator[tuple[Document, int, int, bool]]:
+    for _, document in documents(config, split, max_sequences):
+      for number, (end, num_new) in enumerate(features.eval_blocks(len(document), stride)):
+        yield document, end, num_new, number == 0
 
-  empty = {
-    name: tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype)
-    for name, spec in documents.element_spec.items()
-  }
-  filler = tf.data.Dataset.range(rows_per_step - 1).map(
-    lambda number: (empty, tf.constant(1, tf.int64), tf.constant(0, tf.int64), number)
-  )
-
-  def is_ours(row, block):
-    # Filler row number k stands at place (number of real rows) + k, so each of them knows where the real ones end, and
-    # a step of nothing but filler, which only some hosts would run, can be left out.
-    in_needed_step = (block[3] == not_filler) | (row // rows_per_step * rows_per_step < row - block[3])
-    return in_needed_step & (row // batch_size_per_host % host_count == host_index)
-
-  def to_window(row, block):
-    del row
-    return features.window(*block[:3], context=config.model.max_context, latents=num_latents)
-
-  dataset = documents.flat_map(blocks).concatenate(filler).enumerate().filter(is_ours)
-  dataset = dataset.map(to_window, num_parallel_calls=tf.data.AUTOTUNE)
-  dataset = dataset.batch(batch_size_per_host, drop_remainder=True).prefetch(1)
-  for batch in dataset.with_options(_options()).as_numpy_iterator():
+  ours = slice(host_index * batch_size_per_host, (host_index + 1) * batch_size_per_host)
+  for step in _batched(blocks(), rows_per_step):
+    batch = features.empty_batch(
+      batch_size_per_host, context=config.model.max_context, latents=num_latents, position_dims=task.position_dims
+    )
+    batch |= {name: np.zeros(batch_size_per_host, np.int32) for name in counted}
+    for index, (document, end, num_new, is_first) in enumerate(step[ours]):
+      features.eval_window(features.row_of(batch, index), document, end, num_new)
+      for name in counted if is_first else ():
+        batch[name][index] = document.counts()[name]
     _check_positions(batch["positions"], config)
     yield batch
+
+
+def documents(config: Config, split: str, max_sequences: int | None = None) -> Iterator[tuple[Task, Document]]:
+  """The documents of a split in order, one task of a mixture after the other, unreadable ones left out.
+
+  Raises:
+    InputError: as TrainIterator; or an endless split without `max_sequences`.
+  """
+  for task, _ in get_tasks(config.data, _longest_crop(config)):
+    _check_vocabulary(task, config)
+    _num_records(task, split)
+    records = task.source.get_dataset(split=split, shuffle=False)
+    if max_sequences is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
+      raise InputError(
+        f"The split {split!r} of {task.name} never ends: set eval.max_sequences to how many sequences to score."
+      )
+    opened = (task.open(record) for batch in _preprocess(task, records).batch(1) for record in _to_records(batch))
+    whole = (document for document in opened if document is not None and not document.continues)
+    for document in itertools.islice(whole, max_sequences):
+      yield task, document
 
 
 def to_global(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -223,38 +299,48 @@ def to_global(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) 
   return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-def sequence_length(config: Config) -> dict[str, int]:
-  """The longest crop, in events: the context's inputs and the last one's target."""
-  return {"events": config.model.max_context + 1}
+def _longest_crop(config: Config) -> int:
+  """In events: the context's inputs and the last one's target."""
+  return config.model.max_context + 1
 
 
-def _options() -> tf.data.Options:
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+  """Lists of `size` items, the last one maybe shorter."""
+  items = iter(items)
+  while batch := list(itertools.islice(items, size)):
+    yield batch
+
+
+def _to_records(batch: Mapping[str, tf.Tensor]) -> list[Record]:
+  """The records of a batch of them."""
+  values = [value.numpy() for value in batch.values()]
+  return [dict(zip(batch, one)) for one in zip(*values)]
+
+
+def _preprocess(task: Task, records: tf.data.Dataset) -> tf.data.Dataset:
+  """The records after TensorFlow's part of the work, if there is any; then it goes on in the background."""
+  for preprocessor in task.preprocessors:
+    records = preprocessor(records)
+  if task.preprocessors:
+    records = records.prefetch(_AHEAD)
   options = tf.data.Options()
   options.deterministic = True
   # All elements that a stage has ready are part of the saved state, so every buffer is bounded: parallel maps by the
   # threads there are, and no stages that TensorFlow adds by itself.
-  options.threading.private_threadpool_size = _THREADS
+  options.threading.private_threadpool_size = _TF_THREADS
+  options.autotune.enabled = False
   options.experimental_optimization.inject_prefetch = False
   options.experimental_optimization.map_and_batch_fusion = False
-  return options
+  return records.with_options(options)
 
 
-def _rows_ahead(spec: Mapping[str, tf.TensorSpec]) -> int:
-  """How many rows of this shape fit into _AHEAD_BYTES; at least 1."""
-  row_bytes = sum(row.shape.num_elements() * row.dtype.size for row in spec.values())
-  return max(1, _AHEAD_BYTES // row_bytes)
-
-
-def _num_records(task: seqio.Task, split: str) -> int | None:
+def _num_records(task: Task, split: str) -> int | None:
   """Records of a split, None where nobody knows; raises InputError for an unknown split or missing data."""
   if isinstance(task.source, TfdsSource):
     return task.source.num_input_examples(split)
-  if split not in task.splits:
-    raise InputError(f"The task {task.name} has no split {split!r}. {nearest(split, task.splits)}")
-  try:
-    return task.num_input_examples(split)
-  except KeyError:  # The source counts its other splits, but not this one.
-    return None
+  if split not in task.source.splits:
+    raise InputError(f"The task {task.name} has no split {split!r}. {nearest(split, task.source.splits)}")
+  return task.source.num_input_examples(split)
 
 
 def _host_records(source, split: str, seed: int, host_index: int, host_count: int) -> tf.data.Dataset:
@@ -266,13 +352,8 @@ def _host_records(source, split: str, seed: int, host_index: int, host_count: in
   return source.get_dataset(split=split, shuffle=False).shard(host_count, host_index)
 
 
-def _documents(task: seqio.Task, records: tf.data.Dataset, config: Config) -> tf.data.Dataset:
-  documents = task.preprocess_postcache(records, sequence_length(config), seed=config.seed)
-  return documents.filter(lambda document: tf.size(document["events"]) >= features.MIN_EVENTS)
-
-
-def _check_vocabulary(task: seqio.Task, config: Config) -> None:
-  size = tasks.vocab_size(task)
+def _check_vocabulary(task: Task, config: Config) -> None:
+  size = task.vocab_size
   if size > config.model.vocab_size:
     raise InputError(
       f"The task {task.name} has {size} token ids (PAD, EOS and SOS included), but model.vocab_size is"
@@ -291,7 +372,9 @@ def _check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
         " ones."
       )
     return
-  largest, sizes = positions_BxLxP.max(axis=(0, 1)), config.model.position_sizes
+  # One dimension at a time: over all at once, NumPy takes ten times as long.
+  largest = [positions_BxLxP[..., dimension].max() for dimension in range(positions_BxLxP.shape[-1])]
+  sizes = config.model.position_sizes
   if len(sizes) != len(largest):
     raise InputError(
       f"Positions of the task {config.data.task} have {len(largest)} dimensions, but model.position_sizes={sizes} has"

@@ -1,15 +1,21 @@
-"""Where records come from: prepared TFDS datasets, read in place and never generated; or mere numbers.
+"""Where records come from: prepared TFDS datasets, read in place and never generated; lists of files; or mere numbers.
 
-Both keep little in the saved state of a pipeline: records that are still encoded, or numbers.
+All keep little in the saved state of a pipeline: records that are still encoded, file names, or numbers.
 """
 
+import glob
+import json
 import os
-from collections.abc import Mapping
+import pathlib
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
-from perceiver_ar_jax.config import InputError, nearest
+from perceiver_ar_jax.config import DataConfig, InputError, nearest
+from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
 
 
@@ -30,11 +36,7 @@ class TfdsSource(seqio.TfdsDataSource):
     self._name = name
     self._read_decoders = decoders
     data_dir = None if data_dir is None else os.fspath(data_dir)
-    super().__init__(name, tfds_data_dir=data_dir, caching_permitted=False, read_only=True)
-
-  def at(self, data_dir: str | os.PathLike | None) -> "TfdsSource":
-    """The same source in another folder of prepared datasets."""
-    return TfdsSource(self._name, decoders=self._read_decoders, data_dir=data_dir)
+    super().__init__(name, tfds_data_dir=data_dir, caching_permitted=True, read_only=True)
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -56,6 +58,11 @@ class TfdsSource(seqio.TfdsDataSource):
       raise InputError(
         f"The split {split!r} of {self._name} cannot be read: write a part of it as in 'train[:90%]' or 'train[100:]'."
       ) from error
+
+  def bytes_per_record(self, split: str) -> float:
+    """What a record takes as it is stored, on average."""
+    info = self._prepared().info.splits[split.partition("[")[0]]
+    return info.num_bytes / max(info.num_examples, 1)
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     """Records of one host's part of `split`; `shuffle` shuffles its files, in another order in every epoch."""
@@ -85,6 +92,212 @@ class TfdsSource(seqio.TfdsDataSource):
     return builder
 
 
+class ListSource(seqio.FunctionDataSource):
+  """Records that a function lists, each a dict of small values such as a file's path; listed once, when asked for.
+
+  Args:
+    list_records: split -> records, all with the same keys; raises InputError where there are none.
+    splits: names of the splits.
+  """
+
+  def __init__(self, list_records: Callable[[str], Sequence[Mapping[str, str | int]]], splits: Sequence[str]):
+    self._list_records, self._listed = list_records, {}
+    super().__init__(self._records, splits=tuple(splits), caching_permitted=True)
+
+  def num_input_examples(self, split: str) -> int:
+    """Records of the split."""
+    return len(self._list(split))
+
+  def list_shards(self, split: str) -> list[str]:
+    """Parts into which offline caching may divide its work."""
+    return [f"{split}-{index}" for index in range(min(len(self._list(split)), 64))]
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
+    """The records in order, or one host's share of them: the shuffle of the pipeline is all they need."""
+    del shuffle, seed, unused
+    records = self._records(split, False)
+    return records if shard_info is None else records.shard(shard_info.num_shards, shard_info.index)
+
+  def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:
+    del shuffle_files
+    records = self._list(split)
+    return tf.data.Dataset.from_tensor_slices(
+      {name: np.array([record[name] for record in records]) for name in records[0]}
+    )
+
+  def _list(self, split: str) -> Sequence[Mapping[str, str | int]]:
+    if split not in self._listed:
+      self._listed[split] = self._list_records(split)
+    return self._listed[split]
+
+
+class CachedSource(seqio.DataSource):
+  """The documents that data/cache.py stored of a task.
+
+  Args:
+    task: the task, as seqio sees it.
+    data: the settings; `cache_dir` says where to look, and those in CACHED_SETTINGS must be those of the cache.
+  """
+
+  def __init__(self, task: seqio.Task, data: DataConfig):
+    self._task, self._folder = task, os.path.join(data.cache_dir, task.name)
+    super().__init__(splits=(), caching_permitted=False)
+    self._data = data
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """The splits that are stored."""
+    self._check()
+    return tuple(sorted(path.split(".")[-2] for path in tf.io.gfile.glob(os.path.join(self._folder, "stats.*.json"))))
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> list[str]:
+    """The files of the split."""
+    return tf.io.gfile.glob(os.path.join(self._folder, f"{split}.tfrecord-*"))
+
+  def num_input_examples(self, split: str) -> int:
+    """Documents of the split."""
+    return self._stats(split)["examples"]
+
+  def bytes_per_record(self, split: str) -> float:
+    """What a document takes in memory, on average."""
+    stats = self._stats(split)
+    return 4 * (stats["events_tokens"] + stats.get("positions_tokens", 0)) / stats["examples"]
+
+  def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
+    """Stored documents: events, positions, and what counts there are; `shuffle` shuffles the files in each epoch."""
+    del unused
+    self._check()
+    return self._task.get_dataset(
+      None,
+      split,
+      use_cached=True,
+      shuffle=shuffle,
+      shuffle_buffer_size=1,
+      seed=seed,
+      shard_info=shard_info,
+      num_epochs=1,
+    )
+
+  def _stats(self, split: str) -> dict[str, int]:
+    self._check()
+    with tf.io.gfile.GFile(os.path.join(self._folder, f"stats.{split}.json")) as file:
+      return json.load(file)
+
+  def _check(self) -> None:
+    """Raises InputError if there is no finished cache of the task, or one made under other settings."""
+    path = os.path.join(self._folder, CACHE_SETTINGS)
+    if not tf.io.gfile.exists(os.path.join(self._folder, "COMPLETED")) or not tf.io.gfile.exists(path):
+      raise InputError(
+        f"data.cache_dir={self._data.cache_dir!r} holds no finished cache of the task {self._task.name}: make it with"
+        " launch/cache_tasks.sh, or read the data itself (--config.data.cache_dir=None)."
+      )
+    with tf.io.gfile.GFile(path) as file:
+      stored = json.load(file)
+    changed = [
+      f"{name} was {stored.get(name)!r} and is {value!r}"
+      for name, value in cache_settings(self._data).items()
+      if stored.get(name) != value
+    ]
+    if changed:
+      raise InputError(
+        f"The cache of {self._task.name} in data.cache_dir={self._data.cache_dir!r} was made under other settings"
+        f" ({'; '.join(changed)}): use these, or fill another folder."
+      )
+    seqio.add_global_cache_dirs([self._data.cache_dir])
+
+
+CACHE_SETTINGS = "settings.json"
+
+
+def cache_settings(data: DataConfig) -> dict[str, str | int | None]:
+  """What the stored documents of a task depend on, beside its files."""
+  names = ("sentencepiece", "image_size", "image_order", "codebook_size", "code_levels")
+  result = {name: getattr(data, name) for name in names}
+  if data.sentencepiece is not None:  # the model may lie elsewhere on another machine
+    result["sentencepiece"] = f"crc32 {zlib.crc32(read_bytes(data.sentencepiece)):08x}"
+  return result
+
+
+def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
+  """The files of a glob ("**" crosses folders), or those under a folder whose names end in one of `suffixes`, sorted.
+
+  Raises:
+    InputError: there are none.
+  """
+  path = os.path.expanduser(pattern)
+  if os.path.isdir(path):
+    found = [
+      name for name in glob.glob(f"{glob.escape(path)}/**", recursive=True) if name.lower().endswith(tuple(suffixes))
+    ]
+  elif "://" in path:
+    found = tf.io.gfile.glob(path)
+  else:
+    found = glob.glob(path, recursive=True)
+  found = sorted(name for name in found if not os.path.isdir(name))
+  if not found:
+    raise InputError(
+      f"No file matches {pattern!r}: set data.files or data.validation_files to a folder with files that end in"
+      f" {' or '.join(suffixes)}, or to a glob in quotes such as 'folder/**/*{suffixes[0]}'."
+    )
+  return found
+
+
+def own_files(data: DataConfig, suffixes: Sequence[str]) -> list[str]:
+  """The user's own files, `data.files`; raises InputError if there are none."""
+  if not data.files:
+    raise InputError(
+      f"The task {data.task} reads your own files: set data.files to a folder, or to a glob in quotes as in"
+      f" --config.data.files='folder/**/*{suffixes[0]}'."
+    )
+  return find_files(data.files, suffixes)
+
+
+def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[str]:
+  """The files of "train" or "validation" among the user's own, by `data.validation_files` or else by a share of names.
+
+  A file's split depends on its name alone, so that files that join later move no other.
+
+  Raises:
+    InputError: no files, or too few to hold one out.
+  """
+  files = own_files(data, suffixes)
+  if data.validation_files:
+    held_out = set(find_files(data.validation_files, suffixes))
+  else:
+    ranks = {file: zlib.crc32(pathlib.PurePath(file).name.encode()) / 2**32 for file in files}
+    held_out = {file for file in files if ranks[file] < data.validation_fraction} or {min(files, key=ranks.get)}
+  chosen = sorted(held_out) if split == "validation" else [file for file in files if file not in held_out]
+  if not chosen:
+    raise InputError(
+      f"All files that match data.files={data.files!r} ({len(files)}) are held out for validation, so none is left to"
+      " train on: add files, name those to hold out in data.validation_files, or, for text, hold out the last part of"
+      " each (--config.data.split_by=position)."
+    )
+  return chosen
+
+
+def read_bytes(path: str) -> bytes:
+  """The file's content, whatever file system it lies on; raises Unreadable."""
+  try:
+    with open_file(path) as file:
+      return file.read()
+  except (OSError, tf.errors.OpError) as error:
+    raise Unreadable(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def open_file(path: str):
+  """The file, opened for reading bytes; paths with a scheme ("gs://...") go through TensorFlow's file systems."""
+  return tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb")
+
+
 class NumberSource(seqio.FunctionDataSource):
   """Records that are only numbers, for tasks whose documents are a pure function of them.
 
@@ -97,8 +310,11 @@ class NumberSource(seqio.FunctionDataSource):
 
   def __init__(self, counts: Mapping[str, int | None]):
     self._counts = dict(counts)
-    finite = {split: count for split, count in counts.items() if count is not None}
-    super().__init__(self._records, splits=tuple(counts), num_input_examples=finite, caching_permitted=False)
+    super().__init__(self._records, splits=tuple(counts), caching_permitted=False)
+
+  def num_input_examples(self, split: str) -> int | None:
+    """Records of the split; None: endless."""
+    return self._counts[split]
 
   def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:
     del shuffle_files

@@ -1,190 +1,359 @@
-"""The registry of tasks: each names its source, makes documents of its records, and says how it is scored.
+"""The tasks that come with the project, each a builder from the config's data settings; registry.py says what they are.
 
-A fork adds a task in a few lines: a seqio source, a function from one record to one whole document, and `add`. To
-read, say, the poems of a prepared TFDS dataset as bytes:
-
-    def poem(record):
-      bytes_N = tf.cast(tf.io.decode_raw(record["text"], tf.uint8), tf.int32) + NUM_SPECIAL
-      events_N = tf.concat([[SOS], bytes_N, [EOS]], axis=0)
-      return {"events": events_N, "positions": tf.range(1, tf.size(events_N) + 1)[:, None]}
-
-    tasks.add("poems", source=TfdsSource("my_poems:1.0.0"), preprocessors=[seqio.map_over_dataset(poem)],
-              info=TaskInfo(unit="bits_per_byte", modality="bytes"), vocab_size=259)
-
-Documents are whole: cutting them to the context is the work of features.py. Preprocessors may take `sequence_length`,
-whose "events" is the longest crop (context + 1).
+| task | records | document |
+|---|---|---|
+| imagenet64, imagenet32 (_rgb_planes) | prepared TFDS downsampled_imagenet | the picture's sub-pixels |
+| photos64, photos32 (_rgb_planes) | crops of photographs in installed packages | the same |
+| image_files | the user's own pictures | the same, `data.image_size` and `data.image_order` |
+| pg19 | prepared TFDS pg19 | a book |
+| wikitext103, enwik8 | the release's files in `data.data_dir` | a split |
+| text_files | the user's own texts | a file, or its part of the split |
+| maestro_v1, maestro_v3 | the unpacked release in `data.data_dir` | a performance |
+| midi_files | the user's own MIDI files | a file |
+| audio_codes, video_codes | the user's own .npy and .npz files | a file |
+| books_and_code | half pg19, half text_files | a mixture; a fork adds others with seqio.MixtureRegistry.add |
+| copy | numbers | random bytes and the same mirrored |
 """
 
-import dataclasses
+import csv
 import functools
+import io
 import os
-from collections.abc import Callable, Sequence
 
+import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
-from perceiver_ar_jax.config import InputError, nearest
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, images, photos
-from perceiver_ar_jax.data.sources import NumberSource, TfdsSource
+from perceiver_ar_jax.config import DataConfig, InputError
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, photos, registry, texts
+from perceiver_ar_jax.data.documents import Document, Unreadable
+from perceiver_ar_jax.data.registry import Record, Task, get_tasks, names
+from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource, own_files, read_bytes, split_files
 from perceiver_ar_jax.data.tf_cpu import tf
 
-UNITS = ("bits_per_dim", "accuracy", "bits_per_byte", "word_perplexity")
+__all__ = ["get_tasks", "names"]  # of the registry, filled
 
 NUM_COPY_VALIDATION = 256
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskInfo:
-  """What evaluation and sampling need to know of a task."""
-
-  unit: str
-  """The task's own figure of merit: one of UNITS."""
-  modality: str
-  """What a document is: image or bytes."""
-  image_size: int | None = None
-  """Images: pixels a side."""
-  image_order: str | None = None
-  """Images: one of images.ORDERS."""
-
-  def __post_init__(self):
-    if self.unit not in UNITS:
-      raise ValueError(f"unit={self.unit!r} is unknown. {nearest(self.unit, UNITS)}")
+_OWN_SPLITS = ("train", "validation")
+_RELEASE_SPLITS = ("train", "validation", "test")
 
 
-_INFO: dict[str, TaskInfo] = {}
+def _files(data: DataConfig, suffixes: tuple[str, ...]) -> ListSource:
+  """The user's own files, a record {"path"} each."""
+  return ListSource(lambda split: [{"path": path} for path in split_files(data, split, suffixes)], _OWN_SPLITS)
 
 
-def add(name: str, *, source: seqio.DataSource, preprocessors: Sequence[Callable], info: TaskInfo, vocab_size: int):
-  """Registers a task whose preprocessors end in documents; see the module's example.
+def _path(record: Record) -> str:
+  return os.fsdecode(record["path"])
 
-  Args:
-    name: what `data.task` will call it.
-    source: where the records come from.
-    preprocessors: functions from dataset to dataset; the last yields `events` int32[N], `positions` int32[N, P] and,
-      where not all events count in evaluation, `scored` int32[N].
-    info: how to score and show it.
-    vocab_size: number of ids, PAD, EOS and SOS included.
-  """
-  vocabulary = seqio.PassThroughVocabulary(vocab_size, eos_id=EOS)
-  seqio.TaskRegistry.add(
-    name,
+
+def register(data: DataConfig) -> seqio.Task:
+  """Makes `data.task` under these settings the task that seqio knows by its name; Beam's workers call this too."""
+  (task, _), *_ = get_tasks(data, registry.DEFAULT_MAX_EVENTS)
+  seqio_task = registry.to_seqio(task)
+  seqio.TaskRegistry.remove(data.task)
+  seqio.TaskRegistry.add_provider(data.task, seqio_task)
+  return seqio_task
+
+
+# Images
+
+
+def _image_task(name: str, source: seqio.DataSource, size: int, order: str, **more) -> Task:
+  return Task(
+    name=name,
     source=source,
-    preprocessors=list(preprocessors),
-    output_features={
-      "events": seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32),
-      "positions": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32, rank=2),
-    },
+    modality="image",
+    unit="bits_per_dim",
+    vocab_size=images.VOCAB_SIZE,
+    position_dims=3,
+    decode=lambda events: images.to_image(events, size, order),
+    **{"document": lambda record: images.document(record["image"], order), **more},
   )
-  _INFO[name] = info
 
 
-def names() -> list[str]:
-  """All registered tasks."""
-  return sorted(_INFO)
+def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
+  def decode(record):
+    image = tf.io.decode_png(record["image"], channels=3)
+    return {"image": tf.ensure_shape(image, [size, size, 3])}
+
+  source = TfdsSource(
+    f"downsampled_imagenet/{size}x{size}:2.0.0",
+    decoders={"image": tfds.decode.SkipDecoding()},  # they stay encoded until they are through the shuffle
+    data_dir=data.data_dir,
+  )
+  return _image_task(data.task, source, size, order, preprocessors=[seqio.map_over_dataset(decode)])
 
 
-def get_task(name: str, data_dir: str | os.PathLike | None = None) -> seqio.Task:
-  """The task, reading prepared datasets from `data_dir`; raises InputError for an unknown name."""
-  _require_known(name)
-  task = seqio.TaskRegistry.get(name)
-  if data_dir is not None and isinstance(task.source, TfdsSource):
-    task = task.replace(source=task.source.at(data_dir))
-  return task
+def _photos(size: int, order: str, data: DataConfig, max_events: int) -> Task:
+  def crop(record):
+    return {"image": photos.crop(record, size)}
+
+  source = NumberSource(photos.NUM_CROPS)
+  return _image_task(data.task, source, size, order, preprocessors=[seqio.map_over_dataset(crop)])
 
 
-def get_info(name: str) -> TaskInfo:
-  """How the task is scored and shown; raises InputError for an unknown name."""
-  _require_known(name)
-  return _INFO[name]
+def _image_files(data: DataConfig, max_events: int) -> Task:
+  def document(record):
+    image = images.load(read_bytes(_path(record)), _path(record), data.image_size)
+    return images.document(image, data.image_order)
+
+  suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+  return _image_task(data.task, _files(data, suffixes), data.image_size, data.image_order, document=document)
 
 
-def vocab_size(task: seqio.Task) -> int:
-  """Number of ids that the task's documents may hold."""
-  return task.output_features["events"].vocabulary.vocab_size
+# Text
 
 
-def _require_known(name: str) -> None:
-  if name not in _INFO:
-    raise InputError(f"data.task={name!r} is unknown. {nearest(name, _INFO)}")
+def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig, document=None) -> Task:
+  tokens = texts.tokenizer(data.sentencepiece)
+  return Task(
+    name=name,
+    source=source,
+    document=document or functools.partial(_part_of_file, tokens),
+    modality="text",
+    unit=unit,
+    vocab_size=tokens.vocab_size,
+    decode=tokens.decode,
+    unknown=tokens.unknown,
+  )
 
 
-def image_document(image_SxSxC: tf.Tensor, size: int, order: str) -> dict[str, tf.Tensor]:
-  """The document of a picture uint8[size, size, 3]; see images.py."""
-  image_SxSxC = tf.ensure_shape(image_SxSxC, [size, size, 3])
-  if order == "rgb_planes":
-    image_SxSxC = tf.transpose(image_SxSxC, [2, 0, 1])
-  values_N = tf.cast(tf.reshape(image_SxSxC, [-1]), tf.int32) + NUM_SPECIAL
-  return {
-    "events": tf.concat([[SOS], values_N], axis=0),
-    "positions": tf.constant(images.positions(size, order)),
-  }
+def _part_of_file(tokens: texts.Bytes | texts.Pieces, record: Record) -> Document:
+  """The document of a record of `_parts`."""
+  text = texts.FileText(_path(record), int(record["offset"]), int(record["size"]))
+  if not len(text):
+    raise Unreadable(f"{_path(record)} is empty")
+  start = int(record["part"]) * texts.PART_BYTES
+  return tokens.document(text, (start, min(start + texts.PART_BYTES, len(text))))
 
 
-def copy_document(record: dict[str, tf.Tensor], length: int) -> dict[str, tf.Tensor]:
-  """The copy sequence of `length` events that a record stands for; see `mirror`."""
-  seed = tf.stack([tf.where(record["validation"], tf.constant(2, tf.int64), 1), record["number"]])
-  random_K = tf.random.stateless_uniform(((length - 1) // 2,), seed, 0, 256, tf.int32, alg="philox")
-  return mirror(random_K + NUM_SPECIAL, length)
+def _parts(path: str, start: float = 0.0, end: float = 1.0) -> list[Record]:
+  """The records of a text file, or of the stretch of it from `start` to `end` (shares of its size)."""
+  size = tf.io.gfile.stat(path).length
+  offset, end = round(start * size), round(end * size)
+  count = max(1, -(-(end - offset) // texts.PART_BYTES))
+  return [{"path": path, "offset": offset, "size": end - offset, "part": part} for part in range(count)]
 
 
-def mirror(events_K: tf.Tensor, length: int) -> dict[str, tf.Tensor]:
+def _pg19(data: DataConfig, max_events: int) -> Task:
+  tokens = texts.tokenizer(data.sentencepiece)
+
+  def document(record):
+    if not record["book_text"]:
+      raise Unreadable(f"The book {os.fsdecode(record['book_title'])!r} of pg19 is empty")
+    return tokens.document(texts.Text(record["book_text"]))
+
+  source = TfdsSource("pg19:0.1.1", data_dir=data.data_dir)
+  return _text_task(data.task, source, "word_perplexity", data, document)
+
+
+def _wikitext103(data: DataConfig, max_events: int) -> Task:
+  names = {"train": "wiki.train", "validation": "wiki.valid", "test": "wiki.test"}
+
+  def records(split):
+    folder = _release(data, "WikiText-103", "wiki.train.raw (or wiki.train.tokens) and its two siblings")
+    for ending in ("raw", "tokens"):
+      path = os.path.join(folder, f"{names[split]}.{ending}")
+      if tf.io.gfile.exists(path):
+        return _parts(path)
+    raise InputError(
+      f"data.data_dir={folder!r} holds neither {names[split]}.raw nor {names[split]}.tokens: point it at the folder of"
+      " the unpacked WikiText-103 release."
+    )
+
+  return _text_task(data.task, ListSource(records, _RELEASE_SPLITS), "word_perplexity", data)
+
+
+def _enwik8(data: DataConfig, max_events: int) -> Task:
+  shares = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
+
+  def records(split):
+    path = os.path.join(_release(data, "enwik8", "the file enwik8"), "enwik8")
+    if not tf.io.gfile.exists(path):
+      raise InputError(f"{path} does not exist: point data.data_dir at the folder that holds the unpacked file enwik8.")
+    return _parts(path, *shares[split])
+
+  return _text_task(data.task, ListSource(records, _RELEASE_SPLITS), "bits_per_byte", data)
+
+
+def _text_files(data: DataConfig, max_events: int) -> Task:
+  suffixes = (".txt", ".md", ".py")
+
+  def records(split):
+    if data.split_by == "file":
+      return [part for path in split_files(data, split, suffixes) for part in _parts(path)]
+    border = 1 - data.validation_fraction
+    stretch = (0.0, border) if split == "train" else (border, 1.0)
+    return [part for path in own_files(data, suffixes) for part in _parts(path, *stretch)]
+
+  return _text_task(data.task, ListSource(records, _OWN_SPLITS), "bits_per_byte", data)
+
+
+def _release(data: DataConfig, name: str, content: str) -> str:
+  """The folder of a release that the user has unpacked."""
+  if not data.data_dir:
+    raise InputError(
+      f"The task {data.task} reads your copy of {name}: set data.data_dir (--config.data.data_dir=FOLDER) to the folder"
+      f" that holds {content}."
+    )
+  return os.path.expanduser(data.data_dir)
+
+
+# Symbolic music
+
+
+def _music_task(name: str, source: seqio.DataSource, data: DataConfig) -> Task:
+  try:
+    from perceiver_ar_jax.data import music
+  except ImportError as error:
+    raise InputError(
+      f"The task {name} needs the package {error.name}: pip install 'perceiver_ar_jax[music]'."
+    ) from error
+  performances: dict[str, np.ndarray] = {}
+
+  def events(path: str) -> np.ndarray:
+    # Parsing takes up to a second, and a whole release fits into 100 MB: each file is parsed once.
+    if path not in performances:
+      try:
+        notes = music.read_notes(read_bytes(path))
+      except ValueError as error:
+        raise Unreadable(f"{path} is no MIDI file that can be read ({error})") from error
+      performances[path] = music.encode(notes).astype(np.int16)
+    return performances[path]
+
+  def document(record):
+    path = _path(record)
+    if not len(events(path)):
+      raise Unreadable(f"{path} holds no notes")
+    return Document(np.concatenate([[SOS], events(path), [EOS]], dtype=np.int32))
+
+  def augment(events, random):
+    if data.max_transposition:
+      events = music.transpose(events, int(random.integers(-data.max_transposition, data.max_transposition + 1)))
+    if data.max_stretch:
+      events = music.stretch(events, 1 + random.uniform(-data.max_stretch, data.max_stretch))
+    return events
+
+  return Task(
+    name=name,
+    source=source,
+    document=document,
+    modality="music",
+    unit="nats_per_token",
+    vocab_size=music.VOCAB_SIZE,
+    decode=music.decode,
+    augment=augment if data.max_transposition or data.max_stretch else None,
+  )
+
+
+def _maestro(version: str, data: DataConfig, max_events: int) -> Task:
+  def records(split):
+    folder = _release(data, "MAESTRO", f"maestro-{version}.csv and the folders of MIDI files that it lists")
+    table = os.path.join(folder, f"maestro-{version}.csv")
+    if not tf.io.gfile.exists(table):
+      raise InputError(f"{table} does not exist: point data.data_dir at the unpacked MAESTRO {version} release.")
+    rows = csv.DictReader(io.StringIO(read_bytes(table).decode("utf-8")))
+    found = [{"path": os.path.join(folder, row["midi_filename"])} for row in rows if row["split"] == split]
+    if not found:
+      raise InputError(f"{table} lists no file in the split {split!r}: is it complete?")
+    return found
+
+  return _music_task(data.task, ListSource(records, _RELEASE_SPLITS), data)
+
+
+def _midi_files(data: DataConfig, max_events: int) -> Task:
+  return _music_task(data.task, _files(data, (".mid", ".midi")), data)
+
+
+# Codes of neural codecs
+
+
+def _audio_codes(data: DataConfig, max_events: int) -> Task:
+  def document(record):
+    path = _path(record)
+    frames = codes.audio_frames(codes.load(read_bytes(path), path, data.codebook_size), data.code_levels, path)
+    return codes.AudioDocument(frames, data.codebook_size)
+
+  return Task(
+    name=data.task,
+    source=_files(data, (".npy", ".npz")),
+    document=document,
+    modality="audio",
+    unit="nats_per_token",
+    vocab_size=codes.audio_vocab_size(data.code_levels, data.codebook_size),
+    position_dims=2,
+    decode=lambda events: codes.to_audio(events, data.code_levels, data.codebook_size),
+  )
+
+
+def _video_codes(data: DataConfig, max_events: int) -> Task:
+  def document(record):
+    path = _path(record)
+    return codes.video_document(codes.load(read_bytes(path), path, data.codebook_size), path)
+
+  return Task(
+    name=data.task,
+    source=_files(data, (".npy", ".npz")),
+    document=document,
+    modality="video",
+    unit="nats_per_token",
+    vocab_size=data.codebook_size + NUM_SPECIAL,
+    position_dims=3,
+    decode=lambda events: codes.to_video(events, data.video_height, data.video_width),
+  )
+
+
+# The copy task
+
+
+def _copy(data: DataConfig, max_events: int) -> Task:
+  def document(record):
+    random = np.random.Generator(np.random.Philox(key=[2 if record["validation"] else 1, int(record["number"])]))
+    return mirror(random.integers(0, 256, (max_events - 1) // 2) + NUM_SPECIAL, max_events)
+
+  return Task(
+    name=data.task,
+    source=NumberSource({"train": None, "validation": NUM_COPY_VALIDATION}),
+    document=document,
+    modality="copy",
+    unit="accuracy",
+    vocab_size=256 + NUM_SPECIAL,
+    decode=lambda events: np.asarray(events) - NUM_SPECIAL,
+  )
+
+
+def mirror(events_K: np.ndarray, length: int) -> Document:
   """SOS, K events, the same mirrored, EOS: `length` events at positions 1..length (paper, section 5.1).
 
-  K is (length - 1) // 2; with an odd `length` the middle event stands once. `scored` leaves out what nobody can
-  predict, the first K.
+  K is (length - 1) // 2; with an odd `length` the middle event stands once. Only what can be predicted is scored: not
+  the first K.
   """
   num_random = (length - 1) // 2
   mirrored = events_K[: length - 2 - num_random][::-1]
-  return {
-    "events": tf.concat([[SOS], events_K, mirrored, [EOS]], axis=0),
-    "positions": tf.range(1, length + 1)[:, None],
-    "scored": tf.cast(tf.range(length) > num_random, tf.int32),
-  }
-
-
-def _decode_image(record, size, order):
-  image = tf.io.decode_image(record["image"], channels=3, expand_animations=False)
-  return image_document(image, size, order)
-
-
-def _photo(record, size, order):
-  return image_document(photos.crop(record, size), size, order)
-
-
-def _copies(dataset, sequence_length):
-  return dataset.map(
-    functools.partial(copy_document, length=sequence_length["events"]), num_parallel_calls=tf.data.AUTOTUNE
+  return Document(
+    np.concatenate([[SOS], events_K, mirrored, [EOS]], dtype=np.int32),
+    positions=np.arange(1, length + 1, dtype=np.int32)[:, None],
+    scored=np.arange(length) > num_random,
   )
-
-
-def _add_image_tasks(prefix, size, source, to_document):
-  for order in images.ORDERS:
-    add(
-      prefix if order == "pixel_raster" else f"{prefix}_{order}",
-      source=source,
-      preprocessors=[seqio.map_over_dataset(functools.partial(to_document, size=size, order=order))],
-      info=TaskInfo(unit="bits_per_dim", modality="image", image_size=size, image_order=order),
-      vocab_size=images.VOCAB_SIZE,
-    )
 
 
 for _size in (32, 64):
-  _add_image_tasks(
-    f"imagenet{_size}",
-    _size,
-    TfdsSource(f"downsampled_imagenet/{_size}x{_size}:2.0.0", decoders={"image": tfds.decode.SkipDecoding()}),
-    _decode_image,
-  )
-  _add_image_tasks(
-    f"photos{_size}",
-    _size,
-    NumberSource(photos.NUM_CROPS),
-    _photo,
-  )
-add(
-  "copy",
-  source=NumberSource({"train": None, "validation": NUM_COPY_VALIDATION}),
-  preprocessors=[_copies],
-  info=TaskInfo(unit="accuracy", modality="bytes"),
-  vocab_size=256 + NUM_SPECIAL,
-)
+  for _order in images.ORDERS:
+    _suffix = "" if _order == "pixel_raster" else f"_{_order}"
+    registry.add(f"imagenet{_size}{_suffix}", functools.partial(_imagenet, _size, _order))
+    registry.add(f"photos{_size}{_suffix}", functools.partial(_photos, _size, _order))
+registry.add("image_files", _image_files)
+registry.add("pg19", _pg19)
+registry.add("wikitext103", _wikitext103)
+registry.add("enwik8", _enwik8)
+registry.add("text_files", _text_files)
+for _version in ("v1", "v3"):
+  registry.add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
+registry.add("midi_files", _midi_files)
+registry.add("audio_codes", _audio_codes)
+registry.add("video_codes", _video_codes)
+registry.add("copy", _copy)
+
+seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)])

@@ -16,7 +16,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import pipeline, tasks
+from perceiver_ar_jax.data import pipeline
+from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 from perceiver_ar_jax.parallel import sharding
@@ -29,7 +30,7 @@ from perceiver_ar_jax.training import workdir as workdir_lib
 def make_eval_step(config: Config):
   """The pure function (params, batch) -> sums over the batch: `nats`, `correct`, `tokens`, `histogram` float32[V].
 
-  The histogram counts the scored targets by token id.
+  The histogram counts the scored targets by token id. Batches of text give `words` and `bytes` as well.
   """
   model = PerceiverAR(config.model)
 
@@ -50,6 +51,7 @@ def make_eval_step(config: Config):
       "correct": sums["accuracy"],
       "tokens": sums["num_tokens"],
       "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
+      **{name: batch[name].sum() for name in ("words", "bytes") if name in batch},
     }
 
   return eval_step
@@ -77,13 +79,16 @@ class Evaluator:
       host_index=jax.process_index(),
       host_count=jax.process_count(),
     )
+    sharding_of_rows = sharding.batch_sharding(self._mesh)
     with jax.set_mesh(self._mesh):
+      pending = {}
       for batch in batches:
         if should_stop():
           return None
-        sums = self._step(params, pipeline.to_global(batch, sharding.batch_sharding(self._mesh)))
-        for name, value in sums.items():
-          totals[name] += np.asarray(value, np.float64)
+        # Fetched one step late, so that the device works while the host reads the next batch.
+        sums, pending = pending, self._step(params, pipeline.to_global(batch, sharding_of_rows))
+        _add(totals, sums)
+      _add(totals, pending)
     if not totals["tokens"]:
       raise InputError(f"The split {config.eval.split!r} of {config.data.task} holds no tokens to score.")
     nats = float(totals["nats"] / totals["tokens"])
@@ -101,19 +106,39 @@ class Evaluator:
       "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
       "accuracy": float(totals["correct"] / totals["tokens"]),
     }
-    if tasks.get_info(config.data.task).unit == "bits_per_dim":
+    task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
+    if task.unit == "bits_per_dim":
       result["bits_per_dim"] = result["bits_per_token"]  # a token is one sub-pixel
-    return result
+    if totals["words"] and totals["bytes"]:  # of the text itself, so that figures of all vocabularies compare
+      result |= {
+        "num_words": int(totals["words"]),
+        "num_bytes": int(totals["bytes"]),
+        "word_perplexity": math.exp(min(totals["nats"] / totals["words"], 700.0)),
+        "bits_per_byte": float(totals["nats"] / math.log(2) / totals["bytes"]),
+      }
+    return result | {"unit": task.unit}
 
   @staticmethod
   def describe(result: dict) -> str:
     """One line for people: the split's figures, and what they are to be compared with."""
-    name = "bits/dim" if "bits_per_dim" in result else "bits/token"
+    bits = f"{result['bits_per_token']:.3f} bits/token"
+    own = {
+      "bits_per_dim": lambda value: f"{value:.3f} bits/dim",
+      "bits_per_byte": lambda value: f"{value:.3f} bits/byte, {bits}",
+      "word_perplexity": lambda value: f"perplexity {value:.2f} a word, {bits}",
+      "nats_per_token": lambda value: f"{value:.3f} nats/token",
+      "accuracy": lambda value: bits,
+    }[result["unit"]](result[result["unit"]])
     return (
-      f"{result['split']} at step {result['step']}: {result['bits_per_token']:.3f} {name}"
-      f" (entropy of its token histogram: {result['histogram_entropy_bits']:.3f}),"
+      f"{result['split']} at step {result['step']}: {own}"
+      f" (entropy of its token histogram: {result['histogram_entropy_bits']:.3f} bits),"
       f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens"
     )
+
+
+def _add(totals: dict, sums: dict) -> None:
+  for name, value in sums.items():
+    totals[name] += np.asarray(value, np.float64)
 
 
 def evaluate(config: Config, workdir: epath.PathLike) -> dict:

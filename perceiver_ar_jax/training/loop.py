@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import pipeline, tasks
+from perceiver_ar_jax.data import pipeline
 from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
@@ -83,7 +83,7 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
         workdir,
         first_step=int(state.step),
         total_steps=config.train.steps,
-        bits_name="bits/dim" if tasks.get_info(config.data.task).unit == "bits_per_dim" else "bits/token",
+        bits_name="bits/dim" if data.task.unit == "bits_per_dim" else "bits/token",
       ) as log:
         run = _Run(config, workdir, mesh, train_step, evaluator, checkpointer, signals, log)
         state, result = run(state, data)

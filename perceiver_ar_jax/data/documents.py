@@ -1,0 +1,72 @@
+"""A document: one whole sequence of events, of which any stretch can be read without reading the rest."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+class Unreadable(ValueError):
+  """A record holds no usable document; the message says which and why. Pipelines count it, say so and go on."""
+
+
+class Document:
+  """A sequence of N events; this class holds them in memory, subclasses read and encode stretches when asked.
+
+  Args:
+    events: int32[N].
+    positions: int32[N, P], 1-based; None: they count from the first event of whatever stretch is read, so that a text's
+      positions stay within the context however long the text is.
+    scored: bool[N]: the events that count in evaluation; None: all of them.
+    counts: what to divide the likelihood of the whole document by, such as {"words": 3}.
+  """
+
+  ends: tuple[int, int] | None = None
+  """(first, last) number of events at which a training crop may end; None: 1..N. A document in several records has one
+  part of them in each."""
+  continues: bool = False
+  """Whether another record holds the document's beginning; evaluation, which reads it whole there, leaves this out."""
+
+  def __init__(
+    self,
+    events: np.ndarray,
+    positions: np.ndarray | None = None,
+    scored: np.ndarray | None = None,
+    counts: Mapping[str, int] | None = None,
+  ):
+    self._events, self._positions, self._scored, self._counts = events, positions, scored, counts or {}
+
+  def __len__(self) -> int:
+    return len(self._events)
+
+  def read(self, start: int, end: int) -> np.ndarray:
+    """Events start..end-1: int32[end - start]."""
+    return self._events[start:end]
+
+  def positions(self, start: int, end: int) -> np.ndarray:
+    """Positions of events start..end-1: int32[end - start, P]."""
+    return count_positions(end - start) if self._positions is None else self._positions[start:end]
+
+  def scored(self, start: int, end: int) -> np.ndarray:
+    """Which of the events start..end-1 count in evaluation: bool[end - start]."""
+    return np.ones(end - start, bool) if self._scored is None else self._scored[start:end]
+
+  def counts(self) -> Mapping[str, int]:
+    """What evaluation divides by beside tokens, for the whole document: words and bytes of a text."""
+    return self._counts
+
+  def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
+    """A training crop: (events int32[n], positions int32[n, P]), n <= `longest`.
+
+    It ends anywhere from event `shortest` to the last, evenly, as `draw` in [0, 1) says, and reaches back as far as
+    `longest` allows. Documents shorter than `shortest` come whole.
+    """
+    first, last = self.ends or (1, len(self))
+    first = max(first, min(shortest, last))
+    end = first + int(draw * (last - first + 1))
+    start = max(end - longest, 0)
+    return self.read(start, end), self.positions(start, end)
+
+
+def count_positions(length: int) -> np.ndarray:
+  """1..length as int32[length, 1]."""
+  return np.arange(1, length + 1, dtype=np.int32)[:, None]

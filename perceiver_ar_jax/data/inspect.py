@@ -1,0 +1,122 @@
+"""--mode=data: what the model will see, before it is trained: shapes, statistics, examples, and how fast it comes."""
+
+import json
+import time
+
+import numpy as np
+from etils import epath
+
+from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.data import NUM_SPECIAL, notices, pipeline, render
+
+_MAX_DOCUMENTS = 1000
+_EXAMPLES = 16
+_SECONDS = 3.0
+_EXCERPT = 600
+_MAX_EVENTS = 2**20
+"""Of a longer document only the beginning is counted."""
+
+
+def inspect(config: Config, workdir: epath.PathLike) -> dict:
+  """Prints the report, writes WORKDIR/data/ (report.json, examples.txt, examples.png) and returns the report."""
+  folder = epath.Path(workdir) / "data"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"--workdir={workdir} cannot be written ({error.strerror or error}): give another.") from error
+  train = pipeline.TrainIterator(config, config.train.batch_size)
+  batch = next(train)
+  report = {
+    "task": config.data.task,
+    "modality": train.task.modality,
+    "batch": {name: [str(value.dtype), *value.shape] for name, value in batch.items()},
+  }
+  examples = []
+  for split in dict.fromkeys((config.data.train_split, config.eval.split)):
+    report[split], some = _describe(config, split)
+    examples += [(split, *example) for example in some]
+  report["rate"] = _rate(train, config)
+  (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+  _write_examples(folder, examples)
+  _print(report, folder)
+  return report
+
+
+def _describe(config: Config, split: str) -> tuple[dict, list]:
+  """Statistics of the first documents of a split, and the first few (task, events)."""
+  histogram = np.zeros(config.model.vocab_size, np.int64)
+  lengths, words, num_bytes, examples, unknown = [], 0, 0, [], None
+  skipped = notices.count("skipped")
+  for task, document in pipeline.documents(config, split, _MAX_DOCUMENTS):
+    events = document.read(0, min(len(document), _MAX_EVENTS))
+    histogram += np.bincount(events, minlength=len(histogram))
+    lengths.append(len(document))
+    if task.modality == "text":
+      counts = document.counts()
+      words, num_bytes, unknown = words + counts["words"], num_bytes + counts["bytes"], task.unknown
+    if len(examples) < _EXAMPLES:
+      examples.append((task, events))
+  if not lengths:
+    raise InputError(f"The split {split!r} of {config.data.task} holds no document that can be read.")
+  shares = histogram[histogram > 0] / histogram.sum()
+  result = {
+    "documents": len(lengths),
+    "all_documents": len(lengths) < _MAX_DOCUMENTS,
+    "skipped": notices.count("skipped") - skipped,
+    "events": sum(lengths),
+    "shortest": min(lengths),
+    "median": int(np.median(lengths)),
+    "longest": max(lengths),
+    "different_tokens": int((histogram > 0).sum()),
+    "histogram_entropy_bits": float(-(shares * np.log2(shares)).sum()),
+    "most_frequent": [[int(token), float(histogram[token] / histogram.sum())] for token in np.argsort(-histogram)[:8]],
+    "unknown_rate": 0.0 if unknown is None else float(histogram[unknown] / histogram.sum()),
+  }
+  if words:
+    result |= {"words": words, "bytes": num_bytes, "bytes_per_token": num_bytes / sum(lengths)}
+  return result, examples
+
+
+def _rate(train: pipeline.TrainIterator, config: Config) -> dict:
+  """How fast the pipeline alone is."""
+  start, batches = time.monotonic(), 0
+  while (seconds := time.monotonic() - start) < _SECONDS:
+    next(train)
+    batches += 1
+  examples = batches * config.train.batch_size / seconds
+  return {"examples_per_second": examples, "tokens_per_second": examples * config.model.max_context}
+
+
+def _write_examples(folder: epath.Path, examples: list) -> None:
+  pictures = [render.picture(task, events) for _, task, events in examples]
+  pictures = [one for one in pictures if one is not None]
+  if pictures:
+    wide = pictures[0].shape[1] > 4 * pictures[0].shape[0] or pictures[0].shape[1] > 400
+    with (folder / "examples.png").open("wb") as file:
+      render.save_png(render.grid(pictures, columns=1 if wide else 8), file)
+  lines = []
+  for split, task, events in examples:
+    shown = render.text(task, events[:_EXCERPT])
+    lines.append(f"--- {split}, {task.name}: {len(events):,} events, the first of them:\n{shown}\n")
+  (folder / "examples.txt").write_text("\n".join(lines))
+
+
+def _print(report: dict, folder: epath.Path) -> None:
+  shapes = ", ".join(f"{name} {kind}{sizes}" for name, (kind, *sizes) in report["batch"].items())
+  print(f"{report['task']} ({report['modality']}). A training batch: {shapes}")
+  for split, stats in report.items():
+    if not isinstance(stats, dict) or "documents" not in stats:
+      continue
+    common = ", ".join(f"{token} {share:.1%}" for token, share in stats["most_frequent"])
+    print(
+      f"{split}: {stats['documents']:,} documents{'' if stats['all_documents'] else ' (the first ones)'},"
+      f" {stats['skipped']} skipped, {stats['events']:,} events;"
+      f" lengths {stats['shortest']:,} to {stats['longest']:,}, median {stats['median']:,}\n"
+      f"  {stats['different_tokens']:,} different tokens, entropy {stats['histogram_entropy_bits']:.3f} bits, unknown"
+      f" {stats['unknown_rate']:.3%}; most frequent: {common} (0 PAD, 1 EOS, 2 SOS, value v is v + {NUM_SPECIAL})"
+    )
+    if "words" in stats:
+      print(f"  {stats['words']:,} words, {stats['bytes']:,} bytes, {stats['bytes_per_token']:.2f} bytes a token")
+  rate = report["rate"]
+  print(f"The pipeline alone: {rate['examples_per_second']:,.0f} examples/s, {rate['tokens_per_second']:,.0f} tokens/s")
+  print(f"Examples: {', '.join(sorted(str(path) for path in folder.iterdir()))}")

@@ -1,0 +1,21 @@
+"""What a pipeline tells its user while it goes on: each message once, with a running count of its kind."""
+
+import collections
+import sys
+
+import tqdm
+
+_SEEN: dict[str, set[str]] = collections.defaultdict(set)
+
+
+def notice(kind: str, message: str) -> None:
+  """Writes `message` to standard error unless it was written before; `kind` says what is counted, as in "skipped"."""
+  seen = _SEEN[kind]
+  if message not in seen:
+    seen.add(message)
+    tqdm.tqdm.write(f"{message} ({len(seen)} {kind} so far).", file=sys.stderr)  # leaves a progress bar in one piece
+
+
+def count(kind: str) -> int:
+  """How many different messages of a kind there were."""
+  return len(_SEEN[kind])

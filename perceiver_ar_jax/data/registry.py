@@ -1,0 +1,211 @@
+"""The registry: a task names its source, makes documents of its records, and says how they are scored and shown.
+
+A fork adds a task in a few lines: a builder that makes it for the config's data settings, and `add`. To read, say, the
+poems of a prepared TFDS dataset, as bytes or as the pieces of `data.sentencepiece`:
+
+    def poems(data, max_events):
+      tokens = texts.tokenizer(data.sentencepiece)
+      return Task(
+        name="poems",
+        source=TfdsSource("my_poems:1.0.0", data_dir=data.data_dir),
+        document=lambda record: tokens.document(texts.Text(record["text"])),
+        modality="text", unit="bits_per_byte", vocab_size=tokens.vocab_size, decode=tokens.decode,
+      )
+
+    registry.add("poems", poems)
+
+Each task is also a seqio task of the same name (`to_seqio`), which is how it is cached offline and looked at with
+seqio's own tools.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+
+from perceiver_ar_jax.config import DataConfig, InputError, nearest
+from perceiver_ar_jax.data import EOS
+from perceiver_ar_jax.data.documents import Document, Unreadable
+from perceiver_ar_jax.data.notices import notice
+from perceiver_ar_jax.data.sources import CachedSource
+from perceiver_ar_jax.data.tf_cpu import tf
+
+UNITS = ("accuracy", "bits_per_byte", "bits_per_dim", "nats_per_token", "word_perplexity")
+MODALITIES = ("audio", "copy", "image", "music", "text", "video")
+
+Record = Mapping[str, Any]
+"""One record of a source: NumPy scalars and arrays, bytes for strings."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """A dataset under given data settings."""
+
+  name: str
+  source: seqio.DataSource
+  """Where the records come from."""
+  document: Callable[[Record], Document]
+  """The document of a record; raises Unreadable for one that is to be skipped."""
+  modality: str
+  """What a document is: one of MODALITIES."""
+  unit: str
+  """The task's own figure of merit: one of UNITS."""
+  vocab_size: int
+  """Number of event ids, PAD, EOS and SOS included."""
+  decode: Callable[[np.ndarray], Any]
+  """What events int32[n] stand for: a picture, a text, notes, codes."""
+  position_dims: int = 1
+  """P: how many numbers a position is."""
+  preprocessors: Sequence[Callable[..., tf.data.Dataset]] = ()
+  """TensorFlow's part, between source and `document`, such as decoding PNG; functions from dataset to dataset."""
+  augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
+  """Changes the events of a training crop at random."""
+  unknown: int | None = None
+  """The event that stands for what the vocabulary lacks."""
+
+  def __post_init__(self):
+    for field, known in (("unit", UNITS), ("modality", MODALITIES)):
+      value = getattr(self, field)
+      if value not in known:
+        raise ValueError(f"{field}={value!r} is unknown. {nearest(value, known)}")
+
+  def open(self, record: Record) -> Document | None:
+    """The document of a record; None, with a notice, for one that cannot be read or has nothing to predict."""
+    try:
+      document = self.document(record)
+      if len(document) > 1:
+        return document
+      raise Unreadable(f"A record of {self.name} holds nothing to predict")
+    except Unreadable as error:
+      notice("skipped", f"Skipped: {error}")
+      return None
+
+
+Builder = Callable[[DataConfig, int], Task]
+"""(data settings, longest crop in events) -> task. It only describes: nothing is read before it has to be."""
+
+_BUILDERS: dict[str, Builder] = {}
+DEFAULT_MAX_EVENTS = 2048
+
+
+def add(name: str, build: Builder) -> None:
+  """Registers a task, here and, under default settings, with seqio."""
+  _BUILDERS[name] = build
+  seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS)))
+
+
+def names() -> list[str]:
+  """All registered tasks and mixtures."""
+  return sorted({*_BUILDERS, *seqio.MixtureRegistry.names()})
+
+
+def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
+  """The task that `data` names, or the tasks of the mixture, each with its share of the training examples.
+
+  Args:
+    data: `task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1".
+    max_events: the longest crop.
+
+  Raises:
+    InputError: an unknown name, a wrong rate, tasks of different vocabularies.
+  """
+  if data.task in _BUILDERS:
+    return [(_build(data.task, data, max_events), 1.0)]
+  rates = _mixture_rates(data.task)
+  tasks = [_build(name, data, max_events) for name in rates]
+  kinds = {(task.modality, task.vocab_size, task.position_dims) for task in tasks}
+  if len(kinds) > 1:
+    described = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
+    raise InputError(
+      f"The tasks of the mixture data.task={data.task!r} have different vocabularies ({described}): mix tasks of one"
+      " modality and one vocabulary."
+    )
+  total = sum(rates.values())
+  return [(task, rates[task.name] / total) for task in tasks]
+
+
+def _build(name: str, data: DataConfig, max_events: int) -> Task:
+  task = _BUILDERS[name](dataclasses.replace(data, task=name), max_events)
+  return task if data.cache_dir is None else _from_cache(task, data)
+
+
+def _from_cache(task: Task, data: DataConfig) -> Task:
+  """The same task, reading the documents that data/cache.py has stored."""
+  source = CachedSource(to_seqio(task), data)
+
+  def document(record):
+    counts = {name: int(record[name]) for name in ("words", "bytes") if name in record}
+    return Document(record["events"], record["positions"] if task.position_dims > 1 else None, counts=counts)
+
+  return dataclasses.replace(task, source=source, document=document, preprocessors=())
+
+
+def _mixture_rates(name: str) -> dict[str, float]:
+  if name in seqio.MixtureRegistry.names():
+    mixture = seqio.MixtureRegistry.get(name)
+    return {task.name: mixture.get_rate(task) for task in mixture.tasks}
+  rates = {}
+  for part in name.split("+"):
+    task, _, rate = part.strip().partition(":")
+    if task not in _BUILDERS:
+      raise InputError(f"data.task={name!r} is unknown. {nearest(task, names())}")
+    try:
+      rates[task] = float(rate or 1)
+    except ValueError:
+      rates[task] = 0
+    if not 0 < rates[task] < float("inf"):
+      raise InputError(f"data.task={name!r}: {rate!r} is no share of the mixture; give a number above 0.")
+  return rates
+
+
+def to_seqio(task: Task) -> seqio.Task:
+  """The seqio task that yields the documents of `task` whole: events, positions, and words and bytes of texts.
+
+  These are tensors, so it suits looking around and caching, not training on texts longer than the context.
+  """
+  dims = task.position_dims
+  specs = {"events": tf.TensorSpec([None], tf.int32)}
+  if dims > 1:  # otherwise they only count, and need not be stored
+    specs["positions"] = tf.TensorSpec([None, dims], tf.int32)
+  if task.modality == "text":
+    specs.update(words=tf.TensorSpec([], tf.int64), bytes=tf.TensorSpec([], tf.int64))
+
+  def whole(names: Sequence[str], *values: np.ndarray) -> list[np.ndarray]:
+    document = task.open(dict(zip(names, values)))
+    if document is None or document.continues:
+      document = Document(np.zeros(0, np.int32), np.zeros((0, dims), np.int32))
+    length, counts = len(document), document.counts()
+    arrays = {
+      "events": document.read(0, length).astype(np.int32),
+      "positions": document.positions(0, length).astype(np.int32),
+      **{name: np.int64(counts.get(name, 0)) for name in ("words", "bytes")},
+    }
+    return [arrays[name] for name in specs]
+
+  def to_document(record):
+    values = tf.numpy_function(
+      functools.partial(whole, list(record)), list(record.values()), [spec.dtype for spec in specs.values()], False
+    )
+    return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in zip(specs.items(), values)}
+
+  def count_positions(document):
+    return {"positions": tf.range(1, tf.size(document["events"]) + 1)[:, None], **document}
+
+  vocabulary = seqio.PassThroughVocabulary(task.vocab_size, eos_id=EOS)
+  return seqio.Task(
+    task.name,
+    source=task.source,
+    preprocessors=[
+      *task.preprocessors,
+      lambda dataset: dataset.map(to_document).filter(lambda document: tf.size(document["events"]) > 1),
+      *([seqio.CacheDatasetPlaceholder()] if task.source.caching_permitted else []),
+      seqio.map_over_dataset(count_positions),
+    ],
+    output_features={
+      "events": seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32),
+      "positions": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32, rank=2),
+    },
+  )

@@ -1,0 +1,73 @@
+"""Events as people look at them: pictures, piano rolls, text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+
+from perceiver_ar_jax.data.registry import Task
+
+_GAP = 2
+_GREY = 128
+_MAX_STEPS = 1000
+"""Columns of a picture of music or audio: 10 s, or so many frames."""
+
+
+def text(task: Task, events: np.ndarray) -> str:
+  """Events in words: text as it is, anything else as its numbers."""
+  if task.modality == "text":
+    return task.decode(events)
+  if task.modality == "music":
+    notes = task.decode(events)
+    return "\n".join(
+      f"{note.onset:8.2f} s  {note.offset - note.onset:6.2f} s  pitch {note.pitch:3d}  velocity {note.velocity:3d}"
+      for note in notes
+    )
+  return np.array2string(np.asarray(events), threshold=64, edgeitems=24, max_line_width=100)
+
+
+def picture(task: Task, events: np.ndarray) -> np.ndarray | None:
+  """A picture uint8[height, width, 3] of a document's events; None for what has none (text, copies, too few events).
+
+  Images are themselves, music a piano roll (time to the right, pitch upwards, loud is bright), audio codes a map of
+  levels over frames, video codes their frames side by side, each code a shade.
+  """
+  if task.modality == "image":
+    try:
+      return task.decode(events)
+    except ValueError:  # a crop, not a whole picture
+      return None
+  if task.modality == "music":
+    from perceiver_ar_jax.data import music
+
+    return _colours(music.piano_roll(events)[::-1, :_MAX_STEPS] * 2)
+  if task.modality in ("audio", "video"):
+    codes = task.decode(events)
+    shades = (codes % 251).astype(np.uint8)  # neighbours in a codebook have nothing in common, so any shade will do
+    if task.modality == "audio":
+      return _colours(np.repeat(shades.T[:, :_MAX_STEPS], 8, axis=0))
+    return grid([_colours(frame) for frame in shades[:16]], columns=16) if len(shades) else None
+  return None
+
+
+def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+  """One picture of several uint8[height, width, 3], in rows of `columns`, cells as large as the largest."""
+  height, width = (max(picture.shape[axis] for picture in pictures) + _GAP for axis in (0, 1))
+  rows = -(-len(pictures) // columns)
+  sheet = np.full((rows * height + _GAP, min(columns, len(pictures)) * width + _GAP, 3), _GREY, np.uint8)
+  for index, one in enumerate(pictures):
+    top, left = index // columns * height + _GAP, index % columns * width + _GAP
+    sheet[top : top + one.shape[0], left : left + one.shape[1]] = one
+  return sheet
+
+
+def save_png(pixels: np.ndarray, path: str) -> None:
+  """Writes a picture uint8[height, width, 3]."""
+  PIL.Image.fromarray(pixels).save(path, format="PNG")
+
+
+def _colours(values: np.ndarray) -> np.ndarray:
+  """Dark blue to yellow for 0..255: uint8[..., 3]."""
+  values = values.astype(np.float32)[..., None] / 255
+  low, high = np.array([20, 20, 60]), np.array([255, 230, 80])
+  return (low + (high - low) * values).astype(np.uint8)

@@ -1,0 +1,209 @@
+"""Text as events: bytes, or the pieces of a SentencePiece model; read from memory or straight out of large files.
+
+The events of a text are SOS, its bytes or pieces, EOS. Byte or piece v is the event v + NUM_SPECIAL.
+"""
+
+import functools
+import re
+
+import numpy as np
+
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS
+from perceiver_ar_jax.data.documents import Document, Unreadable
+from perceiver_ar_jax.data.sources import open_file, read_bytes
+
+PART_BYTES = 2**20
+"""A large file counts as one record for each so many bytes, so that hosts can share it and epochs get through it."""
+
+_BYTES_PER_PIECE = 8
+"""Text read for each piece of a crop: generous, since whoever reads less gets a crop shorter than the context."""
+_TYPICAL_BYTES_PER_PIECE = 4
+_LONGEST_WORD_BYTES = 64
+_WHITESPACE = re.compile(rb"\s")
+_WORDS = re.compile(rb"\S+")
+_COUNT_BYTES = 2**24
+
+
+class Bytes:
+  """The vocabulary of the 256 bytes."""
+
+  vocab_size = 256 + NUM_SPECIAL
+  unknown: int | None = None
+
+  def encode(self, text: bytes) -> np.ndarray:
+    """int32[bytes]."""
+    return np.frombuffer(text, np.uint8).astype(np.int32) + NUM_SPECIAL
+
+  def decode(self, events: np.ndarray) -> str:
+    """The text of any events; specials are left out and bytes that are no UTF-8 become U+FFFD."""
+    values = np.asarray(events)[np.asarray(events) >= NUM_SPECIAL] - NUM_SPECIAL
+    return values.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+  def document(self, text: "Text", part: tuple[int, int] | None = None) -> Document:
+    """The document of a text; see ByteDocument."""
+    return ByteDocument(text, part)
+
+
+class Pieces:
+  """The vocabulary of a SentencePiece model.
+
+  Args:
+    path: the .model file.
+
+  Raises:
+    InputError: there is no such file, or it is no model.
+  """
+
+  def __init__(self, path: str):
+    import sentencepiece  # takes a while, and bytes do without
+
+    try:
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
+    except (Unreadable, RuntimeError) as error:
+      raise InputError(
+        f"data.sentencepiece={path!r} is not a SentencePiece model that can be read ({error}): train one with"
+        " `python -m perceiver_ar_jax.data.train_sentencepiece --config=... --output=FILE`."
+      ) from error
+    self.vocab_size = self._model.get_piece_size() + NUM_SPECIAL
+    self.unknown = self._model.unk_id() + NUM_SPECIAL
+    """The event that stands for text which the model has no piece for."""
+
+  def encode(self, text: bytes) -> np.ndarray:
+    """int32[pieces]; bytes that are no UTF-8 become U+FFFD."""
+    return np.array(self._model.encode(text.decode("utf-8", errors="replace")), np.int32) + NUM_SPECIAL
+
+  def decode(self, events: np.ndarray) -> str:
+    """The text of any events; specials and ids beyond the model are left out."""
+    events = np.asarray(events)
+    known = events[(events >= NUM_SPECIAL) & (events < self.vocab_size)]
+    return self._model.decode((known - NUM_SPECIAL).tolist())
+
+  def document(self, text: "Text", part: tuple[int, int] | None = None) -> Document:
+    """The document of a text; see PieceDocument."""
+    return PieceDocument(text, self, part)
+
+
+@functools.lru_cache(maxsize=8)
+def tokenizer(path: str | None) -> Bytes | Pieces:
+  """The vocabulary of a SentencePiece model file, or of bytes for None."""
+  return Bytes() if path is None else Pieces(path)
+
+
+class Text:
+  """Bytes in memory, any stretch of which can be read."""
+
+  def __init__(self, content: bytes):
+    self._content = content
+
+  def __len__(self) -> int:
+    return len(self._content)
+
+  def read(self, start: int, end: int) -> bytes:
+    """Bytes start..end-1, as far as they exist."""
+    return self._content[max(start, 0) : end]
+
+
+class FileText(Text):
+  """Bytes offset..offset+size-1 of a file, read when asked for."""
+
+  def __init__(self, path: str, offset: int, size: int):
+    self._path, self._offset, self._size = path, offset, size
+
+  def __len__(self) -> int:
+    return self._size
+
+  def read(self, start: int, end: int) -> bytes:
+    start, end = max(start, 0), min(end, self._size)
+    try:
+      with open_file(self._path) as file:
+        file.seek(self._offset + start)
+        return file.read(end - start)
+    except OSError as error:
+      raise Unreadable(f"{self._path} cannot be read: {error.strerror or error}") from error
+
+
+class ByteDocument(Document):
+  """A text's bytes, never held at once.
+
+  Args:
+    text: not empty.
+    part: the stretch of bytes whose events training crops may end at; None: all of it.
+  """
+
+  def __init__(self, text: Text, part: tuple[int, int] | None = None):
+    super().__init__(np.zeros(0, np.int32))
+    self.text = text
+    start, end = part or (0, len(text))
+    self.ends = (1 if start == 0 else start + 2, end + (2 if end == len(text) else 1))
+    self.continues = start > 0
+
+  def __len__(self) -> int:
+    return len(self.text) + 2
+
+  def read(self, start: int, end: int) -> np.ndarray:
+    events = np.empty(end - start, np.int32)
+    first, last = int(start == 0), int(end == len(self))
+    events[:first], events[len(events) - last :] = SOS, EOS
+    bytes_N = np.frombuffer(self.text.read(start - 1, end - 1), np.uint8)
+    np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
+    return events
+
+  def counts(self) -> dict[str, int]:
+    return count(self.text)
+
+
+class PieceDocument(Document):
+  """A text's pieces: all of them once somebody asks for their number, otherwise those of a crop.
+
+  Args:
+    text: not empty.
+    pieces: the model.
+    part: the stretch of bytes at which training crops may end; None: all of it.
+  """
+
+  def __init__(self, text: Text, pieces: Pieces, part: tuple[int, int] | None = None):
+    self.text, self._pieces, self._part = text, pieces, part or (0, len(text))
+    self._positions = self._scored = None
+    self.continues = self._part[0] > 0
+
+  @functools.cached_property
+  def _events(self) -> np.ndarray:
+    return np.concatenate([[SOS], self._pieces.encode(self.text.read(0, len(self.text))), [EOS]], dtype=np.int32)
+
+  def counts(self) -> dict[str, int]:
+    return count(self.text)
+
+  def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
+    """As Document.crop, but drawn in bytes, `shortest` being about `_TYPICAL_BYTES_PER_PIECE` of them each, and cut
+    between words: a long text need not be encoded for the sake of one stretch of it.
+    """
+    first, last = self._part
+    first = max(first, 1, min(shortest * _TYPICAL_BYTES_PER_PIECE, last))
+    end = first + int(draw * (last - first + 1))
+    end += _next_boundary(self.text.read(end, end + _LONGEST_WORD_BYTES))
+    start = max(end - longest * _BYTES_PER_PIECE, 0)
+    text = self.text.read(start, end)
+    if start > 0:
+      text = text[_next_boundary(text[:_LONGEST_WORD_BYTES]) :]
+    events = self._pieces.encode(text)
+    events = np.concatenate([[SOS] * (start == 0), events, [EOS] * (end == len(self.text))], dtype=np.int32)[-longest:]
+    return events, self.positions(0, len(events))
+
+
+def _next_boundary(text: bytes) -> int:
+  """Where the first word of `text` ends; where its first whole character begins if no space is in sight."""
+  space = _WHITESPACE.search(text)
+  if space:
+    return space.start()
+  return next((place for place, byte in enumerate(text) if byte & 0xC0 != 0x80), 0)
+
+
+def count(text: Text) -> dict[str, int]:
+  """{"words": whitespace-separated ones, "bytes": all}, a stretch at a time."""
+  words, inside = 0, False
+  for start in range(0, len(text), _COUNT_BYTES):
+    part = text.read(start, start + _COUNT_BYTES)
+    words += len(_WORDS.findall(part)) - (inside and not part[:1].isspace())
+    inside = not part[-1:].isspace()
+  return {"words": words, "bytes": len(text)}
