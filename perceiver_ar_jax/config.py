@@ -453,6 +453,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
   for name, field in fields.items():
     kind, optional = _field_type(hints[name])
     value = values.get(name)
+    if value == "None" and optional:  # what a flag makes of --config.data.sentencepiece=None
+      value = None
     if dataclasses.is_dataclass(kind):
       arguments[name] = _build(kind, value or {}, f"{prefix}{name}.")
     elif value is None:

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from perceiver_ar_jax.config import InputError
 
-class Unreadable(ValueError):
+
+class Unreadable(InputError):
   """A record holds no usable document; the message says which and why. Pipelines count it, say so and go on."""
 
 

@@ -284,18 +284,21 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
   return chosen
 
 
-def read_bytes(path: str) -> bytes:
-  """The file's content, whatever file system it lies on; raises Unreadable."""
+def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
+  """`size` bytes of a file from `start` on (-1: all the rest); paths such as gs://... go through TensorFlow.
+
+  Raises:
+    Unreadable: it cannot be read, or has become shorter.
+  """
   try:
-    with open_file(path) as file:
-      return file.read()
+    with tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb") as file:
+      file.seek(start)
+      content = file.read(size)
   except (OSError, tf.errors.OpError) as error:
     raise Unreadable(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def open_file(path: str):
-  """The file, opened for reading bytes; paths with a scheme ("gs://...") go through TensorFlow's file systems."""
-  return tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb")
+  if len(content) < size:
+    raise Unreadable(f"{path} ends at byte {start + len(content):,} now, and was longer when training began")
+  return content
 
 
 class NumberSource(seqio.FunctionDataSource):

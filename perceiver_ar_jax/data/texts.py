@@ -11,7 +11,8 @@ import numpy as np
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Unreadable
-from perceiver_ar_jax.data.sources import open_file, read_bytes
+from perceiver_ar_jax.data.notices import notice
+from perceiver_ar_jax.data.sources import read_bytes
 
 PART_BYTES = 2**20
 """A large file counts as one record for each so many bytes, so that hosts can share it and epochs get through it."""
@@ -91,10 +92,10 @@ def tokenizer(path: str | None) -> Bytes | Pieces:
 
 
 class Text:
-  """Bytes in memory, any stretch of which can be read."""
+  """Bytes in memory, any stretch of which can be read; `name` is for messages."""
 
-  def __init__(self, content: bytes):
-    self._content = content
+  def __init__(self, content: bytes, name: str = "A text"):
+    self._content, self.name = content, name
 
   def __len__(self) -> int:
     return len(self._content)
@@ -108,19 +109,14 @@ class FileText(Text):
   """Bytes offset..offset+size-1 of a file, read when asked for."""
 
   def __init__(self, path: str, offset: int, size: int):
-    self._path, self._offset, self._size = path, offset, size
+    self.name, self._offset, self._size = path, offset, size
 
   def __len__(self) -> int:
     return self._size
 
   def read(self, start: int, end: int) -> bytes:
     start, end = max(start, 0), min(end, self._size)
-    try:
-      with open_file(self._path) as file:
-        file.seek(self._offset + start)
-        return file.read(end - start)
-    except OSError as error:
-      raise Unreadable(f"{self._path} cannot be read: {error.strerror or error}") from error
+    return read_bytes(self.name, self._offset + start, end - start)
 
 
 class ByteDocument(Document):
@@ -169,7 +165,16 @@ class PieceDocument(Document):
 
   @functools.cached_property
   def _events(self) -> np.ndarray:
-    return np.concatenate([[SOS], self._pieces.encode(self.text.read(0, len(self.text))), [EOS]], dtype=np.int32)
+    return self._encode(0, self.text.read(0, len(self.text)))
+
+  def _encode(self, start: int, content: bytes) -> np.ndarray:
+    """The events of the stretch that begins at byte `start`, with SOS and EOS at the ends of the text: int32[n]."""
+    try:
+      content.decode("utf-8")
+    except UnicodeDecodeError:
+      notice("such texts", f"{self.text.name} is not all UTF-8: SentencePiece reads U+FFFD where it is not")
+    first, last = [SOS] * (start == 0), [EOS] * (start + len(content) == len(self.text))
+    return np.array([*first, *self._pieces.encode(content), *last], np.int32)
 
   def counts(self) -> dict[str, int]:
     return count(self.text)
@@ -185,9 +190,9 @@ class PieceDocument(Document):
     start = max(end - longest * _BYTES_PER_PIECE, 0)
     text = self.text.read(start, end)
     if start > 0:
-      text = text[_next_boundary(text[:_LONGEST_WORD_BYTES]) :]
-    events = self._pieces.encode(text)
-    events = np.concatenate([[SOS] * (start == 0), events, [EOS] * (end == len(self.text))], dtype=np.int32)[-longest:]
+      cut = _next_boundary(text[:_LONGEST_WORD_BYTES])
+      start, text = start + cut, text[cut:]
+    events = self._encode(start, text)[-longest:]
     return events, self.positions(0, len(events))
 
 
