@@ -100,8 +100,8 @@ def train_rows(events, min_crop, context, count, first_seed=0, **more):
   """`count` training crops of one document, stacked."""
   batch = features.empty_batch(count, context=context, latents=context, position_dims=1)
   for index in range(count):
-    random = np.random.Generator(np.random.Philox(key=[7, first_seed + index]))
-    features.train_window(features.row_of(batch, index), document(events, **more), random, min_crop=min_crop)
+    draw = np.random.default_rng([7, first_seed + index]).random()
+    features.train_window(features.row_of(batch, index), document(events, **more), draw, min_crop=min_crop)
   return batch
 
 
@@ -153,13 +153,12 @@ def test_a_part_of_a_document_ends_its_crops_there_and_reaches_back_beyond_it():
 
 
 def test_an_augmented_crop_keeps_its_newest_events_and_counts_them_anew():
-  def double(events, random):
+  def double(events):
     return np.repeat(events, 2)
 
   batch = features.empty_batch(1, context=5, latents=5, position_dims=1)
-  random = np.random.default_rng(0)
   plain = Document(np.array([2, 10, 11, 12], np.int32))
-  features.train_window(features.row_of(batch, 0), plain, random, min_crop=4, augment=double)
+  features.train_window(features.row_of(batch, 0), plain, 0.5, min_crop=4, augment=double)
   assert batch["inputs"].tolist() == [[10, 10, 11, 11, 12]] and batch["targets"].tolist() == [[10, 11, 11, 12, 12]]
   assert batch["positions"][0, :, 0].tolist() == [1, 2, 3, 4, 5]
 

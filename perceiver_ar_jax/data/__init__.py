@@ -1,10 +1,11 @@
 """Sequences: where they come from, how they become events, and how events become batches.
 
-tasks.py is the registry, sources.py and photos.py know where records lie, images.py how a picture is laid out as
-events, features.py cuts documents into model inputs, pipeline.py feeds hosts. This room knows no model.
+registry.py says what a task is, tasks.py has those of the project, sources.py and photos.py know where records lie;
+images.py, texts.py, music.py and codes.py turn a record into the events of a document (documents.py) and back;
+features.py cuts documents into model inputs, pipeline.py feeds hosts. Beside the way: cache.py stores documents,
+train_sentencepiece.py makes a vocabulary, inspect.py and render.py show what there is. This room knows no model.
 
-A *document* is one whole sequence: `events` int32[N], `positions` int32[N, P] (1-based), and optionally `scored`
-int32[N] (0: the event does not count in evaluation). Ids: 0 PAD, 1 EOS, 2 SOS, value v is v + 3.
+Ids of events: 0 PAD, 1 EOS, 2 SOS, value v is v + 3. Positions count from 1; 0 is padding.
 
 This module imports no library, so that the parts without TensorFlow (images.py) stay quick to load; TensorFlow itself
 is imported in one place only, tf_cpu.py.

@@ -42,25 +42,25 @@ def row_of(batch: Batch, index: int) -> Batch:
 def train_window(
   row: Batch,
   document: Document,
-  random: np.random.Generator,
+  draw: float,
   *,
   min_crop: int,
-  augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+  augment: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
   """Fills an empty row with a random window of a document, every target of which weighs 1.
 
   Args:
     row: see `row_of`.
     document: at least MIN_EVENTS long; what it says of scoring is for evaluation and has no effect here.
-    random: decides on the crop, see Document.crop.
+    draw: a random number in [0, 1) that decides on the crop, see Document.crop.
     min_crop: shortest crop in events, target included: keeps the first events, which every short crop holds, from
       being seen too often.
-    augment: (events, random) -> events; positions must be those that count from the crop's start.
+    augment: events of the crop -> other events; positions must be those that count from the crop's start.
   """
   longest = len(row["inputs"]) + 1
-  events, positions = document.crop(random.random(), longest, max(min_crop, MIN_EVENTS))
+  events, positions = document.crop(draw, longest, max(min_crop, MIN_EVENTS))
   if augment:
-    events = augment(events, random)[-longest:]
+    events = augment(events)[-longest:]
     positions = document.positions(0, len(events))
   _fill(row, events, positions, np.ones(len(events), bool), len(row["targets"]))
 

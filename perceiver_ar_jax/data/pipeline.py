@@ -10,10 +10,12 @@ from documents on, are functions of a record and its number in NumPy, and have n
 """
 
 import concurrent.futures
+import functools
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -37,6 +39,17 @@ _THREADS = min(16, os.cpu_count() or 1)
 """Threads of a host that make rows, in Python."""
 _TF_THREADS = 8
 """Threads that read and decode records, in TensorFlow."""
+
+
+class _Example(NamedTuple):
+  """What a training row is made of."""
+
+  task: Task
+  record: Record
+  draw: float
+  """Decides on the crop, in [0, 1)."""
+  seed: int
+  """Decides on its augmentation."""
 
 
 class TrainIterator:
@@ -89,8 +102,8 @@ class TrainIterator:
 
   def _begin(self):
     """Moves to the beginning of the stream."""
-    self._num_drawn = 0
-    """Records drawn so far, whatever became of them; each one's number is the seed of its crop."""
+    self._num_batches = 0
+    """Batches drawn so far, whatever became of them; each one's number is the seed of its crops."""
     self._records = [iter(self._open(task)) for task in self._tasks]
 
   def _open(self, task: Task) -> tf.data.Dataset:
@@ -125,18 +138,9 @@ class TrainIterator:
 
   def __next__(self) -> Batch:
     for _ in range(self._max_attempts()):
-      batch, drawn = self._empty(self._batch_size), self._draw()
-      documents: list[Document | None] = [None] * self._batch_size
-
-      def fill(first: int, batch=batch, drawn=drawn, documents=documents) -> None:
-        for index in range(first, self._batch_size, _THREADS):
-          task, record, random = drawn[index]
-          documents[index] = task.open(record)
-          if documents[index] is not None:
-            self._crop(features.row_of(batch, index), task, documents[index], random)
-
-      list(self._threads.map(fill, range(_THREADS)))
-      readable = [index for index, document in enumerate(documents) if document is not None]
+      batch, examples = self._empty(self._batch_size), self._draw()
+      parts = self._threads.map(functools.partial(self._fill, batch, examples), range(_THREADS))
+      readable = {index: document for part in parts for index, document in part.items()}
       if readable:
         break
     else:
@@ -145,43 +149,57 @@ class TrainIterator:
         " and none can be read: see the reasons above."
       )
     # Rows whose records cannot be read get another crop of those that can.
-    others = itertools.cycle(readable)
-    for index in (index for index, document in enumerate(documents) if document is None):
+    others = itertools.cycle(sorted(readable))
+    for index in sorted(set(range(self._batch_size)) - set(readable)):
       other = next(others)
-      self._crop(features.row_of(batch, index), drawn[other][0], documents[other], drawn[index][2])
+      self._crop(batch, index, examples[index]._replace(task=examples[other].task), readable[other])
     _check_positions(batch["positions"], self._config)
     return batch
+
+  def _fill(self, batch: Batch, examples: list[_Example], first: int) -> dict[int, Document]:
+    """Fills every _THREADS-th row from `first` on; returns the documents of those that can be read."""
+    readable = {}
+    for index in range(first, self._batch_size, _THREADS):
+      document = examples[index].task.open(examples[index].record)
+      if document is not None:
+        self._crop(batch, index, examples[index], document)
+        readable[index] = document
+    return readable
+
+  def _crop(self, batch: Batch, index: int, example: _Example, document: Document) -> None:
+    augment = example.task.augment
+    if augment:
+      augment = functools.partial(augment, random=np.random.default_rng(example.seed))
+    row = features.row_of(batch, index)
+    features.train_window(row, document, example.draw, min_crop=self._config.data.min_crop, augment=augment)
 
   def _max_attempts(self) -> int:
     """Batches in a row without a readable record after which there is none in the whole split."""
     return 2**62 if None in self._num_records else 2 + 2 * sum(self._num_records) // self._batch_size
 
-  def _draw(self) -> list[tuple[Task, Record, np.random.Generator]]:
-    """For each row of a batch its task, the task's next record, and the random numbers of its crop."""
-    # Numbering rows over all hosts gives each of them a crop of its own.
-    numbers = self._host_index + self._host_count * np.arange(self._num_drawn, self._num_drawn + self._batch_size)
-    randoms = [np.random.Generator(np.random.Philox(key=[self._config.seed % 2**64, number])) for number in numbers]
-    self._num_drawn += self._batch_size
+  def _draw(self) -> list[_Example]:
+    """What the rows of the next batch are made of."""
+    # Numbering batches over all hosts gives each of them crops of its own.
+    number = self._num_batches * self._host_count + self._host_index
+    random = np.random.Generator(np.random.Philox(key=[self._config.seed % 2**64, number]))
+    self._num_batches += 1
+    draws, seeds = random.random(self._batch_size), random.integers(2**63, size=self._batch_size)
     if len(self._tasks) == 1:
-      records = []
+      chosen, records = [0] * self._batch_size, []
       while len(records) < self._batch_size:
         records += _to_records(next(self._records[0]))
-      return [(self.task, record, random) for record, random in zip(records, randoms)]
-    draws = [random.random() for random in randoms]
-    chosen = np.minimum(np.searchsorted(self._cumulative_shares, draws, side="right"), len(self._tasks) - 1)
-    return [
-      (self._tasks[index], *_to_records(next(self._records[index])), random) for index, random in zip(chosen, randoms)
-    ]
-
-  def _crop(self, row: Batch, task: Task, document: Document, random: np.random.Generator) -> None:
-    features.train_window(row, document, random, min_crop=self._config.data.min_crop, augment=task.augment)
+    else:
+      places = np.searchsorted(self._cumulative_shares, random.random(self._batch_size), side="right")
+      chosen = np.minimum(places, len(self._tasks) - 1)
+      records = [record for index in chosen for record in _to_records(next(self._records[index]))]
+    return list(map(_Example, [self._tasks[index] for index in chosen], records, draws, seeds))
 
   def save(self, directory: os.PathLike | str) -> None:
     """Writes the complete state into files of this host's own under `directory`, which is made if need be."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     self._checkpoint().write(os.fspath(directory / self._name))
-    state = {"num_drawn": self._num_drawn, "stream": self._stream}
+    state = {"num_batches": self._num_batches, "stream": self._stream}
     (directory / f"{self._name}.json").write_text(json.dumps(state, indent=2) + "\n")
 
   def restore(self, directory: os.PathLike | str) -> None:
@@ -213,7 +231,7 @@ class TrainIterator:
     # Begin anew: the state of an iterator that had not begun does not undo the shuffles of one that has.
     self._begin()
     self._checkpoint().read(os.fspath(directory / self._name)).assert_consumed()
-    self._num_drawn = state["num_drawn"]
+    self._num_batches = state["num_batches"]
 
   def _checkpoint(self) -> tf.train.Checkpoint:
     return tf.train.Checkpoint(**{f"records_{index}": records for index, records in enumerate(self._records)})

@@ -1,0 +1,271 @@
+"""Codes of audio and video: small arrays written out, random ones there and back, and files that hold no codes."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+
+from perceiver_ar_jax.config import DataConfig
+from perceiver_ar_jax.data import EOS, PAD, SOS, codes, tasks
+from perceiver_ar_jax.data.documents import Unreadable
+
+AUDIO = np.array([[1, 2], [3, 4], [5, 6], [7, 8]])
+"""4 frames of 2 levels; with a codebook of 10 the second level's codes are 10 higher, and ids 3 higher than that."""
+AUDIO_EVENTS = [SOS, 4, 15, 6, 17, 8, 19, 10, 21]
+
+
+def whole(document):
+  """(events, positions) of all of a document."""
+  return document.read(0, len(document)), document.positions(0, len(document))
+
+
+def npy(array, **more):
+  """Bytes of a .npy file."""
+  file = io.BytesIO()
+  np.save(file, array, **more)
+  return file.getvalue()
+
+
+def npz(*unnamed, **named):
+  """Bytes of a .npz file."""
+  file = io.BytesIO()
+  np.savez(file, *unnamed, **named)
+  return file.getvalue()
+
+
+def test_audio_goes_frame_by_frame_and_each_level_has_ids_of_its_own():
+  document = codes.AudioDocument(AUDIO, 10)
+  assert len(document) == 9
+  assert document.read(0, 9).tolist() == AUDIO_EVENTS, "no EOS: the recording goes on beyond its file"
+  assert document.read(3, 6).tolist() == [6, 17, 8]
+  assert codes.audio_vocab_size(2, 10) == 23, "the largest id, of code 9 of the second level, is 22"
+  assert codes.to_audio(AUDIO_EVENTS, 2, 10).tolist() == AUDIO.tolist()
+
+
+def test_audio_positions_at_the_start_are_frame_and_level_from_2_on():
+  document = codes.AudioDocument(AUDIO, 10)
+  assert document.positions(0, 6).tolist() == [[1, 1], [2, 2], [2, 3], [3, 2], [3, 3], [4, 2]]
+  assert document.positions(1, 4).tolist() == [[2, 2], [2, 3], [3, 2]], "without SOS the frames count the same"
+
+
+def test_audio_positions_in_the_middle_count_frames_from_the_first_that_is_read():
+  document = codes.AudioDocument(AUDIO, 10)
+  assert document.positions(3, 7).tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
+  assert document.positions(4, 8).tolist() == [[2, 3], [3, 2], [3, 3], [4, 2]], "a frame in part counts as the first"
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4, 8])
+def test_audio_positions_fit_the_table_wherever_a_context_begins(levels):
+  context = 16
+  document = codes.AudioDocument(np.zeros((60, levels), int), 10)
+  for start in range(len(document) - context):
+    positions = document.positions(start, start + context)
+    assert positions.max(axis=0)[0] < context / levels + 3, f"the stretch from {start} needs a larger table of frames"
+    assert positions.max(axis=0)[1] < levels + 2
+    assert len(np.unique(positions, axis=0)) == context, f"two events of the stretch from {start} share a position"
+
+
+def test_a_crop_of_audio_has_the_events_and_positions_of_its_stretch():
+  events, positions = codes.AudioDocument(AUDIO, 10).crop(0.999, longest=3, shortest=2)
+  assert events.tolist() == [19, 10, 21] and positions.tolist() == [[2, 3], [3, 2], [3, 3]]
+
+
+@pytest.mark.parametrize(("levels", "codebook_size"), [(1, 1), (1, 1024), (2, 10), (8, 1024), (32, 7)])
+def test_random_audio_comes_back(levels, codebook_size):
+  random = np.random.default_rng(levels)
+  for frames in (1, 2, 50):
+    given = random.integers(0, codebook_size, (frames, levels))
+    events, _ = whole(codes.AudioDocument(given, codebook_size))
+    assert events.dtype == np.int32 and events.max() < codes.audio_vocab_size(levels, codebook_size)
+    np.testing.assert_array_equal(codes.to_audio(events, levels, codebook_size), given)
+
+
+def test_audio_of_a_stretch_leaves_out_the_frames_at_its_ends_that_are_not_whole():
+  assert codes.to_audio(AUDIO_EVENTS[4:8], 2, 10).tolist() == [[5, 6]]  # of frames 2 to 4: 4, 5 6, 7
+  assert codes.to_audio(AUDIO_EVENTS[3:8], 2, 10).tolist() == [[3, 4], [5, 6]]
+  assert codes.to_audio(AUDIO_EVENTS[4:9], 2, 10).tolist() == [[5, 6], [7, 8]]
+  assert codes.to_audio(AUDIO_EVENTS[4:6], 2, 10).shape == (0, 2), "no frame is whole"
+
+
+def test_every_stretch_of_audio_gives_the_frames_that_are_whole_in_it():
+  levels = 3
+  given = np.random.default_rng(0).integers(0, 5, (6, levels))
+  events, _ = whole(codes.AudioDocument(given, 5))
+  for start in range(len(events)):
+    for end in range(start, len(events) + 1):
+      first, last = -(-max(start - 1, 0) // levels), max(end - 1, 0) // levels
+      found = codes.to_audio(events[start:end], levels, 5)
+      np.testing.assert_array_equal(found, given[first : max(first, last)], err_msg=f"events {start} to {end}")
+
+
+def test_a_sampled_id_of_the_wrong_level_is_the_same_code_of_the_right_one():
+  assert codes.to_audio([SOS, 4, 5, 6, 17], 2, 10).tolist() == [[1, 2], [3, 4]]  # 5: code 2 of level 0, not level 1
+
+
+def test_specials_amid_sampled_codes_are_left_out():
+  assert codes.to_audio([PAD, SOS, 4, EOS, 15, PAD], 2, 10).tolist() == [[1, 2]]
+  assert codes.to_video([PAD, SOS, 3, EOS, 4, PAD], 1, 2).tolist() == [[[0, 1]]]
+
+
+def test_whatever_a_model_samples_can_be_turned_into_codes():
+  random = np.random.default_rng(0)
+  for length in [*range(12), 100, 1000]:
+    events = random.integers(-5, 3 * codes.audio_vocab_size(4, 10), length)
+    sound = codes.to_audio(events, 4, 10)
+    assert sound.shape[1:] == (4,) and sound.size <= length
+    assert not sound.size or 0 <= sound.min() <= sound.max() < 10
+    film = codes.to_video(events, 2, 3)
+    assert film.shape[1:] == (2, 3) and film.size <= length and (not film.size or film.min() >= 0)
+  for nothing in ([], [PAD] * 9, [SOS, EOS], [22] * 9):
+    assert codes.to_audio(np.array(nothing, int), 4, 10).shape == (0, 4)
+
+
+def test_video_goes_in_raster_order_with_time_row_and_column():
+  events, positions = whole(codes.video_document(np.arange(8).reshape(2, 2, 2), "film.npy"))
+  assert events.tolist() == [SOS, 3, 4, 5, 6, 7, 8, 9, 10]
+  first_frame = [[2, 2, 2], [2, 2, 3], [2, 3, 2], [2, 3, 3]]
+  second_frame = [[3, 2, 2], [3, 2, 3], [3, 3, 2], [3, 3, 3]]
+  assert positions.tolist() == [[1, 1, 1], *first_frame, *second_frame]
+  assert events.dtype == positions.dtype == np.int32
+
+
+def test_random_video_comes_back_without_a_last_frame_in_part():
+  given = np.random.default_rng(0).integers(0, 1024, (5, 3, 4))
+  events, positions = whole(codes.video_document(given, "film.npy"))
+  np.testing.assert_array_equal(codes.to_video(events, 3, 4), given)
+  np.testing.assert_array_equal(codes.to_video(events[:-1], 3, 4), given[:4])
+  assert codes.to_video(events[:12], 3, 4).shape == (0, 3, 4)
+  assert positions.max(axis=0).tolist() == [6, 4, 5]
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3, 1)])
+def test_video_of_other_dimensions_is_refused(shape):
+  with pytest.raises(Unreadable, match=re.escape(f"film.npy has the shape {shape}")):
+    codes.video_document(np.zeros(shape, int), "film.npy")
+
+
+@pytest.mark.parametrize(
+  "content",
+  [npy(AUDIO), npz(AUDIO), npz(sound=AUDIO), npz(codes=AUDIO, scales=np.ones(3)), npy(AUDIO.astype(np.uint8))],
+  ids=["npy", "npz of one", "npz of one with a name", "npz with codes among others", "npy of small integers"],
+)
+def test_files_that_hold_codes_are_read(content):
+  np.testing.assert_array_equal(codes.load(content, "a.npy", 10), AUDIO)
+
+
+def test_codes_from_the_first_to_the_last_of_the_codebook_are_in_range():
+  assert codes.load(npy(np.array([0, 9])), "a.npy", 10).tolist() == [0, 9]
+
+
+@pytest.mark.parametrize(
+  ("content", "words"),
+  [
+    (npz(AUDIO, AUDIO), "arr_0, arr_1: call one of them codes"),
+    (npz(left=AUDIO, right=AUDIO), "left, right: call one of them codes"),
+    (npz(), "no .npy or .npz file of codes"),
+    (npy(AUDIO.astype(np.float32)), "holds float32"),
+    (npy(AUDIO > 3), "holds bool"),
+    (npy(AUDIO - 2), "codes from -1 to 6, outside 0..9 (data.codebook_size)"),
+    (npy(AUDIO + 2), "codes from 3 to 10, outside 0..9 (data.codebook_size)"),
+    (npy(np.array([AUDIO, None], object), allow_pickle=True), "no .npy or .npz file of codes"),
+    (npz(codes=np.array([1, None], object)), "no .npy or .npz file of codes"),
+    (npy(np.zeros((0, 8), int)), "holds no codes"),
+    (b"", "no .npy or .npz file of codes"),
+    (npy(AUDIO)[:-1], "no .npy or .npz file of codes"),
+    (npz(AUDIO)[:-30], "no .npy or .npz file of codes"),
+    (b"1 2\n3 4\n", "no .npy or .npz file of codes"),
+  ],
+  ids=[
+    "two arrays without names",
+    "two arrays, none of them codes",
+    "no array",
+    "floats",
+    "booleans",
+    "a negative code",
+    "a code beyond the codebook",
+    "pickled objects",
+    "pickled objects in a npz",
+    "an array of nothing",
+    "an empty file",
+    "the last byte is missing",
+    "the end of the archive is missing",
+    "a text",
+  ],
+)
+def test_other_files_are_refused_by_name(content, words):
+  with pytest.raises(Unreadable, match=f"folder/a.npz .*{re.escape(words)}"):
+    codes.load(content, "folder/a.npz", 10)
+
+
+class Bomb:
+  """What a pickle runs when it is opened."""
+
+  went_off = False
+
+  def __reduce__(self):
+    return Bomb._go_off, ()
+
+  @staticmethod
+  def _go_off():
+    Bomb.went_off = True
+
+
+def test_nothing_in_a_file_is_ever_run():
+  content = npy(np.array([Bomb()], object), allow_pickle=True)
+  with pytest.raises(Unreadable):
+    codes.load(content, "a.npy", 10)
+  assert not Bomb.went_off
+  np.load(io.BytesIO(content), allow_pickle=True)
+  assert Bomb.went_off, "the file is harmless, so the test proves nothing"
+
+
+@pytest.mark.parametrize("frames", [1, 5, 1000])
+@pytest.mark.parametrize("axes", [0, 1, 2])
+def test_frames_are_found_in_either_orientation_and_behind_batch_axes(frames, axes):
+  given = np.arange(frames * 4).reshape(frames, 4)
+  for array in (given, given.T):
+    array = array.reshape((1,) * axes + array.shape)
+    np.testing.assert_array_equal(codes.audio_frames(array, 4, "a.npy"), given)
+
+
+def test_as_many_frames_as_levels_are_taken_as_they_stand():
+  np.testing.assert_array_equal(codes.audio_frames(AUDIO[:2], 2, "a.npy"), AUDIO[:2])
+
+
+def test_the_first_levels_are_used_of_a_file_that_has_more():
+  given = np.arange(100 * 8).reshape(100, 8)
+  for array in (given, given.T, given.T[None]):
+    np.testing.assert_array_equal(codes.audio_frames(array, 3, "a.npy"), given[:, :3])
+
+
+def test_fewer_levels_than_asked_for_are_refused():
+  for array in (np.zeros((100, 4), int), np.zeros((1, 4, 100), int)):
+    with pytest.raises(Unreadable, match=r"a\.npy has 4 levels, fewer than data\.code_levels=8"):
+      codes.audio_frames(array, 8, "a.npy")
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 4, 100), (1, 2, 4, 100)])
+def test_audio_of_other_dimensions_is_refused(shape):
+  with pytest.raises(Unreadable, match=re.escape(f"a.npy has the shape {shape}")):
+    codes.audio_frames(np.zeros(shape, int), 4, "a.npy")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"])
+def test_the_largest_code_of_every_integer_type_keeps_its_id(dtype):
+  largest = min(np.iinfo(dtype).max, 1023)
+  given = np.full((2, 2), largest, dtype)
+  assert codes.flatten_audio(given, 1024).tolist() == [SOS, *[largest + 3, largest + 1027] * 2]
+
+
+def test_files_of_the_audio_task_become_documents_and_others_are_skipped_by_name(tmp_path, capsys):
+  for name, array in (("a", AUDIO.T[None]), ("b", AUDIO / 10), ("c", AUDIO)):
+    np.save(tmp_path / f"{name}.npy", array)
+  data = DataConfig(
+    task="audio_codes", files=str(tmp_path), validation_files=f"{tmp_path}/c.npy", codebook_size=10, code_levels=2
+  )
+  ((task, _),) = tasks.get_tasks(data, 8)
+  good, bad = (task.open(record) for record in task.source.get_dataset("train").as_numpy_iterator())
+  assert good.read(0, 9).tolist() == AUDIO_EVENTS and task.vocab_size == 23 and task.position_dims == 2
+  assert task.decode(good.read(0, 9)).tolist() == AUDIO.tolist()
+  assert bad is None and f"{tmp_path}/b.npy holds float64" in capsys.readouterr().err

@@ -1,0 +1,720 @@
+"""Tasks that read files: each token scored once, exact resumption, hosts that share, and mistakes that are named."""
+
+import csv
+import dataclasses
+import io
+import pathlib
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from perceiver_ar_jax import config as config_lib
+from perceiver_ar_jax.config import DataConfig, InputError
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, notices, pipeline, sources, texts
+from perceiver_ar_jax.data.music import Note
+
+HOSTS = 3
+
+BOOKS = {  # capitals, so that nobody takes them for one of the other files
+  "train": ["ONE LAMP BURNS\nBY THE HARBOUR.", "Q", "", "TWO BOATS, THREE OARS. " * 5, "NOBODY ROWS.", "RAIN"],
+  "validation": ["", "THE TIDE IS OUT; THE SAND IS WET.", "V"],
+  "test": ["AN ENDING"],
+}
+TEXTS = {
+  "train": ["a heron stands in the reeds.\nit waits.", "x", "", "été, naïve: 猫", "tick tock " * 9 + "!", "end\n"],
+  "validation": ["", "a second voice\tspeaks up. ", "no road goes on for ever " * 4, "y"],
+}
+NUMBERS = "".join(f"{number:03d} " for number in range(101))  # 404 bytes: where a stretch of it lies can be told
+
+PIECES = {
+  "train": [
+    [Note(60, 66, 0.0, 0.5)],
+    [],
+    [Note(60, 66, 0.1, 0.4), Note(64, 70, 0.1, 0.4), Note(67, 90, 0.5, 2.75)],
+    [Note(40 + step, 80, step / 4, step / 4 + 0.2) for step in range(12)],
+    [Note(72, 2, 0.0, 0.01)],
+    [Note(30, 126, 1.0, 4.0)],
+  ],
+  "validation": [[Note(50, 30, 0.0, 1.0), Note(52, 30, 1.0, 2.0)], [], [Note(90, 64, 0.2, 0.3)]],
+  "test": [[Note(100, 10, 0.0, 1.0)]],
+}
+LEVELS, CODES = 2, 16
+AUDIO = {  # frames x levels
+  "train": [[[1, 2]], [[3, 4], [5, 6]], [[7, 8]] * 7, [[0, 15], [15, 0], [9, 9]], [[10, 11]], [[12, 13]] * 5],
+  "validation": [[[4, 4], [2, 2], [1, 1]], [[15, 15]]],
+}
+
+
+@dataclasses.dataclass
+class Case:
+  """Files of a task and what they hold."""
+
+  data: dict
+  """Settings that lead to them."""
+  documents: dict
+  """{split: [events of each usable document]}, in order."""
+  contents: dict | None = None
+  """Texts: {split: [bytes of each usable document]}."""
+  vocab_size: int = 259
+  position_dims: int = 1
+
+
+def of_text(content):
+  return [SOS, *(byte + NUM_SPECIAL for byte in content), EOS]
+
+
+def text_case(contents, **data):
+  usable = {split: [one.encode() for one in some if one] for split, some in contents.items()}
+  return Case(data, {split: [of_text(one) for one in some] for split, some in usable.items()}, contents=usable)
+
+
+def write(folder, contents):
+  """Writes {name: bytes} and returns the folder."""
+  for name, content in contents.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+  return folder
+
+
+def named(contents, suffix):
+  """{"train/0.txt": .., "validation/0.txt": ..} for {"train": [..], "validation": [..]}."""
+  return {f"{split}/{index}{suffix}": one for split, some in contents.items() for index, one in enumerate(some)}
+
+
+def halves(folder):
+  """Settings that train on one folder and hold out the other."""
+  return {"files": str(folder), "validation_files": str(folder / "validation")}
+
+
+def npy(values, dtype=np.int32):
+  file = io.BytesIO()
+  np.save(file, np.array(values, dtype))
+  return file.getvalue()
+
+
+def npz(**arrays):
+  file = io.BytesIO()
+  np.savez(file, **{name: np.array(values, np.int32) for name, values in arrays.items()})
+  return file.getvalue()
+
+
+def png(pixels):
+  file = io.BytesIO()
+  PIL.Image.fromarray(pixels).save(file, format="PNG")
+  return file.getvalue()
+
+
+def write_pg19(folder):
+  """Makes `folder` a TFDS data_dir with BOOKS in the layout of pg19 0.1.1."""
+  version = folder / "pg19" / "0.1.1"
+  version.mkdir(parents=True)
+  identity = tfds.core.DatasetIdentity(
+    name="pg19", config_name="", version="0.1.1", data_dir=str(version), module_name="pg19"
+  )
+  features = tfds.features.FeaturesDict(
+    {
+      "book_id": np.int32,
+      "book_link": np.str_,
+      "book_text": tfds.features.Text(),
+      "book_title": np.str_,
+      "publication_date": np.str_,
+    }
+  )
+  writer = tfds.core.SequentialWriter(
+    tfds.core.DatasetInfo(builder=identity, features=features), max_examples_per_shard=4
+  )
+  writer.initialize_splits(list(BOOKS))
+  writer.add_examples(
+    {
+      split: [
+        {
+          "book_id": number,
+          "book_link": "",
+          "book_text": book,
+          "book_title": f"{split} {number}",
+          "publication_date": "1900",
+        }
+        for number, book in enumerate(books)
+      ]
+      for split, books in BOOKS.items()
+    }
+  )
+  writer.close_all()
+  return folder
+
+
+def write_maestro(folder):
+  """A MAESTRO v3 release of PIECES."""
+  files = named(PIECES, ".midi")
+  write(folder, {name: music.to_midi(notes) for name, notes in files.items()})
+  columns = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
+  with (folder / "maestro-v3.0.0.csv").open("w", newline="") as file:
+    table = csv.DictWriter(file, columns)
+    table.writeheader()
+    for name in files:
+      split = name.split("/")[0]
+      table.writerow({"canonical_title": "Étude, in two parts", "split": split, "year": 2004, "midi_filename": name})
+  return folder
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+  """{name: Case}"""
+  make = tmp_path_factory.mktemp
+  random = np.random.default_rng(0)
+
+  text_folder = write(make("texts"), {name: one.encode() for name, one in named(TEXTS, ".txt").items()})
+  half = len(NUMBERS) // 2
+  wiki = {name: write(make(f"wiki_{name}"), _wiki(name)) for name in ("raw", "tokens")}
+  books = write_pg19(make("tfds"))
+
+  usable = {split: [notes for notes in some if notes] for split, some in PIECES.items()}
+  played = {split: [[SOS, *music.encode(notes), EOS] for notes in some] for split, some in usable.items()}
+  midi = {
+    name: music.to_midi(notes) for name, notes in named(PIECES, ".mid").items() if not name.startswith("test")
+  } | {"train/broken.midi": b"MThd?"}
+
+  pictures = {
+    split: [random.integers(0, 256, (3, 3, 3), np.uint8) for _ in range(count)]
+    for split, count in (("train", 6), ("validation", 3))
+  }
+  image_folder = write(
+    make("images"), {name: png(one) for name, one in named(pictures, ".png").items()} | {"train/x.jpg": b"no picture"}
+  )
+  videos = {
+    split: [random.integers(0, CODES, (frames, 2, 3)) for frames in counts]
+    for split, counts in (("train", (1, 2, 5, 3, 1)), ("validation", (4, 1)))
+  }
+  # The first file lies on its side and the last is packed.
+  audio = {name: npy(one) for name, one in named(AUDIO, ".npy").items()}
+  audio |= {"train/2.npy": npy(np.transpose(AUDIO["train"][2])), "train/9.npz": npz(codes=AUDIO["train"][5], scale=[1])}
+  del audio["train/5.npy"]
+
+  def by_split(some, events):
+    return {split: [events(one) for one in ones] for split, ones in some.items()}
+
+  made = {
+    "text_files": text_case(TEXTS, task="text_files", **halves(text_folder)),
+    "text_files by position": text_case(
+      {"train": [NUMBERS[:half]], "validation": [NUMBERS[half:]]},
+      task="text_files",
+      files=str(write(make("long"), {"numbers.md": NUMBERS.encode()})),
+      split_by="position",
+      validation_fraction=0.5,
+    ),
+    "enwik8": text_case(
+      {"train": [NUMBERS[:364]], "validation": [NUMBERS[364:384]], "test": [NUMBERS[384:]]},
+      task="enwik8",
+      data_dir=str(write(make("enwik8"), {"enwik8": NUMBERS.encode()})),
+    ),
+    **{
+      f"wikitext103 {ending}": text_case(_WIKI, task="wikitext103", data_dir=str(folder))
+      for ending, folder in wiki.items()
+    },
+    "pg19": text_case(BOOKS, task="pg19", data_dir=str(books)),
+    "mixture": text_case(
+      {split: BOOKS[split] + TEXTS[split] for split in TEXTS},
+      task="pg19:3+text_files:1",
+      data_dir=str(books),
+      **halves(text_folder),
+    ),
+    "maestro_v3": Case({"task": "maestro_v3", "data_dir": str(write_maestro(make("maestro")))}, played, None, 391),
+    "midi_files": Case({"task": "midi_files", **halves(write(make("midi"), midi))}, played, None, 391),
+    "image_files": Case(
+      {"task": "image_files", "image_size": 3, **halves(image_folder)},
+      by_split(pictures, lambda one: [SOS, *(one.ravel().astype(int) + NUM_SPECIAL)]),
+      position_dims=3,
+    ),
+    "audio_codes": Case(
+      {
+        "task": "audio_codes",
+        "codebook_size": CODES,
+        "code_levels": LEVELS,
+        **halves(write(make("audio"), audio)),
+      },
+      by_split(
+        AUDIO, lambda one: [SOS, *(code + level * CODES + 3 for frame in one for level, code in enumerate(frame))]
+      ),
+      vocab_size=LEVELS * CODES + NUM_SPECIAL,
+      position_dims=2,
+    ),
+    "video_codes": Case(
+      {
+        "task": "video_codes",
+        "codebook_size": CODES,
+        **halves(write(make("video"), {name: npy(one, np.int16) for name, one in named(videos, ".npy").items()})),
+      },
+      by_split(videos, lambda one: [SOS, *(one.ravel() + NUM_SPECIAL)]),
+      vocab_size=CODES + NUM_SPECIAL,
+      position_dims=3,
+    ),
+  }
+  assert sorted(made) == sorted(NAMES)
+  return made
+
+
+NAMES = [
+  *("text_files", "text_files by position", "enwik8", "wikitext103 raw", "wikitext103 tokens", "pg19", "mixture"),
+  *("maestro_v3", "midi_files", "image_files", "audio_codes", "video_codes"),
+]
+TEXT_NAMES = NAMES[:7]
+ONE_RECORD = {"text_files by position", "enwik8", "wikitext103 raw", "wikitext103 tokens"}
+
+_WIKI = {"train": [" = A title = \n\n some words , and more .\n"], "validation": [" = B = \n w\n"], "test": [" \n"]}
+
+
+def _wiki(ending):
+  short = {"train": "train", "validation": "valid", "test": "test"}
+  return {f"wiki.{short[split]}.{ending}": one.encode() for split, (one,) in _WIKI.items()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_so_far():
+  notices._SEEN.clear()
+
+
+def settings(case, *, context=40, latents=8, seed=0, **more):
+  return config_lib.Config(
+    seed=seed,
+    model=config_lib.ModelConfig(
+      vocab_size=case.vocab_size,
+      max_context=context,
+      num_latents=latents,
+      num_layers=1,
+      latent_width=8,
+      num_cross_heads=1,
+      num_self_heads=1,
+      position_encoding="learned",
+      position_sizes=(300,) * case.position_dims,
+    ),
+    data=DataConfig(**(case.data | more)),
+    train=config_lib.TrainConfig(steps=1, batch_size=4),
+    eval=config_lib.EvalConfig(batch_size=4),
+  )
+
+
+def take(iterator, count):
+  return [next(iterator) for _ in range(count)]
+
+
+def assert_equal_batches(ones, others):
+  assert len(ones) == len(others)
+  for number, (one, other) in enumerate(zip(ones, others)):
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name], err_msg=f"{name} of batch {number}")
+
+
+def as_string(events):
+  """Events as characters, so that a stretch of them can be looked for."""
+  return "".join(map(chr, events))
+
+
+def crops(batch):
+  """The crop of each row, as a string: its inputs and the last target."""
+  return [as_string([*row[row > 0], last]) for row, last in zip(batch["inputs"], batch["targets"][:, -1])]
+
+
+# Evaluation
+
+
+def rows(config, hosts=1, batch=4, **more):
+  """Rows of all hosts' evaluation batches, in the order of the split."""
+  found = [
+    list(pipeline.eval_batches(config, batch_size_per_host=batch, host_index=host, host_count=hosts, **more))
+    for host in range(hosts)
+  ]
+  assert len({len(batches) for batches in found}) == 1, "hosts would wait for each other for ever"
+  return [
+    {name: value[row] for name, value in one.items()} for step in zip(*found) for one in step for row in range(batch)
+  ]
+
+
+@pytest.mark.parametrize("hosts", [1, HOSTS])
+@pytest.mark.parametrize("stride, latents, context", [(1, 1, 5), (3, 4, 7), (8, 8, 40)])
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_scores_each_event_of_each_document_once(name, stride, latents, context, hosts, cases):
+  config = settings(cases[name], context=context, latents=latents)
+  found = rows(config, hosts, stride=stride, num_latents=latents)
+  documents = cases[name].documents["validation"]
+  assert sum(row["weights"].sum() for row in found) == sum(len(document) - 1 for document in documents)
+  targets = np.concatenate([row["targets"][row["weights"] == 1] for row in found])
+  inputs = np.concatenate([row["inputs"][-latents:][row["weights"] == 1] for row in found])
+  np.testing.assert_array_equal(targets, np.concatenate([document[1:] for document in documents]))
+  np.testing.assert_array_equal(inputs, np.concatenate([document[:-1] for document in documents]))
+
+
+@pytest.mark.parametrize("hosts", [1, HOSTS])
+@pytest.mark.parametrize("part_bytes", [5, 2**20])
+@pytest.mark.parametrize("name", TEXT_NAMES)
+def test_evaluation_counts_words_and_bytes_once(name, part_bytes, hosts, cases, monkeypatch):
+  monkeypatch.setattr(texts, "PART_BYTES", part_bytes)
+  monkeypatch.setattr(texts, "_COUNT_BYTES", 3)  # Words go on across the stretches that are counted.
+  found = rows(settings(cases[name]), hosts)
+  contents = cases[name].contents["validation"]
+  assert sum(row["bytes"] for row in found) == sum(map(len, contents))
+  assert sum(row["words"] for row in found) == sum(len(content.split()) for content in contents)
+  assert sum(row["weights"].sum() for row in found) == sum(len(content) + 1 for content in contents)
+
+
+@pytest.mark.parametrize("name", ["enwik8", "wikitext103 raw", "pg19", "maestro_v3"])
+def test_the_test_split_is_another_one(name, cases):
+  found = rows(settings(cases[name]), split="test")
+  targets = np.concatenate([row["targets"][row["weights"] == 1] for row in found])
+  np.testing.assert_array_equal(targets, np.concatenate([one[1:] for one in cases[name].documents["test"]]))
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_rows_are_stretches_of_the_documents(name, cases):
+  case = cases[name]
+  iterator = pipeline.TrainIterator(settings(case, context=12, latents=5), 6)
+  documents = [as_string(document) for document in case.documents["train"]]
+  seen = set()
+  for batch in take(iterator, 10):
+    described = {key: (value.dtype.name, value.shape) for key, value in batch.items()}
+    assert described == {
+      "inputs": ("int32", (6, 12)),
+      "positions": ("int32", (6, 12, case.position_dims)),
+      "targets": ("int32", (6, 5)),
+      "weights": ("float32", (6, 5)),
+    }
+    np.testing.assert_array_equal(
+      batch["weights"], batch["targets"] > 0, err_msg="padding weighs, or a target does not"
+    )
+    assert batch["weights"].any(axis=1).all(), "a row is empty"
+    earlier = batch["targets"][:, :-1]
+    np.testing.assert_array_equal(
+      earlier, np.where(earlier > 0, batch["inputs"][:, -4:], 0), err_msg="targets are not the inputs that follow"
+    )
+    np.testing.assert_array_equal((batch["positions"] > 0).all(axis=-1), batch["inputs"] > 0)
+    for crop in crops(batch):
+      origins = [index for index, document in enumerate(documents) if crop in document]
+      assert origins, f"{[ord(one) for one in crop]} is in no document"
+      seen.update(origins)
+  assert seen == set(range(len(documents))), "a document never comes"
+
+
+@pytest.mark.parametrize("name", TEXT_NAMES)
+def test_training_rows_of_texts_decode_to_what_is_written(name, cases):
+  iterator = pipeline.TrainIterator(settings(cases[name], context=12, latents=5), 6)
+  written = [content.decode() for content in cases[name].contents["train"]]
+  for batch in take(iterator, 5):
+    for row in batch["inputs"]:
+      shown = iterator.task.decode(row).strip("\ufffd")  # The crop may begin or end inside a character.
+      assert any(shown in text for text in written), f"{shown!r} is in no file"
+
+
+RESUMED = {name: {} for name in NAMES} | {
+  "maestro_v3, augmented": {"max_transposition": 6, "max_stretch": 0.1},
+  "midi_files, augmented": {"max_transposition": 2},
+  "pg19, small shuffle": {"shuffle_buffer": 2},
+}
+
+
+@pytest.mark.parametrize("variant", RESUMED)
+def test_a_restored_iterator_goes_on_as_if_nothing_had_happened(variant, cases, tmp_path, monkeypatch):
+  name = variant.split(",")[0]
+  if name in ONE_RECORD:
+    monkeypatch.setattr(texts, "PART_BYTES", 10)  # many records of one file
+  config = settings(cases[name], **RESUMED[variant])
+  iterator = pipeline.TrainIterator(config, 3)
+  take(iterator, 5)
+  iterator.save(tmp_path)
+  expected = take(iterator, 8)
+  restored = pipeline.TrainIterator(config, 3)
+  take(restored, 2)  # What it did before must not matter.
+  restored.restore(tmp_path)
+  assert_equal_batches(take(restored, 8), expected)
+  other = pipeline.TrainIterator(dataclasses.replace(config, seed=1), 3)
+  assert not all(np.array_equal(one["inputs"], two["inputs"]) for one, two in zip(take(other, 8), expected))
+
+
+def test_augmentation_changes_pitches_and_times_but_not_the_shapes(cases):
+  case = cases["maestro_v3"]
+  plain = next(pipeline.TrainIterator(settings(case), 99))
+  moved = next(pipeline.TrainIterator(settings(case, max_transposition=5), 99))
+  notes = (moved["inputs"] >= NUM_SPECIAL) & (moved["inputs"] < NUM_SPECIAL + 256)
+  steps = (moved["inputs"] - plain["inputs"])[notes]
+  assert set(steps) == set(range(-5, 6)), "crops are not transposed by -5..5"
+  np.testing.assert_array_equal(moved["inputs"][~notes], plain["inputs"][~notes], err_msg="more than notes changed")
+  stretched = next(pipeline.TrainIterator(settings(case, max_stretch=0.2), 99))
+  assert {key: value.shape for key, value in stretched.items()} == {key: value.shape for key, value in plain.items()}
+  assert (stretched["inputs"] != plain["inputs"]).any()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ONE_RECORD])
+def test_hosts_read_documents_of_their_own_and_together_all(name, cases):
+  case = cases[name]
+  config = settings(case, context=200, min_crop=201)  # Each row is a whole document.
+  seen = [
+    {crop for batch in take(pipeline.TrainIterator(config, 8, host, HOSTS), 8) for crop in crops(batch)}
+    for host in range(HOSTS)
+  ]
+  assert sum(map(len, seen)) == len(set.union(*seen)), "two hosts read the same document"
+  assert set.union(*seen) == {as_string(document) for document in case.documents["train"]}
+
+
+@pytest.mark.parametrize("name", ["enwik8", "text_files by position"])
+def test_hosts_share_the_parts_of_one_large_file(name, cases, monkeypatch):
+  monkeypatch.setattr(texts, "PART_BYTES", 50)
+  (document,) = map(as_string, cases[name].documents["train"])
+  seen = []
+  for host in range(HOSTS):
+    iterator = pipeline.TrainIterator(settings(cases[name], context=20), 64, host, HOSTS)
+    some = {crop for batch in take(iterator, 25) for crop in crops(batch)}
+    seen.append({document.index(crop) + len(crop) for crop in some})
+  assert sum(map(len, seen)) == len(set.union(*seen)), "two hosts train on crops that end at the same event"
+  assert set.union(*seen) == set(range(2, len(document) + 1)), "crops end nowhere near some event"
+
+
+def test_more_hosts_than_files_is_an_error(cases):
+  with pytest.raises(InputError, match="'train' of text_files has 6 records, fewer than the 7 hosts"):
+    pipeline.TrainIterator(settings(cases["text_files"]), 2, 0, 7)
+
+
+def test_a_mixture_draws_its_tasks_by_their_shares(cases):
+  config = settings(cases["mixture"], context=200, min_crop=201)
+  drawn = [crop for batch in take(pipeline.TrainIterator(config, 100), 40) for crop in crops(batch)]
+  books = {as_string(document) for document in cases["pg19"].documents["train"]}
+  assert sum(crop in books for crop in drawn) / len(drawn) == pytest.approx(0.75, abs=0.02)
+
+
+# Splits
+
+
+def split_names(files, split, **more):
+  chosen = sources.split_files(DataConfig(task="text_files", files=str(files), **more), split, (".txt",))
+  return [path.rsplit("/", 1)[-1] for path in chosen]
+
+
+def test_files_that_join_later_move_no_other(tmp_path):
+  write(tmp_path, {f"{number}.txt": b"old" for number in range(60)})
+  train, held_out = (split_names(tmp_path, split, validation_fraction=0.3) for split in ("train", "validation"))
+  assert 8 <= len(held_out) <= 28 and len(train) + len(held_out) == 60 and not set(train) & set(held_out)
+  write(tmp_path, {f"new/{number}.txt": b"new" for number in range(60, 150)})
+  assert set(train) <= set(split_names(tmp_path, "train", validation_fraction=0.3))
+  assert set(held_out) <= set(split_names(tmp_path, "validation", validation_fraction=0.3))
+
+
+def test_a_folder_may_move(tmp_path):
+  files = {f"{number}.txt": b"some" for number in range(30)}
+  one, other = write(tmp_path / "one", files), write(tmp_path / "other" / "place", files)
+  assert split_names(one, "validation") == split_names(other, "validation")
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5])
+def test_two_files_are_enough_to_hold_one_out(fraction, tmp_path):
+  write(tmp_path, {"a.txt": b"a", "b.txt": b"b"})
+  splits = [split_names(tmp_path, split, validation_fraction=fraction) for split in ("train", "validation")]
+  assert sorted(map(len, splits)) == [1, 1] and splits[0] != splits[1]
+
+
+def test_named_validation_files_are_held_out_wherever_they_lie(tmp_path):
+  write(tmp_path, {"in/a.txt": b"a", "in/b.txt": b"b", "in/deep/c.txt": b"c", "out/d.txt": b"d"})
+  inside = {"validation_files": str(tmp_path / "in" / "**" / "c*")}
+  assert split_names(tmp_path / "in", "train", **inside) == ["a.txt", "b.txt"]
+  assert split_names(tmp_path / "in", "validation", **inside) == ["c.txt"]
+  outside = {"validation_files": str(tmp_path / "out")}
+  assert split_names(tmp_path / "in", "train", **outside) == ["a.txt", "b.txt", "c.txt"]
+  assert split_names(tmp_path / "in", "validation", **outside) == ["d.txt"]
+
+
+def test_a_glob_takes_any_ending_and_a_folder_those_it_knows(tmp_path):
+  write(tmp_path, {"a.txt": b"a", "b.TXT": b"b", "c.log": b"c", "deep/er/d.txt": b"d", "[e]/e.txt": b"e"})
+  everything = {*split_names(tmp_path, "train"), *split_names(tmp_path, "validation")}
+  assert everything == {"a.txt", "b.TXT", "d.txt", "e.txt"}
+  logs = {"validation_files": str(tmp_path / "a.txt")}
+  assert split_names(tmp_path / "*.log", "train", **logs) == ["c.log"]
+  assert split_names(tmp_path / "**" / "*.txt", "train", **logs) == ["e.txt", "d.txt"]
+
+
+def test_a_single_file_cannot_be_split_by_file_but_by_position(tmp_path):
+  write(tmp_path, {"only.txt": b"0123456789" * 4})
+  case = Case({"task": "text_files", "files": str(tmp_path)}, {})
+  with pytest.raises(InputError, match="validation_files.*split_by=position"):
+    pipeline.TrainIterator(settings(case), 2)
+  by_position = settings(case, context=60, min_crop=61, split_by="position", validation_fraction=0.1)
+  assert set(crops(next(pipeline.TrainIterator(by_position, 2)))) == {as_string(of_text(b"0123456789" * 3 + b"012345"))}
+  targets = [row["targets"][row["weights"] == 1].tolist() for row in rows(by_position, batch=1)]
+  assert targets == [of_text(b"6789")[1:]]
+
+
+# Mistakes
+
+
+OWN_FILES = ("text_files", "midi_files", "image_files", "audio_codes", "video_codes")
+
+
+def both(case, **more):
+  """Training and evaluation under the same settings, each to be called."""
+  return (
+    lambda: next(pipeline.TrainIterator(settings(case, **more), 2)),
+    lambda: next(pipeline.eval_batches(settings(case, **more), batch_size_per_host=2)),
+  )
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_files_that_are_not_given_or_not_there_are_asked_for(name, cases, tmp_path):
+  for read in both(cases[name], files=None):
+    with pytest.raises(InputError, match=f"The task {name} reads your own files: set data.files"):
+      read()
+  for pattern in (tmp_path, tmp_path / "nowhere", tmp_path / "*.xyz"):
+    for read in both(cases[name], files=str(pattern)):
+      with pytest.raises(InputError, match="No file matches .*data.files.*data.validation_files"):
+        read()
+  with pytest.raises(InputError, match="No file matches '.*nothing_here'"):
+    next(pipeline.eval_batches(settings(cases[name], validation_files="nothing_here"), batch_size_per_host=2))
+
+
+@pytest.mark.parametrize(
+  "name, release, missing",
+  [
+    ("wikitext103 raw", "WikiText-103", "wiki.train.raw"),
+    ("enwik8", "enwik8", "enwik8 does not exist"),
+    ("maestro_v3", "MAESTRO", "maestro-v3.0.0.csv does not exist"),
+  ],
+)
+def test_a_release_that_is_not_given_or_not_there_is_asked_for(name, release, missing, cases, tmp_path):
+  train, evaluation = both(cases[name], data_dir=None)
+  for read in (train, evaluation):
+    with pytest.raises(InputError, match=f"reads your copy of {release}: set data.data_dir"):
+      read()
+  with pytest.raises(InputError, match=missing) as error:
+    next(pipeline.TrainIterator(settings(cases[name], data_dir=str(tmp_path)), 2))
+  assert str(tmp_path) in str(error.value) and "data.data_dir" in str(error.value)
+
+
+def test_books_that_are_not_prepared_are_asked_for(cases, tmp_path):
+  for read in both(cases["pg19"], data_dir=str(tmp_path)):
+    with pytest.raises(InputError, match="pg19:0.1.1 is not prepared in .*tfds build pg19"):
+      read()
+
+
+def test_a_table_without_a_split_is_told(cases, tmp_path):
+  write(tmp_path, {"maestro-v3.0.0.csv": b"split,midi_filename\ntrain,a.midi\n"})
+  with pytest.raises(InputError, match="lists no file in the split 'validation': is it complete"):
+    next(pipeline.eval_batches(settings(cases["maestro_v3"], data_dir=str(tmp_path)), batch_size_per_host=2))
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_a_split_that_own_files_have_not_names_those_they_have(name, cases):
+  with pytest.raises(InputError, match=f"{name} has no split 'test'.*train, validation"):
+    next(pipeline.eval_batches(settings(cases[name]), split="test", batch_size_per_host=2))
+  with pytest.raises(InputError, match=f"{name} has no split 'trian'. Did you mean 'train'"):
+    pipeline.TrainIterator(settings(cases[name], train_split="trian"), 2)
+
+
+def test_a_mixture_of_different_vocabularies_names_them(cases):
+  for read in both(cases["text_files"], task="text_files+midi_files:2"):
+    with pytest.raises(InputError, match="text_files: text, 259 ids; midi_files: music, 391 ids"):
+      read()
+
+
+BAD = {
+  "an empty text": ("text_files", "bad.txt", b"", "is empty"),
+  "no MIDI at all": ("midi_files", "bad.mid", b"hello", "is no MIDI file that can be read"),
+  "an empty MIDI file": ("midi_files", "bad.mid", b"", "is no MIDI file that can be read"),
+  "a MIDI file cut off": ("midi_files", "bad.mid", music.to_midi(PIECES["train"][3])[:60], "is no MIDI file"),
+  "MIDI without notes": ("midi_files", "bad.mid", music.to_midi([]), "holds no notes"),
+  "no picture": ("image_files", "bad.png", b"hello", "is no image that can be read"),
+  "a picture cut off": ("image_files", "bad.png", png(np.zeros((9, 9, 3), np.uint8))[:60], "is no image"),
+  "no codes at all": ("audio_codes", "bad.npy", b"hello", "is no .npy or .npz file of codes"),
+  "pickled objects": ("audio_codes", "bad.npy", npy([[1, 2]], object), "is no .npy or .npz file of codes"),
+  "several arrays": ("audio_codes", "bad.npz", npz(one=[[1]], two=[[2]]), "call one of them codes"),
+  "fractions": ("audio_codes", "bad.npy", npy([[1, 2]], np.float32), "holds float32, and codes are whole numbers"),
+  "codes too large": ("audio_codes", "bad.npy", npy([[0, 16]]), "codes from 0 to 16, outside 0..15"),
+  "codes too small": ("video_codes", "bad.npy", npy([[[-1, 3]]]), "codes from -1 to 3, outside 0..15"),
+  "no codes in it": ("video_codes", "bad.npy", npy(np.zeros((0, 2, 3))), "holds no codes"),
+  "a level too few": ("audio_codes", "bad.npy", npy([[1], [2], [3]]), "has 1 levels, fewer than data.code_levels=2"),
+  "a flat list": ("audio_codes", "bad.npy", npy([1, 2, 3]), r"the shape \(3,\).*frames x levels"),
+  "one frame alone": ("video_codes", "bad.npy", npy([[1, 2]]), r"the shape \(1, 2\).*time x height x width"),
+}
+
+
+LONGEST = {
+  "text_files": "4.txt",
+  "midi_files": "3.mid",
+  "image_files": "0.png",
+  "audio_codes": "2.npy",
+  "video_codes": "2.npy",
+}
+"""The training file with the longest document."""
+
+
+def skipped(capsys):
+  """The lines about skipped records on standard error since the last look."""
+  return [line for line in capsys.readouterr().err.splitlines() if line.startswith("Skipped: ")]
+
+
+def good_and_bad(cases, bad, folder):
+  """The case of one usable file beside an unusable one in each split, and the message."""
+  name, file, content, message = BAD[bad]
+  document = max(cases[name].documents["train"], key=len)
+  good = pathlib.Path(cases[name].data["files"], "train", LONGEST[name])
+  write(folder, {f"train/{file}": content, f"validation/{file}": content})
+  write(folder, {f"{split}/{good.name}": good.read_bytes() for split in ("train", "validation")})
+  both_splits = {"train": [document], "validation": [document]}
+  return dataclasses.replace(cases[name], data=cases[name].data | halves(folder), documents=both_splits), message
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_cannot_be_used_is_named_once_and_replaced_by_other_crops(bad, cases, tmp_path, capsys):
+  case, message = good_and_bad(cases, bad, tmp_path)
+  (document,) = map(as_string, case.documents["train"])
+  iterator = pipeline.TrainIterator(settings(case), 8)
+  batches = take(iterator, 4)
+  drawn = [crop for batch in batches for crop in crops(batch)]
+  assert all(len(crop) > 1 and crop in document for crop in drawn), "a row is empty or made of something else"
+  assert len(set(drawn)) > 8, "the rows of unreadable records repeat those of others"
+  assert_equal_batches(take(pipeline.TrainIterator(settings(case), 8), 4), batches)
+  (line,) = skipped(capsys)
+  assert str(tmp_path / "train") in line and line.endswith("(1 skipped so far).")
+  assert re.search(message, line), line
+  found = rows(settings(case))
+  assert sum(row["weights"].sum() for row in found) == len(document) - 1
+  (line,) = skipped(capsys)
+  assert str(tmp_path / "validation") in line and line.endswith("(2 skipped so far).")
+
+
+@pytest.mark.parametrize("name", ["pg19", "midi_files"])
+def test_each_record_that_is_skipped_is_counted(name, cases, capsys):
+  take(pipeline.TrainIterator(settings(cases[name]), 8), 4)
+  expected = {
+    "pg19": [r"The book 'train 2' of pg19 is empty"],
+    "midi_files": [r"train.1.mid holds no notes", r"broken.midi is no MIDI file"],
+  }[name]
+  lines = skipped(capsys)
+  assert len(lines) == notices.count("skipped") == len(expected)
+  for words in expected:
+    assert sum(bool(re.search(words, line)) for line in lines) == 1, f"{words} is not told once in {lines}"
+
+
+@pytest.mark.parametrize("hosts", [1, HOSTS])
+@pytest.mark.parametrize("bad", ["an empty text", "no MIDI at all", "no picture", "fractions", "one frame alone"])
+def test_a_split_of_which_nothing_can_be_read_is_an_error(bad, hosts, cases, tmp_path, capsys):
+  name, file, content, _ = BAD[bad]
+  write(tmp_path, {f"{split}/{number}-{file}": content for split in ("train", "validation") for number in range(4)})
+  case = dataclasses.replace(cases[name], data=cases[name].data | halves(tmp_path))
+  with pytest.raises(InputError, match=f"'train' of {name} has 4 records, and none can be read: see the reasons above"):
+    next(pipeline.TrainIterator(settings(case), 3, hosts - 1, hosts))
+  assert skipped(capsys), "there are no reasons above"
+  assert rows(settings(case), hosts) == []
+
+
+def test_a_text_that_disappears_while_training_is_named(cases, tmp_path):
+  folder = write(tmp_path, {f"{number}.txt": b"here today" for number in range(3)} | {"validation/v.txt": b"v"})
+  case = dataclasses.replace(cases["text_files"], data=cases["text_files"].data | halves(folder))
+  iterator = pipeline.TrainIterator(settings(case), 6)
+  next(iterator)
+  (folder / "1.txt").unlink()
+  with pytest.raises(InputError, match="1.txt cannot be read: No such file"):
+    take(iterator, 5)
+  (folder / "1.txt").write_bytes(b"here")
+  with pytest.raises(InputError, match="1.txt ends at byte 4 now, and was longer when training began"):
+    take(iterator, 5)
