@@ -20,6 +20,10 @@ def whole(document):
   return document.read(0, len(document)), document.positions(0, len(document))
 
 
+def audio_document(codes_FxQ, codebook_size):
+  return codes.AudioDocument(codes.flatten_audio(codes_FxQ, codebook_size), codes_FxQ.shape[1])
+
+
 def npy(array, **more):
   """Bytes of a .npy file."""
   file = io.BytesIO()
@@ -35,7 +39,7 @@ def npz(*unnamed, **named):
 
 
 def test_audio_goes_frame_by_frame_and_each_level_has_ids_of_its_own():
-  document = codes.AudioDocument(AUDIO, 10)
+  document = audio_document(AUDIO, 10)
   assert len(document) == 9
   assert document.read(0, 9).tolist() == AUDIO_EVENTS, "no EOS: the recording goes on beyond its file"
   assert document.read(3, 6).tolist() == [6, 17, 8]
@@ -44,13 +48,13 @@ def test_audio_goes_frame_by_frame_and_each_level_has_ids_of_its_own():
 
 
 def test_audio_positions_at_the_start_are_frame_and_level_from_2_on():
-  document = codes.AudioDocument(AUDIO, 10)
+  document = audio_document(AUDIO, 10)
   assert document.positions(0, 6).tolist() == [[1, 1], [2, 2], [2, 3], [3, 2], [3, 3], [4, 2]]
   assert document.positions(1, 4).tolist() == [[2, 2], [2, 3], [3, 2]], "without SOS the frames count the same"
 
 
 def test_audio_positions_in_the_middle_count_frames_from_the_first_that_is_read():
-  document = codes.AudioDocument(AUDIO, 10)
+  document = audio_document(AUDIO, 10)
   assert document.positions(3, 7).tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
   assert document.positions(4, 8).tolist() == [[2, 3], [3, 2], [3, 3], [4, 2]], "a frame in part counts as the first"
 
@@ -58,7 +62,7 @@ def test_audio_positions_in_the_middle_count_frames_from_the_first_that_is_read(
 @pytest.mark.parametrize("levels", [1, 2, 4, 8])
 def test_audio_positions_fit_the_table_wherever_a_context_begins(levels):
   context = 16
-  document = codes.AudioDocument(np.zeros((60, levels), int), 10)
+  document = audio_document(np.zeros((60, levels), int), 10)
   for start in range(len(document) - context):
     positions = document.positions(start, start + context)
     assert positions.max(axis=0)[0] < context / levels + 3, f"the stretch from {start} needs a larger table of frames"
@@ -67,7 +71,7 @@ def test_audio_positions_fit_the_table_wherever_a_context_begins(levels):
 
 
 def test_a_crop_of_audio_has_the_events_and_positions_of_its_stretch():
-  events, positions = codes.AudioDocument(AUDIO, 10).crop(0.999, longest=3, shortest=2)
+  events, positions = audio_document(AUDIO, 10).crop(0.999, longest=3, shortest=2)
   assert events.tolist() == [19, 10, 21] and positions.tolist() == [[2, 3], [3, 2], [3, 3]]
 
 
@@ -76,7 +80,7 @@ def test_random_audio_comes_back(levels, codebook_size):
   random = np.random.default_rng(levels)
   for frames in (1, 2, 50):
     given = random.integers(0, codebook_size, (frames, levels))
-    events, _ = whole(codes.AudioDocument(given, codebook_size))
+    events, _ = whole(audio_document(given, codebook_size))
     assert events.dtype == np.int32 and events.max() < codes.audio_vocab_size(levels, codebook_size)
     np.testing.assert_array_equal(codes.to_audio(events, levels, codebook_size), given)
 
@@ -91,7 +95,7 @@ def test_audio_of_a_stretch_leaves_out_the_frames_at_its_ends_that_are_not_whole
 def test_every_stretch_of_audio_gives_the_frames_that_are_whole_in_it():
   levels = 3
   given = np.random.default_rng(0).integers(0, 5, (6, levels))
-  events, _ = whole(codes.AudioDocument(given, 5))
+  events, _ = whole(audio_document(given, 5))
   for start in range(len(events)):
     for end in range(start, len(events) + 1):
       first, last = -(-max(start - 1, 0) // levels), max(end - 1, 0) // levels
@@ -269,3 +273,10 @@ def test_files_of_the_audio_task_become_documents_and_others_are_skipped_by_name
   assert good.read(0, 9).tolist() == AUDIO_EVENTS and task.vocab_size == 23 and task.position_dims == 2
   assert task.decode(good.read(0, 9)).tolist() == AUDIO.tolist()
   assert bad is None and f"{tmp_path}/b.npy holds float64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint64, np.int64])
+def test_codes_keep_their_values_whatever_their_type(kind):
+  video = codes.video_document(np.array([[[253, 255]]], kind), "v")
+  assert video.read(0, 3).tolist() == [2, 256, 258]
+  assert codes.flatten_audio(np.array([[253, 255]], kind), 256).tolist() == [2, 256, 514]

@@ -18,7 +18,7 @@ DUMMY6 = [[68, 69, 70, 71, 72, 73]]
 def document(events, positions=None, scored=None):
   """A document with positions 1..N."""
   events = np.asarray(events, np.int32)
-  return Document(events, documents.count_positions(len(events)) if positions is None else positions, scored)
+  return Document(events, documents.count_positions(len(events)) if positions is None else positions, scored=scored)
 
 
 def window(events, end, num_new, context, latents, dims=1, **more):

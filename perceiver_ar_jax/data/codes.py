@@ -59,11 +59,11 @@ def _only(names: list[str]) -> str:
 
 
 class AudioDocument(Document):
-  """The document of codes int[frames, levels]."""
+  """The document of the events of codes, as `flatten_audio` makes them."""
 
-  def __init__(self, codes_FxQ: np.ndarray, codebook_size: int):
-    super().__init__(flatten_audio(codes_FxQ, codebook_size))
-    self._levels = codes_FxQ.shape[1]
+  def __init__(self, events: np.ndarray, levels: int):
+    super().__init__(events)
+    self._levels = levels
 
   def positions(self, start: int, end: int) -> np.ndarray:
     first_frame = max(start - 1, 0) // self._levels
@@ -74,9 +74,9 @@ class AudioDocument(Document):
 
 
 def flatten_audio(codes_FxQ: np.ndarray, codebook_size: int) -> np.ndarray:
-  """SOS and the codes frame by frame: int32[1 + frames * levels]."""
+  """SOS and the codes int[frames, levels] of any width frame by frame: int32[1 + frames * levels]."""
   offsets_Q = np.arange(codes_FxQ.shape[1]) * codebook_size + NUM_SPECIAL
-  return np.concatenate([[SOS], (codes_FxQ + offsets_Q).reshape(-1)], dtype=np.int32)
+  return np.concatenate([[SOS], (codes_FxQ.astype(np.int32) + offsets_Q).reshape(-1)], dtype=np.int32)
 
 
 def to_audio(events: np.ndarray, levels: int, codebook_size: int) -> np.ndarray:
@@ -120,7 +120,7 @@ def video_document(codes: np.ndarray, name: str) -> Document:
     raise Unreadable(f"{name} has the shape {codes.shape}; codes of video are time x height x width")
   positions = np.stack(np.meshgrid(*map(np.arange, codes.shape), indexing="ij"), axis=-1).reshape(-1, 3) + 2
   return Document(
-    np.concatenate([[SOS], codes.reshape(-1) + NUM_SPECIAL], dtype=np.int32),
+    np.concatenate([[SOS], codes.reshape(-1).astype(np.int32) + NUM_SPECIAL], dtype=np.int32),
     positions=np.concatenate([np.ones((1, 3)), positions]).astype(np.int32),
   )
 

@@ -18,8 +18,8 @@ class Document:
     events: int32[N].
     positions: int32[N, P], 1-based; None: they count from the first event of whatever stretch is read, so that a text's
       positions stay within the context however long the text is.
-    scored: bool[N]: the events that count in evaluation; None: all of them.
     counts: what to divide the likelihood of the whole document by, such as {"words": 3}.
+    scored: bool[N]: the events that count in evaluation; None: all of them.
   """
 
   ends: tuple[int, int] | None = None
@@ -32,13 +32,17 @@ class Document:
     self,
     events: np.ndarray,
     positions: np.ndarray | None = None,
-    scored: np.ndarray | None = None,
     counts: Mapping[str, int] | None = None,
+    scored: np.ndarray | None = None,
   ):
     self._events, self._positions, self._scored, self._counts = events, positions, scored, counts or {}
 
   def __len__(self) -> int:
     return len(self._events)
+
+  def has_targets(self) -> bool:
+    """Whether there is anything to predict."""
+    return len(self) > 1
 
   def read(self, start: int, end: int) -> np.ndarray:
     """Events start..end-1: int32[end - start]."""

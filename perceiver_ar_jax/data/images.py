@@ -51,7 +51,12 @@ def load(content: bytes, name: str, size: int) -> np.ndarray:
   try:
     with PIL.Image.open(io.BytesIO(content)) as image:
       image.draft("RGB", (size, size))  # JPEG decoders can shrink on the way, which saves most of the time
-      image = PIL.ImageOps.exif_transpose(image).convert("RGB")
+      image = PIL.ImageOps.exif_transpose(image)
+      if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+      image = image.convert("RGB")
+  except PIL.UnidentifiedImageError as error:
+    raise Unreadable(f"{name} is no image that can be read") from error
   except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
     raise Unreadable(f"{name} is no image that can be read ({error})") from error
   return np.asarray(PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BOX))

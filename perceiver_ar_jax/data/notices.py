@@ -6,16 +6,18 @@ import sys
 import tqdm
 
 _SEEN: dict[str, set[str]] = collections.defaultdict(set)
+_TIMES = collections.Counter()
 
 
 def notice(kind: str, message: str) -> None:
   """Writes `message` to standard error unless it was written before; `kind` says what is counted, as in "skipped"."""
   seen = _SEEN[kind]
+  _TIMES[kind] += 1
   if message not in seen:
     seen.add(message)
     tqdm.tqdm.write(f"{message} ({len(seen)} {kind} so far).", file=sys.stderr)  # leaves a progress bar in one piece
 
 
 def count(kind: str) -> int:
-  """How many different messages of a kind there were."""
-  return len(_SEEN[kind])
+  """How often something of a kind was noticed, repetitions included."""
+  return _TIMES[kind]

@@ -27,7 +27,7 @@ from perceiver_ar_jax.data import features
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.features import Batch
 from perceiver_ar_jax.data.registry import Record, Task
-from perceiver_ar_jax.data.sources import TfdsSource
+from perceiver_ar_jax.data.sources import ListSource, TfdsSource, sentencepiece_fingerprint
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
 
@@ -72,6 +72,7 @@ class TrainIterator:
     shares = get_tasks(config.data, _longest_crop(config))
     self._tasks = [task for task, _ in shares]
     self._cumulative_shares = np.cumsum([share for _, share in shares])
+    self._smallest_share = min(share for _, share in shares)
     split = config.data.train_split
     self._num_records = []
     for task in self._tasks:
@@ -88,10 +89,12 @@ class TrainIterator:
       "task": config.data.task,
       "split": split,
       "num_records": self._num_records,
+      "files": [task.source.fingerprint(split) for task in self._tasks if isinstance(task.source, ListSource)],
+      "cached": config.data.cache_dir is not None,
       "seed": config.seed,
       "min_crop": config.data.min_crop,
       "shuffle_buffer": config.data.shuffle_buffer,
-      "sentencepiece": config.data.sentencepiece,
+      "sentencepiece": sentencepiece_fingerprint(config.data),
       "context": config.model.max_context,
       "latents": config.model.num_latents,
       "batch_size_per_host": batch_size_per_host,
@@ -175,7 +178,9 @@ class TrainIterator:
 
   def _max_attempts(self) -> int:
     """Batches in a row without a readable record after which there is none in the whole split."""
-    return 2**62 if None in self._num_records else 2 + 2 * sum(self._num_records) // self._batch_size
+    if None in self._num_records:
+      return 2**62
+    return 2 + int(2 * sum(self._num_records) / self._batch_size / self._smallest_share)
 
   def _draw(self) -> list[_Example]:
     """What the rows of the next batch are made of."""
@@ -187,12 +192,22 @@ class TrainIterator:
     if len(self._tasks) == 1:
       chosen, records = [0] * self._batch_size, []
       while len(records) < self._batch_size:
-        records += _to_records(next(self._records[0]))
+        records += self._next(0)
     else:
       places = np.searchsorted(self._cumulative_shares, random.random(self._batch_size), side="right")
       chosen = np.minimum(places, len(self._tasks) - 1)
-      records = [record for index in chosen for record in _to_records(next(self._records[index]))]
+      records = [record for index in chosen for record in self._next(index)]
     return list(map(_Example, [self._tasks[index] for index in chosen], records, draws, seeds))
+
+  def _next(self, index: int) -> list[Record]:
+    """The next record or records of a task."""
+    batch = next(self._records[index], None)
+    if batch is None:
+      raise InputError(
+        f"Host {self._host_index} of {self._host_count} has no record of {self._tasks[index].name}: there are too few"
+        " files with records in them. Train on fewer hosts, or cache with fewer --shards."
+      )
+    return _to_records(batch)
 
   def save(self, directory: os.PathLike | str) -> None:
     """Writes the complete state into files of this host's own under `directory`, which is made if need be."""

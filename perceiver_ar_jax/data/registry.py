@@ -63,6 +63,8 @@ class Task:
   """TensorFlow's part, between source and `document`, such as decoding PNG; functions from dataset to dataset."""
   augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
   """Changes the events of a training crop at random."""
+  stored: Callable[[np.ndarray, np.ndarray | None, Mapping[str, int]], Document] = Document
+  """(events, positions or None where they count, counts) -> the document as it was before it was cached."""
   unknown: int | None = None
   """The event that stands for what the vocabulary lacks."""
 
@@ -76,7 +78,7 @@ class Task:
     """The document of a record; None, with a notice, for one that cannot be read or has nothing to predict."""
     try:
       document = self.document(record)
-      if len(document) > 1:
+      if document.has_targets():
         return document
       raise Unreadable(f"A record of {self.name} holds nothing to predict")
     except Unreadable as error:
@@ -138,7 +140,7 @@ def _from_cache(task: Task, data: DataConfig) -> Task:
 
   def document(record):
     counts = {name: int(record[name]) for name in ("words", "bytes") if name in record}
-    return Document(record["events"], record["positions"] if task.position_dims > 1 else None, counts=counts)
+    return task.stored(record["events"], record["positions"] if task.position_dims > 1 else None, counts)
 
   return dataclasses.replace(task, source=source, document=document, preprocessors=())
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 
+from perceiver_ar_jax.data import NUM_SPECIAL
 from perceiver_ar_jax.data.registry import Task
 
 _GAP = 2
@@ -34,7 +35,7 @@ def picture(task: Task, events: np.ndarray) -> np.ndarray | None:
   """
   if task.modality == "image":
     try:
-      return task.decode(events)
+      return task.decode(events[events >= NUM_SPECIAL])
     except ValueError:  # a crop, not a whole picture
       return None
   if task.modality == "music":

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
 from perceiver_ar_jax.data.documents import Unreadable
+from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.tf_cpu import tf
 
 
@@ -93,7 +94,7 @@ class TfdsSource(seqio.TfdsDataSource):
 
 
 class ListSource(seqio.FunctionDataSource):
-  """Records that a function lists, each a dict of small values such as a file's path; listed once, when asked for.
+  """Records that a function lists, each a dict of a file's `path` and other small values; listed once, when asked for.
 
   Args:
     list_records: split -> records, all with the same keys; raises InputError where there are none.
@@ -107,6 +108,11 @@ class ListSource(seqio.FunctionDataSource):
   def num_input_examples(self, split: str) -> int:
     """Records of the split."""
     return len(self._list(split))
+
+  def fingerprint(self, split: str) -> str:
+    """Changes with the names of the files and how they are cut into records, but not with their folder."""
+    records = [{**record, "path": pathlib.PurePath(record["path"]).name} for record in self._list(split)]
+    return f"{zlib.crc32(json.dumps(records).encode()):08x}"
 
   def list_shards(self, split: str) -> list[str]:
     """Parts into which offline caching may divide its work."""
@@ -175,6 +181,7 @@ class CachedSource(seqio.DataSource):
     """Stored documents: events, positions, and what counts there are; `shuffle` shuffles the files in each epoch."""
     del unused
     self._check()
+    seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio remembers them for good, and takes the first that fits
     return self._task.get_dataset(
       None,
       split,
@@ -211,7 +218,6 @@ class CachedSource(seqio.DataSource):
         f"The cache of {self._task.name} in data.cache_dir={self._data.cache_dir!r} was made under other settings"
         f" ({'; '.join(changed)}): use these, or fill another folder."
       )
-    seqio.add_global_cache_dirs([self._data.cache_dir])
 
 
 CACHE_SETTINGS = "settings.json"
@@ -219,11 +225,13 @@ CACHE_SETTINGS = "settings.json"
 
 def cache_settings(data: DataConfig) -> dict[str, str | int | None]:
   """What the stored documents of a task depend on, beside its files."""
-  names = ("sentencepiece", "image_size", "image_order", "codebook_size", "code_levels")
-  result = {name: getattr(data, name) for name in names}
-  if data.sentencepiece is not None:  # the model may lie elsewhere on another machine
-    result["sentencepiece"] = f"crc32 {zlib.crc32(read_bytes(data.sentencepiece)):08x}"
-  return result
+  names = ("image_size", "image_order", "codebook_size", "code_levels")
+  return {name: getattr(data, name) for name in names} | {"sentencepiece": sentencepiece_fingerprint(data)}
+
+
+def sentencepiece_fingerprint(data: DataConfig) -> str | None:
+  """Tells models apart by their content, since they may lie elsewhere on another machine; None for bytes."""
+  return None if data.sentencepiece is None else f"crc32 {zlib.crc32(read_bytes(data.sentencepiece)):08x}"
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
@@ -241,13 +249,28 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
     found = tf.io.gfile.glob(path)
   else:
     found = glob.glob(path, recursive=True)
-  found = sorted(name for name in found if not os.path.isdir(name))
+  found = sorted(name for name in found if not os.path.isdir(name) and _is_utf8(name))
   if not found:
     raise InputError(
       f"No file matches {pattern!r}: set data.files or data.validation_files to a folder with files that end in"
       f" {' or '.join(suffixes)}, or to a glob in quotes such as 'folder/**/*{suffixes[0]}'."
     )
   return found
+
+
+def _is_utf8(name: str) -> bool:
+  """False, with a notice, for names that TensorFlow cannot hold."""
+  try:
+    name.encode("utf-8")
+  except UnicodeEncodeError:
+    notice("skipped", f"Skipped: the name of {name!r} is not UTF-8")
+    return False
+  return True
+
+
+def _real(path: str) -> str:
+  """The same for all ways to spell a path."""
+  return path if "://" in path else os.path.realpath(path)
 
 
 def own_files(data: DataConfig, suffixes: Sequence[str]) -> list[str]:
@@ -263,18 +286,20 @@ def own_files(data: DataConfig, suffixes: Sequence[str]) -> list[str]:
 def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[str]:
   """The files of "train" or "validation" among the user's own, by `data.validation_files` or else by a share of names.
 
-  A file's split depends on its name alone, so that files that join later move no other.
+  A file's split depends on its name alone, so that files that join later move no other; but where the share would
+  hold out none, it is the one file whose name comes first by that measure.
 
   Raises:
     InputError: no files, or too few to hold one out.
   """
   files = own_files(data, suffixes)
   if data.validation_files:
-    held_out = set(find_files(data.validation_files, suffixes))
+    held_out = {_real(file) for file in find_files(data.validation_files, suffixes)}
   else:
     ranks = {file: zlib.crc32(pathlib.PurePath(file).name.encode()) / 2**32 for file in files}
     held_out = {file for file in files if ranks[file] < data.validation_fraction} or {min(files, key=ranks.get)}
-  chosen = sorted(held_out) if split == "validation" else [file for file in files if file not in held_out]
+    held_out = set(map(_real, held_out))
+  chosen = sorted(held_out) if split == "validation" else [file for file in files if _real(file) not in held_out]
   if not chosen:
     raise InputError(
       f"All files that match data.files={data.files!r} ({len(files)}) are held out for validation, so none is left to"

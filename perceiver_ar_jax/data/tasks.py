@@ -274,7 +274,7 @@ def _audio_codes(data: DataConfig, max_events: int) -> Task:
   def document(record):
     path = _path(record)
     frames = codes.audio_frames(codes.load(read_bytes(path), path, data.codebook_size), data.code_levels, path)
-    return codes.AudioDocument(frames, data.codebook_size)
+    return codes.AudioDocument(codes.flatten_audio(frames, data.codebook_size), data.code_levels)
 
   return Task(
     name=data.task,
@@ -285,6 +285,7 @@ def _audio_codes(data: DataConfig, max_events: int) -> Task:
     vocab_size=codes.audio_vocab_size(data.code_levels, data.codebook_size),
     position_dims=2,
     decode=lambda events: codes.to_audio(events, data.code_levels, data.codebook_size),
+    stored=lambda events, positions, counts: codes.AudioDocument(events, data.code_levels),
   )
 
 

@@ -176,6 +176,9 @@ class PieceDocument(Document):
     first, last = [SOS] * (start == 0), [EOS] * (start + len(content) == len(self.text))
     return np.array([*first, *self._pieces.encode(content), *last], np.int32)
 
+  def has_targets(self) -> bool:
+    return len(self.text) > 0  # without encoding it
+
   def counts(self) -> dict[str, int]:
     return count(self.text)
 

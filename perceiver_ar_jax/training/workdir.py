@@ -22,7 +22,11 @@ RESUMABLE = (
   "train.profile_at",
   "eval.",
   "mesh.",
-  "data.data_dir",
+  "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
+  "data.cache_dir",
+  "data.files",
+  "data.validation_files",
+  "data.sentencepiece",
   "model.attention",
   "model.logits_chunk",
   "model.remat",

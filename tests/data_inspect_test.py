@@ -1,0 +1,287 @@
+"""--mode=data: its figures are right where a person can count, and its examples show what the model will see."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import sentencepiece
+
+from perceiver_ar_jax import config as config_lib
+from perceiver_ar_jax.config import DataConfig, InputError
+from perceiver_ar_jax.data import EOS, SOS, codes, images, inspect, music, notices, render, tasks
+from perceiver_ar_jax.data.music import Note
+from tests import tiny
+
+DARK = [20, 20, 60]
+"""The colour of 0 where values are shown as shades."""
+
+
+@pytest.fixture(autouse=True)
+def quick_and_fresh(monkeypatch):
+  monkeypatch.setattr(inspect, "_SECONDS", 0.02)
+  notices._SEEN.clear()
+
+
+def settings(folder, *, vocab_size=259, dims=1, **data):
+  """Settings that train on the files in folder/train and hold out those in folder/validation."""
+  return config_lib.Config(
+    model=config_lib.ModelConfig(
+      vocab_size=vocab_size,
+      max_context=10,
+      num_latents=4,
+      num_layers=1,
+      latent_width=8,
+      num_cross_heads=1,
+      num_self_heads=1,
+      position_encoding="learned",
+      position_sizes=(100,) * dims,
+    ),
+    data=DataConfig(files=str(folder / "train"), validation_files=str(folder / "validation"), **data),
+    train=config_lib.TrainConfig(steps=1, batch_size=3),
+    eval=config_lib.EvalConfig(batch_size=3),
+  )
+
+
+def write(folder, contents):
+  for name, content in contents.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return folder
+
+
+def look(config, workdir):
+  """(the report as stored, examples.txt, the size (width, height) of examples.png or None)"""
+  returned = inspect.inspect(config, workdir)
+  stored = json.loads((workdir / "data" / "report.json").read_text())
+  assert stored == json.loads(json.dumps(returned)), "the report returned is not the report stored"
+  picture = workdir / "data" / "examples.png"
+  size = PIL.Image.open(picture, formats=["PNG"]).size if picture.exists() else None
+  return stored, (workdir / "data" / "examples.txt").read_text(), size
+
+
+def assert_holds(stats, **expected):
+  assert {name: stats[name] for name in expected} == expected
+
+
+TEXTS = {"train/a.txt": "ab ab\n", "train/b.txt": "c", "validation/c.txt": "é, so", "validation/d.txt": ""}
+
+
+def test_the_report_of_texts(tmp_path, capsys):
+  report, examples, picture = look(settings(write(tmp_path / "texts", TEXTS), task="text_files"), tmp_path / "run")
+  assert (report["task"], report["modality"]) == ("text_files", "text")
+  assert report["batch"] == {
+    "inputs": ["int32", 3, 10],
+    "positions": ["int32", 3, 10, 1],
+    "targets": ["int32", 3, 4],
+    "weights": ["float32", 3, 4],
+  }
+  # SOS a b _ a b \n EOS and SOS c EOS
+  assert_holds(report["train"], documents=2, all_documents=True, skipped=0, events=11, shortest=3, longest=8, median=5)
+  assert_holds(report["train"], different_tokens=7, words=3, bytes=7, unknown_rate=0.0)
+  assert report["train"]["bytes_per_token"] == pytest.approx(7 / 11)
+  shares = [2 / 11] * 4 + [1 / 11] * 3  # SOS, EOS, a, b; _, \n, c
+  assert report["train"]["histogram_entropy_bits"] == pytest.approx(-sum(one * np.log2(one) for one in shares))
+  assert {token for token, share in report["train"]["most_frequent"][:4]} == {SOS, EOS, ord("a") + 3, ord("b") + 3}
+  assert [share for _, share in report["train"]["most_frequent"]][:7] == pytest.approx(shares)
+  # SOS é (two bytes) , _ s o EOS; the empty text is left out
+  assert_holds(report["validation"], documents=1, skipped=1, events=8, shortest=8, longest=8, different_tokens=8)
+  assert_holds(report["validation"], words=2, bytes=6)
+  assert report["rate"]["tokens_per_second"] == pytest.approx(10 * report["rate"]["examples_per_second"]) != 0
+
+  assert picture is None, "a text has no picture"
+  assert "train, text_files: 8 events, the first of them:\nab ab\n" in examples
+  assert "validation, text_files: 8 events, the first of them:\né, so\n" in examples
+  printed = capsys.readouterr().out
+  for words in ("2 documents, 0 skipped, 11 events; lengths 3 to 8", "1 documents, 1 skipped", "3 words, 7 bytes"):
+    assert words in printed
+
+
+def test_the_report_counts_what_sentencepiece_does_not_know(tmp_path):
+  write(tmp_path, {"sample": "abab\nba\n", "train/a.txt": "abZab", "validation/b.txt": "ab"})
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(tmp_path / "sample"),
+    model_prefix=str(tmp_path / "letters"),
+    model_type="char",
+    vocab_size=20,
+    hard_vocab_limit=False,
+    minloglevel=2,
+  )
+  config = settings(tmp_path, task="text_files", sentencepiece=str(tmp_path / "letters.model"))
+  report, *_ = look(config, tmp_path / "run")
+  # SOS ▁ a b <unk> a b EOS
+  assert_holds(report["train"], events=8, unknown_rate=1 / 8, words=1, bytes=5)
+  assert_holds(report["validation"], events=5, unknown_rate=0.0)
+
+
+def test_only_the_first_documents_of_a_large_split_are_read(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(inspect, "_MAX_DOCUMENTS", 2)
+  texts = {f"train/{number}.txt": "x" * number for number in range(1, 6)} | {"validation/v.txt": "v"}
+  report, *_ = look(settings(write(tmp_path / "texts", texts), task="text_files"), tmp_path / "run")
+  assert_holds(report["train"], documents=2, all_documents=False, events=3 + 4, longest=4)
+  assert_holds(report["validation"], documents=1, all_documents=True)
+  assert "2 documents (the first ones)" in capsys.readouterr().out
+
+
+def test_the_report_of_music(tmp_path):
+  long, short = music.to_midi([Note(60, 64, 0.0, 2.5)]), music.to_midi([Note(72, 64, 0.0, 0.5)])
+  files = {"train/a.mid": long, "train/b.midi": short, "validation/c.mid": short, "validation/d.mid": b"broken"}
+  config = settings(write(tmp_path / "midi", files), task="midi_files", vocab_size=391)
+  report, examples, (width, height) = look(config, tmp_path / "run")
+  # SOS, velocity, on, 1 s, 1 s, 0.5 s, off, EOS and the same without the whole seconds
+  assert_holds(report["train"], documents=2, skipped=0, events=8 + 6, shortest=6, longest=8, different_tokens=9)
+  assert_holds(report["validation"], documents=1, skipped=1, events=6)
+  assert "words" not in report["train"]
+  assert "0.00 s    2.50 s  pitch  60  velocity" in examples
+  # 250 steps of 10 ms by 128 pitches, below it two rolls of 50 steps, in one row or each in its own.
+  assert width in (250 + 4, 3 * (250 + 2) + 2) and height in (128 + 4, 3 * (128 + 2) + 2)
+
+
+def test_the_report_of_pictures(tmp_path):
+  folder = tmp_path / "images"
+  for name, colour in (("train/a", 0), ("train/b", 255), ("validation/c", 255)):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (4, 4), (colour,) * 3).save(folder / f"{name}.png")
+  config = settings(folder, task="image_files", image_size=4, dims=3)
+  report, examples, size = look(config, tmp_path / "run")
+  assert_holds(report["train"], documents=2, skipped=0, events=2 * 49, shortest=49, longest=49, different_tokens=3)
+  assert report["train"]["most_frequent"][0][1] == pytest.approx(48 / 98)
+  assert report["batch"]["positions"] == ["int32", 3, 10, 3]
+  assert size == (3 * 6 + 2, 6 + 2)
+  shown = np.asarray(PIL.Image.open(tmp_path / "run" / "data" / "examples.png"))
+  assert [shown[2, left, 0] for left in (2, 8, 14)] == [0, 255, 255]
+  assert "image_files: 49 events" in examples
+
+
+def test_the_report_of_audio_codes(tmp_path):
+  for name, values in (("train/a", [[0, 1], [2, 3], [0, 1]]), ("train/b", [[0, 1]]), ("validation/c", [[3, 3]])):
+    path = tmp_path / f"{name}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.array(values))
+  config = settings(tmp_path, task="audio_codes", codebook_size=4, code_levels=2, vocab_size=11, dims=2)
+  report, examples, (width, height) = look(config, tmp_path / "run")
+  assert_holds(report["train"], documents=2, skipped=0, events=7 + 3, shortest=3, longest=7, different_tokens=5)
+  assert_holds(report["validation"], documents=1, events=3, different_tokens=3)
+  # Levels are 8 pixels high, frames 1 wide.
+  assert (width, height) == (3 * (3 + 2) + 2, 16 + 4)
+  assert "[2 3 8 5 10 3 8]" in " ".join(examples.split()).replace("[ ", "[")
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
+  write(tmp_path, TEXTS | {"file": ""})
+  for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+    with pytest.raises(InputError, match=f"--workdir={workdir} cannot be written"):
+      inspect.inspect(settings(tmp_path, task="text_files"), workdir)
+
+
+def test_a_split_without_documents_is_an_error(tmp_path):
+  write(tmp_path, {"train/a.txt": "a", "validation/b.txt": ""})
+  with pytest.raises(InputError, match="'validation' of text_files holds no document that can be read"):
+    inspect.inspect(settings(tmp_path, task="text_files"), tmp_path / "run")
+
+
+def test_the_command_line_shows_texts(tmp_path):
+  write(tmp_path, {"train/a.txt": "tick tock " * 500, "validation/b.txt": "no road goes on for ever"})
+  result = subprocess.run(
+    [
+      *(sys.executable, "-m", "perceiver_ar_jax.main", "--mode=data", "--config=configs/text_files.py"),
+      *(f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=2"),
+      *(f"--config.data.files={tmp_path / 'train'}", f"--config.data.validation_files={tmp_path / 'validation'}"),
+    ],
+    cwd=tiny.ROOT,
+    env=tiny.environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert result.returncode == 0, result.stderr
+  assert "train: 1 documents, 0 skipped, 5,002 events" in result.stdout
+  assert "tokens/s" in result.stdout and "examples.txt" in result.stdout
+  assert not (tmp_path / "run" / "checkpoints").exists(), "looking at the data began a training run"
+
+
+# Pictures
+
+
+def get_task(name, **data):
+  ((task, _),) = tasks.get_tasks(DataConfig(task=name, **data), 100)
+  return task
+
+
+def test_a_grid_puts_pictures_side_by_side_and_then_below():
+  white, black = np.full((1, 1, 3), 255, np.uint8), np.zeros((1, 2, 3), np.uint8)
+  sheet = render.grid([white, black, white], columns=2)
+  assert (sheet == sheet[..., :1]).all()
+  # Cells of 1 x 2 with 2 pixels of grey between and around them.
+  g = 128
+  assert sheet[..., 0].tolist() == [
+    [g, g, g, g, g, g, g, g, g, g],
+    [g, g, g, g, g, g, g, g, g, g],
+    [g, g, 255, g, g, g, 0, 0, g, g],
+    [g, g, g, g, g, g, g, g, g, g],
+    [g, g, g, g, g, g, g, g, g, g],
+    [g, g, 255, g, g, g, g, g, g, g],
+    [g, g, g, g, g, g, g, g, g, g],
+    [g, g, g, g, g, g, g, g, g, g],
+  ]
+  assert render.grid([white], columns=8).shape == (5, 5, 3), "columns that stay empty take room"
+
+
+@pytest.mark.parametrize("order", images.ORDERS)
+def test_a_picture_of_an_image_is_the_image(order):
+  task = get_task("image_files", image_size=2, image_order=order)
+  pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+  document = images.document(pixels, order)
+  np.testing.assert_array_equal(render.picture(task, document.read(0, 13)), pixels)
+  assert render.picture(task, document.read(0, 11)) is None, "a part of a picture is shown as a whole"
+
+
+def test_a_picture_of_music_has_time_to_the_right_and_pitch_upwards():
+  events = music.encode([Note(127, 125, 0.0, 0.02), Note(0, 5, 0.03, 0.05)])
+  roll = render.picture(get_task("midi_files"), events)
+  assert roll.shape == (128, 5, 3)
+  sounding = (roll != DARK).any(axis=-1)
+  assert np.argwhere(sounding).tolist() == [[0, 0], [0, 1], [127, 3], [127, 4]]
+  assert (roll[0, 0] > roll[127, 3]).all(), "loud is not brighter"
+
+
+def test_a_picture_of_audio_has_levels_down_and_frames_to_the_right():
+  events = codes.flatten_audio(np.array([[0, 90], [50, 0], [250, 250]]), 256)
+  shades = render.picture(get_task("audio_codes", codebook_size=256, code_levels=2), events)
+  assert shades.shape == (16, 3, 3)
+  dark = (shades == DARK).all(axis=-1)
+  assert dark[:8].all(axis=0).tolist() == [True, False, False]
+  assert dark[8:].all(axis=0).tolist() == [False, True, False]
+  assert (shades[0, 2] == shades[8, 2]).all(), "the same code has two shades"
+
+
+def test_a_picture_of_video_has_its_frames_side_by_side():
+  task = get_task("video_codes", video_height=1, video_width=2)
+  events = codes.video_document(np.array([[[0, 7]], [[7, 0]]]), "two frames").read(0, 5)
+  sheet = render.picture(task, events)
+  assert sheet.shape == (5, 10, 3)
+  dark = (sheet == DARK).all(axis=-1)
+  assert np.argwhere(dark).tolist() == [[2, 2], [2, 7]]
+  assert render.picture(task, events[:2]) is None, "half a frame is shown"
+
+
+def test_a_text_has_no_picture_and_reads_as_it_is():
+  task = get_task("text_files")
+  events = np.array([SOS, ord("h") + 3, ord("i") + 3, EOS])
+  assert render.picture(task, events) is None
+  assert render.text(task, events) == "hi"
+
+
+def test_inspect_counts_what_training_has_met_already(tmp_path, monkeypatch):
+  monkeypatch.setattr(inspect, "_SECONDS", 0.02)
+  write(tmp_path, {"train/a.txt": "a", "train/b.txt": "", "validation/c.txt": "c"})
+  report, *_ = look(settings(tmp_path, task="text_files"), tmp_path / "run")
+  assert (report["train"]["documents"], report["train"]["skipped"]) == (1, 1)
+
+
+def test_a_part_of_a_picture_has_no_picture():
+  task = get_task("image_files", image_size=2)
+  assert render.picture(task, images.document(np.zeros((2, 2, 3), np.uint8), "pixel_raster").read(0, 12)) is None
