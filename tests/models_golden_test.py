@@ -61,11 +61,11 @@ def _with_drawn_masks(case):
     if context.method_name != "__call__":
       return next_function(*args, **kwargs)
     if isinstance(context.module, attention.CrossAttend):
-      latents, inputs, deterministic = args
-      args = latents, inputs._replace(valid_BxL=inputs.valid_BxL & sees_input), deterministic
+      latents, keys, rotary, valid, deterministic = args
+      args = latents, keys, rotary, valid & sees_input, deterministic
     elif isinstance(context.module, attention.SelfAttentionLayer):
-      latents, rotary, valid, _, deterministic = args
-      args = latents, rotary, valid & sees_latent, True, deterministic
+      latents, cached, rotary, valid, slot, _, deterministic = args
+      args = latents, cached, rotary, valid & sees_latent, slot, True, deterministic
     return next_function(*args, **kwargs)
 
   return nn.intercept_methods(replace)

@@ -119,15 +119,13 @@ class MLP(nn.Module):
 
 
 class Context(NamedTuple):
-  """What the latents attend to: all inputs as ids, and how to embed any run of them."""
+  """Inputs as ids, and how to embed any run of them."""
 
   embed: Callable
   """(weights, tokens_BxC, positions_BxCxP) -> x_BxCxE; a pure function."""
   weights: Any
   tokens_BxL: jax.Array
   positions_BxLxP: jax.Array
-  valid_BxL: jax.Array
-  """False: nobody sees this input."""
 
 
 def rotary_positions(config: ModelConfig, positions_BxLxP):
@@ -140,27 +138,26 @@ class CrossAttend(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
-  def __call__(self, latents_BxMxD, context: Context, deterministic: bool):
+  def setup(self):
     config = self.config
-    dropout = functools.partial(_dropout, self, 0.0 if deterministic else config.dropout)
-    normed_BxMxD = layer_norm("norm_query")(latents_BxMxD)
-    rotary_BxM = rotary_positions(config, context.positions_BxLxP[:, -latents_BxMxD.shape[1] :])
-    attended_BxMxD = Attention(config, config.num_cross_heads, config.cross_width, name="attention")(
-      normed_BxMxD, self._keys(context), rotary_BxM, context.valid_BxL
-    )
+    self.norm_query, self.norm_inputs, self.norm_mlp = layer_norm(None), layer_norm(None), layer_norm(None)
+    self.keys_values = KeysValues(config, config.num_cross_heads, config.cross_width)
+    self.attention = Attention(config, config.num_cross_heads, config.cross_width)
+    self.mlp = MLP(config)
+
+  def __call__(self, latents_BxMxD, keys: attention_kernels.Keys, rotary_BxM, valid_BxL, deterministic: bool):
+    """`keys` of all inputs, from the method; the latents' rotary positions or None; the inputs to see."""
+    dropout = functools.partial(_dropout, self, 0.0 if deterministic else self.config.dropout)
+    attended_BxMxD = self.attention(self.norm_query(latents_BxMxD), keys, rotary_BxM, valid_BxL)
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
-    hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))
+    hidden_BxMxD = self.mlp(self.norm_mlp(latents_BxMxD))
     return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None)
 
-  def _keys(self, context: Context) -> attention_kernels.Keys:
+  def keys(self, context: Context) -> attention_kernels.Keys:
     """Keys and values of the context, from ids to rotated heads as one pure function, for kernels that stream it."""
     config = self.config
-    norm, norm_weights = functional(layer_norm("norm_inputs"), jnp.zeros((1, 1, config.input_width)))
-    project, project_weights = functional(
-      KeysValues(config, config.num_cross_heads, config.cross_width, name="keys_values"),
-      jnp.zeros((1, 1, config.input_width)),
-    )
+    norm, norm_weights = functional(self.norm_inputs, jnp.zeros((1, 1, config.input_width)))
+    project, project_weights = functional(self.keys_values, jnp.zeros((1, 1, config.input_width)))
 
     def from_ids(weights, tokens_BxC, positions_BxCxP):
       embed_weights, norm_weights, project_weights = weights
@@ -201,16 +198,29 @@ class SelfAttentionLayer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, latents_BxMxD, rotary_BxM, valid_BxM, keep_own: bool, deterministic: bool):
+  def __call__(self, latents_BxMxD, cached, rotary_BxM, valid_BxM, slot, keep_own: bool, deterministic: bool):
+    """Returns the latents and the keys and values that the next latents will want.
+
+    Args:
+      latents_BxMxD: all latents, or in generation one new latent, M = 1.
+      cached: None, or k_BxSxHxK and v_BxSxHxK of S latents, of which `slot` is the new one's.
+      rotary_BxM: rotary positions of the latents, or None.
+      valid_BxM: which latents may be seen; [B, S] with `cached`.
+      slot: int32[], used with `cached` only.
+      keep_own: a latent sees itself, valid or not.
+      deterministic: no dropout.
+    """
     config = self.config
     dropout = functools.partial(_dropout, self, 0.0 if deterministic else config.dropout)
     normed_BxMxD = layer_norm("norm_attention")(latents_BxMxD)
     heads, width = config.num_self_heads, config.latent_width
     k_BxMxHxK, v_BxMxHxK = KeysValues(config, heads, width, name="keys_values")(normed_BxMxD)
-    keys = attention_kernels.Keys.of(turn(config, k_BxMxHxK, rotary_BxM), v_BxMxHxK)
+    made = turn(config, k_BxMxHxK, rotary_BxM), v_BxMxHxK
+    if cached is not None:
+      made = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1) for old, new in zip(cached, made))
     attended_BxMxD = Attention(config, heads, width, name="attention")(
-      normed_BxMxD, keys, rotary_BxM, valid_BxM, keep_own
+      normed_BxMxD, attention_kernels.Keys.of(*made), rotary_BxM, valid_BxM, keep_own
     )
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
     hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))
-    return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None), None
+    return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None), made

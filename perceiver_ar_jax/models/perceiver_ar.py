@@ -87,15 +87,65 @@ class PerceiverAR(nn.Module):
       valid_BxM &= jax.random.bernoulli(self.make_rng("dropout"), 1 - config.latent_dropout, valid_BxM.shape)
 
     tokens_BxM, positions_BxMxP = tokens_BxL[:, -num_latents:], positions_BxLxP[:, -num_latents:]
+    latents_BxMxD, _ = self._walk(
+      tokens_BxM,
+      positions_BxMxP,
+      self._keys(tokens_BxL, positions_BxLxP),
+      valid_BxL,
+      valid_BxM,
+      keep_own=keep_own,
+      deterministic=deterministic,
+    )
+    return latents_BxMxD
+
+  def keys_values(self, tokens_BxC, positions_BxCxP):
+    """For generation: (k_BxCxHxK, v_BxCxHxK) of inputs for each cross-attend; they hold while the context moves."""
+    return tuple(keys.all() for keys in self._keys(tokens_BxC, positions_BxCxP))
+
+  def latents_over(self, tokens_BxM, positions_BxMxP, cross_keys_values, valid_BxC, valid_BxS, cached=None, slot=None):
+    """For generation: latents_BxMxD of given tokens over keys and values from `keys_values`, and what to cache.
+
+    Args:
+      tokens_BxM: the last M of the C tokens in the context; with `cached`, M = 1.
+      positions_BxMxP: their positions.
+      cross_keys_values: from `keys_values`.
+      valid_BxC: the inputs to see, at most up to each latent's own.
+      valid_BxS: the latents to see: M of them, or with `cached` all S that it has room for.
+      cached: keys and values of earlier latents, as this function returned them; None: there are none.
+      slot: int32[], where in `cached` the new latent goes.
+    """
+    cross_keys = [attention_kernels.Keys.of(*made) for made in cross_keys_values]
+    return self._walk(tokens_BxM, positions_BxMxP, cross_keys, valid_BxC, valid_BxS, cached, slot)
+
+  def _keys(self, tokens_BxL, positions_BxLxP) -> list[attention_kernels.Keys]:
+    """The inputs as keys and values of each cross-attend."""
+    embed, weights = attention.functional(self.embed, tokens_BxL[:, -1:], positions_BxLxP[:, -1:])
+    context = attention.Context(embed, weights, tokens_BxL, positions_BxLxP)
+    return [cross_attend.keys(context) for cross_attend in self.cross_attend]
+
+  def _walk(
+    self,
+    tokens_BxM,
+    positions_BxMxP,
+    cross_keys: list[attention_kernels.Keys],
+    valid_BxL,
+    valid_BxM,
+    cached=None,
+    slot=None,
+    keep_own: bool = False,
+    deterministic: bool = True,
+  ):
+    """(latents_BxMxD after the last layer, keys and values of each run of layers)."""
     latents_BxMxD = self.to_latents(self.embed(tokens_BxM, positions_BxMxP))
-    embed, weights = attention.functional(self.embed, tokens_BxM, positions_BxMxP)
-    context = attention.Context(embed, weights, tokens_BxL, positions_BxLxP, valid_BxL)
-    rotary_BxM = attention.rotary_positions(config, positions_BxMxP)
-    for cross_attend, layers in zip(self.cross_attend, self.layers, strict=True):
-      latents_BxMxD = cross_attend(latents_BxMxD, context, deterministic)
+    rotary_BxM = attention.rotary_positions(self.config, positions_BxMxP)
+    made = []
+    for run, (cross_attend, layers) in enumerate(zip(self.cross_attend, self.layers, strict=True)):
+      latents_BxMxD = cross_attend(latents_BxMxD, cross_keys[run], rotary_BxM, valid_BxL, deterministic)
+      made.append(None)
       if layers is not None:
-        latents_BxMxD, _ = layers(latents_BxMxD, rotary_BxM, valid_BxM, keep_own, deterministic)
-    return self.final_norm(latents_BxMxD)
+        earlier = None if cached is None else cached[run]
+        latents_BxMxD, made[-1] = layers(latents_BxMxD, earlier, rotary_BxM, valid_BxM, slot, keep_own, deterministic)
+    return self.final_norm(latents_BxMxD), tuple(made)
 
   def logits(self, latents_BxMxD):
     """float32 logits_BxMxV of the latents after the last layer."""
@@ -159,12 +209,12 @@ def _scan_layers(config: ModelConfig, length: int) -> nn.Module:
   """`length` self-attention layers traced and compiled once; their weights are stacked on axis 0."""
   layer = attention.SelfAttentionLayer
   if config.remat != "none":
-    layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False, static_argnums=(4, 5))
+    layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False, static_argnums=(6, 7))
   scanned = nn.scan(
     layer,
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
-    in_axes=nn.broadcast,
+    in_axes=(0, *[nn.broadcast] * 5),
     length=length,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
