@@ -307,6 +307,8 @@ def test_a_document_of_pieces_is_start_pieces_end(trained):
   for start, end in stretches(len(expected), 30):
     assert document.read(start, end).tolist() == expected[start:end], f"events {start} to {end}"
     assert document.positions(start, end)[:, 0].tolist() == list(range(1, end - start + 1))
+    before, after = (trained.tokens.decode(events) for events in (expected[:start], expected[start:]))
+    assert before + after == LONG_TEXT, f"cut before event {start}, the text lost something or won something"
   assert document.counts() == {"words": 3000, "bytes": len(LONG_TEXT.encode())}
 
 
@@ -363,7 +365,7 @@ def test_without_any_space_no_crop_cuts_a_character(trained):
   text = "語né😀" * 30
   content = text.encode()
   character_ends = np.cumsum([len(character.encode()) for character in text])
-  for end in range(1, len(content) - 4):  # up to the last character
+  for end in range(1, len(content) - 64):
     recording = RecordingPieces(trained.tokens)
     PieceDocument(Text(content), recording, part=(end, end)).crop(0, 12, 2)
     (given,) = recording.given
@@ -404,3 +406,29 @@ def test_the_text_task_takes_its_vocabulary_from_the_model(trained, folder):
   ((task, _),) = tasks.get_tasks(data, 64)
   assert (task.vocab_size, task.unknown, task.position_dims) == (403, 3, 1)
   assert task.decode([SOS, *trained.tokens.encode(b"bako"), EOS]) == "bako"
+
+
+@pytest.mark.parametrize("text", ["日本語", "né"])
+def test_the_last_character_is_not_cut(text, trained):
+  content = text.encode()
+  for end in range(1, len(content) + 1):
+    events, _ = PieceDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)
+    assert trained.tokens.decode(events) == text, f"a crop that ends at byte {end}"
+
+
+def test_the_last_word_is_not_cut(trained):
+  content = b"bako rimu"
+  crops = [PieceDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)[0] for end in range(1, 10)]
+  assert {trained.tokens.decode(crop) for crop in crops} == {"bako", "bako rimu"}
+  assert all((crop[-1] == EOS) == (trained.tokens.decode(crop) == "bako rimu") for crop in crops)
+
+
+def test_an_empty_model_file_is_named(tmp_path):
+  (tmp_path / "empty.model").write_bytes(b"")
+  with pytest.raises(InputError, match="data.sentencepiece.*it is empty"):
+    Pieces(str(tmp_path / "empty.model"))
+
+
+def test_a_stretch_beyond_the_end_of_a_file_text_is_empty(tmp_path):
+  (tmp_path / "text").write_bytes(b"before0123456789after")
+  assert FileText(str(tmp_path / "text"), 6, 10).read(11, 99) == b""

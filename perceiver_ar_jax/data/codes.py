@@ -3,7 +3,7 @@
 Audio: `frames` x `levels` codes (SoundStream, EnCodec, DAC, ...) are flattened frame by frame, coarse level first, as
 in the paper's audio experiments. Each level has ids of its own: code c of level q is the value q * codebook_size + c.
 Positions are (frame, level); frames count from the first one of whatever is read, since recordings have no common
-origin, and so a table of context / levels + 3 rows is large enough.
+origin, and so a table of context / levels (rounded up) + 3 rows is large enough.
 
 Video: `time` x `height` x `width` codes are flattened in raster order; positions are (t, y, x).
 

@@ -24,8 +24,9 @@ from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, nearest
 from perceiver_ar_jax.data import features
-from perceiver_ar_jax.data.documents import Document
+from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.features import Batch
+from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import ListSource, TfdsSource, sentencepiece_fingerprint
 from perceiver_ar_jax.data.tasks import get_tasks
@@ -164,9 +165,13 @@ class TrainIterator:
     readable = {}
     for index in range(first, self._batch_size, _THREADS):
       document = examples[index].task.open(examples[index].record)
-      if document is not None:
+      if document is None:
+        continue
+      try:
         self._crop(batch, index, examples[index], document)
         readable[index] = document
+      except Unreadable as error:  # a file that vanished or shrank since it was listed
+        notice("skipped", f"Skipped: {error}")
     return readable
 
   def _crop(self, batch: Batch, index: int, example: _Example, document: Document) -> None:

@@ -60,7 +60,10 @@ class Pieces:
     import sentencepiece  # takes a while, and bytes do without
 
     try:
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
+      content = read_bytes(path)
+      if not content:
+        raise Unreadable("it is empty")
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (Unreadable, RuntimeError) as error:
       raise InputError(
         f"data.sentencepiece={path!r} is not a SentencePiece model that can be read ({error}): train one with"
@@ -116,7 +119,7 @@ class FileText(Text):
 
   def read(self, start: int, end: int) -> bytes:
     start, end = max(start, 0), min(end, self._size)
-    return read_bytes(self.name, self._offset + start, end - start)
+    return read_bytes(self.name, self._offset + start, max(end - start, 0))
 
 
 class ByteDocument(Document):
@@ -189,7 +192,8 @@ class PieceDocument(Document):
     first, last = self._part
     first = max(first, 1, min(shortest * _TYPICAL_BYTES_PER_PIECE, last))
     end = first + int(draw * (last - first + 1))
-    end += _next_boundary(self.text.read(end, end + _LONGEST_WORD_BYTES))
+    ahead = self.text.read(end, end + _LONGEST_WORD_BYTES)
+    end += _next_boundary(ahead if len(ahead) == _LONGEST_WORD_BYTES else ahead + b"\n")  # a text's end ends a word
     start = max(end - longest * _BYTES_PER_PIECE, 0)
     text = self.text.read(start, end)
     if start > 0:
