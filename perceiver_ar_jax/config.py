@@ -212,10 +212,6 @@ class DataConfig:
   """audio_codes, video_codes: codes of each level, or of the grid, are 0..codebook_size-1."""
   code_levels: int = 8
   """audio_codes: levels of the residual quantiser that are used, the coarse ones first."""
-  video_height: int = 16
-  """video_codes: rows of a frame's grid, where sampled codes are put back into one."""
-  video_width: int = 16
-  """video_codes: columns of a frame's grid."""
   train_split: str = "train"
   """Split that training reads."""
   min_crop: int = 1
@@ -230,8 +226,6 @@ class DataConfig:
       "image_size",
       "codebook_size",
       "code_levels",
-      "video_height",
-      "video_width",
     ):
       _require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1.")
     _require(

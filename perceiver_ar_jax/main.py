@@ -2,8 +2,8 @@
 
   python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=train|eval|data]
 
-Every setting can be overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes
-on with a run that was stopped.
+--config names an experiment of configs/; perceiver_ar_jax/config.py tells of every setting, and each can be
+overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
 """
 
 from absl import flags

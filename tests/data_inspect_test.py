@@ -11,7 +11,7 @@ import sentencepiece
 
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, SOS, codes, images, inspect, music, notices, render, tasks
+from perceiver_ar_jax.data import EOS, SOS, codes, documents, images, inspect, music, notices, render, tasks
 from perceiver_ar_jax.data.music import Note
 from tests import tiny
 
@@ -235,22 +235,26 @@ def test_a_picture_of_an_image_is_the_image(order):
   task = get_task("image_files", image_size=2, image_order=order)
   pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
   document = images.document(pixels, order)
-  np.testing.assert_array_equal(render.picture(task, document.read(0, 13)), pixels)
-  assert render.picture(task, document.read(0, 11)) is None, "a part of a picture is shown as a whole"
+  enlarged = pixels.repeat(64, axis=0).repeat(64, axis=1)
+  np.testing.assert_array_equal(render.picture(task, document.read(0, 13), document.positions(0, 13)), enlarged)
+  for count in (11, 12):
+    shown = render.picture(task, document.read(0, count), document.positions(0, count))
+    assert shown is None, "a part of a picture is shown as a whole"
 
 
 def test_a_picture_of_music_has_time_to_the_right_and_pitch_upwards():
-  events = music.encode([Note(127, 125, 0.0, 0.02), Note(0, 5, 0.03, 0.05)])
-  roll = render.picture(get_task("midi_files"), events)
-  assert roll.shape == (128, 5, 3)
+  events = music.encode([Note(62, 125, 0.0, 0.02), Note(60, 5, 0.03, 0.05)])
+  roll = render.picture(get_task("midi_files"), events, documents.count_positions(len(events)))
+  assert roll.shape == (6, 5, 3), "pitches 60 to 62, two lines each"
   sounding = (roll != DARK).any(axis=-1)
-  assert np.argwhere(sounding).tolist() == [[0, 0], [0, 1], [127, 3], [127, 4]]
-  assert (roll[0, 0] > roll[127, 3]).all(), "loud is not brighter"
+  assert np.argwhere(sounding[::2]).tolist() == [[0, 0], [0, 1], [2, 3], [2, 4]]
+  assert (roll[0, 0] > roll[4, 3]).all(), "loud is not brighter"
 
 
 def test_a_picture_of_audio_has_levels_down_and_frames_to_the_right():
   events = codes.flatten_audio(np.array([[0, 90], [50, 0], [250, 250]]), 256)
-  shades = render.picture(get_task("audio_codes", codebook_size=256, code_levels=2), events)
+  task = get_task("audio_codes", codebook_size=256, code_levels=2)
+  shades = render.picture(task, events, np.ones((7, 2), np.int32))
   assert shades.shape == (16, 3, 3)
   dark = (shades == DARK).all(axis=-1)
   assert dark[:8].all(axis=0).tolist() == [True, False, False]
@@ -258,20 +262,19 @@ def test_a_picture_of_audio_has_levels_down_and_frames_to_the_right():
   assert (shades[0, 2] == shades[8, 2]).all(), "the same code has two shades"
 
 
-def test_a_picture_of_video_has_its_frames_side_by_side():
-  task = get_task("video_codes", video_height=1, video_width=2)
-  events = codes.video_document(np.array([[[0, 7]], [[7, 0]]]), "two frames").read(0, 5)
-  sheet = render.picture(task, events)
+def test_a_picture_of_video_has_its_frames_side_by_side(monkeypatch):
+  monkeypatch.setattr(render, "_MIN_PIXELS", 1)
+  document = codes.video_document(np.array([[[0, 7]], [[7, 0]]]), "two frames")
+  sheet = render.picture(get_task("video_codes"), document.read(0, 5), document.positions(0, 5))
   assert sheet.shape == (5, 10, 3)
   dark = (sheet == DARK).all(axis=-1)
   assert np.argwhere(dark).tolist() == [[2, 2], [2, 7]]
-  assert render.picture(task, events[:2]) is None, "half a frame is shown"
 
 
 def test_a_text_has_no_picture_and_reads_as_it_is():
   task = get_task("text_files")
   events = np.array([SOS, ord("h") + 3, ord("i") + 3, EOS])
-  assert render.picture(task, events) is None
+  assert render.picture(task, events, documents.count_positions(4)) is None
   assert render.text(task, events) == "hi"
 
 
@@ -280,8 +283,3 @@ def test_inspect_counts_what_training_has_met_already(tmp_path, monkeypatch):
   write(tmp_path, {"train/a.txt": "a", "train/b.txt": "", "validation/c.txt": "c"})
   report, *_ = look(settings(tmp_path, task="text_files"), tmp_path / "run")
   assert (report["train"]["documents"], report["train"]["skipped"]) == (1, 1)
-
-
-def test_a_part_of_a_picture_has_no_picture():
-  task = get_task("image_files", image_size=2)
-  assert render.picture(task, images.document(np.zeros((2, 2, 3), np.uint8), "pixel_raster").read(0, 12)) is None

@@ -568,9 +568,11 @@ def test_files_that_are_not_given_or_not_there_are_asked_for(name, cases, tmp_pa
       read()
   for pattern in (tmp_path, tmp_path / "nowhere", tmp_path / "*.xyz"):
     for read in both(cases[name], files=str(pattern)):
-      with pytest.raises(InputError, match="No file matches .*data.files.*data.validation_files"):
+      with pytest.raises(
+        InputError, match=r"(holds no fitting file|does not exist)\. Set data.files \(or data.validation_files\)"
+      ):
         read()
-  with pytest.raises(InputError, match="No file matches '.*nothing_here'"):
+  with pytest.raises(InputError, match="'nothing_here' does not exist"):
     next(pipeline.eval_batches(settings(cases[name], validation_files="nothing_here"), batch_size_per_host=2))
 
 
@@ -710,23 +712,26 @@ def test_a_split_of_which_nothing_can_be_read_is_an_error(bad, hosts, cases, tmp
   name, file, content, _ = BAD[bad]
   write(tmp_path, {f"{split}/{number}-{file}": content for split in ("train", "validation") for number in range(4)})
   case = dataclasses.replace(cases[name], data=cases[name].data | halves(tmp_path))
-  with pytest.raises(InputError, match=f"'train' of {name} has 4 records, and none can be read: see the reasons above"):
+  with pytest.raises(
+    InputError, match=f"'train' of {name} has 4 records, and none can be read. The last reason: .*bad"
+  ):
     next(pipeline.TrainIterator(settings(case), 3, hosts - 1, hosts))
   assert skipped(capsys), "there are no reasons above"
   assert rows(settings(case), hosts) == []
 
 
-def test_a_text_that_disappears_while_training_is_named(cases, tmp_path):
+def test_a_text_that_disappears_while_training_is_named_and_left_out(cases, tmp_path, capsys):
   folder = write(tmp_path, {f"{number}.txt": b"here today" for number in range(3)} | {"validation/v.txt": b"v"})
   case = dataclasses.replace(cases["text_files"], data=cases["text_files"].data | halves(folder))
   iterator = pipeline.TrainIterator(settings(case), 6)
   next(iterator)
   (folder / "1.txt").unlink()
-  with pytest.raises(InputError, match="1.txt cannot be read: No such file"):
-    take(iterator, 5)
+  assert all(batch["weights"].any(axis=1).all() for batch in take(iterator, 5)), "its rows are empty"
   (folder / "1.txt").write_bytes(b"here")
-  with pytest.raises(InputError, match="1.txt ends at byte 4 now, and was longer when training began"):
-    take(iterator, 5)
+  take(iterator, 5)
+  gone, shorter = skipped(capsys)
+  assert "1.txt cannot be read: No such file" in gone
+  assert "1.txt ends at byte 4 now, and was longer when training began" in shorter
 
 
 @pytest.mark.parametrize(

@@ -25,39 +25,46 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
   except OSError as error:
     raise InputError(f"--workdir={workdir} cannot be written ({error.strerror or error}): give another.") from error
   train = pipeline.TrainIterator(config, config.train.batch_size)
-  batch = next(train)
   report = {
     "task": config.data.task,
     "modality": train.task.modality,
-    "batch": {name: [str(value.dtype), *value.shape] for name, value in batch.items()},
+    "batch": {name: [str(value.dtype), *value.shape] for name, value in train.spec.items()},
   }
   examples = []
   for split in dict.fromkeys((config.data.train_split, config.eval.split)):
     report[split], some = _describe(config, split)
     examples += [(split, *example) for example in some]
-  report["rate"] = _rate(train, config)
-  (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
   _write_examples(folder, examples)
-  _print(report, folder)
+  _print(report)
+  report["rate"] = rate = _rate(train, config)
+  (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+  print(f"The pipeline alone: {rate['examples_per_second']:,.0f} examples/s, {rate['tokens_per_second']:,.0f} tokens/s")
+  print(f"Examples: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
   return report
 
 
 def _describe(config: Config, split: str) -> tuple[dict, list]:
   """Statistics of the first documents of a split, and the first few (task, events)."""
   histogram = np.zeros(config.model.vocab_size, np.int64)
-  lengths, words, num_bytes, examples, unknown = [], 0, 0, [], None
+  lengths, largest, words, num_bytes, examples, unknown = [], 0, 0, 0, [], None
   skipped = notices.count("skipped")
   for task, document in pipeline.documents(config, split, _MAX_DOCUMENTS):
-    events = document.read(0, min(len(document), _MAX_EVENTS))
+    counted = min(len(document), _MAX_EVENTS)
+    events, positions = document.read(0, counted), document.positions(0, counted)
+    largest = np.maximum(largest, positions.max(axis=0))
     histogram += np.bincount(events, minlength=len(histogram))
     lengths.append(len(document))
     if task.modality == "text":
       counts = document.counts()
       words, num_bytes, unknown = words + counts["words"], num_bytes + counts["bytes"], task.unknown
     if len(examples) < _EXAMPLES:
-      examples.append((task, events))
+      examples.append((task, events, positions))
   if not lengths:
-    raise InputError(f"The split {split!r} of {config.data.task} holds no document that can be read.")
+    raise InputError(
+      f"The split {split!r} of {config.data.task} holds no document that can be read. The last reason:"
+      f" {notices.last('skipped').removeprefix('Skipped: ')}. Mend or remove such files, or hold out others"
+      " (data.validation_fraction, data.validation_files)."
+    )
   shares = histogram[histogram > 0] / histogram.sum()
   result = {
     "documents": len(lengths),
@@ -67,6 +74,7 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     "shortest": min(lengths),
     "median": int(np.median(lengths)),
     "longest": max(lengths),
+    "largest_position": largest.tolist(),
     "different_tokens": int((histogram > 0).sum()),
     "histogram_entropy_bits": float(-(shares * np.log2(shares)).sum()),
     "most_frequent": [[int(token), float(histogram[token] / histogram.sum())] for token in np.argsort(-histogram)[:8]],
@@ -88,20 +96,20 @@ def _rate(train: pipeline.TrainIterator, config: Config) -> dict:
 
 
 def _write_examples(folder: epath.Path, examples: list) -> None:
-  pictures = [render.picture(task, events) for _, task, events in examples]
+  pictures = [render.picture(task, events, positions) for _, task, events, positions in examples]
   pictures = [one for one in pictures if one is not None]
   if pictures:
     wide = pictures[0].shape[1] > 4 * pictures[0].shape[0] or pictures[0].shape[1] > 400
     with (folder / "examples.png").open("wb") as file:
       render.save_png(render.grid(pictures, columns=1 if wide else 8), file)
   lines = []
-  for split, task, events in examples:
+  for split, task, events, _ in examples:
     shown = render.text(task, events[:_EXCERPT])
     lines.append(f"--- {split}, {task.name}: {len(events):,} events, the first of them:\n{shown}\n")
   (folder / "examples.txt").write_text("\n".join(lines))
 
 
-def _print(report: dict, folder: epath.Path) -> None:
+def _print(report: dict) -> None:
   shapes = ", ".join(f"{name} {kind}{sizes}" for name, (kind, *sizes) in report["batch"].items())
   print(f"{report['task']} ({report['modality']}). A training batch: {shapes}")
   for split, stats in report.items():
@@ -111,12 +119,10 @@ def _print(report: dict, folder: epath.Path) -> None:
     print(
       f"{split}: {stats['documents']:,} documents{'' if stats['all_documents'] else ' (the first ones)'},"
       f" {stats['skipped']} skipped, {stats['events']:,} events;"
-      f" lengths {stats['shortest']:,} to {stats['longest']:,}, median {stats['median']:,}\n"
+      f" lengths {stats['shortest']:,} to {stats['longest']:,}, median {stats['median']:,}; largest position"
+      f" {tuple(stats['largest_position'])}\n"
       f"  {stats['different_tokens']:,} different tokens, entropy {stats['histogram_entropy_bits']:.3f} bits, unknown"
       f" {stats['unknown_rate']:.3%}; most frequent: {common} (0 PAD, 1 EOS, 2 SOS, value v is v + {NUM_SPECIAL})"
     )
     if "words" in stats:
       print(f"  {stats['words']:,} words, {stats['bytes']:,} bytes, {stats['bytes_per_token']:.2f} bytes a token")
-  rate = report["rate"]
-  print(f"The pipeline alone: {rate['examples_per_second']:,.0f} examples/s, {rate['tokens_per_second']:,.0f} tokens/s")
-  print(f"Examples: {', '.join(sorted(str(path) for path in folder.iterdir()))}")

@@ -5,7 +5,7 @@ import sys
 
 import tqdm
 
-_SEEN: dict[str, set[str]] = collections.defaultdict(set)
+_SEEN: dict[str, dict[str, None]] = collections.defaultdict(dict)  # in order
 _TIMES = collections.Counter()
 
 
@@ -14,8 +14,13 @@ def notice(kind: str, message: str) -> None:
   seen = _SEEN[kind]
   _TIMES[kind] += 1
   if message not in seen:
-    seen.add(message)
+    seen[message] = None
     tqdm.tqdm.write(f"{message} ({len(seen)} {kind} so far).", file=sys.stderr)  # leaves a progress bar in one piece
+
+
+def last(kind: str) -> str:
+  """The newest message of a kind; empty if there was none."""
+  return next(reversed(_SEEN[kind]), "")
 
 
 def count(kind: str) -> int:

@@ -23,10 +23,9 @@ import seqio
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, nearest
-from perceiver_ar_jax.data import features
+from perceiver_ar_jax.data import features, notices
 from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.features import Batch
-from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import ListSource, TfdsSource, sentencepiece_fingerprint
 from perceiver_ar_jax.data.tasks import get_tasks
@@ -78,6 +77,7 @@ class TrainIterator:
     self._num_records = []
     for task in self._tasks:
       _check_vocabulary(task, config)
+      _check_position_dims(task, config)
       self._num_records.append(_num_records(task, split))
       if self._num_records[-1] is not None and self._num_records[-1] < host_count:
         raise InputError(
@@ -150,7 +150,7 @@ class TrainIterator:
     else:
       raise InputError(
         f"The split {self._config.data.train_split!r} of {self._config.data.task} has {sum(self._num_records)} records,"
-        " and none can be read: see the reasons above."
+        f" and none can be read. The last reason: {notices.last('skipped').removeprefix('Skipped: ')}."
       )
     # Rows whose records cannot be read get another crop of those that can.
     others = itertools.cycle(sorted(readable))
@@ -171,7 +171,7 @@ class TrainIterator:
         self._crop(batch, index, examples[index], document)
         readable[index] = document
       except Unreadable as error:  # a file that vanished or shrank since it was listed
-        notice("skipped", f"Skipped: {error}")
+        notices.notice("skipped", f"Skipped: {error}")
     return readable
 
   def _crop(self, batch: Batch, index: int, example: _Example, document: Document) -> None:
@@ -238,15 +238,16 @@ class TrainIterator:
       )
     state = json.loads(settings.read_text())
     saved = state["stream"]
+    names = {"num_records": "number of records", "files": "checksum of the files' names"}
     changed = [
-      f"{name} was {saved.get(name)!r} and is {value!r}"
+      f"{names.get(name, name)} was {saved.get(name)!r} and is {value!r}"
       for name, value in self._stream.items()
       if saved.get(name) != value
     ]
     if changed:
       raise InputError(
-        f"The data iterator state in {directory} belongs to other settings ({'; '.join(changed)}), so its place in"
-        " the data means nothing here: resume with the same settings, or start in a new workdir."
+        f"The place in the data that {directory} holds means nothing here, since the data or its settings are others"
+        f" than they were ({'; '.join(changed)}): put files and settings back as they were, or start in a new workdir."
       )
     # Begin anew: the state of an iterator that had not begun does not undo the shuffles of one that has.
     self._begin()
@@ -320,6 +321,7 @@ def documents(config: Config, split: str, max_sequences: int | None = None) -> I
   """
   for task, _ in get_tasks(config.data, _longest_crop(config)):
     _check_vocabulary(task, config)
+    _check_position_dims(task, config)
     _num_records(task, split)
     records = task.source.get_dataset(split=split, shuffle=False)
     if max_sequences is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
@@ -399,27 +401,32 @@ def _check_vocabulary(task: Task, config: Config) -> None:
     )
 
 
-def _check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
+def _check_position_dims(task: Task, config: Config) -> None:
+  """Raises InputError if the model's positions have other dimensions than the task's."""
   if not config.model.positions_from_data:
     return
   if config.model.position_encoding == "rotary":
-    if positions_BxLxP.shape[-1] != 1:
+    if task.position_dims != 1:
       raise InputError(
-        f"The task {config.data.task} has {positions_BxLxP.shape[-1]} position dimensions, and rotary positions are"
-        " one number: count them from the last token instead (--config.model.positions_from_data=False), or use learned"
-        " ones."
+        f"The task {task.name} has {task.position_dims} position dimensions, and rotary positions are one number: count"
+        " them from the last token instead (--config.model.positions_from_data=False), or use learned ones."
       )
+  elif len(config.model.position_sizes) != task.position_dims:
+    raise InputError(
+      f"Positions of the task {task.name} have {task.position_dims} dimensions, but"
+      f" model.position_sizes={config.model.position_sizes} has {len(config.model.position_sizes)}: give one size"
+      " (largest position + 1) for each."
+    )
+
+
+def _check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
+  if not config.model.positions_from_data or config.model.position_encoding == "rotary":
     return
   # One dimension at a time: over all at once, NumPy takes ten times as long.
-  largest = [positions_BxLxP[..., dimension].max() for dimension in range(positions_BxLxP.shape[-1])]
+  largest = [int(positions_BxLxP[..., dimension].max()) for dimension in range(positions_BxLxP.shape[-1])]
   sizes = config.model.position_sizes
-  if len(sizes) != len(largest):
-    raise InputError(
-      f"Positions of the task {config.data.task} have {len(largest)} dimensions, but model.position_sizes={sizes} has"
-      f" {len(sizes)}: give one size (largest position + 1) for each."
-    )
   if any(position >= size for position, size in zip(largest, sizes)):
     raise InputError(
-      f"The task {config.data.task} has positions up to {tuple(map(int, largest))}, beyond"
-      f" model.position_sizes={sizes}: make each size at least the largest position + 1."
+      f"The task {config.data.task} has positions up to {tuple(largest)}, beyond model.position_sizes={sizes}: make"
+      " each size at least the largest position + 1 of all documents, which --mode=data shows."
     )

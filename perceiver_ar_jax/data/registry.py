@@ -56,7 +56,7 @@ class Task:
   vocab_size: int
   """Number of event ids, PAD, EOS and SOS included."""
   decode: Callable[[np.ndarray], Any]
-  """What events int32[n] stand for: a picture, a text, notes, codes."""
+  """What events int32[n] stand for: a picture, a text, notes, codes (of video: flat, as the grid is the file's)."""
   position_dims: int = 1
   """P: how many numbers a position is."""
   preprocessors: Sequence[Callable[..., tf.data.Dataset]] = ()

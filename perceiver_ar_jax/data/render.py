@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 
-from perceiver_ar_jax.data import NUM_SPECIAL
+from perceiver_ar_jax.data import NUM_SPECIAL, codes
 from perceiver_ar_jax.data.registry import Task
 
 _GAP = 2
 _GREY = 128
+_MIN_PIXELS = 128
+_MAX_FRAMES = 16
 _MAX_STEPS = 1000
 """Columns of a picture of music or audio: 10 s, or so many frames."""
 
@@ -27,28 +29,47 @@ def text(task: Task, events: np.ndarray) -> str:
   return np.array2string(np.asarray(events), threshold=64, edgeitems=24, max_line_width=100)
 
 
-def picture(task: Task, events: np.ndarray) -> np.ndarray | None:
+def picture(task: Task, events: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
   """A picture uint8[height, width, 3] of a document's events; None for what has none (text, copies, too few events).
 
   Images are themselves, music a piano roll (time to the right, pitch upwards, loud is bright), audio codes a map of
-  levels over frames, video codes their frames side by side, each code a shade.
+  levels over frames, video codes their frames side by side, each code a shade. Small ones are enlarged.
+
+  Args:
+    task: the events' task.
+    events: int32[n], from a document's start.
+    positions: int32[n, P] of the same.
   """
   if task.modality == "image":
     try:
-      return task.decode(events[events >= NUM_SPECIAL])
+      return _enlarge(task.decode(events[events >= NUM_SPECIAL]))
     except ValueError:  # a crop, not a whole picture
       return None
   if task.modality == "music":
     from perceiver_ar_jax.data import music
 
-    return _colours(music.piano_roll(events)[::-1, :_MAX_STEPS] * 2)
-  if task.modality in ("audio", "video"):
-    codes = task.decode(events)
-    shades = (codes % 251).astype(np.uint8)  # neighbours in a codebook have nothing in common, so any shade will do
-    if task.modality == "audio":
-      return _colours(np.repeat(shades.T[:, :_MAX_STEPS], 8, axis=0))
-    return grid([_colours(frame) for frame in shades[:16]], columns=16) if len(shades) else None
+    roll = music.piano_roll(events)[:, :_MAX_STEPS]
+    used = np.flatnonzero(roll.any(axis=1))
+    roll = roll[used[0] : used[-1] + 1] if len(used) else roll
+    return _colours(np.repeat(roll[::-1] * 2, 2, axis=0))
+  if task.modality == "audio":
+    shades = _shades(task.decode(events))
+    return _colours(np.repeat(shades.T[:, :_MAX_STEPS], 8, axis=0)) if len(shades) else None
+  if task.modality == "video":
+    height, width = positions[:, 1:].max(axis=0) - 1
+    frames = codes.to_video(events, height, width)[:_MAX_FRAMES]
+    return grid([_enlarge(_colours(frame)) for frame in _shades(frames)], columns=8) if len(frames) else None
   return None
+
+
+def _shades(values: np.ndarray) -> np.ndarray:
+  """Codes as uint8 shades, over the whole range of those there are."""
+  return (values * (255 / max(values.max(initial=0), 1))).astype(np.uint8)
+
+
+def _enlarge(pixels: np.ndarray) -> np.ndarray:
+  factor = max(1, _MIN_PIXELS // max(pixels.shape[:2]))
+  return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:

@@ -251,9 +251,10 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
     found = glob.glob(path, recursive=True)
   found = sorted(name for name in found if not os.path.isdir(name) and _is_utf8(name))
   if not found:
+    what = "does not exist" if not glob.has_magic(path) and not os.path.exists(path) else "holds no fitting file"
     raise InputError(
-      f"No file matches {pattern!r}: set data.files or data.validation_files to a folder with files that end in"
-      f" {' or '.join(suffixes)}, or to a glob in quotes such as 'folder/**/*{suffixes[0]}'."
+      f"{pattern!r} {what}. Set data.files (or data.validation_files) to a folder with files that end in"
+      f" {' or '.join(suffixes)}, or to a glob in quotes, of any ending, such as 'folder/**/*{suffixes[0]}'."
     )
   return found
 

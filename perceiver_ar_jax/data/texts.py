@@ -62,12 +62,15 @@ class Pieces:
     try:
       content = read_bytes(path)
       if not content:
-        raise Unreadable("it is empty")
+        raise Unreadable(f"{path} is empty")
       self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (Unreadable, RuntimeError) as error:
+      reason = error if isinstance(error, Unreadable) else f"{path}: {error}"
       raise InputError(
-        f"data.sentencepiece={path!r} is not a SentencePiece model that can be read ({error}): train one with"
-        " `python -m perceiver_ar_jax.data.train_sentencepiece --config=... --output=FILE`."
+        f"data.sentencepiece names no SentencePiece model: {reason}. Train one with `python -m"
+        " perceiver_ar_jax.data.train_sentencepiece --config=... --output=FILE` and set"
+        " --config.data.sentencepiece=FILE, or read bytes: --config.data.sentencepiece=None"
+        " --config.model.vocab_size=259."
       ) from error
     self.vocab_size = self._model.get_piece_size() + NUM_SPECIAL
     self.unknown = self._model.unk_id() + NUM_SPECIAL

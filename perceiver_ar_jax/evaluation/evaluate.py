@@ -121,17 +121,18 @@ class Evaluator:
   @staticmethod
   def describe(result: dict) -> str:
     """One line for people: the split's figures, and what they are to be compared with."""
-    bits = f"{result['bits_per_token']:.3f} bits/token"
+    bits, nats = f"{result['bits_per_token']:.3f} bits/token", result["unit"] == "nats_per_token"
+    entropy = result["histogram_entropy_bits"] * (math.log(2) if nats else 1)
     own = {
       "bits_per_dim": lambda value: f"{value:.3f} bits/dim",
       "bits_per_byte": lambda value: f"{value:.3f} bits/byte, {bits}",
-      "word_perplexity": lambda value: f"perplexity {value:.2f} a word, {bits}",
+      "word_perplexity": lambda value: f"perplexity {value:.4g} a word, {bits}",
       "nats_per_token": lambda value: f"{value:.3f} nats/token",
       "accuracy": lambda value: bits,
     }[result["unit"]](result[result["unit"]])
     return (
       f"{result['split']} at step {result['step']}: {own}"
-      f" (entropy of its token histogram: {result['histogram_entropy_bits']:.3f} bits),"
+      f" (entropy of its token histogram: {entropy:.3f} {'nats' if nats else 'bits'}),"
       f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens"
     )
 

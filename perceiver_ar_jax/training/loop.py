@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import psutil
 from clu import parameter_overview
 from etils import epath
@@ -69,6 +70,7 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
   abstract = state_lib.abstract_state(config, optimizer, mesh)
   _say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
   with _Signals() as signals, jax.set_mesh(mesh):
+    _check_least_memory(config, abstract, mesh)
     train_step = _compile(step_lib.make_train_step(config, optimizer), abstract, data.spec, mesh)
     with checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
       state = checkpointer.restore(abstract, data)
@@ -254,6 +256,25 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
       f"The train step needs {_size(needed)} on each device, and each has {_size(available)}. {_LESS_MEMORY}"
     )
   return compiled
+
+
+def _check_least_memory(config: Config, abstract: state_lib.TrainState, mesh: Mesh) -> None:
+  """Raises InputError if not even weights, optimizer state, gradients and what each layer reads would fit.
+
+  XLA's own count is exact but needs a compilation, which may crash for shapes far beyond what any machine has.
+  """
+
+  def bytes_of(tree) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+  model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
+  latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
+  least = bytes_of(abstract) + bytes_of(abstract.params) + model.num_layers * latents
+  available = _memory_per_device()
+  if least > available:
+    raise InputError(
+      f"The train step needs at least {_size(least)} on each device, and each has {_size(available)}. {_LESS_MEMORY}"
+    )
 
 
 def _size(num_bytes: int) -> str:
