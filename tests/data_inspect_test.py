@@ -90,6 +90,7 @@ def test_the_report_of_texts(tmp_path, capsys):
   # SOS é (two bytes) , _ s o EOS; the empty text is left out
   assert_holds(report["validation"], documents=1, skipped=1, events=8, shortest=8, longest=8, different_tokens=8)
   assert_holds(report["validation"], words=2, bytes=6)
+  assert_holds(report["train"], largest_position=[8])
   assert report["rate"]["tokens_per_second"] == pytest.approx(10 * report["rate"]["examples_per_second"]) != 0
 
   assert picture is None, "a text has no picture"
@@ -136,8 +137,8 @@ def test_the_report_of_music(tmp_path):
   assert_holds(report["validation"], documents=1, skipped=1, events=6)
   assert "words" not in report["train"]
   assert "0.00 s    2.50 s  pitch  60  velocity" in examples
-  # 250 steps of 10 ms by 128 pitches, below it two rolls of 50 steps, in one row or each in its own.
-  assert width in (250 + 4, 3 * (250 + 2) + 2) and height in (128 + 4, 3 * (128 + 2) + 2)
+  # 250 steps of 10 ms by the one pitch, two lines high; below it two rolls of 50 steps.
+  assert (width, height) == (250 + 4, 3 * (2 + 2) + 2)
 
 
 def test_the_report_of_pictures(tmp_path):
@@ -150,9 +151,10 @@ def test_the_report_of_pictures(tmp_path):
   assert_holds(report["train"], documents=2, skipped=0, events=2 * 49, shortest=49, longest=49, different_tokens=3)
   assert report["train"]["most_frequent"][0][1] == pytest.approx(48 / 98)
   assert report["batch"]["positions"] == ["int32", 3, 10, 3]
-  assert size == (3 * 6 + 2, 6 + 2)
+  assert report["train"]["largest_position"] == [5, 5, 4], "x, y, channel"
+  assert size == (3 * 130 + 2, 130 + 2), "enlarged to 128 pixels each"
   shown = np.asarray(PIL.Image.open(tmp_path / "run" / "data" / "examples.png"))
-  assert [shown[2, left, 0] for left in (2, 8, 14)] == [0, 255, 255]
+  assert [shown[2, left, 0] for left in (2, 132, 262)] == [0, 255, 255]
   assert "image_files: 49 events" in examples
 
 

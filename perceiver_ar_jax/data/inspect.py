@@ -47,13 +47,16 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
   """Statistics of the first documents of a split, and the first few (task, events)."""
   histogram = np.zeros(config.model.vocab_size, np.int64)
   lengths, largest, words, num_bytes, examples, unknown = [], 0, 0, 0, [], None
-  skipped = notices.count("skipped")
+  skipped, longest_crop = notices.count("skipped"), config.model.max_context + 1
   for task, document in pipeline.documents(config, split, _MAX_DOCUMENTS):
-    counted = min(len(document), _MAX_EVENTS)
-    events, positions = document.read(0, counted), document.positions(0, counted)
-    largest = np.maximum(largest, positions.max(axis=0))
+    length = len(document)
+    events = document.read(0, min(length, _MAX_EVENTS))
+    positions = document.positions(0, len(events))
+    for start in (0, max(length - longest_crop, 0)):  # positions may count from a crop's start
+      crop = document.positions(start, min(start + longest_crop, length))
+      largest = np.maximum(largest, crop.max(axis=0))
     histogram += np.bincount(events, minlength=len(histogram))
-    lengths.append(len(document))
+    lengths.append(length)
     if task.modality == "text":
       counts = document.counts()
       words, num_bytes, unknown = words + counts["words"], num_bytes + counts["bytes"], task.unknown
