@@ -4,7 +4,8 @@
 #   launch/cache_tasks.sh --config=configs/pg19.py --config.data.data_dir=DIR --output=CACHE
 #
 # Then train with --config.data.cache_dir=CACHE. Beam gets an environment of its own, CACHE_VENV (.venv-cache), since it
-# holds packages back that training wants newer. All arguments go to perceiver_ar_jax.data.cache; on Dataflow add
+# holds packages back that training wants newer. All arguments go to perceiver_ar_jax.data.cache. On Dataflow, first
+# `.venv-cache/bin/pip install 'apache-beam[gcp]'`, then add
 #   --beam_options=--runner=DataflowRunner,--project=P,--region=R,--temp_location=gs://B/tmp,--setup_file=./setup.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
