@@ -13,7 +13,7 @@ is imported in one place only, tf_cpu.py.
 
 import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read once, when TensorFlow loads: keeps its start-up notes out
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow loads: fewer notes (2.21 prints some)
 
 PAD = 0
 EOS = 1
