@@ -51,6 +51,30 @@ class Keys(NamedTuple):
     return self.make(self.weights, self.source)
 
 
+class Cached(NamedTuple):
+  """Keys and values of generation, of which new ones are written in place; a layout in which one query reads fast."""
+
+  k_BxHxSxK: jax.Array
+  v_BxHxSxK: jax.Array
+
+  @classmethod
+  def of(cls, k_BxSxHxK, v_BxSxHxK) -> "Cached":
+    """From keys and values as layers make them."""
+    return cls(k_BxSxHxK.swapaxes(1, 2), v_BxSxHxK.swapaxes(1, 2))
+
+  def put(self, new: "Cached", slot) -> "Cached":
+    """With those of one slot, S = 1, in the place of slot int32[]."""
+    return Cached(*(jax.lax.dynamic_update_slice_in_dim(old, one, slot, axis=2) for old, one in zip(self, new)))
+
+  def attend(self, q_Bx1xHxK, valid_BxS):
+    """Attention of one query to all valid slots."""
+    q_BxHxK = _scaled(q_Bx1xHxK)[:, 0]
+    scores_BxHxS = _product("bhk,bhsk->bhs", q_BxHxK, self.k_BxHxSxK)
+    scores_BxHxS = jnp.where(valid_BxS[:, None], scores_BxHxS, _MASKED)
+    weights_BxHxS = jax.nn.softmax(scores_BxHxS, axis=-1).astype(q_Bx1xHxK.dtype)
+    return jnp.einsum("bhs,bhsk->bhk", weights_BxHxS, self.v_BxHxSxK)[:, None]
+
+
 def _given(weights, source):
   del weights
   return source
