@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.data import EOS, PAD
@@ -121,9 +120,9 @@ def exact_block(config: ModelConfig, params, state: State, plan: Plan, settings:
   return state, tokens_TxB.T, jnp.moveaxis(logits_TxBxV, 0, 1)
 
 
-def row_keys(seed: int, first: int, rows: int) -> jax.Array:
-  """Random keys for `rows` samples from number `first` on: a sample's does not depend on who is made beside it."""
-  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.arange(first, first + rows))
+def row_keys(seed, numbers_B) -> jax.Array:
+  """Random keys of the samples with these numbers: a sample's does not depend on who is made beside it."""
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B)
 
 
 def _draw(logits_BxV, plan: Plan, index, settings: Settings, keys_B, state: State):

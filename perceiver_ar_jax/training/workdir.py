@@ -21,6 +21,7 @@ RESUMABLE = (
   "train.keep_checkpoints",
   "train.profile_at",
   "eval.",
+  "sample.",
   "mesh.",
   "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
   "data.cache_dir",
@@ -44,6 +45,7 @@ SAME_WEIGHTS = (
   "data.",
   "train.",
   "eval.",
+  "sample.",
   "mesh.",
   "seed",
 )
