@@ -38,9 +38,10 @@ def main(config: Config) -> int:
   if _MODE.value == "eval":
     evaluate.evaluate(config, _WORKDIR.value)
     return 0
+  from perceiver_ar_jax.sampling import write
   from perceiver_ar_jax.training import loop
 
-  return loop.train(config, _WORKDIR.value, evaluate.Evaluator)
+  return loop.train(config, _WORKDIR.value, evaluate.Evaluator, write.Exhibit)
 
 
 if __name__ == "__main__":

@@ -272,9 +272,10 @@ def eval_batches(
 ) -> Iterator[Batch]:
   """Batches of sliding windows over a split, in order, in which every scored event weighs 1 just once.
 
-  Arguments that are None come from `config.eval`; `chosen` documents are read instead of the split. The windows of all documents form one list; a step of all hosts
-  takes host_count * batch_size_per_host of them, this host its share. So all hosts yield equally many batches, of one
-  shape, and together the same rows however many they are. The end is filled up with rows of PAD and weight 0.
+  Arguments that are None come from `config.eval`; `chosen` documents are read instead of the split. The windows of all
+  documents form one list; a step of all hosts takes host_count * batch_size_per_host of them, this host its share. So
+  all hosts yield equally many batches, of one shape, and together the same rows however many they are. The end is
+  filled up with rows of PAD and weight 0.
 
   Batches of text have two arrays more, int32[B]: `words` and `bytes` of the original text, each document's in its first
   row and 0 in the others.

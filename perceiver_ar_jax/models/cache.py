@@ -39,7 +39,7 @@ class Weights(NamedTuple):
 
 
 class Context(NamedTuple):
-  """Sequences in L slots from the first on, all rows ending at the same one; and their newest latents, at most M + 1."""
+  """Sequences in L slots from the first on, all rows ending at the same one; and their newest M + 1 latents at most."""
 
   cross: tuple[Cached, ...]
   """Keys and values of the inputs for each cross-attend: [B, H, L, K]."""

@@ -1,8 +1,8 @@
 """Tokens out of a model, a block at a time: pure functions, to be jitted. sampler.py drives them.
 
-With a cache (models/cache.py), tokens come in blocks of M - kept + 1: the first from a pass of the newest `kept` latents
-through all layers, the others from one more latent each, until there is no room for another. Without one, every token
-takes a whole pass over all latents: slow, and the truth that the cache is tested against.
+With a cache (models/cache.py), tokens come in blocks of M - kept + 1: the first from a pass of the newest `kept`
+latents through all layers, the others from one more latent each, until there is no room for another. Without one, every
+token takes a whole pass over all latents: slow, and the truth that the cache is tested against.
 
 One compiled block serves any length of prompt and of output. Shape letters: perceiver_ar.py; T tokens of a block, G
 groups of places.
@@ -126,7 +126,7 @@ def row_keys(seed, numbers_B) -> jax.Array:
 
 
 def _draw(logits_BxV, plan: Plan, index, settings: Settings, keys_B, state: State):
-  """(the next token of each row: int32[B], the state that knows of it); PAD for rows that have ended, and only there."""
+  """(the next token of each row: int32[B], the state that knows of it); PAD for rows that have ended, no others."""
   allowed_BxV = plan.allowed_GxV[plan.group_BxT[:, index]].at[:, PAD].set(False)
   logits_BxV = jnp.where(allowed_BxV, logits_BxV, -jnp.inf)
   step_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, state.step)

@@ -212,7 +212,7 @@ class Sampler:
   def _start(self, rows: list["_Row"], window: int, done: int) -> generate.State:
     """The state of sequences of which the newest `window` events are seen."""
     context = self.config.model.max_context
-    dims = self.task.position_dims
+    dims = self.task.position_dims if self.config.model.positions_from_data else 1
     tokens_BxL = np.zeros((len(rows), context), np.int32)
     positions_BxLxP = np.zeros((len(rows), context, dims), np.int32)
     for index, row in enumerate(rows):
@@ -244,7 +244,7 @@ class Sampler:
     return self._compiled[shapes](*arguments)
 
   def _layout(self, result):
-    """Shardings of what a function returns: keys and values as a cache wants them, rows of all else in a state split."""
+    """Shardings of what a function returns: keys and values as a cache wants them, all else split by rows."""
 
     def split(leaf):
       if isinstance(leaf, Cached):

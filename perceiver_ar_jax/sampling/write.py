@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import tqdm
 from etils import epath
+from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import NUM_SPECIAL, render
@@ -197,10 +198,24 @@ def _say(samples: list[Sample], report: dict, folder: epath.Path, stream: bool) 
     for index, one in enumerate(samples):
       print(f"--- sample {index}: {len(one.prompt.events):,} tokens given, {one.num_new:,} new\n{one.value}\n")
   print(
-    f"{len(samples)} samples of {sum(one.num_new for one in samples):,} new tokens in {report['seconds']:.1f} s, compilation"
-    f" included ({report['tokens_per_second']:,.0f} tokens/s): {folder}",
+    f"{len(samples)} samples of {sum(one.num_new for one in samples):,} new tokens in {report['seconds']:.1f} s,"
+    f" compilation included ({report['tokens_per_second']:,.0f} tokens/s): {folder}",
     flush=True,
   )
+
+
+class Exhibit:
+  """A few samples of a model in training: pictures, or texts of what has none."""
+
+  def __init__(self, config: Config, mesh: Mesh):
+    self._sampler, self._count = Sampler(config, mesh=mesh), config.eval.num_samples
+
+  def __call__(self, params, should_stop: Callable[[], bool]) -> list[str | np.ndarray]:
+    self._sampler.params = params
+    samples = self._sampler(num_samples=self._count, batch_size=self._count, should_stop=should_stop)
+    self._sampler.params = None  # the next update takes their memory
+    shown = [picture(one) for one in samples]
+    return [render.text(one.task, one.events) if pixels is None else pixels for one, pixels in zip(samples, shown)]
 
 
 def score(config: Config, workdir: epath.PathLike) -> dict:

@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 from clu import parameter_overview
 from etils import epath
@@ -46,7 +47,16 @@ class Evaluator(Protocol):
   def describe(self, result: dict) -> str: ...
 
 
-def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Config, Mesh], Evaluator]) -> int:
+Exhibit = Callable[[dict, Callable[[], bool]], Sequence[str | np.ndarray]]
+"""(params, should_stop) -> samples of the model to look at; sampling/write.py has the real one."""
+
+
+def train(
+  config: Config,
+  workdir: epath.PathLike,
+  make_evaluator: Callable[[Config, Mesh], Evaluator],
+  make_exhibit: Callable[[Config, Mesh], Exhibit] | None = None,
+) -> int:
   """Trains to `config.train.steps`, going on from the newest good checkpoint; returns the exit code.
 
   0: done. 128 + signal number: SIGTERM or SIGINT came, everything is saved, and the same command goes on.
@@ -62,6 +72,7 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
     check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   check_batch(config.train.batch_size, "train.batch_size", mesh)
   evaluator = make_evaluator(config, mesh)
+  exhibit = make_exhibit(config, mesh) if make_exhibit and config.eval.num_samples else None
   hosts = jax.process_count()
   data = pipeline.TrainIterator(config, config.train.batch_size // hosts, jax.process_index(), hosts)
   workdir_lib.prepare(config, workdir)
@@ -87,7 +98,7 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
         total_steps=config.train.steps,
         bits_name="bits/dim" if data.task.unit == "bits_per_dim" else "bits/token",
       ) as log:
-        run = _Run(config, workdir, mesh, train_step, evaluator, checkpointer, signals, log)
+        run = _Run(config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log)
         state, result = run(state, data)
   if signals.received:
     _say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
@@ -103,12 +114,13 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
 class _Run:
   """The loop proper, with all that a step touches."""
 
-  def __init__(self, config, workdir, mesh, train_step, evaluator, checkpointer, signals, log):
+  def __init__(self, config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log):
     self._config = config
     self._rows = sharding.batch_sharding(mesh)
     self._train_step = train_step
     self._schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
     self._evaluator = evaluator
+    self._exhibit = exhibit
     self._checkpointer = checkpointer
     self._signals = signals
     self._log = log
@@ -168,12 +180,18 @@ class _Run:
       )
 
   def _evaluate(self, params, step: int) -> dict | None:
-    """The evaluation's figures, shown and logged; None if a signal came meanwhile."""
-    result = self._evaluator(params, step, lambda: bool(self._signals.received))
+    """The evaluation's figures, shown and logged, with some samples; None if a signal came meanwhile."""
+
+    def stopped():
+      return bool(self._signals.received)
+
+    result = self._evaluator(params, step, stopped)
     if result:
       self._log.say(self._evaluator.describe(result))
       figures = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
       self._log.write(step, figures)
+      if self._exhibit:
+        self._log.write_samples(step, self._exhibit(params, stopped))
     self._last_report = time.monotonic()
     return result
 
