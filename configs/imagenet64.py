@@ -34,5 +34,5 @@ def get_config():
     learning_rate=3e-4, warmup_steps=10_000, schedule="cosine", cosine_steps=50_000, end_learning_rate=0.0
   )
   config.eval.update(batch_size=512, stride=512, every=25_000)
-  config.mesh.update(data=-1, fsdp=1)
+  config.mesh.update(data=1, fsdp=-1)
   return config

@@ -1,6 +1,6 @@
-"""Train and evaluate Perceiver AR, and look at the data first.
+"""Train and evaluate Perceiver AR, look at the data first, and plan for TPUs that are not here.
 
-  python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=train|eval|data]
+  python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=train|eval|data|plan]
 
 --config names an experiment of configs/; perceiver_ar_jax/config.py tells of every setting, and each can be
 overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
@@ -12,7 +12,7 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data", "plan"], "What to do.")
 
 
 def main(config: Config) -> int:
@@ -22,6 +22,10 @@ def main(config: Config) -> int:
 
     inspect.inspect(config, _WORKDIR.value)
     return 0
+  if _MODE.value == "plan":
+    from perceiver_ar_jax.parallel import plan
+
+    return plan.plan(config, _WORKDIR.value)
   from perceiver_ar_jax.evaluation import evaluate
 
   if _MODE.value == "eval":

@@ -22,6 +22,7 @@ RESUMABLE = (
   "train.profile_at",
   "eval.",
   "mesh.",
+  "plan.",
   "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
   "data.cache_dir",
   "data.files",
@@ -45,6 +46,7 @@ SAME_WEIGHTS = (
   "train.",
   "eval.",
   "mesh.",
+  "plan.",
   "seed",
 )
 
