@@ -33,9 +33,9 @@ SMALL = {
   "train__batch_size": 3,
   "eval__batch_size": 7,
 }
-# Multiply-adds of one sequence: latents from embeddings 2*3*4; cross-attend: queries and out 2*(4*8 + 8*4), keys and values
-# 6*(3*8 + 3*8), scores and values 2*(6*8 + 6*8), MLP 2*(4*8 + 8*4); layer: projections 2*4*(4*4), scores and values
-# 2*(2*4 + 2*4), MLP 2*(4*8 + 8*4); logits 2*4*5.
+# Multiply-adds of one sequence: latents from embeddings 2*3*4; cross-attend: queries and out 2*(4*8 + 8*4), keys and
+# values 6*(3*8 + 3*8), scores and values 2*(6*8 + 6*8), MLP 2*(4*8 + 8*4); layer: projections 2*4*(4*4), scores and
+# values 2*(2*4 + 2*4), MLP 2*(4*8 + 8*4); logits 2*4*5.
 BY_HAND = 2 * (24 + 128 + 288 + 192 + 128 + 128 + 32 + 128 + 40)
 
 
