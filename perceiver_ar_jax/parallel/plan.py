@@ -5,7 +5,6 @@ memory is exact. Seconds are a roofline: work over the chip's peak, and bytes th
 bandwidth, as if each ran at its best and all at once. A real step takes longer.
 """
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -15,10 +14,9 @@ import subprocess
 import sys
 import tempfile
 
-from perceiver_ar_jax.config import REMAT_POLICIES, Config, InputError
-from perceiver_ar_jax.parallel import chips, flops
-
-_WORST_FIRST = REMAT_POLICIES  # none keeps most, full least
+from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.parallel import chips, flops, plan_search
+from perceiver_ar_jax.parallel.plan_search import BOUNDS, size_of
 
 
 def plan(config: Config, workdir: str | os.PathLike) -> int:
@@ -35,7 +33,7 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
   topology = chips.parse(config.plan.topology)
   check_libtpu()
   if config.plan.search:
-    best, tried = search(config, topology)
+    best, tried = plan_search.search(config, topology, compile_plan)
     result = best | {"candidates": tried}
   else:
     print(f"Compiling the train step for {topology} ({topology.num_chips} chips): about a minute.", flush=True)
@@ -131,22 +129,26 @@ def assemble(config: Config, topology: chips.Topology, figures: dict) -> dict:
 
 def describe(plan: dict) -> str:
   """A plan for people."""
-  chips_of = "x".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
-  seconds = ", ".join(f"{name} {value:.3f}" for name, value in plan["roofline_seconds"].items())
+  mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
+  parts = f" in {plan['microbatches']} microbatches" if plan["microbatches"] > 1 else ""
   lines = [
-    f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {chips_of.replace('x', ' x ')};"
-    f" {plan['num_params'] / 1e6:,.1f}M parameters, batch {plan['batch_size']:,} in {plan['microbatches']} part(s),"
-    f" remat {plan['remat']}, attention {plan['attention']}",
-    f"  {'fits' if plan['fits'] else 'DOES NOT FIT'}: {_size(plan['peak_bytes'])} of {_size(plan['hbm_bytes'])} a chip",
-    f"    weights {_size(plan['weight_bytes'])}, optimizer {_size(plan['optimizer_bytes'])}, batch"
-    f" {_size(plan['batch_bytes'])}, temporary {_size(plan['temp_bytes'])}, code {_size(plan['code_bytes'])}",
+    f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {mesh}; {plan['num_params'] / 1e6:,.1f}M"
+    f" parameters, batch {plan['batch_size']:,}{parts}, remat {plan['remat']}, attention {plan['attention']}",
+    f"  {'fits' if plan['fits'] else 'DOES NOT FIT'}: {size_of(plan['peak_bytes'])} of {size_of(plan['hbm_bytes'])} a"
+    " chip",
+    f"    weights {size_of(plan['weight_bytes'])}, optimizer {size_of(plan['optimizer_bytes'])}, batch"
+    f" {size_of(plan['batch_bytes'])}, temporary {size_of(plan['temp_bytes'])}, code {size_of(plan['code_bytes'])}",
     f"  a step: {plan['step_flops']:.3g} FLOPs, {plan['executed_flops']:.3g} with what is computed twice; an evaluation"
     f" step: {plan['eval_step_flops']:.3g}",
-    f"  at best {plan['step_seconds']:.3f} s a step, bound by {_BOUNDS[plan['bound']]} (seconds: {seconds}):"
-    f" {plan['batch_size'] / plan['step_seconds']:,.0f} sequences/s, {plan['model_flops_utilization']:.0%} of peak",
   ]
+  if plan["fits"]:
+    seconds = ", ".join(f"{name} {value:.3f}" for name, value in plan["roofline_seconds"].items())
+    lines.append(
+      f"  at best {plan['step_seconds']:.3f} s a step, bound by {BOUNDS[plan['bound']]} (seconds: {seconds}):"
+      f" {plan['batch_size'] / plan['step_seconds']:,.0f} sequences/s, {plan['model_flops_utilization']:.0%} of peak"
+    )
   if "largest" in plan:
-    lines += ["  largest arrays:", *(f"    {_size(size):>9} {what}" for size, what in plan["largest"][:5])]
+    lines += ["  largest arrays:", *(f"    {size_of(size):>9} {what}" for size, what in plan["largest"][:5])]
   if plan.get("candidates"):
     lines += ["  tried, best first:", *(f"    {candidate}" for candidate in plan["candidates"])]
     settings = {f"mesh.{axis}": size for axis, size in plan["mesh"].items()}
@@ -156,16 +158,13 @@ def describe(plan: dict) -> str:
   return "\n".join(lines)
 
 
-_BOUNDS = {"compute": "compute", "hbm": "HBM bandwidth", "interconnect": "the interconnect"}
-
-
 def refusal(config: Config, plan: dict) -> str:
   """Why a plan does not fit, what takes the memory, and what to change, in one paragraph."""
   reason = f"The compiler says: {plan['refused'].split(': ', 1)[-1]} " if "refused" in plan else ""
-  largest = "; ".join(f"{_size(size)} {what}" for size, what in plan.get("largest", ())[:3])
+  largest = "; ".join(f"{size_of(size)} {what}" for size, what in plan.get("largest", ())[:3])
   return (
-    f"The train step of {plan['task']} does not fit {plan['topology']}: it needs {_size(plan['peak_bytes'])} on each of"
-    f" {plan['num_devices']} chips, which have {_size(plan['hbm_bytes'])}. {reason}"
+    f"The train step of {plan['task']} does not fit {plan['topology']}: it needs {size_of(plan['peak_bytes'])} on each"
+    f" of {plan['num_devices']} chips, which have {size_of(plan['hbm_bytes'])}. {reason}"
     f"{f'Largest arrays: {largest}. ' if largest else ''}Try {', or '.join(suggestions(config, plan))}; or let"
     " --config.plan.search=true look for what fits."
   )
@@ -179,7 +178,7 @@ def suggestions(config: Config, plan: dict) -> list[str]:
   if mesh["data"] > 1 and state > plan["hbm_bytes"] / 8:
     fsdp = mesh["fsdp"] * mesh["data"]
     found.append(
-      f"more fsdp, which splits the {_size(state)} of weights and optimizer state: --config.mesh.data=1"
+      f"more fsdp, which splits the {size_of(state)} of weights and optimizer state: --config.mesh.data=1"
       f" --config.mesh.fsdp={fsdp}"
     )
   if not flops.walks(model, model.num_latents, model.max_context):
@@ -189,7 +188,9 @@ def suggestions(config: Config, plan: dict) -> list[str]:
   if model.remat != "full":
     found.append("keeping less of each layer: --config.model.remat=full")
   if rows > 1:
-    parts = next(n for n in range(2, rows + 1) if rows % n == 0) * config.train.microbatches
+    room = max(plan["hbm_bytes"] - plan["argument_bytes"] - plan["code_bytes"], 1)
+    enough = [n for n in range(2, rows + 1) if rows % n == 0 and n * room >= plan["temp_bytes"]]
+    parts = min(enough, default=rows) * config.train.microbatches
     found.append(f"a part of the batch at a time: --config.train.microbatches={parts}")
   if model.logits_chunk is None and model.vocab_size > 4 * model.latent_width:
     found.append("a part of the logits at a time: --config.model.logits_chunk=128")
@@ -200,157 +201,3 @@ def _refused_bytes(message: str) -> int:
   """The memory that the compiler says a program wants: "... temporaries (41.23G) exceeds ..."."""
   match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
   return int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
-
-
-def _size(num_bytes: int) -> str:
-  return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.0f} MiB"
-
-
-# Search
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-  """A way to run a config on a slice, and what arithmetic alone says of it."""
-
-  config: Config
-  least_bytes: int
-  """What it needs at the least: state, gradients, what the layers keep."""
-  least_seconds: float
-  """Of compute or the interconnect; HBM is left to the compiler."""
-
-  @property
-  def name(self) -> str:
-    mesh = self.config.mesh
-    axes = " ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1 or axis == "fsdp")
-    return f"{axes}, microbatches {self.config.train.microbatches}, remat {self.config.model.remat}"
-
-  def needs_no_less_than(self, other: "Candidate") -> bool:
-    """Whether it cannot fit where `other` did not: no more of the state is split, no less is kept."""
-    ours, theirs = self.config, other.config
-    return (
-      ours.mesh.fsdp * ours.mesh.tensor <= theirs.mesh.fsdp * theirs.mesh.tensor
-      and ours.mesh.tensor <= theirs.mesh.tensor
-      and _rows(ours) >= _rows(theirs)
-      and _WORST_FIRST.index(ours.model.remat) <= _WORST_FIRST.index(theirs.model.remat)
-    )
-
-
-def candidates(config: Config, topology: chips.Topology) -> list[Candidate]:
-  """All ways of running `config` there that arithmetic does not rule out, the most promising first.
-
-  Meshes share the chips among data, fsdp and tensor (at most 8); the context axis stays as the config has it.
-
-  Raises:
-    InputError: there is none.
-  """
-  model, train = config.model, config.train
-  context = max(config.mesh.context, 1)
-  found, least = [], None
-  for tensor in (1, 2, 4, 8):
-    if topology.num_chips % (context * tensor) or model.num_cross_heads % tensor or model.num_self_heads % tensor:
-      continue
-    parts = topology.num_chips // (context * tensor)
-    for fsdp in (1 << power for power in range(parts.bit_length())):
-      if parts % fsdp or train.batch_size % parts:
-        continue
-      mesh = dataclasses.replace(config.mesh, data=parts // fsdp, fsdp=fsdp, tensor=tensor, context=context)
-      for microbatches in (1 << power for power in range((train.batch_size // parts).bit_length())):
-        if (train.batch_size // parts) % microbatches:
-          continue
-        for remat in REMAT_POLICIES:
-          changed = dataclasses.replace(
-            config,
-            mesh=mesh,
-            model=dataclasses.replace(model, remat=remat),
-            train=dataclasses.replace(train, microbatches=microbatches),
-          )
-          candidate = Candidate(changed, least_bytes(changed), least_seconds(changed, topology))
-          least = min(least or candidate.least_bytes, candidate.least_bytes)
-          if candidate.least_bytes <= topology.chip.hbm_bytes:
-            found.append(candidate)
-  if not found:
-    if least is None:
-      raise InputError(
-        f"train.batch_size={train.batch_size} divides over no mesh of {topology.num_chips} chips: make it a multiple of"
-        f" {topology.num_chips // context}, or take a smaller slice."
-      )
-    raise InputError(
-      f"Nothing fits {topology}: whatever mesh, microbatches and remat, weights, optimizer state, gradients and"
-      f" activations take at least {_size(least)} a chip, which has {_size(topology.chip.hbm_bytes)}. Take"
-      " a larger slice, or a smaller model (latent_width, num_layers, num_latents)."
-    )
-  return sorted(found, key=lambda candidate: (candidate.least_seconds, candidate.least_bytes))
-
-
-def search(config: Config, topology: chips.Topology) -> tuple[dict, list[str]]:
-  """(the best plan, a line for each one compiled, best first): at most `config.plan.max_compiles` are compiled.
-
-  Raises:
-    InputError: none of them fits.
-  """
-  waiting = candidates(config, topology)
-  limit = min(config.plan.max_compiles, len(waiting))
-  print(f"{len(waiting)} candidates may fit {topology}; compiling at most {limit}, a minute or so each.", flush=True)
-  fitting, others = [], []
-  for number in range(1, limit + 1):
-    if not waiting:
-      break
-    candidate = waiting.pop(0)
-    result = compile_plan(candidate.config, topology)
-    line = f"{candidate.name}: {_size(result['peak_bytes'])}, "
-    if result["fits"]:
-      line += f"{result['step_seconds']:.3f} s at best, bound by {_BOUNDS[result['bound']]}"
-      fitting.append((result["step_seconds"], line, result))
-      # What arithmetic alone bounds from below by a slower step than this cannot be better.
-      waiting = [other for other in waiting if other.least_seconds < result["step_seconds"]]
-    else:
-      line += "does not fit"
-      others.append(line)
-      waiting = [other for other in waiting if not other.needs_no_less_than(candidate)]
-    print(f"{number} of at most {limit}: {line}", flush=True)
-  if not fitting:
-    raise InputError(
-      f"None of the {len(others)} most promising ways fits {topology} ({'; '.join(others)}): allow more with"
-      " --config.plan.max_compiles, take a larger slice, or a smaller model."
-    )
-  fitting.sort(key=lambda entry: entry[0])
-  return fitting[0][2], [line for _, line, _ in fitting] + others
-
-
-def _rows(config: Config) -> int:
-  """Rows of the batch that a device has at a time."""
-  return config.train.batch_size // (config.train.microbatches * config.mesh.data * config.mesh.fsdp)
-
-
-# What a layer keeps of each latent in the compute dtype, in multiples of D, at the least: its input; with dots, the
-# outputs of its six matrix products (one of them F wide) and of attention; with none, activations and norms as well.
-def _kept_widths(config: Config) -> int:
-  widening = config.model.mlp_widening
-  return {"full": 1, "dots": 7 + widening, "none": 9 + 2 * widening}[config.model.remat]
-
-
-def least_bytes(config: Config) -> int:
-  """What each device needs at the least: weights, what the optimizer keeps of each, gradients, what layers keep."""
-  model = config.model
-  kept_moments = {"adam": 2, "adamw": 2, "lamb": 2, "sgd": 1, "sm3": 1, "adafactor": 0}[config.train.optimizer.name]
-  state = flops.num_params(model) * 4 * (2 + kept_moments) // (config.mesh.fsdp * config.mesh.tensor)
-  latents = _rows(config) * model.num_latents * model.latent_width * _item_bytes(config)
-  return state + latents * model.num_layers * _kept_widths(config) // config.mesh.tensor
-
-
-def least_seconds(config: Config, topology: chips.Topology) -> float:
-  """The longer of compute and the interconnect at their best; weights are gathered twice, gradients sent once."""
-  model, mesh, chip = config.model, config.mesh, topology.chip
-  compute = flops.train_step(config).executed / (topology.num_chips * chip.peak_flops)
-  weights = flops.num_params(model) / mesh.tensor
-  sent = config.train.microbatches * 3 * weights * _item_bytes(config) * (mesh.fsdp - 1) / mesh.fsdp
-  sent += 2 * weights / mesh.fsdp * _item_bytes(config) * (mesh.data - 1) / mesh.data
-  latents = config.train.batch_size / (mesh.data * mesh.fsdp) * model.num_latents * model.latent_width
-  # With tensor, two sums over devices in each layer, forward and backward.
-  sent += 4 * model.num_layers * latents * _item_bytes(config) * 2 * (mesh.tensor - 1) / mesh.tensor
-  return max(compute, sent / chip.ici_bandwidth)
-
-
-def _item_bytes(config: Config) -> int:
-  return 2 if config.model.dtype == "bfloat16" else 4
