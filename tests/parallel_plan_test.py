@@ -82,6 +82,13 @@ MODULE = """HloModule jit_step, num_partitions=8
   ROOT %gather.2 = bf16[40]{0} all-gather(%param_0.3), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}
 }
 
+%all-reduce-scatter (param_0.4: f32[80]) -> f32[10] {
+  %param_0.4 = f32[80]{0} parameter(0)
+  %sum.2 = f32[80]{0} all-reduce(%param_0.4), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %where = s32[] constant(0)
+  ROOT %slice.2 = f32[10]{0} dynamic-slice(%sum.2, %where), dynamic_slice_sizes={10}
+}
+
 %condition (carry: (s32[], f32[4,100])) -> pred[] {
   %carry.1 = (s32[], f32[4,100]{1,0}) parameter(0)
   %limit = s32[] constant(4)
@@ -105,6 +112,8 @@ ENTRY %main (x: f32[4,100], y: bf16[10]) -> f32[4,100] {
   %start = (bf16[10]{0:S(1)}, bf16[40]{0:S(1)}) fusion(%y), kind=kCustom, calls=%fused_start
   %part = bf16[10]{0:S(1)} get-tuple-element(%start), index=0
   %done = bf16[40]{0:S(1)} fusion(%part), kind=kCustom, calls=%fused_done
+  %whole = f32[80]{0:S(1)} broadcast(%zero), dimensions={}
+  %scattered = f32[10]{0:S(1)} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter
   %tuple.3 = (s32[], f32[4,100]{1,0}) tuple(%zero, %x)
   %loop = (s32[], f32[4,100]{1,0}) while(%tuple.3), condition=%condition, body=%body
   %out = f32[4,100]{1,0} get-tuple-element(%loop), index=1
@@ -118,6 +127,7 @@ def test_traffic_counts_loops_slices_on_chip_memory_and_each_collective_once():
   moved = hlo.traffic(MODULE)
   assert moved.collectives == {
     "all-reduce": 4 * 400 * 2 * 1 / 2,  # four trips of 400 bytes, twice (n - 1) / n of it
+    "reduce-scatter": 320 * 7 / 8,  # of the all-reduce that each of eight keeps a part of
     "all-gather": 80 * 3 / 4,  # 80 bytes over four, once, though it stands in two fusions
   }
   assert moved.sent_bytes == sum(moved.collectives.values())

@@ -121,31 +121,31 @@ class _Module:
     ]
     return max(limits, default=1)
 
-  def _collectives(self, instruction: _Instruction, times: float, sent: collections.Counter, channels: set) -> None:
-    """Adds what a collective sends, also one in a fusion. One that runs alongside others stands in several fusions, its
-    start, middle and end, under one channel: it counts once."""
-    channel = re.search(r"channel_id=(\d+)", instruction.rest)
+  def _collectives(
+    self, instruction: _Instruction, times: float, sent: collections.Counter, channels: set, inside: str = ""
+  ) -> None:
+    """Adds what a collective sends, also one that stands `inside` a fusion's computation.
+
+    One that runs alongside other work stands in several fusions, its start, middle and end, under one channel: it
+    counts once. An all-reduce of which each device keeps a part is fused with that, and then is a reduce-scatter.
+    """
     kind = instruction.op.removesuffix("-start")
     if kind in _SENT:
+      channel = re.search(r"channel_id=(\d+)", instruction.rest)
       if channel and channel[1] in channels:
         return
       channels.add(channel and channel[1])
       size = _group_size(instruction.rest, self._partitions)
       made = _bytes(instruction.shape, hbm_only=False)
-      if instruction.op.endswith("-start") and instruction.shape.startswith("("):
-        made -= (
-          made * 0.5 if kind in ("all-reduce", "collective-permute") else made / (size + 1)
-        )  # operands are there too
+      if instruction.op in ("all-gather-start", "collective-permute-start"):  # operands are in their shape, too
+        made -= made / (size + 1 if kind == "all-gather" else 2)
+      if kind == "all-reduce" and "reduce-scatter" in inside:
+        kind, made = "reduce-scatter", made / size
       sent[kind] += times * made * _SENT[kind](size)
     elif instruction.op in ("fusion", "custom-call"):
       for called in instruction.called:
-        if "reduce-scatter" in called or "all-reduce-scatter" in called:
-          made = _bytes(instruction.shape, hbm_only=False)
-          inner = next(i for i in self.computations[called] if i.op == "all-reduce")
-          sent["reduce-scatter"] += times * made * (_group_size(inner.rest, self._partitions) - 1)
-        else:
-          for inner in self.computations[called]:
-            self._collectives(inner, times, sent, channels)
+        for inner in self.computations[called]:
+          self._collectives(inner, times, sent, channels, called)
 
   def _moved(self, instruction: _Instruction, table: dict[str, _Instruction]) -> float:
     """HBM bytes that an instruction which calls nothing but a fusion reads and writes."""
@@ -203,7 +203,7 @@ class _Module:
       elif user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
         total += _bytes(user.shape, hbm_only=False)
       elif user.op == "dynamic-update-slice" and user.operands[0] == value.name:
-        total += 0.0  # what stays is not touched
+        continue  # what stays is not touched
       elif user.op == "fusion":
         inner = next(
           i
