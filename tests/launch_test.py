@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from tests import tiny
 
@@ -159,18 +160,18 @@ def test_gke_applies_a_manifest_for_the_slice(launch):
   assert result.returncode == 0, result.stderr
   assert command == ["kubectl", "apply", "-f", "-"]
   assert "@" not in manifest
-  values = dict(re.findall(r"^[ -]*([\w./-]+): (.+)$", manifest, re.MULTILINE))
-  expected = {
-    "name": "train",
-    "parallelism": "64",
-    "completions": "64",
+  jobset = yaml.safe_load(manifest)
+  assert (jobset["kind"], jobset["metadata"]["name"]) == ("JobSet", "run1")
+  job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+  assert (job["parallelism"], job["completions"]) == (64, 64)  # hosts
+  pod = job["template"]["spec"]
+  assert pod["nodeSelector"] == {
     "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
     "cloud.google.com/gke-tpu-topology": "16x16",
-    "image": "registry/image:1&2",
-    "google.com/tpu": "4",
   }
-  assert expected.items() <= values.items()
-  assert json.loads(values["args"]) == ARGUMENTS
+  (container,) = pod["containers"]
+  assert (container["image"], container["args"]) == ("registry/image:1&2", ARGUMENTS)
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
   assert launch("gke.sh", "delete", **run)[1] == [["kubectl", "delete", "jobset", "run1"]]
   selector = "jobset.sigs.k8s.io/jobset-name=run1,batch.kubernetes.io/job-completion-index=0"
   assert launch("gke.sh", "logs", **run)[1] == [["kubectl", "logs", "--follow", f"--selector={selector}"]]
