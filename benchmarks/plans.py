@@ -1,10 +1,10 @@
-"""Plans the published experiments for slices of TPUs, and writes the table of docs/pods.md; nothing here needs a TPU.
+"""Plans the published experiments for TPUs and GPUs, and writes the table of docs/pods.md; nothing here needs one.
 
   python -m benchmarks.plans                      # all of them, about a minute each
   python -m benchmarks.plans imagenet64-v5e-256   # the named ones; the others stay as docs/plans.json has them
   python -m benchmarks.plans --table              # only the table, from docs/plans.json
 
-It needs the extra [plan]. Each plan is a run of --mode=plan, whose plan.json goes into docs/plans.json under its name.
+It needs the extras [plan] and [cuda12]. Each plan is a run of --mode=plan, whose plan.json goes into docs/plans.json under its name.
 """
 
 import argparse
@@ -36,6 +36,7 @@ PLANS: dict[str, tuple[str, str, list[str]]] = {
   "imagenet64-v4-1024": ("imagenet64", "v4-1024", ["mesh.data=4"]),
   "imagenet64-v6e-256": ("imagenet64", "v6e:16x16", []),
   "imagenet64-v5p-128": ("imagenet64", "v5p-128", []),
+  "imagenet64-h100-64": ("imagenet64", "h100:8x8", []),
   "copy131072-v5e-256": ("copy131072", "v5e:16x16", []),
   "pg19-v4-256": ("pg19", "v4-256", []),
   "books16k-v4-256": ("pg19", "v4-256", _BOOKS),

@@ -35,6 +35,8 @@ def _config(name="imagenet64", **overrides):
     ("v4-128", "v4:4x4x4", 64),  # two cores a chip
     ("v5p-1024", "v5p:8x8x8", 512),
     ("v5e:1x1", "v5e:1x1", 1),
+    ("h100:8", "h100:1x8", 8),
+    ("a100:4x8", "a100:4x8", 32),
   ],
 )
 def test_names_of_slices(name, meant, num_chips):
@@ -47,7 +49,9 @@ def test_names_of_slices(name, meant, num_chips):
   [
     ("v5d:2x2", ["v5d:2x2", "Did you mean 'v5"]),
     ("v5e", ["names no slice", "v5e:16x16"]),
-    ("cuda:8", ["Only TPUs", "start training"]),
+    ("cuda:8", ["cuda:8", "h100:4x8"]),
+    ("h100:2x2x2", ["how many nodes", "h100:4x8"]),
+    ("h100:0x8", ["how many nodes"]),
     ("v4:4x4", ["needs 3 numbers", "v4:4x4x8"]),
     ("v5e:3x3", ["even"]),
     ("v4-100", ["no usual size", "v4-128"]),
@@ -57,6 +61,12 @@ def test_names_of_no_slice_are_explained(name, words):
   with pytest.raises(InputError) as error:
     chips.parse(name)
   assert all(word in str(error.value) for word in words), error.value
+
+
+def test_between_nodes_gpus_have_the_network():
+  assert chips.parse("h100:8").sent_bandwidth == 450e9
+  assert chips.parse("h100:2x8").sent_bandwidth == 50e9
+  assert chips.parse("v5e:16x16").sent_bandwidth == 200e9
 
 
 # What a compiled program moves
@@ -257,7 +267,7 @@ def test_search_ends_where_no_other_can_be_faster():
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
-    ([], ["--config.plan.topology=v5e:16x16"]),
+    ([], ["--mode=plan needs", "v5e:16x16"]),
     (["--config.plan.topology=v5x:4x4"], ["v5x:4x4", "Did you mean"]),
   ],
 )
@@ -267,11 +277,12 @@ def test_mistakes_end_in_one_paragraph(arguments, words, tmp_path):
   assert all(word in result.stderr for word in words), result.stderr
 
 
-def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "plan"), ("h100:8", "cuda12")])
+def test_a_missing_compiler_is_named(topology, extra, monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   config = tiny.config()
-  config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, topology="v5e:2x2"))
-  with pytest.raises(InputError, match="pip install -e '.\\[plan\\]'"):
+  config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, topology=topology))
+  with pytest.raises(InputError, match=f"pip install -e '.\\[{extra}\\]'"):
     plan.plan(config, tmp_path)
 
 
@@ -300,3 +311,11 @@ def test_the_real_compiler_plans_refuses_and_knows_no_such_slice(tmp_path):
   refused = plan.compile_plan(large, chips.parse("v5e:2x2"))
   assert not refused["fits"] and refused["temp_bytes"] > 15.75 * GIB
   assert "131072" in refused["largest"][0][1], "the scores of all latents and inputs are the largest array"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA plugin is not installed")
+def test_the_real_compiler_plans_for_gpus_that_are_not_here():
+  config = tiny.config(mesh__data=2, mesh__fsdp=2, model__dtype="bfloat16")
+  planned = plan.compile_plan(config, chips.parse("h100:2x2"))
+  assert planned["fits"] and planned["num_devices"] == 4 and planned["temp_bytes"] > 0
+  assert planned["traffic"]["sent_bytes"] > 0

@@ -1,6 +1,6 @@
-"""TPU chips and the slices made of them: what each can do, and what the names of slices mean.
+"""Chips and what is made of them, slices of TPUs and nodes of GPUs: what each can do, and what their names mean.
 
-Nothing here needs a TPU or its compiler.
+Nothing here needs a chip or its compiler.
 """
 
 import dataclasses
@@ -12,20 +12,24 @@ from perceiver_ar_jax.config import InputError, nearest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One TPU chip."""
+  """One chip, which a program sees as one device."""
 
   peak_flops: float
-  """bfloat16 FLOP/s of its matrix units."""
+  """bfloat16 FLOP/s of its matrix units, without sparsity."""
   hbm_bytes: int
-  """HBM that a program may use: what the compiler says is available, less than what is built in."""
+  """HBM that a program may use, less than what is built in."""
   hbm_bandwidth: float
   """Bytes/s between HBM and the chip."""
   ici_bandwidth: float
   """Bytes/s that it sends to its neighbours, all links together, one way."""
   dims: int
-  """Of the torus or grid in which a slice's chips are linked."""
-  cores_per_chip: int
-  """By which the usual names of slices count: v4-128 has 64 chips. A program sees one device for each chip."""
+  """Of the torus or grid in which a slice's chips are linked; GPUs have 0."""
+  cores_per_chip: int = 1
+  """By which the usual names of slices count: v4-128 has 64 chips."""
+  network_bandwidth: float = 0.0
+  """GPUs: bytes/s that each sends to other nodes."""
+  target: str = ""
+  """GPUs: the device as XLA's compiler wants it described."""
 
 
 # Peak FLOP/s, HBM bandwidth and interconnect (in Gbit/s there: 2400, 1600, 4800, 3584): the pages on each version in
@@ -46,7 +50,6 @@ CHIPS = {
     hbm_bandwidth=819e9,
     ici_bandwidth=200e9,
     dims=2,
-    cores_per_chip=1,
   ),
   "v5p": Chip(
     peak_flops=459e12,
@@ -62,7 +65,57 @@ CHIPS = {
     hbm_bandwidth=1638e9,
     ici_bandwidth=448e9,
     dims=2,
-    cores_per_chip=1,
+  ),
+}
+
+# FLOP/s, HBM and NVLink: NVIDIA's data sheets of the SXM modules with 80 GB; network: one port of 400 or 200 Gbit/s for
+# each GPU, as in DGX systems. A program may use three quarters of the memory, JAX's default.
+_GPU_TARGET = """platform_name: "CUDA" device_description_str: "{name}" dnn_version_info {{ major: 9 minor: 1 }}
+gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin} threads_per_core_limit: 2048 core_count: {cores}
+fpus_per_core: {fpus} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+memory_bandwidth: {bandwidth} l2_cache_size: {cache} clock_rate_ghz: {clock} device_memory_size: {memory}
+cuda_compute_capability {{ major: {major} }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}"""
+CHIPS |= {
+  "h100": Chip(
+    peak_flops=989e12,
+    hbm_bytes=84_942_979_072 * 3 // 4,
+    hbm_bandwidth=3352e9,
+    ici_bandwidth=450e9,
+    dims=0,
+    network_bandwidth=50e9,
+    target=_GPU_TARGET.format(
+      name="NVIDIA H100 80GB HBM3",
+      shared=233_472,
+      optin=232_448,
+      cores=132,
+      fpus=128,
+      bandwidth=3_352_320_000_000,
+      cache=52_428_800,
+      clock=1.98,
+      memory=84_942_979_072,
+      major=9,
+    ),
+  ),
+  "a100": Chip(
+    peak_flops=312e12,
+    hbm_bytes=84_974_239_744 * 3 // 4,
+    hbm_bandwidth=2039e9,
+    ici_bandwidth=300e9,
+    dims=0,
+    network_bandwidth=25e9,
+    target=_GPU_TARGET.format(
+      name="NVIDIA A100-SXM4-80GB",
+      shared=167_936,
+      optin=166_912,
+      cores=108,
+      fpus=64,
+      bandwidth=2_039_000_000_000,
+      cache=41_943_040,
+      clock=1.41,
+      memory=84_974_239_744,
+      major=8,
+    ),
   ),
 }
 
@@ -94,12 +147,12 @@ _SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice of TPU chips."""
+  """A slice of TPU chips, or nodes of GPUs."""
 
   version: str
   """A key of CHIPS."""
   shape: tuple[int, ...]
-  """Chips along each dimension."""
+  """Chips along each dimension; of GPUs, nodes and GPUs in each."""
 
   @property
   def chip(self) -> Chip:
@@ -109,6 +162,11 @@ class Topology:
   def num_chips(self) -> int:
     return math.prod(self.shape)
 
+  @property
+  def sent_bandwidth(self) -> float:
+    """Bytes/s that each chip sends to others at best; between nodes of GPUs, the network's."""
+    return self.chip.network_bandwidth if not self.chip.dims and self.shape[0] > 1 else self.chip.ici_bandwidth
+
   def __str__(self) -> str:
     return f"{self.version}:{'x'.join(map(str, self.shape))}"
 
@@ -116,23 +174,27 @@ class Topology:
 def parse(name: str) -> Topology:
   """The slice of a name, "v5e:16x16" or "v5litepod-256"; "v4-128" counts cores, two a chip, and is v4:4x4x4.
 
+  "h100:8" is a node of eight GPUs, "h100:4x8" four of them.
+
   Raises:
     InputError: an unknown version, or a shape that no slice of it has.
   """
   match = re.fullmatch(r"(\w+?)(?::(\d+(?:x\d+)*)|-(\d+))", name.strip().lower())
   version = match and {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e"}.get(match[1], match[1])
   if match is None or version not in CHIPS:
-    hint = nearest(version or name, CHIPS)
-    if version in ("cuda", "gpu"):
-      hint = (
-        "Only TPUs can be planned for: XLA compiles for a GPU where one is. There, start training: it compiles first,"
-        " says what memory the step takes, and refuses before anything is allocated if that is too much."
-      )
     raise InputError(
-      f"plan.topology={name!r} names no slice of TPUs: write its version and shape, such as v5e:16x16 or v4:4x4x8, or"
-      f" its usual name, such as v4-128. {hint}"
+      f"plan.topology={name!r} names no slice of TPUs or nodes of GPUs: write version and shape, such as v5e:16x16,"
+      f" v4:4x4x8 or h100:4x8 (4 nodes of 8), or a slice's usual name, such as v4-128."
+      f" {nearest(version or name, CHIPS)}"
     )
   chip = CHIPS[version]
+  if not chip.dims:
+    shape = tuple(map(int, match[2].split("x"))) if match[2] else ()
+    if len(shape) not in (1, 2) or min(shape) < 1:
+      raise InputError(
+        f"plan.topology={name!r}: write how many GPUs, {version}:8, or how many nodes of how many, {version}:4x8."
+      )
+    return Topology(version, (1, *shape)[-2:])
   if match[3]:
     count, rest = divmod(int(match[3]), chip.cores_per_chip)
     if rest or count not in _SHAPES[chip.dims]:

@@ -1,4 +1,4 @@
-"""--mode=plan: whether the train step of a config fits a slice of TPUs, and what bounds its speed there, without one.
+"""--mode=plan: whether the train step of a config fits a slice of TPUs or some GPUs, and what bounds its speed there.
 
 The real step is compiled by the real compiler, in a process of its own (training/ahead_of_time.py). What it says of
 memory is exact. Seconds are a roofline: work over the chip's peak, and bytes that the compiled program moves over the
@@ -28,10 +28,10 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
   """
   if config.plan.topology is None:
     raise InputError(
-      "--mode=plan needs the slice of TPUs to plan for: --config.plan.topology=v5e:16x16, or such as v4-128."
+      "--mode=plan needs the chips to plan for: --config.plan.topology=v5e:16x16, v4-128, h100:4x8 or such."
     )
   topology = chips.parse(config.plan.topology)
-  check_libtpu()
+  check_compiler(topology)
   if config.plan.search:
     best, tried = plan_search.search(config, topology, compile_plan)
     result = best | {"candidates": tried}
@@ -51,9 +51,15 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
   return 0
 
 
-def check_libtpu() -> None:
-  """Raises InputError where the TPU's compiler is not installed."""
-  if importlib.util.find_spec("libtpu") is None:
+def check_compiler(topology: chips.Topology) -> None:
+  """Raises InputError where the compiler for these chips is not installed."""
+  if not topology.chip.dims:
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+      raise InputError(
+        f"--mode=plan for {topology} compiles with JAX's CUDA plugin, which is not installed: pip install -e"
+        " '.[cuda12]'. It needs no GPU."
+      )
+  elif importlib.util.find_spec("libtpu") is None:
     raise InputError(
       "--mode=plan compiles with the TPU's own compiler, the package libtpu, which is not installed: pip install -e"
       " '.[plan]'. It needs no TPU, and runs on x86-64 Linux."
@@ -103,7 +109,7 @@ def assemble(config: Config, topology: chips.Topology, figures: dict) -> dict:
   seconds = {"compute": train.executed / (topology.num_chips * chip.peak_flops)}
   if "traffic" in figures:
     seconds["hbm"] = figures["traffic"]["hbm_bytes"] / chip.hbm_bandwidth
-    seconds["interconnect"] = figures["traffic"]["sent_bytes"] / chip.ici_bandwidth
+    seconds["interconnect"] = figures["traffic"]["sent_bytes"] / topology.sent_bandwidth
   bound = max(seconds, key=seconds.get)
   return {
     "task": config.data.task,

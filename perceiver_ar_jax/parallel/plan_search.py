@@ -185,7 +185,7 @@ def _seconds(config: Config, topology: chips.Topology) -> dict[str, float]:
   latents = config.train.batch_size / (mesh.data * mesh.fsdp) * model.num_latents * model.latent_width
   # With tensor, two sums over devices in each layer, forward and backward.
   sent += 4 * model.num_layers * latents * _item_bytes(config) * 2 * (mesh.tensor - 1) / mesh.tensor
-  return {"compute": compute, "interconnect": sent / chip.ici_bandwidth}
+  return {"compute": compute, "interconnect": sent / topology.sent_bandwidth}
 
 
 def _item_bytes(config: Config) -> int:

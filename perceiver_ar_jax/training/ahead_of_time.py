@@ -1,4 +1,4 @@
-"""Compiles the real train step for TPUs that are not here, in a process of its own, which parallel/plan.py starts.
+"""Compiles the real train step for chips that are not here, in a process of its own, which parallel/plan.py starts.
 
   python -m perceiver_ar_jax.training.ahead_of_time v5e:16x16 RESULT.json < config.json
 
@@ -91,13 +91,17 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _devices(topology: chips.Topology) -> list:
-  # A v4 chip has two cores, which work as one device unless told otherwise.
-  options = {"chip_config_name": "megacore"} if topology.version == "v4" else {}
+  platform, options = "tpu", {}
+  if not topology.chip.dims:
+    shape = "x".join(map(str, (1, *topology.shape)))
+    platform, options = "cuda", {"target_config": topology.chip.target, "topology": shape}
+  elif topology.version == "v4":  # a chip has two cores, which then work as one device
+    options = {"chip_config_name": "megacore"}
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **options).devices
+    return topologies.get_topology_desc(platform=platform, topology_name=str(topology), **options).devices
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).split("\n")[0]
-    raise InputError(f"plan.topology={topology} is not known to the installed libtpu: {reason}") from error
+    raise InputError(f"plan.topology={topology} is not known to the installed compiler: {reason}") from error
 
 
 def _bytes_per_device(tree) -> int:
