@@ -4,7 +4,8 @@
   python -m benchmarks.plans imagenet64-v5e-256   # the named ones; the others stay as docs/plans.json has them
   python -m benchmarks.plans --table              # only the table, from docs/plans.json
 
-It needs the extras [plan] and [cuda12]. Each plan is a run of --mode=plan, whose plan.json goes into docs/plans.json under its name.
+It needs the extras [plan] and [cuda12]. Each plan is a run of --mode=plan, whose plan.json goes into docs/plans.json
+under its name.
 """
 
 import argparse
