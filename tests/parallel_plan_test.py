@@ -237,12 +237,16 @@ def test_search_compiles_few_drops_what_cannot_be_better_and_ranks_the_rest(caps
     mesh = dataclasses.asdict(candidate.mesh)
     if len(compiled) == 1:
       return plan.assemble(candidate, topology, _figures(mesh=mesh, temp_bytes=100 * GIB))
+    if len(compiled) == 2:
+      raise InputError("The compiler ended with code -6.")
     moved = {"hbm_bytes": 819e9 * (10 - len(compiled)), "sent_bytes": 0}
     return plan.assemble(candidate, topology, _figures(mesh=mesh, traffic=moved))
 
   best, lines = plan_search.search(config, chips.parse("v5e:4x4"), compile_plan)
   assert len(compiled) == len(lines) == 5
-  assert best["step_seconds"] == 5.0 and "5.000 s" in lines[0] and "does not fit" in lines[-1]
+  assert (
+    best["step_seconds"] == 5.0 and "5.000 s" in lines[0] and "does not fit" in lines[-2] and "code -6" in lines[-1]
+  )
   first = plan_search.Candidate(compiled[0], 0, {})
   assert not any(plan_search.Candidate(other, 0, {}).needs_no_less_than(first) for other in compiled[1:])
   assert "5 of at most 5" in capsys.readouterr().out

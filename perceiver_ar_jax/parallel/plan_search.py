@@ -126,7 +126,12 @@ def search(
     if not waiting:
       break
     candidate = waiting.pop(0)
-    result = compile_plan(candidate.config, topology)
+    try:
+      result = compile_plan(candidate.config, topology)
+    except InputError as error:  # such as a compiler that broke down
+      others.append(f"{candidate.name}: {error}")
+      print(f"{number} of at most {limit}: {others[-1]}", flush=True)
+      continue
     line = f"{candidate.name}: {size_of(result['peak_bytes'])}, "
     if result["fits"]:
       line += f"{result['step_seconds']:.3f} s at best, bound by {BOUNDS[result['bound']]}"
