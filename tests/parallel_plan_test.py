@@ -124,25 +124,28 @@ ENTRY %main (x: f32[4,100], y: bf16[10]) -> f32[4,100] {
   %done = bf16[40]{0:S(1)} fusion(%part), kind=kCustom, calls=%fused_done
   %whole = f32[80]{0:S(1)} broadcast(%zero), dimensions={}
   %scattered = f32[10]{0:S(1)} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter
+  %started = (bf16[10]{0:S(1)}, bf16[20]{0:S(1)}) all-gather-start(%part), channel_id=11, replica_groups=[4,2]<=[8]
+  %ended = bf16[20]{0:S(1)} all-gather-done(%started)
   %tuple.3 = (s32[], f32[4,100]{1,0}) tuple(%zero, %x)
   %loop = (s32[], f32[4,100]{1,0}) while(%tuple.3), condition=%condition, body=%body
-  %out = f32[4,100]{1,0} get-tuple-element(%loop), index=1
+  %more = (s32[], f32[4,100]) while(%loop), condition=%unread, body=%body, backend_config={"known_trip_count":{"n":"2"}}
+  %out = f32[4,100]{1,0} get-tuple-element(%more), index=1
   ROOT %twice = f32[4,100]{1,0} add(%out, %out), metadata={op_name="jit(step)/model/add"}
 }
 """
 
 
 def test_traffic_counts_loops_slices_on_chip_memory_and_each_collective_once():
-  """Four trips: each reads a row of 400 bytes and its index of 4 from HBM into on-chip memory, and sums over pairs."""
+  """Four trips and two: each reads a row of 400 bytes and an index of 4 from HBM to on-chip memory, and sums it."""
   moved = hlo.traffic(MODULE)
   assert moved.collectives == {
-    "all-reduce": 4 * 400 * 2 * 1 / 2,  # four trips of 400 bytes, twice (n - 1) / n of it
+    "all-reduce": 6 * 400 * 2 * 1 / 2,  # four trips and two of 400 bytes, twice (n - 1) / n of it
     "reduce-scatter": 320 * 7 / 8,  # of the all-reduce that each of eight keeps a part of
-    "all-gather": 80 * 3 / 4,  # 80 bytes over four, once, though it stands in two fusions
+    "all-gather": 80 * 3 / 4 + 40 / 2,  # 80 bytes over four, once, though it stands in two fusions; 40 over two
   }
   assert moved.sent_bytes == sum(moved.collectives.values())
   # The loop; the operand y; the last addition reads its operand twice and writes it.
-  assert moved.hbm_bytes == 4 * (400 + 4) + 20 + 3 * 1600
+  assert moved.hbm_bytes == 6 * (400 + 4) + 20 + 3 * 1600
   assert moved.largest[0] == (1600, "f32[4,100] of jit(step)/model/add")
 
 

@@ -36,7 +36,7 @@ _SENT = {
 }
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota",
-  "broadcast", "copy-done", "slice-done", "async-done", "async-update", "optimization-barrier",
+  "broadcast", "async-update", "optimization-barrier",
 }  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "Bitcast", "AssumeGatherIndicesInBound")
 
@@ -112,7 +112,9 @@ class _Module:
     return {instruction.name: instruction for instruction in self.computations[computation]}
 
   def _trips(self, loop: _Instruction) -> int:
-    """How often a loop runs: its counter starts at 0, and its condition compares it with a constant."""
+    """How often a loop runs: as XLA says; or, for a TPU, its counter starts at 0 and is compared with a constant."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+      return int(known[1])
     condition = re.search(r"condition=%([\w.-]+)", loop.rest)[1]
     limits = [
       int(limit[1])
@@ -137,8 +139,8 @@ class _Module:
       channels.add(channel and channel[1])
       size = _group_size(instruction.rest, self._partitions)
       made = _bytes(instruction.shape, hbm_only=False)
-      if instruction.op in ("all-gather-start", "collective-permute-start"):  # operands are in their shape, too
-        made -= made / (size + 1 if kind == "all-gather" else 2)
+      if instruction.op != kind and kind != "all-reduce":  # started: operands are in its shape, too
+        made *= {"all-gather": size / (size + 1), "reduce-scatter": 1 / (size + 1)}.get(kind, 1 / 2)
       if kind == "all-reduce" and "reduce-scatter" in inside:
         kind, made = "reduce-scatter", made / size
       sent[kind] += times * made * _SENT[kind](size)
@@ -150,13 +152,19 @@ class _Module:
   def _moved(self, instruction: _Instruction, table: dict[str, _Instruction]) -> float:
     """HBM bytes that an instruction which calls nothing but a fusion reads and writes."""
     op = instruction.op
-    if op in _FREE or (op == "custom-call" and any(free in instruction.rest for free in _FREE_CALLS)):
+    if (
+      op in _FREE
+      or op.endswith("-done")
+      or (op == "custom-call" and any(free in instruction.rest for free in _FREE_CALLS))
+    ):
       return 0.0
     shapes = [table[name].shape for name in instruction.operands if name in table]
     if op in ("copy-start", "slice-start"):  # (destination, source, context)
       made = next(_ARRAY.finditer(instruction.shape))[0]
       source = _bytes(made, hbm_only=False) if shapes and _bytes(shapes[0]) else 0
       return _bytes(made) + source
+    if op.removesuffix("-start") in _SENT and op.endswith("-start"):  # its shape has its operands, too
+      return _bytes(instruction.shape)
     if op in ("dynamic-slice", "slice", "gather"):
       return 2 * _bytes(instruction.shape)
     if op == "dynamic-update-slice":
