@@ -181,12 +181,12 @@ def least_bytes(config: Config) -> int:
 
 
 def _seconds(config: Config, topology: chips.Topology) -> dict[str, float]:
-  """Compute and the interconnect at their best; weights are gathered twice, gradients sent once."""
+  """Compute and the interconnect at their best; for each microbatch, weights are gathered twice and gradients summed."""
   model, mesh, chip = config.model, config.mesh, topology.chip
   compute = flops.train_step(config).executed / (topology.num_chips * chip.peak_flops)
   weights = flops.num_params(model) / mesh.tensor
-  sent = config.train.microbatches * 3 * weights * _item_bytes(config) * (mesh.fsdp - 1) / mesh.fsdp
-  sent += 2 * weights / mesh.fsdp * _item_bytes(config) * (mesh.data - 1) / mesh.data
+  passes = config.train.microbatches * weights * _item_bytes(config)
+  sent = passes * (3 * (mesh.fsdp - 1) + 2 * (mesh.data - 1) / mesh.data) / mesh.fsdp
   latents = config.train.batch_size / (mesh.data * mesh.fsdp) * model.num_latents * model.latent_width
   # With tensor, two sums over devices in each layer, forward and backward.
   sent += 4 * model.num_layers * latents * _item_bytes(config) * 2 * (mesh.tensor - 1) / mesh.tensor
