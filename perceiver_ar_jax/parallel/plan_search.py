@@ -181,7 +181,7 @@ def least_bytes(config: Config) -> int:
 
 
 def _seconds(config: Config, topology: chips.Topology) -> dict[str, float]:
-  """Compute and the interconnect at their best; for each microbatch, weights are gathered twice and gradients summed."""
+  """Compute and the interconnect at their best; each microbatch gathers weights twice and sums gradients."""
   model, mesh, chip = config.model, config.mesh, topology.chip
   compute = flops.train_step(config).executed / (topology.num_chips * chip.peak_flops)
   weights = flops.num_params(model) / mesh.tensor
