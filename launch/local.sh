@@ -25,7 +25,9 @@ for ((index = 0; index < number; index++)); do
   pids[index]=$!
 done
 
+told= # processes save and end at the first signal, and drop everything at the second: it must not be ours
 forward() {
+  told=1
   for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done
 }
 trap 'forward TERM' TERM
@@ -40,8 +42,8 @@ while ((${#pids[@]})); do
     unset "pids[$index]"
     if ((code && !result)); then
       result=$code
-      deadline=$((SECONDS + grace_seconds))
-      if ((${#pids[@]})); then
+      [[ -n $told ]] || deadline=$((SECONDS + grace_seconds))
+      if [[ -z $told ]] && ((${#pids[@]})); then
         echo "Process $index ended with code $code; ending the other ${#pids[@]}." >&2
         forward TERM
       fi

@@ -197,12 +197,17 @@ def test_slurm_directives_stand_before_the_first_command():
   assert {"--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@300", "--requeue"} <= set(options)
 
 
-# Process 1 of "fail" ends with code 7; all others end by SIGTERM, which they count, or after a minute.
+# Process 1 of "fail" ends with code 7 once two others run; all others end by a signal, which they name, or after a minute.
 PROCESS = """#!/usr/bin/env bash
 echo "$*"
 [[ $* == *ends* ]] && exit 0
-[[ $* == *fail*--process_id=1* ]] && exit 7
+if [[ $* == *fail*--process_id=1* ]]; then
+  until [[ $(ls "$0".ready.* 2> /dev/null | wc -l) -ge 2 ]]; do sleep 0.05; done
+  exit 7
+fi
 trap 'echo TERM; sleep 0.3; exit 143' TERM
+trap 'echo INT; sleep 0.3; exit 130' INT
+touch "$0.ready.$$"
 echo ready
 for ((i = 0; i < 600; i++)); do sleep 0.1; done
 """
@@ -240,7 +245,7 @@ def test_local_ends_the_others_when_one_fails(local):
   assert {"[0] TERM", "[2] TERM"} <= set(output.splitlines())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_local_passes_a_signal_on_once(local, number):
   process = local("2", "--mode=train")
   lines = []
@@ -249,7 +254,8 @@ def test_local_passes_a_signal_on_once(local, number):
   process.send_signal(number)
   output, _ = process.communicate(timeout=30)
   assert process.returncode == 128 + number
-  assert sorted(re.findall(r"\[\d\] TERM", output)) == ["[0] TERM", "[1] TERM"]
+  name = number.name.removeprefix("SIG")
+  assert sorted(re.findall(r"\[\d\] (?:TERM|INT)", output)) == [f"[0] {name}", f"[1] {name}"]
 
 
 def test_local_wants_a_number(local):

@@ -1,5 +1,6 @@
 """Plans: names of slices, what a compiled program moves, what fits and what to change, and the real compiler."""
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -7,6 +8,7 @@ import json
 
 import pytest
 
+from benchmarks import plans
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.parallel import chips, flops, hlo, plan, plan_search
@@ -266,6 +268,28 @@ def test_search_ends_where_no_other_can_be_faster():
 
   _, lines = plan_search.search(_config(train__batch_size=256), chips.parse("v5e:4x4"), compile_plan)
   assert len(lines) == len(compiled) == 1  # it takes no longer than compute, and no other has less to compute
+
+
+# The committed table
+
+
+def test_the_page_shows_the_stored_plans_and_the_published_config_fits_with_room():
+  stored = json.loads((tiny.ROOT / "docs" / "plans.json").read_text())
+  assert plans.table(stored) in (tiny.ROOT / "docs" / "pods.md").read_text(), "python -m benchmarks.plans --table"
+  assert stored["imagenet64-v5e-256"]["overrides"] == [] and stored["imagenet64-v5e-256"]["peak_bytes"] <= 8.0e9
+  for name, planned in stored.items():
+    experiment, topology, _ = plans.PLANS[name]
+    overrides = dict(text.split("=", 1) for text in planned["overrides"])
+    config = _config(experiment, **{path.replace(".", "__"): _value(value) for path, value in overrides.items()})
+    assert planned["num_devices"] == chips.parse(topology).num_chips
+    assert planned["step_flops"] == flops.train_step(config).useful, f"{name} is out of date: plan it anew"
+
+
+def _value(text):
+  try:
+    return ast.literal_eval(text)
+  except ValueError:
+    return text
 
 
 # The command
