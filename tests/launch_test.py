@@ -197,7 +197,7 @@ def test_slurm_directives_stand_before_the_first_command():
   assert {"--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@300", "--requeue"} <= set(options)
 
 
-# Process 1 of "fail" ends with code 7 once two others run; all others end by a signal, which they name, or after a minute.
+# Process 1 of "fail" ends with code 7 once two others run; all others end by a signal, which they name.
 PROCESS = """#!/usr/bin/env bash
 echo "$*"
 [[ $* == *ends* ]] && exit 0
