@@ -17,6 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import features
@@ -42,14 +43,13 @@ def measure(config: Config, topology: chips.Topology) -> dict:
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
-  batch = batch_shapes(config)
-  rows = sharding.batch_sharding(mesh)
+  batch = batch_shapes(config, mesh)
   figures = {
     "mesh": dict(mesh.shape),
     "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)),
     "weight_bytes": _bytes_per_device(abstract.params),
     "optimizer_bytes": _bytes_per_device(abstract.opt_state),
-    "batch_bytes": sum(math.prod(rows.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in batch.values()),
+    "batch_bytes": _bytes_per_device(batch),
   }
   start = time.monotonic()
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
@@ -82,12 +82,13 @@ def measure(config: Config, topology: chips.Topology) -> dict:
   return figures
 
 
-def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and types of a global batch, without the data: the config says how many dimensions its positions have."""
+def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """A global batch's shapes on `mesh`, without the data: the config says how many dimensions its positions have."""
   model, batch_size = config.model, config.train.batch_size
   dims = len(model.position_sizes) or 1
   row = features.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
-  return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in row.items()}
+  rows = sharding.batch_sharding(mesh)
+  return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=rows) for name, x in row.items()}
 
 
 def _devices(topology: chips.Topology) -> list:

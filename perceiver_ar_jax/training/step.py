@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
-from perceiver_ar_jax.parallel.sharding import batch_sharding, constrain
+from perceiver_ar_jax.parallel.sharding import constrain
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training.state import TrainState
 
@@ -74,16 +74,15 @@ def lower(
   batch: dict[str, jax.ShapeDtypeStruct],
   mesh: Mesh,
 ) -> jax.stages.Lowered:
-  """The update lowered for a state as `abstract_state` gives it and a global batch, its rows spread over `mesh`.
+  """The update lowered for a state as `abstract_state` gives it and a global batch, both with their shardings.
 
   Compiled, it takes (state, batch, key) and keeps the state in place. Call it with `mesh` in use (jax.set_mesh).
   """
   replicated = NamedSharding(mesh, PartitionSpec())
   key = jax.eval_shape(lambda: jax.random.key(0))
-  arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch)
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   update = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(layout, replicated))
-  return update.lower(abstract, arguments, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated))
+  return update.lower(abstract, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated))
 
 
 def _accumulate(grad_fn, params, batch: Batch, key: jax.Array, microbatches: int):
