@@ -12,6 +12,7 @@ from benchmarks import plans
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.parallel import chips, flops, hlo, plan, plan_search
+from perceiver_ar_jax.parallel.mesh import AXES
 from tests import tiny
 
 GIB = 2**30
@@ -212,6 +213,10 @@ def test_what_does_not_fit_is_explained_with_its_largest_arrays_and_a_way_out():
 # Search
 
 
+def _sizes(config):
+  return {axis: getattr(config.mesh, axis) for axis in AXES}
+
+
 def test_candidates_divide_chips_and_batch_and_leave_out_what_arithmetic_excludes():
   config, topology = _config(), chips.parse("v5e:4x4")
   found = plan_search.candidates(config, topology)
@@ -239,7 +244,7 @@ def test_search_compiles_few_drops_what_cannot_be_better_and_ranks_the_rest(caps
 
   def compile_plan(candidate, topology):
     compiled.append(candidate)
-    mesh = dataclasses.asdict(candidate.mesh)
+    mesh = _sizes(candidate)
     if len(compiled) == 1:
       return plan.assemble(candidate, topology, _figures(mesh=mesh, temp_bytes=100 * GIB))
     if len(compiled) == 2:
@@ -264,7 +269,7 @@ def test_search_ends_where_no_other_can_be_faster():
   def compile_plan(candidate, topology):
     compiled.append(candidate)
     moved = {"hbm_bytes": 0, "sent_bytes": 0}
-    return plan.assemble(candidate, topology, _figures(mesh=dataclasses.asdict(candidate.mesh), traffic=moved))
+    return plan.assemble(candidate, topology, _figures(mesh=_sizes(candidate), traffic=moved))
 
   _, lines = plan_search.search(_config(train__batch_size=256), chips.parse("v5e:4x4"), compile_plan)
   assert len(lines) == len(compiled) == 1  # it takes no longer than compute, and no other has less to compute

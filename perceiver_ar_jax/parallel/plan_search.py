@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from perceiver_ar_jax.config import REMAT_POLICIES, Config, InputError
 from perceiver_ar_jax.parallel import chips, flops
+from perceiver_ar_jax.parallel.mesh import AXES
 
 BOUNDS = {"compute": "compute", "hbm": "HBM bandwidth", "interconnect": "the interconnect"}
 """What bounds a step, for people."""
@@ -36,8 +37,8 @@ class Candidate:
 
   @property
   def name(self) -> str:
-    mesh = self.config.mesh
-    axes = " ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1 or axis == "fsdp")
+    sizes = {axis: getattr(self.config.mesh, axis) for axis in AXES}
+    axes = " ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "fsdp")
     return f"{axes}, microbatches {self.config.train.microbatches}, remat {self.config.model.remat}"
 
   @property
