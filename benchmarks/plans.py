@@ -34,7 +34,7 @@ PLANS: dict[str, tuple[str, str, list[str]]] = {
   "imagenet64-v4-128": ("imagenet64", "v4-128", []),
   "imagenet64-v4-256": ("imagenet64", "v4-256", []),
   "imagenet64-v4-512": ("imagenet64", "v4-512", []),
-  "imagenet64-v4-1024": ("imagenet64", "v4-1024", ["mesh.data=4"]),
+  "imagenet64-v4-1024": ("imagenet64", "v4-1024", ["mesh.data=8"]),
   "imagenet64-v6e-256": ("imagenet64", "v6e:16x16", []),
   "imagenet64-v5p-128": ("imagenet64", "v5p-128", []),
   "imagenet64-h100-64": ("imagenet64", "h100:8x8", []),

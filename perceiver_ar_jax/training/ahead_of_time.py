@@ -38,7 +38,14 @@ def measure(config: Config, topology: chips.Topology) -> dict:
   Raises:
     InputError: libtpu does not know the topology, or the mesh or the batch does not fit it.
   """
-  mesh = make_mesh(config.mesh, _devices(topology))
+  devices = _devices(topology)
+  try:
+    mesh = make_mesh(config.mesh, devices)
+  except NotImplementedError as error:  # what JAX raises for a torus that it cannot divide so
+    raise InputError(
+      f"The mesh {config.mesh} cannot be laid over {topology}: each axis must be a product of some of the slice's own"
+      " sizes. Change --config.mesh.data, fsdp, tensor or context."
+    ) from error
   check_platform(config.model.attention, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
@@ -60,9 +67,7 @@ def measure(config: Config, topology: chips.Topology) -> dict:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       figures["refused"] = str(error).split("\n")[0]
-      text = _dumped(dump)
     else:
-      text = compiled.as_text()
       memory = compiled.memory_analysis()
       figures |= {
         "argument_bytes": memory.argument_size_in_bytes,
@@ -70,6 +75,7 @@ def measure(config: Config, topology: chips.Topology) -> dict:
         "output_bytes": max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
         "code_bytes": memory.generated_code_size_in_bytes,
       }
+    text = _dumped(dump)  # there also where the program was refused, and where `as_text` fails
   figures["compile_seconds"] = round(time.monotonic() - start, 1)
   if text:
     moved = hlo.traffic(text)
@@ -111,9 +117,9 @@ def _bytes_per_device(tree) -> int:
 
 
 def _dumped(folder: str) -> str:
-  """The program that was refused, as the compiler left it; empty if it left none."""
-  files = sorted(pathlib.Path(folder).glob("*jit_train_step*.after_optimizations.txt"))
-  return files[-1].read_text() if files else ""
+  """The program, finished or refused, as the compiler left it; empty if it left none."""
+  files = sorted(pathlib.Path(folder).glob("*jit_train_step*after_optimizations.txt"))
+  return files[-1].read_text(errors="replace") if files else ""
 
 
 def _main(topology: str, result: str) -> None:
