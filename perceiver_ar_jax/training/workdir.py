@@ -23,6 +23,7 @@ RESUMABLE = (
   "eval.",
   "sample.",
   "mesh.",
+  "plan.",
   "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
   "data.cache_dir",
   "data.files",
@@ -47,6 +48,7 @@ SAME_WEIGHTS = (
   "eval.",
   "sample.",
   "mesh.",
+  "plan.",
   "seed",
 )
 
