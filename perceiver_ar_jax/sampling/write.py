@@ -37,7 +37,7 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
   folder = epath.Path(workdir) / "samples"
   sampler = Sampler.from_workdir(workdir, config)
   if stream and sampler.task.modality != "text":
-    raise InputError(f"--stream prints text, and {sampler.task.name} is {sampler.task.modality}: leave it out.")
+    raise InputError(f"--stream prints text, which the task {sampler.task.name} does not make: leave it out.")
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -166,8 +166,6 @@ class _Progress:
     self._stream, self._bar, self._made, self._before, self._printed = stream, None, 0, 0, ""
 
   def __enter__(self) -> "_Progress":
-    if not self._stream and jax.process_index() == 0:
-      self._bar = tqdm.tqdm(unit="token", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
     return self
 
   def __exit__(self, *unused) -> None:
@@ -183,7 +181,9 @@ class _Progress:
       if self._stream:
         print("\n", flush=True)
         self._printed = ""
-    if self._bar is not None:
+    if not self._stream and jax.process_index() == 0:
+      if self._bar is None:
+        self._bar = tqdm.tqdm(unit="token", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
       self._bar.update(made - self._made)
     self._made = made
     if self._stream and jax.process_index() == 0:
