@@ -45,6 +45,7 @@ OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "sgd", "sm3")
 SCHEDULES = ("constant", "cosine", "steps", "t5")
 LOSS_REDUCTIONS = ("mean", "sum")
 TEXT_SPLITS = ("file", "position")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
 
 
@@ -216,12 +217,16 @@ class DataConfig:
   """Split that training reads."""
   min_crop: int = 1
   """Shortest training crop of a sequence, in events; longer ones keep first tokens from being over-sampled."""
+  shards: int = 1
+  """Parts that the training records are divided into, each read and shuffled by itself for its share of every batch.
+  The data's order depends on it and not on the number of hosts; a host reads the parts that its rows come from."""
   shuffle_buffer: int = 2048
   """How many encoded records the shuffle holds at most, and 32 MiB of them; they travel in every checkpoint."""
 
   def __post_init__(self):
     for name in (
       "min_crop",
+      "shards",
       "shuffle_buffer",
       "image_size",
       "codebook_size",
@@ -361,9 +366,12 @@ class MeshConfig:
   """Devices that share heads and MLP hidden units."""
   context: int = 1
   """Devices that share the long key/value axis of the cross-attend."""
+  across_slices: str = "data"
+  """The axis that reaches across the slices of a TPU multislice, which a slower network joins; the others stay within."""
 
   def __post_init__(self):
-    sizes = dataclasses.asdict(self)
+    sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+    _choice("mesh.across_slices", self.across_slices, MESH_AXES)
     _require(
       sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),
       f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).",
@@ -383,6 +391,11 @@ class Config:
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
+    _require(
+      self.train.batch_size % self.data.shards == 0,
+      f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each of the parts of"
+      " the data gives equally many rows of a batch, so choose a divisor.",
+    )
     latents = self.eval.num_latents or self.model.num_latents
     stride = self.eval.stride or latents
     _require(

@@ -8,7 +8,7 @@ import optax
 
 from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
-from perceiver_ar_jax.parallel.sharding import constrain
+from perceiver_ar_jax.parallel.sharding import batch_axes, constrain
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training.state import TrainState
 
@@ -72,15 +72,15 @@ def _accumulate(grad_fn, params, batch: Batch, key: jax.Array, microbatches: int
   Part i takes every n-th row, so that each device keeps the rows it holds and nothing moves.
   """
 
-  def split(x):
+  def split(name, x):
     parts = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-    return constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
+    return constrain(parts, None, *batch_axes(name, x.ndim))
 
   def add(total, part):
     index, rows = part
     return jax.tree.map(jnp.add, total, grad_fn(params, rows, jax.random.fold_in(key, index))), None
 
-  parts = jax.tree.map(split, batch)
+  parts = {name: split(name, x) for name, x in batch.items()}
   first = jax.tree.map(lambda part: part[0], parts)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, key))
   total, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))
