@@ -44,6 +44,7 @@ REMAT_POLICIES = ("none", "dots", "full")
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "sgd", "sm3")
 SCHEDULES = ("constant", "cosine", "steps", "t5")
 LOSS_REDUCTIONS = ("mean", "sum")
+ON_NONFINITE = ("stop", "skip")
 TEXT_SPLITS = ("file", "position")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
@@ -308,9 +309,21 @@ class TrainConfig:
   """Newest checkpoints kept, next to the best one."""
   profile_at: int | None = None
   """Step at which a jax.profiler trace of 3 steps starts; None: no trace."""
+  on_nonfinite: str = "stop"
+  """What a loss or gradient that is not finite does: stop the run, or skip the update and go on with the next batch."""
+  max_skipped: int = 10
+  """skip: so many updates in a row that are not finite stop the run all the same."""
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints"):
+    for name in (
+      "steps",
+      "batch_size",
+      "microbatches",
+      "log_every",
+      "checkpoint_every",
+      "keep_checkpoints",
+      "max_skipped",
+    ):
       _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
     _require(
       self.batch_size % self.microbatches == 0,
@@ -318,6 +331,7 @@ class TrainConfig:
       " a multiple of it.",
     )
     _choice("train.loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+    _choice("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
     _require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must lie in [0, 1).")
     _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative.")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps or 1
@@ -367,7 +381,7 @@ class MeshConfig:
   context: int = 1
   """Devices that share the long key/value axis of the cross-attend."""
   across_slices: str = "data"
-  """The axis that reaches across the slices of a TPU multislice, which a slower network joins; the others stay within."""
+  """The axis that reaches across the slices of a TPU multislice, which a slow network joins; others stay within."""
 
   def __post_init__(self):
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -384,6 +398,9 @@ class Config:
 
   seed: int = 0
   """Seed of weights, dropout, shuffling and crops."""
+  compilation_cache: str | None = "~/.cache/perceiver_ar_jax"
+  """Folder in which compiled programs wait for the next start, of any run; JAX_COMPILATION_CACHE_DIR precedes it. None:
+  every start compiles."""
   model: ModelConfig
   data: DataConfig
   train: TrainConfig

@@ -184,9 +184,9 @@ def test_a_state_of_another_stream_is_refused(tmp_path):
   pipeline.TrainIterator(settings(**CASES["copy"]), 2).save(tmp_path)
   with pytest.raises(InputError, match="seed was 0 and is 5"):
     pipeline.TrainIterator(settings(**CASES["copy"], seed=5), 2).restore(tmp_path)
-  with pytest.raises(InputError, match="batch_size_per_host was 2 and is 3"):
+  with pytest.raises(InputError, match="batch_size_per_shard was 2 and is 3"):
     pipeline.TrainIterator(settings(**CASES["copy"]), 3).restore(tmp_path)
-  with pytest.raises(InputError, match="only for host-00000-of-00001: resume with as many hosts"):
+  with pytest.raises(InputError, match="only for shard-00000-of-00001: set data.shards as it was"):
     pipeline.TrainIterator(settings(**CASES["copy"]), 2, 0, 2).restore(tmp_path)
   with pytest.raises(InputError, match="holds no data iterator state"):
     pipeline.TrainIterator(settings(**CASES["copy"]), 2).restore(tmp_path / "nowhere")
@@ -313,7 +313,7 @@ def test_parts_of_a_split_can_be_named(data_dir):
 
 
 def test_more_hosts_than_records_is_an_error(data_dir):
-  with pytest.raises(InputError, match="22 records, fewer than the 23 hosts"):
+  with pytest.raises(InputError, match="22 records, fewer than data.shards=23"):
     pipeline.TrainIterator(settings("imagenet32", data_dir), 2, 0, 23)
 
 

@@ -155,8 +155,8 @@ def check_platform(name: str, mesh: Mesh) -> None:
     )
   if name not in SPREADING and mesh.shape["context"] > 1:
     raise InputError(
-      f"model.attention={name} needs all keys on each device, so it cannot run with mesh.context={mesh.shape['context']}:"
-      " take auto, reference, chunked or streamed, or set --config.mesh.context=1."
+      f"model.attention={name} needs all keys on each device, so it cannot run with"
+      f" mesh.context={mesh.shape['context']}: take auto, reference, chunked or streamed, or set it to 1."
     )
 
 

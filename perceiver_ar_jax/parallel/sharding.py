@@ -117,5 +117,3 @@ def last(x: jax.Array, size: int) -> jax.Array:
 
   split, whole = PartitionSpec(None, slots), PartitionSpec()
   return jax.shard_map(pick, in_specs=split, out_specs=whole, axis_names=set(slots), check_vma=False)(x)
-
-

@@ -9,6 +9,21 @@ from clu import metric_writers
 from etils import epath
 
 
+class NoLog:
+  """What the processes use that have nothing to write."""
+
+  def progress(self, loss: float, tokens_per_second: float) -> None: ...
+
+  def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+  def say(self, message: str) -> None: ...
+
+  def __enter__(self) -> "NoLog":
+    return self
+
+  def __exit__(self, *unused) -> None: ...
+
+
 class MetricsLog:
   """Writes the metrics of one run; a resumed run goes on where its checkpoint was, leaving no step twice.
 
@@ -48,9 +63,10 @@ class MetricsLog:
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Appends {"step": step, **metrics} to metrics.jsonl and the scalars to TensorBoard."""
-    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no other numbers
+    self._file.write(json.dumps({"step": step, **finite}) + "\n")
     self._file.flush()
-    self._tensorboard.write_scalars(step, metrics)
+    self._tensorboard.write_scalars(step, finite)
 
   def say(self, message: str) -> None:
     """A line to standard output that leaves the progress bar in one piece."""

@@ -1,5 +1,6 @@
 """One update as a pure function: (state, batch, key) -> (state, metrics)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -22,7 +23,8 @@ def make_train_step(
   """The update for `config`; jit it with the state donated.
 
   Its metrics are float32 scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens`
-  scored, and `grad_norm`, the global norm of what the optimizer receives, before clipping.
+  scored, and `grad_norm`, the global norm of what the optimizer receives, before clipping. With
+  train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step.
   """
   model = PerceiverAR(config.model)
   deterministic = not (config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout)
@@ -61,6 +63,10 @@ def make_train_step(
     metrics = {name: sums[name] / num_tokens for name in ("loss", "z_loss", "accuracy")}
     metrics |= {"num_tokens": sums["num_tokens"], "grad_norm": optax.global_norm(gradients)}
     params = optax.apply_updates(state.params, updates)
+    if config.train.on_nonfinite == "skip":
+      finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+      kept = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+      params, opt_state = kept(params, state.params), kept(opt_state, state.opt_state)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step

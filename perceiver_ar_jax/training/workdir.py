@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError
@@ -20,8 +21,11 @@ RESUMABLE = (
   "train.checkpoint_every",
   "train.keep_checkpoints",
   "train.profile_at",
+  "train.on_nonfinite",
+  "train.max_skipped",
   "eval.",
   "mesh.",
+  "compilation_cache",
   "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
   "data.cache_dir",
   "data.files",
@@ -45,6 +49,7 @@ SAME_WEIGHTS = (
   "train.",
   "eval.",
   "mesh.",
+  "compilation_cache",
   "seed",
 )
 
@@ -58,7 +63,7 @@ def prepare(config: Config, workdir: epath.Path) -> None:
   path = workdir / "config.json"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".writable-{os.getpid()}"
+    probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
   except OSError as error:
@@ -73,9 +78,10 @@ def prepare(config: Config, workdir: epath.Path) -> None:
         f"--workdir={workdir} holds the checkpoints of another config: {'; '.join(changed)}. Give another --workdir, or"
         " go on with the settings in its config.json."
       )
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(config.to_json())
-  temporary.replace(path)
+  if jax.process_index() == 0:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(config.to_json())
+    temporary.replace(path)
 
 
 def check_model(config: Config, workdir: epath.Path) -> None:
