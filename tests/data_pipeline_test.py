@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -275,15 +274,6 @@ def test_evaluation_is_the_same_each_time_and_can_be_cut_short():
   assert batches[0]["targets"].shape == (4, 2048)
   assert sum(batch["weights"].sum() for batch in batches) == 2 * 3072
   assert sum((batch["weights"].sum(axis=1) > 0).sum() for batch in batches) == 2 * 3072 / 512
-
-
-def test_a_global_array_holds_the_batch():
-  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  batch = {"inputs": np.arange(6, dtype=np.int32).reshape(2, 3)}
-  array = pipeline.to_global(batch, sharding)["inputs"]
-  assert isinstance(array, jax.Array) and array.sharding == sharding
-  np.testing.assert_array_equal(array, batch["inputs"])
 
 
 def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_get_it(tmp_path):
