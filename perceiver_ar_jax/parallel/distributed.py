@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import signal
 import sys
 import time
 import zlib
@@ -141,9 +142,11 @@ class EndTogether:
     if isinstance(error, InputError):
       print(f"Error: {' '.join(str(error).split())} ({me})", file=sys.stderr, flush=True)
       os._exit(1)
+    if isinstance(error, KeyboardInterrupt):
+      os._exit(128 + signal.SIGINT)
     sys.excepthook(kind, error, traceback)
     if isinstance(error, jax.errors.JaxRuntimeError):
       print(f"A computation failed in {me}, as when another process has died.", file=sys.stderr, flush=True)
-      time.sleep(HEARTBEAT_SECONDS + 10)  # JAX ends this process meanwhile, with the name of the one that died
+      time.sleep(HEARTBEAT_SECONDS)  # JAX ends this process meanwhile, with the name of the one that died
     print(f"Ending {me}.", file=sys.stderr, flush=True)
     os._exit(PEER_DIED)
