@@ -20,6 +20,8 @@ import time
 
 from absl import app, flags
 
+from benchmarks.tiny_run import ARGUMENTS
+
 _KILLS = flags.DEFINE_integer("kills", 20, "How many processes to kill.")
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Processes of the run.")
 _DEVICES = flags.DEFINE_integer("devices", 2, "Virtual CPU devices of each.")
@@ -28,21 +30,6 @@ _FOLDER = flags.DEFINE_string("folder", None, "Where the runs and the drill's ow
 _SECONDS = flags.DEFINE_float("seconds", float("inf"), "Stop after this long; the same command goes on.")
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_ARGUMENTS = (
-  "--config=configs/copy.py",
-  "--config.model.latent_width=16",
-  "--config.model.num_cross_heads=2",
-  "--config.model.num_self_heads=2",
-  "--config.model.num_layers=1",
-  "--config.data.shuffle_buffer=8",
-  "--config.train.batch_size=8",
-  "--config.train.log_every=1",
-  "--config.train.checkpoint_every=10",
-  "--config.train.optimizer.warmup_steps=2",
-  "--config.eval.every=1000",
-  "--config.eval.batch_size=8",
-  "--config.eval.max_sequences=8",
-)
 
 
 def main(argv: list[str]) -> None:
@@ -115,7 +102,7 @@ def _start(workdir: pathlib.Path, folder: pathlib.Path) -> list[subprocess.Popen
   }
   processes = []
   for index in range(_PROCESSES.value):
-    command = [sys.executable, "-m", "perceiver_ar_jax.main", *_ARGUMENTS, f"--config.train.steps={_STEPS.value}"]
+    command = [sys.executable, "-m", "perceiver_ar_jax.main", *ARGUMENTS, f"--config.train.steps={_STEPS.value}"]
     command += [f"--workdir={workdir}", f"--config.compilation_cache={folder / 'compiled'}"]
     command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={_PROCESSES.value}", f"--process_id={index}"]
     with (folder / f"{workdir.name}-{index}.log").open("a") as log:

@@ -17,6 +17,8 @@ import time
 
 from absl import app, flags
 
+from benchmarks.tiny_run import ARGUMENTS
+
 _STEPS = flags.DEFINE_integer("steps", 5000, "Steps of the run.")
 _CHECKPOINT_MIB = flags.DEFINE_integer("checkpoint_mib", None, "Measure saving a state of about this size instead.")
 _FOLDER = flags.DEFINE_string("folder", None, "Where the run lies; should be empty.", required=True)
@@ -36,9 +38,7 @@ def _memory(workdir: pathlib.Path, steps: int) -> dict:
   """{step: MiB resident} of a run on 8 virtual devices."""
   import psutil
 
-  from benchmarks.faults import _ARGUMENTS
-
-  settings = [*_ARGUMENTS, "--config.train.log_every=10", "--config.train.checkpoint_every=500"]
+  settings = [*ARGUMENTS, "--config.train.log_every=10", "--config.train.checkpoint_every=500"]
   settings += [f"--config.train.steps={steps}", "--config.eval.every=1000"]
   settings += ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.context=2"]
   environment = os.environ | {
@@ -71,7 +71,7 @@ def _saving(folder: pathlib.Path, mib: int) -> dict:
     return state.replace(step=state.step + 1), jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ x), busy)
 
   params = {str(index): jnp.full(size, index, jnp.float32) for index in range(8)}
-  state, busy = TrainState(jnp.int32(1), params, ()), jnp.ones((1000, 1000))
+  state, busy = TrainState(jnp.int32(1), params, {"count": jnp.int32(0)}), jnp.ones((1000, 1000))
   seconds = {"step_alone": [], "step_while_writing": []}
   with checkpoint.Checkpointer(folder) as checkpointer:
     for phase in ("compile", "step_alone", "step_while_writing"):

@@ -359,13 +359,60 @@ class EvalConfig:
   """Windows per step over all devices."""
   max_sequences: int | None = None
   """Score only the first so many sequences; None: all."""
+  num_samples: int = 2
+  """Samples that training makes at each evaluation, by the settings of `sample`, for TensorBoard; 0: none."""
 
   def __post_init__(self):
     _require(self.every >= 1, f"eval.every={self.every} must be at least 1.")
+    _require(self.num_samples >= 0, f"eval.num_samples={self.num_samples} must not be negative.")
     _require(self.batch_size >= 1, f"eval.batch_size={self.batch_size} must be at least 1.")
     for name in ("stride", "num_latents", "max_sequences"):
       value = getattr(self, name)
       _require(value is None or value >= 1, f"eval.{name}={value} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """Generation, with --mode=sample and at evaluations in training; and what --mode=score scores."""
+
+  prompt: str | None = None
+  """What samples begin with: a file (or a glob of several) of the task's kind, a text for tasks of text, or "data": the
+  first documents of eval.split. None: nothing."""
+  prompt_tokens: int | None = None
+  """Use only the first so many tokens of each prompt; None: half of a picture or a copy, of other data half a context,
+  and all of one's own text, music or codes."""
+  length: int | None = None
+  """New tokens of each sample; None: a whole picture, or else as many as fill the context."""
+  num_samples: int = 4
+  """How many samples; several prompts take turns."""
+  batch_size: int = 4
+  """Samples made at a time."""
+  temperature: float = 1.0
+  """Logits are divided by it; below 1 is safer, above 1 wilder, and 0 always takes the likeliest token."""
+  top_k: int = 0
+  """Draw from the so many likeliest tokens only; 0: from all."""
+  top_p: float = 1.0
+  """Draw from the likeliest tokens that together have this probability."""
+  kept_latents: int | None = None
+  """Latents kept when there is no room for another; None: 7/8 of them. Fewer is faster, and each token sees fewer."""
+  cache: bool = True
+  """False: a whole pass for every token, which is exact and very slow."""
+  seed: int = 0
+  """The same seed gives the same samples, however many are made at a time."""
+
+  def __post_init__(self):
+    _require(
+      self.prompt is None or bool(self.prompt), "sample.prompt is empty: leave it out to sample without a prompt."
+    )
+    for name in ("prompt_tokens", "length", "num_samples", "batch_size"):
+      value = getattr(self, name)
+      _require(value is None or value >= 1, f"sample.{name}={value} must be at least 1.")
+    _require(
+      0 <= self.temperature < float("inf"),
+      f"sample.temperature={self.temperature} must be 0 (always the likeliest token) or more; 1 is the model's own.",
+    )
+    _require(self.top_k >= 0, f"sample.top_k={self.top_k} must be at least 1, or 0 to draw from all tokens.")
+    _require(0 < self.top_p <= 1, f"sample.top_p={self.top_p} must lie in (0, 1]; 1 draws from all tokens.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -405,6 +452,7 @@ class Config:
   data: DataConfig
   train: TrainConfig
   eval: EvalConfig
+  sample: SampleConfig = SampleConfig()
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
@@ -412,6 +460,11 @@ class Config:
       self.train.batch_size % self.data.shards == 0,
       f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each of the parts of"
       " the data gives equally many rows of a batch, so choose a divisor.",
+    )
+    kept = self.sample.kept_latents
+    _require(
+      kept is None or 1 <= kept <= self.model.num_latents,
+      f"sample.kept_latents={kept} must lie in 1..{self.model.num_latents}, the model's latents.",
     )
     latents = self.eval.num_latents or self.model.num_latents
     stride = self.eval.stride or latents

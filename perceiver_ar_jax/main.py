@@ -1,6 +1,8 @@
-"""Train and evaluate Perceiver AR, and look at the data first.
+"""Train, evaluate and sample Perceiver AR, and look at the data first.
 
-  python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=train|eval|data]
+  python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=MODE]
+
+MODE is train (the default), eval (score a split), sample (generate), score (how likely a text or file is) or data.
 
 --config names an experiment of configs/; perceiver_ar_jax/config.py tells of every setting, and each can be
 overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
@@ -12,7 +14,8 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "score", "data"], "What to do.")
+_STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it comes.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Several processes: host:port of process 0. TPU pods and Slurm steps need none of these three."
 )
@@ -36,14 +39,23 @@ def main(config: Config) -> int:
 
 
 def _on_devices(config: Config) -> int:
+  if _MODE.value in ("sample", "score"):
+    from perceiver_ar_jax.sampling import write
+
+    if _MODE.value == "sample":
+      write.sample(config, _WORKDIR.value, _STREAM.value)
+    else:
+      write.score(config, _WORKDIR.value)
+    return 0
   from perceiver_ar_jax.evaluation import evaluate
 
   if _MODE.value == "eval":
     evaluate.evaluate(config, _WORKDIR.value)
     return 0
+  from perceiver_ar_jax.sampling import write
   from perceiver_ar_jax.training import loop
 
-  return loop.train(config, _WORKDIR.value, evaluate.Evaluator)
+  return loop.train(config, _WORKDIR.value, evaluate.Evaluator, write.Exhibit)
 
 
 if __name__ == "__main__":

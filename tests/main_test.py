@@ -22,6 +22,7 @@ SHRUNK = [
   "--config.eval.batch_size=2",
   "--config.eval.stride=256",
   "--config.eval.max_sequences=1",
+  "--config.eval.num_samples=0",
 ]
 
 

@@ -26,6 +26,7 @@ OVERRIDES = {
   "eval.every": 100,
   "eval.batch_size": 16,
   "eval.max_sequences": 8,
+  "eval.num_samples": 0,
 }
 
 

@@ -23,6 +23,12 @@ def audio_vocab_size(levels: int, codebook_size: int) -> int:
   return levels * codebook_size + NUM_SPECIAL
 
 
+def audio_groups(levels: int, codebook_size: int) -> np.ndarray:
+  """bool[levels, vocabulary]: the ids of each level."""
+  ids = np.arange(audio_vocab_size(levels, codebook_size)) - NUM_SPECIAL
+  return (ids >= 0) & (ids // codebook_size == np.arange(levels)[:, None])
+
+
 def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
   """The codes in a .npy file, or in a .npz file that has one array or one called "codes".
 

@@ -293,13 +293,14 @@ def eval_batches(
   host_count: int = 1,
   rows: Sequence[int] | None = None,
   max_sequences: int | None = None,
+  chosen: Iterable[tuple[Task, Document]] | None = None,
 ) -> Iterator[Batch]:
   """Batches of sliding windows over a split, in order, in which every scored event weighs 1 just once.
 
-  Arguments that are None come from `config.eval`. The windows of all documents form one list; a step of all hosts
-  takes host_count * batch_size_per_host of them, this host its share. So all hosts yield equally many batches, of one
-  shape, and together the same rows however many they are. The end is filled up with rows of PAD and weight 0. Of its
-  share this host makes only `rows`, if they are given.
+  Arguments that are None come from `config.eval`; `chosen` documents are read instead of the split. The windows of all
+  documents form one list; a step of all hosts takes host_count * batch_size_per_host of them, this host its share. So
+  all hosts yield equally many batches, of one shape, and together the same rows however many they are. The end is
+  filled up with rows of PAD and weight 0. Of its share this host makes only `rows`, if they are given.
 
   Batches of text have two arrays more, int32[B]: `words` and `bytes` of the original text, each document's in its first
   row and 0 in the others.
@@ -322,7 +323,7 @@ def eval_batches(
   rows_per_step = batch_size_per_host * host_count
 
   def blocks() -> Iterator[tuple[Document, int, int, bool]]:
-    for _, document in documents(config, split, max_sequences):
+    for _, document in documents(config, split, max_sequences) if chosen is None else chosen:
       for number, (end, num_new) in enumerate(features.eval_blocks(len(document), stride)):
         yield document, end, num_new, number == 0
 

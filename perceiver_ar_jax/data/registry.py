@@ -20,15 +20,15 @@ seqio's own tools.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import seqio
 
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
-from perceiver_ar_jax.data import EOS
-from perceiver_ar_jax.data.documents import Document, Unreadable
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL
+from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.sources import CachedSource
 from perceiver_ar_jax.data.tf_cpu import tf
@@ -67,12 +67,27 @@ class Task:
   """(events, positions or None where they count, counts) -> the document as it was before it was cached."""
   unknown: int | None = None
   """The event that stands for what the vocabulary lacks."""
+  read: Callable[[str], Document] | None = None
+  """The document of a user's own text or path, for prompts and scores; None: there is no such thing."""
+  length: int | None = None
+  """Events of every document; None: they vary."""
+  place: Callable[[int, int], np.ndarray] = lambda start, end: count_positions(end - start)
+  """(start, end) -> positions int32[end - start, P] of these events in a window from `start` on of a document in the
+  making."""
+  groups: Callable[[], np.ndarray] | None = None
+  """-> bool[G, V]: events that may stand on places of each group; None: one group, of all but PAD and SOS."""
+  group: Callable[[np.ndarray], np.ndarray] = np.zeros_like
+  """Places int[n] in a document -> their groups int[n]."""
 
   def __post_init__(self):
     for field, known in (("unit", UNITS), ("modality", MODALITIES)):
       value = getattr(self, field)
       if value not in known:
         raise ValueError(f"{field}={value!r} is unknown. {nearest(value, known)}")
+
+  def allowed(self) -> np.ndarray:
+    """bool[G, V], see `groups`."""
+    return allow(self.vocab_size, range(NUM_SPECIAL, self.vocab_size), [EOS]) if self.groups is None else self.groups()
 
   def open(self, record: Record) -> Document | None:
     """The document of a record; None, with a notice, for one that cannot be read or has nothing to predict."""
@@ -84,6 +99,14 @@ class Task:
     except Unreadable as error:
       notice("skipped", f"Skipped: {error}")
       return None
+
+
+def allow(vocab_size: int, *ids: Iterable[int]) -> np.ndarray:
+  """bool[1, vocab_size], True for the given ids."""
+  result = np.zeros((1, vocab_size), bool)
+  for some in ids:
+    result[0, list(some)] = True
+  return result
 
 
 Builder = Callable[[DataConfig, int], Task]

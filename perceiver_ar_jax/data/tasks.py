@@ -44,6 +44,13 @@ def _files(data: DataConfig, suffixes: tuple[str, ...]) -> ListSource:
   return ListSource(lambda split: [{"path": path} for path in split_files(data, split, suffixes)], _OWN_SPLITS)
 
 
+def _content(path: str) -> bytes:
+  """The bytes of a user's own file; raises InputError where it cannot be read."""
+  if not os.path.isfile(path):
+    raise InputError(f"{path!r} is not a file: give the path of one, or a pattern in which ** crosses folders.")
+  return read_bytes(path)
+
+
 def _path(record: Record) -> str:
   return os.fsdecode(record["path"])
 
@@ -69,6 +76,10 @@ def _image_task(name: str, source: seqio.DataSource, size: int, order: str, **mo
     vocab_size=images.VOCAB_SIZE,
     position_dims=3,
     decode=lambda events: images.to_image(events, size, order),
+    read=lambda path: images.document(images.load(_content(path), path, size), order),
+    length=images.num_events(size),
+    place=lambda start, end: images.positions(size, order)[start:end],
+    groups=lambda: registry.allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
     **{"document": lambda record: images.document(record["image"], order), **more},
   )
 
@@ -117,6 +128,8 @@ def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig,
     vocab_size=tokens.vocab_size,
     decode=tokens.decode,
     unknown=tokens.unknown,
+    read=lambda text: tokens.document(texts.Text(_content(text) if os.path.isfile(text) else text.encode())),
+    groups=lambda: registry.allow(tokens.vocab_size, tokens.drawable, [EOS]),
   )
 
 
@@ -244,6 +257,7 @@ def _music_task(name: str, source: seqio.DataSource, data: DataConfig) -> Task:
     unit="nats_per_token",
     vocab_size=music.VOCAB_SIZE,
     decode=music.decode,
+    read=lambda path: document({"path": path}),
     augment=augment if data.max_transposition or data.max_stretch else None,
   )
 
@@ -284,6 +298,10 @@ def _audio_codes(data: DataConfig, max_events: int) -> Task:
     unit="nats_per_token",
     vocab_size=codes.audio_vocab_size(data.code_levels, data.codebook_size),
     position_dims=2,
+    read=lambda path: document({"path": path}),
+    place=codes.AudioDocument(np.zeros(0, np.int32), data.code_levels).positions,
+    groups=lambda: codes.audio_groups(data.code_levels, data.codebook_size),
+    group=lambda places: np.maximum(places - 1, 0) % data.code_levels,
     decode=lambda events: codes.to_audio(events, data.code_levels, data.codebook_size),
     stored=lambda events, positions, counts: codes.AudioDocument(events, data.code_levels),
   )
@@ -302,6 +320,11 @@ def _video_codes(data: DataConfig, max_events: int) -> Task:
     unit="nats_per_token",
     vocab_size=data.codebook_size + NUM_SPECIAL,
     position_dims=3,
+    read=lambda path: document({"path": path}),
+    place=None,  # where a code stands depends on the document's own grid
+    groups=lambda: registry.allow(
+      data.codebook_size + NUM_SPECIAL, range(NUM_SPECIAL, data.codebook_size + NUM_SPECIAL)
+    ),
     decode=lambda events: events[events >= NUM_SPECIAL] - NUM_SPECIAL,
   )
 
@@ -321,6 +344,11 @@ def _copy(data: DataConfig, max_events: int) -> Task:
     modality="copy",
     unit="accuracy",
     vocab_size=256 + NUM_SPECIAL,
+    length=max_events,
+    groups=lambda: np.concatenate(
+      [registry.allow(256 + NUM_SPECIAL, ids) for ids in (range(NUM_SPECIAL, 256 + NUM_SPECIAL), [EOS])]
+    ),
+    group=lambda places: (places >= max_events - 1).astype(int),
     decode=lambda events: np.asarray(events) - NUM_SPECIAL,
   )
 

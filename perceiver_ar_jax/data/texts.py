@@ -31,6 +31,7 @@ class Bytes:
 
   vocab_size = 256 + NUM_SPECIAL
   unknown: int | None = None
+  drawable = range(NUM_SPECIAL, vocab_size)
 
   def encode(self, text: bytes) -> np.ndarray:
     """int32[bytes]."""
@@ -75,6 +76,13 @@ class Pieces:
     self.vocab_size = self._model.get_piece_size() + NUM_SPECIAL
     self.unknown = self._model.unk_id() + NUM_SPECIAL
     """The event that stands for text which the model has no piece for."""
+    pieces = range(self._model.get_piece_size())
+    self.drawable = [
+      piece + NUM_SPECIAL
+      for piece in pieces
+      if not (self._model.is_unknown(piece) or self._model.is_control(piece) or self._model.is_unused(piece))
+    ]
+    """Events that stand for text."""
 
   def encode(self, text: bytes) -> np.ndarray:
     """int32[pieces]; bytes that are no UTF-8 become U+FFFD."""

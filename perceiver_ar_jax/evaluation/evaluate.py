@@ -7,7 +7,7 @@ more windows. Windows come from data/pipeline.py; this room turns logits into fi
 import collections
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import pipeline
+from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.global_batch import to_global
+from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
@@ -67,8 +69,16 @@ class Evaluator:
     self._mesh = mesh
     self._step = jax.jit(make_eval_step(config), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-  def __call__(self, params, step: int, should_stop: Callable[[], bool] = lambda: False) -> dict | None:
+  def __call__(
+    self,
+    params,
+    step: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    documents: Iterable[tuple[Task, Document]] | None = None,
+  ) -> dict | None:
     """Nats, bits and the task's own unit per token over the whole split; None if `should_stop` says so on the way.
+
+    `documents`: score these instead of a split.
 
     `histogram_entropy_bits` is what a model would pay that knows only how often each token occurs in the split.
     """
@@ -76,7 +86,7 @@ class Evaluator:
     totals = collections.defaultdict(float)
     size = config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
-    batches = pipeline.eval_batches(config, batch_size_per_host=size, rows=rows)
+    batches = pipeline.eval_batches(config, batch_size_per_host=size, rows=rows, chosen=documents)
     with jax.set_mesh(self._mesh):
       pending = {}
       for batch in batches:
@@ -140,6 +150,23 @@ def _add(totals: dict, sums: dict) -> None:
     totals[name] += np.asarray(value, np.float64)
 
 
+def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
+  """(the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, which stays as it is.
+
+  Raises:
+    InputError: the workdir holds no readable checkpoint, or one of another model; or the devices do not fit the config.
+  """
+  workdir = epath.Path(workdir)
+  workdir_lib.check_model(config, workdir)
+  mesh = make_mesh(config.mesh)
+  check_platform(config.model.attention, mesh)
+  with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
+    restored = checkpointer.restore_params(state_lib.abstract_params(config, mesh))
+  if restored is None:
+    raise InputError(f"--workdir={workdir} holds no checkpoint: train first, with the same --workdir.")
+  return mesh, *restored
+
+
 def evaluate(config: Config, workdir: epath.PathLike) -> dict:
   """Scores the newest good checkpoint of `workdir` and writes eval-<split>-<step>.json there.
 
@@ -147,15 +174,8 @@ def evaluate(config: Config, workdir: epath.PathLike) -> dict:
     InputError: the workdir holds no readable checkpoint, or one of another model, or cannot be written.
   """
   workdir = epath.Path(workdir)
-  workdir_lib.check_model(config, workdir)
-  mesh = make_mesh(config.mesh)
-  check_platform(config.model.attention, mesh)
+  mesh, step, params = restore(config, workdir)
   evaluator = Evaluator(config, mesh)
-  with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
-    restored = checkpointer.restore_params(state_lib.abstract_params(config, mesh))
-  if restored is None:
-    raise InputError(f"--workdir={workdir} holds no checkpoint to evaluate: train first, with the same --workdir.")
-  step, params = restored
   result = evaluator(params, step)
   if jax.process_index() == 0:
     path = workdir / f"eval-{result['split']}-{result['step']}.json"

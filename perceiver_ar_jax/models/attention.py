@@ -87,13 +87,23 @@ class Attention(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, normed_BxMxD, keys: attention_kernels.Keys, rotary_BxM, valid_BxL, keep_own: bool = False):
-    """`rotary_BxM`: the latents' rotary positions, or None when positions are absolute."""
+  def __call__(
+    self,
+    normed_BxMxD,
+    keys: attention_kernels.Keys | attention_kernels.Cached,
+    rotary_BxM,
+    valid_BxL,
+    keep_own: bool = False,
+  ):
+    """`rotary_BxM`: the latents' rotary positions, or None when positions are absolute. `Cached` keys want M = 1."""
     config = self.config
     query = dense(config, self.width, "query", ("width", "heads"))(normed_BxMxD)
     q_BxMxHxK = turn(config, query.reshape(*normed_BxMxD.shape[:2], self.num_heads, -1), rotary_BxM)
-    attend = attention_kernels.KERNELS[config.attention]
-    attended_BxMxHxK = attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
+    if isinstance(keys, attention_kernels.Cached):
+      attended_BxMxHxK = keys.attend(q_BxMxHxK, valid_BxL)
+    else:
+      attend = attention_kernels.KERNELS[config.attention]
+      attended_BxMxHxK = attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
     return dense(config, config.latent_width, "out", ("heads", "width"))(attended_BxMxHxK.reshape(query.shape))
 
 
@@ -145,7 +155,14 @@ class CrossAttend(nn.Module):
     self.attention = Attention(config, config.num_cross_heads, config.cross_width)
     self.mlp = MLP(config)
 
-  def __call__(self, latents_BxMxD, keys: attention_kernels.Keys, rotary_BxM, valid_BxL, deterministic: bool):
+  def __call__(
+    self,
+    latents_BxMxD,
+    keys: attention_kernels.Keys | attention_kernels.Cached,
+    rotary_BxM,
+    valid_BxL,
+    deterministic: bool = True,
+  ):
     """`keys` of all inputs, from the method; the latents' rotary positions or None; the inputs to see."""
     dropout = functools.partial(_dropout, self, 0.0 if deterministic else self.config.dropout)
     attended_BxMxD = self.attention(self.norm_query(latents_BxMxD), keys, rotary_BxM, valid_BxL)
@@ -184,7 +201,7 @@ class CrossAttend(nn.Module):
       return turn(config, k_BxCxHxK, rotary_positions(config, positions_BxCxP)), v_BxCxHxK
 
     shared = config.attention in attention_kernels.SPREADING
-    slots = "context" if shared else None
+    slots = "slots" if shared else None
     source = constrain(context.tokens_BxL, "batch", slots), constrain(context.positions_BxLxP, "batch", slots, None)
     return attention_kernels.Keys(turned, weights, source, shared)
 
@@ -203,17 +220,26 @@ class SelfAttentionLayer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, latents_BxMxD, cached, rotary_BxM, valid_BxM, slot, keep_own: bool, deterministic: bool):
-    """Returns the latents and the keys and values that the next latents will want.
+  def __call__(
+    self,
+    latents_BxMxD,
+    rotary_BxM,
+    valid_BxM,
+    keep_own: bool = False,
+    deterministic: bool = True,
+    cached: attention_kernels.Cached | None = None,
+    slot=None,
+  ):
+    """Returns the latents and, for generation, their keys and values as `Cached`.
 
     Args:
       latents_BxMxD: all latents, or in generation one new latent, M = 1.
-      cached: None, or k_BxSxHxK and v_BxSxHxK of S latents, of which `slot` is the new one's.
       rotary_BxM: rotary positions of the latents, or None.
       valid_BxM: which latents may be seen; [B, S] with `cached`.
-      slot: int32[], used with `cached` only.
       keep_own: a latent sees itself, valid or not.
       deterministic: no dropout.
+      cached: None, or those of S latents, to which the new one's are added.
+      slot: int32[], the new latent's place in `cached`.
     """
     config = self.config
     dropout = functools.partial(_dropout, self, 0.0 if deterministic else config.dropout)
@@ -221,11 +247,11 @@ class SelfAttentionLayer(nn.Module):
     heads, width = config.num_self_heads, config.latent_width
     k_BxMxHxK, v_BxMxHxK = KeysValues(config, heads, width, name="keys_values")(normed_BxMxD)
     made = turn(config, k_BxMxHxK, rotary_BxM), v_BxMxHxK
+    keys, new = attention_kernels.Keys.of(*made), attention_kernels.Cached.of(*made)
     if cached is not None:
-      made = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1) for old, new in zip(cached, made))
-    attended_BxMxD = Attention(config, heads, width, name="attention")(
-      normed_BxMxD, attention_kernels.Keys.of(*made), rotary_BxM, valid_BxM, keep_own
-    )
+      keys = new = cached.put(new, slot)
+    attend = Attention(config, heads, width, name="attention")
+    attended_BxMxD = attend(normed_BxMxD, keys, rotary_BxM, valid_BxM, keep_own)
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
     hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))
-    return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None), made
+    return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None), new

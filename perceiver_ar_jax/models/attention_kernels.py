@@ -42,7 +42,7 @@ class Keys(NamedTuple):
   source: Any
   """A tree of arrays [B, L, ...]."""
   shared: bool = False
-  """Whether the slots are spread over the mesh ("context" in sharding.RULES)."""
+  """Whether the slots are spread over the mesh ("slots" in sharding.RULES)."""
 
   @classmethod
   def of(cls, k_BxLxHxK, v_BxLxHxK, shared: bool = False) -> "Keys":
@@ -51,7 +51,31 @@ class Keys(NamedTuple):
 
   def all(self) -> tuple[jax.Array, jax.Array]:
     made = self.make(self.weights, self.source)
-    return tuple(sharding.constrain(x, "batch", "context", None, None) for x in made) if self.shared else made
+    return tuple(sharding.constrain(x, "batch", "slots", None, None) for x in made) if self.shared else made
+
+
+class Cached(NamedTuple):
+  """Keys and values of generation, of which new ones are written in place; a layout in which one query reads fast."""
+
+  k_BxHxSxK: jax.Array
+  v_BxHxSxK: jax.Array
+
+  @classmethod
+  def of(cls, k_BxSxHxK, v_BxSxHxK) -> "Cached":
+    """From keys and values as layers make them."""
+    return cls(k_BxSxHxK.swapaxes(1, 2), v_BxSxHxK.swapaxes(1, 2))
+
+  def put(self, new: "Cached", slot) -> "Cached":
+    """With those of one slot, S = 1, in the place of slot int32[]."""
+    return Cached(*(jax.lax.dynamic_update_slice_in_dim(old, one, slot, axis=2) for old, one in zip(self, new)))
+
+  def attend(self, q_Bx1xHxK, valid_BxS):
+    """Attention of one query to all valid slots."""
+    q_BxHxK = _scaled(q_Bx1xHxK)[:, 0]
+    scores_BxHxS = _product("bhk,bhsk->bhs", q_BxHxK, self.k_BxHxSxK)
+    scores_BxHxS = jnp.where(valid_BxS[:, None], scores_BxHxS, _MASKED)
+    weights_BxHxS = jax.nn.softmax(scores_BxHxS, axis=-1).astype(q_Bx1xHxK.dtype)
+    return jnp.einsum("bhs,bhsk->bhk", weights_BxHxS, self.v_BxHxSxK)[:, None]
 
 
 def _given(weights, source):
@@ -77,7 +101,7 @@ def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: in
   the last M slots need a causal mask; the walk over those before them has none. Where slots are spread over devices,
   each walks over its own, and what they merge is as large as the latents, whatever the context.
   """
-  rows, slots = sharding.current_axes(("batch", "context" if keys.shared else None), valid_BxL.shape)
+  rows, slots = sharding.current_axes(("batch", "slots" if keys.shared else None), valid_BxL.shape)
   place = _Place(valid_BxL.shape[1], slots)
   walk = functools.partial(_walk, keys.make, chunk, keep_own, place)
   if rows or slots:

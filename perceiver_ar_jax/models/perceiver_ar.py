@@ -39,9 +39,9 @@ class PerceiverAR(nn.Module):
     config = self.config
     self.embed = Embed(config)
     self.to_latents = attention.dense(config, config.latent_width, None, ("width", "latent"))
-    runs = _runs(config)
-    self.cross_attend = [attention.CrossAttend(config) for _ in runs]
-    self.layers = [_scan_layers(config, length) if length else None for length in runs]
+    lengths = runs(config)
+    self.cross_attend = [attention.CrossAttend(config) for _ in lengths]
+    self.layers = [_scan_layers(config, length) if length else None for length in lengths]
     self.final_norm = attention.layer_norm(None)
     self.to_logits = attention.dense(
       config,
@@ -89,35 +89,13 @@ class PerceiverAR(nn.Module):
       keep_own = True  # a dropped latent is hidden from the others, not from itself
       valid_BxM &= jax.random.bernoulli(self.make_rng("dropout"), 1 - config.latent_dropout, valid_BxM.shape)
 
-    latents_BxMxD, _ = self._walk(
-      tokens_BxM,
-      positions_BxMxP,
-      self._keys(tokens_BxL, positions_BxLxP),
-      valid_BxL,
-      valid_BxM,
-      keep_own=keep_own,
-      deterministic=deterministic,
-    )
-    return latents_BxMxD
-
-  def keys_values(self, tokens_BxC, positions_BxCxP):
-    """For generation: (k_BxCxHxK, v_BxCxHxK) of inputs for each cross-attend; they hold while the context moves."""
-    return tuple(keys.all() for keys in self._keys(tokens_BxC, positions_BxCxP))
-
-  def latents_over(self, tokens_BxM, positions_BxMxP, cross_keys_values, valid_BxC, valid_BxS, cached=None, slot=None):
-    """For generation: latents_BxMxD of given tokens over keys and values from `keys_values`, and what to cache.
-
-    Args:
-      tokens_BxM: the last M of the C tokens in the context; with `cached`, M = 1.
-      positions_BxMxP: their positions.
-      cross_keys_values: from `keys_values`.
-      valid_BxC: the inputs to see, at most up to each latent's own.
-      valid_BxS: the latents to see: M of them, or with `cached` all S that it has room for.
-      cached: keys and values of earlier latents, as this function returned them; None: there are none.
-      slot: int32[], where in `cached` the new latent goes.
-    """
-    cross_keys = [attention_kernels.Keys.of(*made) for made in cross_keys_values]
-    return self._walk(tokens_BxM, positions_BxMxP, cross_keys, valid_BxC, valid_BxS, cached, slot)
+    latents_BxMxD, rotary_BxM = self.start(tokens_BxM, positions_BxMxP)
+    cross_keys = self._keys(tokens_BxL, positions_BxLxP)
+    for run, layers in enumerate(self.layers):
+      latents_BxMxD = self.cross_attend[run](latents_BxMxD, cross_keys[run], rotary_BxM, valid_BxL, deterministic)
+      if layers is not None:
+        latents_BxMxD, _ = layers(latents_BxMxD, rotary_BxM, valid_BxM, keep_own, deterministic)
+    return self.final_norm(latents_BxMxD)
 
   def _keys(self, tokens_BxL, positions_BxLxP) -> list[attention_kernels.Keys]:
     """The inputs as keys and values of each cross-attend."""
@@ -125,29 +103,24 @@ class PerceiverAR(nn.Module):
     context = attention.Context(embed, weights, tokens_BxL, positions_BxLxP)
     return [cross_attend.keys(context) for cross_attend in self.cross_attend]
 
-  def _walk(
-    self,
-    tokens_BxM,
-    positions_BxMxP,
-    cross_keys: list[attention_kernels.Keys],
-    valid_BxL,
-    valid_BxM,
-    cached=None,
-    slot=None,
-    keep_own: bool = False,
-    deterministic: bool = True,
-  ):
-    """(latents_BxMxD after the last layer, keys and values of each run of layers)."""
+  # The parts of `latents` by themselves, for generation (cache.py).
+
+  def start(self, tokens_BxM, positions_BxMxP):
+    """(latents_BxMxD before the first cross-attend, rotary_BxM or None)."""
     latents_BxMxD = self.to_latents(self.embed(tokens_BxM, positions_BxMxP))
-    rotary_BxM = attention.rotary_positions(self.config, positions_BxMxP)
-    made = []
-    for run, (cross_attend, layers) in enumerate(zip(self.cross_attend, self.layers, strict=True)):
-      latents_BxMxD = cross_attend(latents_BxMxD, cross_keys[run], rotary_BxM, valid_BxL, deterministic)
-      made.append(None)
-      if layers is not None:
-        earlier = None if cached is None else cached[run]
-        latents_BxMxD, made[-1] = layers(latents_BxMxD, earlier, rotary_BxM, valid_BxM, slot, keep_own, deterministic)
-    return self.final_norm(latents_BxMxD), tuple(made)
+    return latents_BxMxD, attention.rotary_positions(self.config, positions_BxMxP)
+
+  def keys_values(self, tokens_BxC, positions_BxCxP):
+    """(k_BxCxHxK, v_BxCxHxK) of inputs for each cross-attend."""
+    return [keys._replace(shared=False).all() for keys in self._keys(tokens_BxC, positions_BxCxP)]
+
+  def attend_to_context(self, run: int, latents_BxMxD, keys, rotary_BxM, valid_BxC):
+    """The latents after the cross-attend before run number `run` of layers; see attention.CrossAttend."""
+    return self.cross_attend[run](latents_BxMxD, keys, rotary_BxM, valid_BxC)
+
+  def finish(self, latents_BxMxD):
+    """What `latents` returns, of the latents after the last layer."""
+    return self.final_norm(latents_BxMxD)
 
   def logits(self, latents_BxMxD):
     """float32 logits_BxMxV of the latents after the last layer."""
@@ -201,7 +174,7 @@ def drop_context(key: jax.Array, tokens_BxL, positions_BxLxP, num_latents: int, 
   return jnp.take_along_axis(tokens_BxL, slots_BxK, 1), jnp.take_along_axis(positions_BxLxP, slots_BxK[..., None], 1)
 
 
-def _runs(config: ModelConfig) -> list[int]:
+def runs(config: ModelConfig) -> list[int]:
   """Numbers of self-attention layers between one cross-attend and the next."""
   ends = sorted({layer + 1 for layer in config.cross_attend_after}) + [config.num_layers]
   return [end - start for start, end in zip([0, *ends], ends)]
@@ -211,12 +184,12 @@ def _scan_layers(config: ModelConfig, length: int) -> nn.Module:
   """`length` self-attention layers traced and compiled once; their weights are stacked on axis 0."""
   layer = attention.SelfAttentionLayer
   if config.remat != "none":
-    layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False, static_argnums=(6, 7))
+    layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False, static_argnums=(4, 5))
   scanned = nn.scan(
     layer,
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
-    in_axes=(0, *[nn.broadcast] * 5),
+    in_axes=(nn.broadcast,) * 4,
     length=length,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )

@@ -14,17 +14,18 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # logical axis -> mesh axes. "batch" rows are split over data and fsdp alike; fsdp also splits weights (ZeRO-3).
-# "context", the slots of the cross-attend, is split over tensor too, instead of its heads: with heads split, devices
+# "slots", the inputs of the cross-attend, are split over tensor too, instead of its heads: with heads split, devices
 # would have to add up gradients of all the inputs; with slots split, they exchange what is as large as the latents.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
-  "context": ("context", "tensor"),
+  "slots": ("context", "tensor"),
   "width": ("fsdp",),
   "latent": (),
   "heads": ("tensor",),
   "mlp": ("tensor",),
   "vocab": ("tensor",),
   "norm": (),
+  "context": ("context",),
   "layers": (),
 }
 
@@ -75,8 +76,8 @@ def shardings(boxed_shapes, mesh: Mesh):
 
 
 BATCH_AXES: dict[str, tuple[str | None, ...]] = {
-  "inputs": ("batch", "context"),
-  "positions": ("batch", "context", None),
+  "inputs": ("batch", "slots"),
+  "positions": ("batch", "slots", None),
 }
 """Logical axes of a batch's arrays; of all others only the rows are split."""
 
@@ -94,9 +95,9 @@ def batch_shardings(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 def fill_context(x: jax.Array) -> jax.Array:
   """Ids [B, L, ...] with as many zeros (padding) in front as let the mesh in use split L."""
   mesh = jax.sharding.get_abstract_mesh()
-  more = 0 if mesh.empty else -x.shape[1] % math.prod(mesh.shape[axis] for axis in RULES["context"])
+  more = 0 if mesh.empty else -x.shape[1] % math.prod(mesh.shape[axis] for axis in RULES["slots"])
   filled = jnp.pad(x, ((0, 0), (more, 0)) + ((0, 0),) * (x.ndim - 2)) if more else x
-  return constrain(filled, "batch", "context", *(None,) * (x.ndim - 2))
+  return constrain(filled, "batch", "slots", *(None,) * (x.ndim - 2))
 
 
 def last(x: jax.Array, size: int) -> jax.Array:
@@ -104,7 +105,7 @@ def last(x: jax.Array, size: int) -> jax.Array:
 
   Devices send each other these slots alone; left to the compiler, a slice would first bring all of them together.
   """
-  (slots,) = current_axes(("context",), x.shape[1:2])
+  (slots,) = current_axes(("slots",), x.shape[1:2])
   if not slots:
     return x[:, -size:]
 

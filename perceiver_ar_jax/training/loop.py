@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 from clu import parameter_overview
 from etils import epath
@@ -47,7 +48,16 @@ class Evaluator(Protocol):
   def describe(self, result: dict) -> str: ...
 
 
-def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Config, Mesh], Evaluator]) -> int:
+Exhibit = Callable[[dict, Callable[[], bool]], Sequence[str | np.ndarray]]
+"""(params, should_stop) -> samples of the model to look at; sampling/write.py has the real one."""
+
+
+def train(
+  config: Config,
+  workdir: epath.PathLike,
+  make_evaluator: Callable[[Config, Mesh], Evaluator],
+  make_exhibit: Callable[[Config, Mesh], Exhibit] | None = None,
+) -> int:
   """Trains to `config.train.steps`, going on from the newest good checkpoint; returns the exit code.
 
   0: done. 128 + signal number: SIGTERM or SIGINT came, everything is saved, and the same command goes on.
@@ -64,6 +74,7 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
     check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   check_batch(config.train.batch_size, "train.batch_size", mesh)
   evaluator = make_evaluator(config, mesh)
+  exhibit = make_exhibit(config, mesh) if make_exhibit and config.eval.num_samples else None
   data = HostBatches(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
   workdir_lib.prepare(config, workdir)
   startup.done("data")
@@ -88,7 +99,7 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
         distributed.say(f"{signals.name}: stopped at step {int(state.step)}, where it began.")
         return 128 + signals.agreed
       with _make_log(config, workdir, int(state.step), data.task) as log:
-        run = _Run(config, workdir, mesh, train_step, evaluator, checkpointer, signals, log)
+        run = _Run(config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log)
         state, result = run(state, data)
   if signals.agreed:
     distributed.say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
@@ -104,12 +115,13 @@ def train(config: Config, workdir: epath.PathLike, make_evaluator: Callable[[Con
 class _Run:
   """The loop proper, with all that a step touches."""
 
-  def __init__(self, config, workdir, mesh, train_step, evaluator, checkpointer, signals, log):
+  def __init__(self, config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log):
     self._config = config
     self._mesh = mesh
     self._train_step = train_step
     self._schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
     self._evaluator = evaluator
+    self._exhibit = exhibit
     self._checkpointer = checkpointer
     self._signals = signals
     self._log = log
@@ -182,12 +194,18 @@ class _Run:
       self._log.write(step, {**figures, "learning_rate": rate, "tokens_per_second": tokens_per_second})
 
   def _evaluate(self, params, step: int) -> dict | None:
-    """The evaluation's figures, shown and logged; None if a signal came meanwhile."""
-    result = self._evaluator(params, step, lambda: bool(self._signals.agree()))
+    """The evaluation's figures, shown and logged, with some samples; None if a signal came meanwhile."""
+
+    def stopped():
+      return bool(self._signals.agree())
+
+    result = self._evaluator(params, step, stopped)
     if result:
       self._log.say(self._evaluator.describe(result))
       figures = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
       self._log.write(step, figures)
+      if self._exhibit:
+        self._log.write_samples(step, self._exhibit(params, stopped))
     self._last_report = time.monotonic()
     return result
 

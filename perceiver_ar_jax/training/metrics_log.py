@@ -1,9 +1,12 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard and the terminal."""
 
+import html
 import json
 import math
 import sys
+from collections.abc import Sequence
 
+import numpy as np
 import tqdm
 from clu import metric_writers
 from etils import epath
@@ -15,6 +18,8 @@ class NoLog:
   def progress(self, loss: float, tokens_per_second: float) -> None: ...
 
   def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+  def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None: ...
 
   def say(self, message: str) -> None: ...
 
@@ -67,6 +72,14 @@ class MetricsLog:
     self._file.write(json.dumps({"step": step, **finite}) + "\n")
     self._file.flush()
     self._tensorboard.write_scalars(step, finite)
+
+  def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None:
+    """Texts and pictures uint8[height, width, 3] to TensorBoard."""
+    for index, one in enumerate(samples):
+      if isinstance(one, str):
+        self._tensorboard.write_texts(step, {f"sample/{index}": f"<pre>{html.escape(one)}</pre>"})
+      else:
+        self._tensorboard.write_images(step, {f"sample/{index}": one[None]})
 
   def say(self, message: str) -> None:
     """A line to standard output that leaves the progress bar in one piece."""

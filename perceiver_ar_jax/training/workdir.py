@@ -24,6 +24,7 @@ RESUMABLE = (
   "train.on_nonfinite",
   "train.max_skipped",
   "eval.",
+  "sample.",
   "mesh.",
   "compilation_cache",
   "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
@@ -48,6 +49,7 @@ SAME_WEIGHTS = (
   "data.",
   "train.",
   "eval.",
+  "sample.",
   "mesh.",
   "compilation_cache",
   "seed",

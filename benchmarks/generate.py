@@ -1,0 +1,78 @@
+"""Measures generation with any config and random weights, and prints one JSON object.
+
+  python -m benchmarks.generate --config=benchmarks/point_a.py --tokens=8000
+
+Milliseconds a token step (one token for each row of the batch), refills and the host's loop included, compilation not:
+the median over blocks, the first and the last thousand tokens, and a whole pass for each token beside it.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+from absl import flags
+
+from perceiver_ar_jax import command_line
+from perceiver_ar_jax.config import Config
+from perceiver_ar_jax.parallel.mesh import make_mesh
+from perceiver_ar_jax.sampling.sampler import Sampler
+from perceiver_ar_jax.training import optimizer as optimizer_lib
+from perceiver_ar_jax.training import state as state_lib
+
+_BATCH = flags.DEFINE_integer("batch", 4, "Sequences at a time.")
+_TOKENS = flags.DEFINE_integer("tokens", 8000, "New tokens of each.")
+_EXACT_TOKENS = flags.DEFINE_integer("exact_tokens", 20, "New tokens without a cache; 0: none.")
+
+
+def measure(config: Config, batch: int, tokens: int, exact_tokens: int) -> dict:
+  """Figures of one run: milliseconds a step by kind, tokens_per_second over all rows."""
+  mesh = make_mesh(config.mesh)
+  params = state_lib.init_state(config, optimizer_lib.make_optimizer(config.train.optimizer, 1000), mesh).params
+
+  def times(length: int, cache: bool) -> list[tuple[int, float]]:
+    """(new tokens so far, seconds) after each block, of a second call."""
+    changed = dataclasses.replace(config, sample=dataclasses.replace(config.sample, cache=cache))
+    sampler = Sampler(changed, params, mesh)
+    stamps = []
+
+    def note(samples):
+      stamps.append((samples[0].num_new, time.perf_counter()))
+
+    sampler(num_samples=batch, batch_size=batch, length=min(length, 40))
+    start = time.perf_counter()
+    sampler(num_samples=batch, batch_size=batch, length=length, on_tokens=note)
+    return [(count, stamp - start) for count, stamp in stamps]
+
+  def per_token(stamps, first: int, last: int) -> float:
+    inside = [stamp for stamp in stamps if first <= stamp[0] <= last]
+    (count, start), (end_count, end) = inside[0], inside[-1]
+    return (end - start) / (end_count - count) * 1000
+
+  cached = times(tokens, cache=True)
+  steps = [(after[1] - before[1]) / (after[0] - before[0]) * 1000 for before, after in zip(cached, cached[1:])]
+  result = {
+    "version": f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
+    "context": config.model.max_context,
+    "batch": batch,
+    "tokens": cached[-1][0],
+    "ms": cached[-1][1] / cached[-1][0] * 1000,
+    "ms_median": statistics.median(steps),
+    "ms_first_1000": per_token(cached, 1, 1000),
+    "ms_last_1000": per_token(cached, cached[-1][0] - 1000, cached[-1][0]),
+    "tokens_per_second": batch * cached[-1][0] / cached[-1][1],
+  }
+  if exact_tokens:
+    exact = times(exact_tokens, cache=False)
+    result["ms_exact"] = exact[-1][1] / exact[-1][0] * 1000
+  return result
+
+
+def _main(config: Config) -> int:
+  print(json.dumps(measure(config, _BATCH.value, _TOKENS.value, _EXACT_TOKENS.value)), flush=True)
+  return 0
+
+
+if __name__ == "__main__":
+  command_line.run(_main, required=())

@@ -1,0 +1,303 @@
+"""Samples from a trained model, in Python:
+
+    sample = Sampler.from_workdir("runs/text")
+    print(sample("Once upon a time", length=500, temperature=0.8)[0].value)
+    print(sample.score("Once upon a time")["bits_per_byte"])
+
+This room's part is the loop on the host: windows, blocks, and when a context is begun anew. What happens on the device
+is generate.py's.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+
+from perceiver_ar_jax.config import Config, InputError, SampleConfig
+from perceiver_ar_jax.data.notices import notice
+from perceiver_ar_jax.data.registry import Task
+from perceiver_ar_jax.data.tasks import get_tasks
+from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.models.attention_kernels import Cached, check_platform
+from perceiver_ar_jax.parallel import sharding
+from perceiver_ar_jax.parallel.mesh import make_mesh
+from perceiver_ar_jax.sampling import generate, prompts
+from perceiver_ar_jax.sampling.prompts import Prompt
+from perceiver_ar_jax.training import workdir as workdir_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One sequence that a model has made."""
+
+  prompt: Prompt
+  events: np.ndarray
+  """int32[n], the prompt's included."""
+
+  @property
+  def task(self) -> Task:
+    return self.prompt.task
+
+  @property
+  def num_new(self) -> int:
+    """Events that the model has added."""
+    return len(self.events) - len(self.prompt.events)
+
+  @property
+  def value(self) -> Any:
+    """What the events stand for: a text, a picture uint8[height, width, 3], notes, codes; see Task.decode."""
+    return self.task.decode(self.events)
+
+
+class Sampler:
+  """Generates with one model; the functions are compiled at the first call for each batch size.
+
+  Args:
+    config: the run's; `sample` holds the defaults of a call.
+    params: the weights; None: they are given later, by assigning `params`.
+    mesh: of the devices that the weights lie on; rows of a batch are split over data and fsdp, the context's keys and
+      values over context.
+    step: of the checkpoint.
+
+  Raises:
+    InputError: an unknown task, or a model that cannot be cached (`sample.cache`).
+  """
+
+  def __init__(self, config: Config, params=None, mesh: Mesh | None = None, step: int = 0):
+    self.config, self.params, self.step = config, params, step
+    self.mesh = make_mesh(config.mesh) if mesh is None else mesh
+    model = config.model
+    check_platform(model.attention, self.mesh)
+    self.task = get_tasks(config.data, model.max_context + 1)[0][0]
+    self._kept = config.sample.kept_latents or max(model.num_latents - model.num_latents // 8, 1)
+    self._block_tokens = model.num_latents - self._kept + 1
+    cached = config.sample.cache
+    if cached and not model.positions_from_data and model.position_encoding != "rotary":
+      raise InputError(
+        f"model.position_encoding={model.position_encoding} with model.positions_from_data=False changes all positions"
+        " with each token, so that nothing can be cached: set --config.sample.cache=False."
+      )
+    self._begin = functools.partial(generate.begin, model, cached=cached)
+    block = functools.partial(generate.cached_block, model, self._kept)
+    if not cached:
+      block = functools.partial(generate.exact_block, model)
+    self._block = lambda params, state, plan, settings, seed, numbers_B: block(
+      params, state, plan, settings, generate.row_keys(seed, numbers_B)
+    )[:2]
+    self._compiled: dict[tuple, Callable] = {}
+
+  @classmethod
+  def from_workdir(cls, workdir: epath.PathLike, config: Config | None = None) -> "Sampler":
+    """Of the newest good checkpoint of a run, which stays as it is.
+
+    Args:
+      workdir: the run's folder.
+      config: None: the run's own.
+
+    Raises:
+      InputError: there is no run or no readable checkpoint, or one of another model than the config's.
+    """
+    config = config or workdir_lib.load_config(epath.Path(workdir))
+    mesh, step, params = evaluate.restore(config, workdir)
+    return cls(config, params, mesh, step)
+
+  def __call__(
+    self,
+    prompt: str | np.ndarray | Sequence[Prompt] | None = None,
+    *,
+    on_tokens: Callable[[list[Sample]], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    **settings,
+  ) -> list[Sample]:
+    """Makes samples.
+
+    Args:
+      prompt: as config.SampleConfig.prompt, or events int32[n], or prompts that are made already; None: the config's.
+      on_tokens: called after each block with the samples under way.
+      should_stop: asked after each block; if so, what there is is returned.
+      **settings: other values of config.SampleConfig for this call: num_samples, length, temperature, top_k, top_p,
+        seed, batch_size, prompt_tokens.
+
+    Raises:
+      InputError: a wrong setting or prompt.
+    """
+    settings = self._settings(settings)
+    if prompt is None:
+      prompt = settings.prompt
+    if isinstance(prompt, np.ndarray):
+      prompt = [self._own_events(prompt)]
+    if prompt is None or isinstance(prompt, str):
+      prompt = prompts.find(self.config, self.task, prompt, settings.num_samples, settings.prompt_tokens)
+    longest = max(len(one.events) for one in prompt)
+    if longest > self.config.model.max_context:
+      notice(
+        "shortened",
+        f"The prompt of {longest:,} tokens is longer than the context: the model sees its newest ones, at most"
+        f" {self.config.model.max_context:,}",
+      )
+    result = []
+    for first in range(0, settings.num_samples, settings.batch_size):
+      numbers = range(first, min(first + settings.batch_size, settings.num_samples))
+      rows = [_Row(prompt[number % len(prompt)], settings.length, self.config.model.max_context) for number in numbers]
+      self._fill(rows, settings, first, on_tokens, should_stop)
+      result += [row.sample() for row in rows]
+      if should_stop():
+        break
+    return result
+
+  def score(self, text: str) -> dict:
+    """How likely a text or a file is: nats per token and the task's own unit, as --mode=eval has them."""
+    documents = [(self.task, document) for document in prompts.read(self.task, text)]
+    return evaluate.Evaluator(self.config, self.mesh)(self.params, self.step, documents=documents)
+
+  def _settings(self, changes: dict) -> SampleConfig:
+    known = {field.name for field in dataclasses.fields(SampleConfig)} - {"cache", "kept_latents", "prompt"}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+      raise InputError(f"Unknown setting {unknown[0]!r} of a sample. Known: {', '.join(sorted(known))}.")
+    return dataclasses.replace(self.config.sample, **changes)
+
+  def _own_events(self, events: np.ndarray) -> Prompt:
+    size = self.task.vocab_size
+    if not len(events) or not np.issubdtype(events.dtype, np.integer):
+      raise InputError("The prompt holds no events: give whole numbers, at least one (SOS, 2, begins a document).")
+    if events.min() < 1 or events.max() >= size:
+      wrong = events[(events < 1) | (events >= size)][0]
+      raise InputError(f"The prompt holds the unknown token {wrong}: ids of {self.task.name} are 1..{size - 1}.")
+    if self.task.place is None:
+      raise InputError(f"Events alone do not say on which grid a {self.task.modality} lies: take a file or data.")
+    return Prompt(self.task, events.astype(np.int32), self.task.place, self.task.length)
+
+  def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int, on_tokens, should_stop) -> None:
+    """Adds events to the rows until each has all that it is to have."""
+    context, new = self.config.model.max_context, self._block_tokens
+    mesh_rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    size = -(-max(settings.batch_size, len(rows)) // mesh_rows) * mesh_rows
+    rows = rows + [_Row.ended(rows[0]) for _ in range(size - len(rows))]
+    drawing = generate.Settings(np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
+    randomness = np.uint32(settings.seed % 2**32), np.arange(first, first + size, dtype=np.int32)
+    allowed_GxV = np.zeros((len(self.task.allowed()), self.config.model.vocab_size), bool)
+    allowed_GxV[:, : self.task.vocab_size] = self.task.allowed()
+    state, used, done = None, 0, 0
+    with jax.set_mesh(self.mesh):
+      while needed := max(row.needed() for row in rows):
+        if (
+          state is None or used + min(new, needed) - 1 > context
+        ):  # no room: begin a context anew, of the newest tokens
+          lengths = [len(row.events) for row in rows]
+          longest = max(lengths)
+          if longest + min(new, needed) - 1 > context:
+            longest = max(context - max(context // 8, new - 1), 1)
+          used = min(longest, max(lengths))
+          state = self._start(rows, used, done)
+        plan = generate.Plan(
+          np.stack([self._positions(row, len(row.events), len(row.events) + new) for row in rows]),
+          np.stack([row.prompt.task.group(len(row.events) + np.arange(new)) for row in rows]).astype(np.int32),
+          allowed_GxV,
+        )
+        state, tokens_BxT = self._run("block", self._block, state, plan, drawing, *randomness, donate=1)
+        used, done = used + new, done + new
+        for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
+          row.add(tokens_T)
+        if on_tokens:
+          on_tokens([row.sample() for row in rows if not row.filler])
+        if should_stop():
+          return
+
+  def _start(self, rows: list["_Row"], window: int, done: int) -> generate.State:
+    """The state of sequences of which the newest `window` events are seen."""
+    context = self.config.model.max_context
+    dims = self.task.position_dims if self.config.model.positions_from_data else 1
+    tokens_BxL = np.zeros((len(rows), context), np.int32)
+    positions_BxLxP = np.zeros((len(rows), context, dims), np.int32)
+    for index, row in enumerate(rows):
+      end = len(row.events)
+      row.start = max(end - window, 0)
+      tokens_BxL[index, context - (end - row.start) :] = row.events[row.start :]
+      positions_BxLxP[index, context - (end - row.start) :] = self._positions(row, row.start, end)
+    ended_B = np.array([row.is_ended for row in rows])
+    return self._run("begin", self._begin, tokens_BxL, positions_BxLxP, ended_B, np.int32(done))
+
+  def _positions(self, row: "_Row", start: int, end: int) -> np.ndarray:
+    """Positions int32[end - start, P] of events in the row's window, existing ones or such as are to come."""
+    model = self.config.model
+    if not model.positions_from_data:  # rotary: only differences matter, and the past is what counts up
+      return -np.arange(start, end, dtype=np.int32)[:, None]
+    positions = row.prompt.place(row.start, end)[start - row.start :]
+    missing = end - start - len(positions)  # beyond the end of a document, where nobody reads on
+    positions = np.concatenate([positions, np.ones((missing, self.task.position_dims), np.int32)])
+    sizes = np.array(model.position_sizes or [2**31 - 1] * self.task.position_dims)
+    return np.minimum(positions, sizes - 1).astype(np.int32)
+
+  def _run(self, name: str, function: Callable, *arguments, donate: int | None = None):
+    """The function's result on the mesh; compiled once for each shape."""
+    arguments = (self.params, *self._place(arguments))
+    shapes = (name, *(leaf.shape for leaf in jax.tree.leaves(arguments[1:])))
+    if shapes not in self._compiled:
+      result = self._layout(jax.eval_shape(function, *arguments))
+      self._compiled[shapes] = jax.jit(function, out_shardings=result, donate_argnums=() if donate is None else donate)
+    return self._compiled[shapes](*arguments)
+
+  def _layout(self, result):
+    """Shardings of what a function returns: keys and values as a cache wants them, all else split by rows."""
+
+    def split(leaf):
+      if isinstance(leaf, Cached):
+        return Cached(*(self._sharding(("batch", "heads", "context", None), x.shape) for x in leaf))
+      return self._sharding(("batch", *(None,) * len(leaf.shape))[: len(leaf.shape)], leaf.shape)
+
+    if isinstance(result, generate.State):
+      return jax.tree.map(split, result, is_leaf=lambda leaf: isinstance(leaf, Cached))
+    state, tokens_BxT = result
+    return self._layout(state), self._sharding((None, None), tokens_BxT.shape)  # every host reads all tokens
+
+  def _sharding(self, axes: tuple, shape: tuple) -> NamedSharding:
+    return NamedSharding(self.mesh, sharding.spec(axes, shape, self.mesh))
+
+  def _place(self, tree):
+    """The tree with its NumPy arrays as global ones, the same on every host."""
+
+    def place(leaf):
+      if not isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf
+      whole = self._sharding((None,) * np.ndim(leaf), np.shape(leaf))
+      return jax.make_array_from_callback(np.shape(leaf), whole, lambda index: np.asarray(leaf)[index])
+
+    return jax.tree.map(place, tree)
+
+
+class _Row:
+  """One sample in the making."""
+
+  def __init__(self, prompt: Prompt, length: int | None, context: int):
+    self.prompt, self.events, self.start = prompt, prompt.events, 0
+    self.is_ended = self.filler = False
+    goal = len(prompt.events) + length if length else max(context + 1, len(prompt.events) + max(context // 4, 1))
+    self._goal = min(goal, prompt.length) if prompt.length else goal
+
+  @classmethod
+  def ended(cls, other: "_Row") -> "_Row":
+    """A row that only fills up a batch."""
+    row = cls(other.prompt, 1, 1)
+    row.is_ended = row.filler = True
+    return row
+
+  def needed(self) -> int:
+    """Events that are missing."""
+    return 0 if self.is_ended else max(self._goal - len(self.events), 0)
+
+  def add(self, tokens_T: np.ndarray) -> None:
+    """Adds the tokens of a block, up to the end of the sequence (EOS included) or of what was asked for."""
+    tokens_T = tokens_T[: self.needed()]
+    over = np.flatnonzero(tokens_T == generate.EOS)
+    if len(over):
+      tokens_T, self.is_ended = tokens_T[: over[0] + 1], True
+    self.events = np.concatenate([self.events, tokens_T])
+
+  def sample(self) -> Sample:
+    return Sample(self.prompt, self.events)

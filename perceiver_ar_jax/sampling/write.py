@@ -1,0 +1,236 @@
+"""--mode=sample and --mode=score: samples as files that people open, and likelihoods of given data."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from jax.sharding import Mesh
+
+from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.data import NUM_SPECIAL, render
+from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.sampling.sampler import Sample, Sampler
+
+_UNSEEN = 128
+"""Grey of what a prompt leaves open in a grid of pictures."""
+_SOUND_FONTS = ("/usr/share/sounds/sf2/*.sf2", "/usr/share/soundfonts/*.sf2")
+
+
+def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> list[Sample]:
+  """Makes samples of the newest checkpoint and writes them to WORKDIR/samples, with samples.json.
+
+  Args:
+    config: `sample` says what to make.
+    workdir: of the run.
+    stream: text only: print each sample as it comes, one after the other.
+
+  Raises:
+    InputError: no checkpoint, a prompt or settings that cannot work, or a folder that cannot be written.
+  """
+  folder = epath.Path(workdir) / "samples"
+  sampler = Sampler.from_workdir(workdir, config)
+  if stream and sampler.task.modality != "text":
+    raise InputError(f"--stream prints text, and {sampler.task.name} is {sampler.task.modality}: leave it out.")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"{folder} cannot be written ({error.strerror or error}): free it, or copy the run.") from error
+  settings = {"batch_size": 1} if stream else {}
+  start = time.monotonic()
+  with _Progress(stream) as progress:
+    samples = sampler(on_tokens=progress, **settings)
+  seconds = time.monotonic() - start
+  if jax.process_index() == 0:
+    files = write(folder, samples, f"{sampler.step}-{config.sample.seed}")
+    report = {
+      "step": sampler.step,
+      "task": config.data.task,
+      "seed": config.sample.seed,
+      "settings": json.loads(config.to_json())["sample"],
+      "seconds": seconds,
+      "tokens_per_second": sum(one.num_new for one in samples) / seconds,
+      "samples": [
+        {"prompt_tokens": len(one.prompt.events), "new_tokens": one.num_new, "files": names}
+        for one, names in zip(samples, files)
+      ],
+      "files": sorted({name for names in files for name in names} | _grid(folder, samples)),
+    }
+    (folder / "samples.json").write_text(json.dumps(report, indent=2) + "\n")
+    _say(samples, report, folder, stream)
+  return samples
+
+
+def write(folder: epath.Path, samples: list[Sample], name: str) -> list[list[str]]:
+  """Writes each sample in the formats of its modality; returns the names of the files of each."""
+  return [_write_one(folder, one, f"{name}-{index}") for index, one in enumerate(samples)]
+
+
+def _write_one(folder: epath.Path, one: Sample, name: str) -> list[str]:
+  task, files = one.task, []
+
+  def put(suffix: str, save: Callable[[str], None]) -> None:
+    save(str(folder / (name + suffix)))
+    files.append(name + suffix)
+
+  shown = picture(one)
+  if shown is not None:
+    put(".png", lambda path: render.save_png(shown, path))
+  if task.modality == "text":
+    put(".txt", lambda path: epath.Path(path).write_text(one.value))
+  elif task.modality == "music":
+    from perceiver_ar_jax.data import music
+
+    put(".mid", lambda path: epath.Path(path).write_bytes(music.to_midi(one.value)))
+    if _synthesise(str(folder / f"{name}.mid"), str(folder / f"{name}.wav")):
+      files.append(f"{name}.wav")
+  elif task.modality != "image":
+    put(".npy", lambda path: np.save(path, _codes(one)))
+  return files
+
+
+def _codes(one: Sample) -> np.ndarray:
+  """Codes of audio [frames, levels], of video [time, height, width], values of copies [n]."""
+  if one.task.modality == "video":
+    from perceiver_ar_jax.data import codes
+
+    height, width = one.prompt.place(0, one.prompt.length)[:, 1:].max(axis=0) - 1
+    return codes.to_video(one.events, height, width)
+  return np.asarray(one.value)
+
+
+def picture(one: Sample) -> np.ndarray | None:
+  """A picture uint8[height, width, 3] of a sample, what is missing of an image grey; None for what has none."""
+  if one.task.modality == "image":
+    return _image(one, one.events)
+  return render.picture(one.task, one.events, one.prompt.place(0, len(one.events)))
+
+
+def _image(one: Sample, events: np.ndarray) -> np.ndarray:
+  whole = np.full(one.task.length, _UNSEEN + NUM_SPECIAL, np.int32)
+  whole[: len(events)] = events
+  return render.picture(one.task, whole, one.prompt.place(0, len(whole)))
+
+
+def grid(samples: list[Sample]) -> np.ndarray | None:
+  """Samples of images side by side; completions in a row each prompt: what was given, the samples, the original."""
+  if samples[0].task.modality != "image":
+    return None
+  rows = {}
+  for one in samples:
+    rows.setdefault(id(one.prompt), []).append(one)
+  if samples[0].prompt.original is None:
+    pictures = [picture(one) for one in samples]
+    return render.grid(pictures, columns=min(len(pictures), 8))
+  lines = [
+    [_image(row[0], row[0].prompt.events), *map(picture, row), _image(row[0], row[0].prompt.original)]
+    for row in rows.values()
+  ]
+  columns = max(map(len, lines))
+  blank = np.full_like(lines[0][0], _UNSEEN)
+  return render.grid([one for line in lines for one in line + [blank] * (columns - len(line))], columns=columns)
+
+
+def _grid(folder: epath.Path, samples: list[Sample]) -> set[str]:
+  pixels = grid(samples)
+  if pixels is None:
+    return set()
+  render.save_png(pixels, str(folder / "grid.png"))
+  return {"grid.png"}
+
+
+def _synthesise(midi: str, wav: str) -> bool:
+  """Plays a MIDI file into a WAV file if a synthesiser is installed; whether it did."""
+  import glob
+
+  fonts = [font for pattern in _SOUND_FONTS for font in sorted(glob.glob(pattern))]
+  if shutil.which("fluidsynth") and fonts:
+    command = ["fluidsynth", "-ni", "-F", wav, fonts[0], midi]
+  elif shutil.which("timidity"):
+    command = ["timidity", "-Ow", "-o", wav, midi]
+  else:
+    return False
+  return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+
+
+class _Progress:
+  """A bar over the tokens of all samples, or the text itself as it comes."""
+
+  def __init__(self, stream: bool):
+    self._stream, self._bar, self._made, self._before, self._printed = stream, None, 0, 0, ""
+
+  def __enter__(self) -> "_Progress":
+    if not self._stream and jax.process_index() == 0:
+      self._bar = tqdm.tqdm(unit="token", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
+    return self
+
+  def __exit__(self, *unused) -> None:
+    if self._bar is not None:
+      self._bar.close()
+    elif self._printed:
+      print(flush=True)
+
+  def __call__(self, batch: list[Sample]) -> None:
+    made = sum(one.num_new for one in batch)
+    if made < self._made:  # the next batch
+      self._made = 0
+      if self._stream:
+        print("\n", flush=True)
+        self._printed = ""
+    if self._bar is not None:
+      self._bar.update(made - self._made)
+    self._made = made
+    if self._stream and jax.process_index() == 0:
+      text = batch[0].value.removesuffix("\ufffd")  # the rest of a character may be on its way
+      if text.startswith(self._printed):
+        print(text[len(self._printed) :], end="", flush=True)
+        self._printed = text
+
+
+def _say(samples: list[Sample], report: dict, folder: epath.Path, stream: bool) -> None:
+  if samples[0].task.modality == "text" and not stream:
+    for index, one in enumerate(samples):
+      print(f"--- sample {index}: {len(one.prompt.events):,} tokens given, {one.num_new:,} new\n{one.value}\n")
+  print(
+    f"{len(samples)} samples of {sum(one.num_new for one in samples):,} new tokens in {report['seconds']:.1f} s,"
+    f" compilation included ({report['tokens_per_second']:,.0f} tokens/s): {folder}",
+    flush=True,
+  )
+
+
+class Exhibit:
+  """A few samples of a model in training: pictures, or texts of what has none."""
+
+  def __init__(self, config: Config, mesh: Mesh):
+    self._sampler, self._count = Sampler(config, mesh=mesh), config.eval.num_samples
+
+  def __call__(self, params, should_stop: Callable[[], bool]) -> list[str | np.ndarray]:
+    self._sampler.params = params
+    samples = self._sampler(num_samples=self._count, batch_size=self._count, should_stop=should_stop)
+    self._sampler.params = None  # the next update takes their memory
+    shown = [picture(one) for one in samples]
+    return [render.text(one.task, one.events) if pixels is None else pixels for one, pixels in zip(samples, shown)]
+
+
+def score(config: Config, workdir: epath.PathLike) -> dict:
+  """Prints how likely the newest checkpoint finds `sample.prompt`, and writes WORKDIR/score.json.
+
+  Raises:
+    InputError: no checkpoint, nothing to score, or nothing that can be read.
+  """
+  if config.sample.prompt is None:
+    raise InputError(
+      "Nothing to score: give a text or a file, --config.sample.prompt=... (--mode=eval scores a split)."
+    )
+  sampler = Sampler.from_workdir(workdir, config)
+  result = sampler.score(config.sample.prompt) | {"split": "given", "data": config.sample.prompt}
+  if jax.process_index() == 0:
+    (epath.Path(workdir) / "score.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(evaluate.Evaluator.describe(result), flush=True)
+  return result

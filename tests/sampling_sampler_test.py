@@ -1,0 +1,238 @@
+"""Samples in Python and by command: prompts of every kind, contexts that begin anew, devices, mistakes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from flax import linen as nn
+
+from configs import image_files, midi_files, text_files
+from perceiver_ar_jax import config as config_lib
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music
+from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.sampling import prompts, write
+from perceiver_ar_jax.sampling.sampler import Sampler
+from tests import tiny
+
+MODEL = dict(
+  latent_width=16, num_layers=1, num_cross_heads=2, num_self_heads=2, num_latents=16, max_context=48, dtype="float32"
+)
+
+
+def resolve(module, data=None, model=None, sample=None):
+  config = module.get_config()
+  config.model.update(MODEL | (model or {}))
+  config.data.update(data or {})
+  config.sample.update(sample or {})
+  config.train.update(batch_size=2)
+  config.train.optimizer.update(warmup_steps=0)
+  config.eval.update(batch_size=2, stride=None)
+  return config_lib.resolve(config)
+
+
+def sampler(config) -> Sampler:
+  """Of random weights whose logits are not zero."""
+  tokens = np.ones((1, config.model.num_latents), np.int32)
+  positions = np.ones((*tokens.shape, len(config.model.position_sizes) or 1), np.int32)
+  params = nn.unbox(jax.jit(PerceiverAR(config.model).init)(jax.random.key(0), tokens, positions))["params"]
+  kernel = params["to_logits"]["kernel"]
+  params["to_logits"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape) * 0.5
+  return Sampler(config, params)
+
+
+@pytest.fixture(scope="module")
+def text():
+  """A model of bytes."""
+  return sampler(resolve(text_files))
+
+
+def test_a_text_goes_on_through_many_contexts_and_compiles_once(text):
+  long = text("Once", length=200, num_samples=3, batch_size=3, seed=5)
+  for one in long:
+    assert one.value.startswith("Once") and one.events[0] == SOS
+    assert one.num_new == 200 or one.events[-1] == EOS
+    assert (one.events[1:-1] >= NUM_SPECIAL).all()
+  assert max(one.num_new for one in long) > 2 * text.config.model.max_context
+  again = text("Once", length=200, num_samples=3, batch_size=3, seed=5)
+  assert [one.value for one in again] == [one.value for one in long]
+  assert text("Once", length=50, num_samples=3, batch_size=3, seed=6)[0].value != long[0].value[:54]
+  text("Another beginning, of another length.", length=20, num_samples=3, batch_size=3, temperature=0.5, top_k=7)
+  compiled = [function for name, function in text._compiled.items() if name[0] == "block"]
+  assert len(compiled) == 1 and compiled[0]._cache_size() == 1
+
+
+def test_samples_do_not_depend_on_how_many_are_made_at_a_time(text):
+  together = text("Ab", length=60, num_samples=3, batch_size=3)
+  one_by_one = text("Ab", length=60, num_samples=3, batch_size=1)
+  assert [one.value for one in together] == [one.value for one in one_by_one]
+
+
+def test_the_cache_is_exact_where_all_latents_go_through_the_layers_each_time(text):
+  config = dataclasses.replace(text.config, sample=dataclasses.replace(text.config.sample, kept_latents=16))
+  cached = Sampler(config, text.params)("Once", length=100, num_samples=2, temperature=0)
+  config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, cache=False))
+  exact = Sampler(config, text.params)("Once", length=100, num_samples=2, temperature=0)
+  np.testing.assert_array_equal(cached[0].events, exact[0].events)
+
+
+def test_the_prompt_may_be_longer_than_the_context_and_rows_have_prompts_of_their_own(text, capsys):
+  chosen = [
+    *prompts.find(text.config, text.task, "x" * 100, 1),
+    *prompts.find(text.config, text.task, "short", 1),
+  ]
+  first, second = text(chosen, length=30, num_samples=2, batch_size=2)
+  assert "101 tokens is longer than the context" in capsys.readouterr().err
+  assert first.value.startswith("x" * 100) and second.value.startswith("short")
+  alone = text("short", length=30, num_samples=2, batch_size=2)[1]  # the same number, so the same random keys
+  assert alone.events[:12].tolist() == second.events[:12].tolist()
+
+
+def test_likelihoods_of_given_texts(text):
+  result = text.score("What is the likelihood of this?")
+  assert result["num_tokens"] == 32 and result["num_bytes"] == 31  # EOS is a token
+  assert result["nats_per_token"] * 32 == pytest.approx(result["bits_per_byte"] * 31 * np.log(2))
+  assert text.score("What is the likelihood of this?") == result
+
+
+@pytest.mark.parametrize(
+  ("prompt", "settings", "words"),
+  [
+    ("x", {"temperature": -0.5}, "temperature=-0.5 must be 0"),
+    ("x", {"temperature": float("nan")}, "temperature=nan"),
+    ("x", {"top_p": 0.0}, "top_p=0.0 must lie in"),
+    ("x", {"top_p": 1.5}, "top_p=1.5 must lie in"),
+    ("x", {"top_k": -1}, "top_k=-1"),
+    ("x", {"length": 0}, "length=0 must be at least 1"),
+    ("x", {"prompt_tokens": 0}, "prompt_tokens=0 must be at least 1"),
+    ("x", {"temprature": 1}, "Unknown setting 'temprature'.*temperature"),
+    ("  ", {}, "prompt is empty"),
+    (np.array([], np.int32), {}, "no events"),
+    (np.array([2, 999]), {}, "unknown token 999"),
+  ],
+)
+def test_mistakes_are_named(text, prompt, settings, words):
+  with pytest.raises(InputError, match=words):
+    text(prompt, **settings)
+
+
+def test_a_picture_is_completed_from_its_top_half(tmp_path):
+  rng = np.random.default_rng(0)
+  for index in range(4):
+    PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
+  model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned")
+  config = resolve(image_files, dict(files=str(tmp_path), image_size=8), model)
+  made = sampler(config)(str(tmp_path / "*.png"), num_samples=5, batch_size=5)
+  assert [len(one.events) for one in made] == [193] * 5
+  given = np.asarray(PIL.Image.open(tmp_path / "1.png"))
+  np.testing.assert_array_equal(made[1].value[:4], given[:4])
+  assert (made[1].value[4:] != given[4:]).mean() > 0.9
+  assert write.picture(made[0]).shape == (128, 128, 3)
+  sheet = write.grid(made)  # 4 rows: the given half, up to 2 completions, the original
+  assert sheet.shape == (4 * 130 + 2, 4 * 130 + 2, 3)
+
+
+def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
+  notes = [music.Note(60 + index, 64, 0.1 * index, 0.1 * index + 0.1) for index in range(6)]
+  (tmp_path / "a.mid").write_bytes(music.to_midi(notes))
+  config = resolve(midi_files, dict(files=str(tmp_path)), dict(num_cross_heads=1, rotary_fraction=0.5))
+  (one,) = sampler(config)(str(tmp_path / "a.mid"), num_samples=1, length=40)
+  assert [note.pitch for note in one.value][:6] == [60, 61, 62, 63, 64, 65] and one.num_new > 0
+  files = write.write(tmp_path, [one], "made")
+  assert {"made-0.mid", "made-0.png"} <= set(files[0])
+  assert music.read_notes((tmp_path / "made-0.mid").read_bytes())
+
+  from configs import audio_codes
+
+  np.save(tmp_path / "a.npy", np.arange(20).reshape(10, 2) % 8)
+  data = dict(files=str(tmp_path), codebook_size=8, code_levels=2, min_crop=1)
+  config = resolve(audio_codes, data, dict(max_context=30, vocab_size=19))
+  (one,) = sampler(config)(str(tmp_path / "a.npy"), num_samples=1, length=50, prompt_tokens=8)
+  levels = (one.events[1:] - NUM_SPECIAL) // 8
+  np.testing.assert_array_equal(levels, np.arange(57) % 2)
+  assert one.value.shape == (28, 2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A workdir of the copy task, trained just long enough to copy, with samples in TensorBoard."""
+  workdir = tmp_path_factory.mktemp("copy")
+  settings = dict(latent_width=64, num_cross_heads=4, num_self_heads=4, num_layers=1, dropout=0.0)
+  result = tiny.run(
+    workdir,
+    **{f"model__{name}": value for name, value in settings.items()},
+    data__shuffle_buffer=64,
+    train__batch_size=64,
+    train__steps=900,
+    train__checkpoint_every=900,
+    train__log_every=100,
+    train__optimizer__warmup_steps=100,
+    train__optimizer__learning_rate=3e-3,
+    eval__every=900,
+    eval__num_samples=1,
+  )
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
+def test_a_trained_model_copies_through_its_cache(trained):
+  made = Sampler.from_workdir(trained)("data", num_samples=128, batch_size=128, temperature=0)
+  rights = [(one.events[17:32] == one.prompt.original[17:32]).mean() for one in made]
+  assert np.mean(rights) > 0.99
+  from tensorboard.backend.event_processing import event_accumulator
+
+  events = event_accumulator.EventAccumulator(str(trained), size_guidance={"tensors": 0})
+  assert "sample/0" in str(events.Reload().Tags())
+
+
+CHECK = """
+import sys, numpy as np
+from perceiver_ar_jax.sampling.sampler import Sampler
+made = Sampler.from_workdir(sys.argv[1])("data", num_samples=6, batch_size=6, temperature=0.7)
+print("EVENTS", np.stack([one.events for one in made]).tolist())
+"""
+
+
+def test_eight_devices_draw_what_one_draws_and_move_no_cache(trained, tmp_path):
+  one = Sampler.from_workdir(trained)("data", num_samples=6, batch_size=6, temperature=0.7)
+  expected = [made.events.tolist() for made in one]
+  config = json.loads((trained / "config.json").read_text())
+  for name in ("checkpoints", "config.json"):
+    (tmp_path / name).symlink_to(trained / name)
+  (tmp_path / "config.json").unlink()
+  config["mesh"] = {"data": 2, "fsdp": 2, "tensor": 1, "context": 2}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  result = subprocess.run(
+    [sys.executable, "-c", CHECK, str(tmp_path)],
+    cwd=tiny.ROOT,
+    env=tiny.environment(8),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert result.returncode == 0, result.stderr
+  (line,) = [line for line in result.stdout.splitlines() if line.startswith("EVENTS ")]
+  assert json.loads(line.removeprefix("EVENTS ")) == expected
+
+
+def test_the_command_writes_samples_and_says_what_is_wrong(trained, tmp_path):
+  result = tiny.run(
+    trained,
+    "--mode=sample",
+    "--config.sample.prompt=data",
+    "--config.sample.num_samples=2",
+    **{f"model__{name}": value for name, value in dict(latent_width=64, num_cross_heads=4, num_self_heads=4).items()},
+    model__num_layers=1,
+    model__dropout=0.0,
+  )
+  assert result.returncode == 0, result.stderr
+  report = json.loads((trained / "samples" / "samples.json").read_text())
+  assert report["seed"] == 0 and report["tokens_per_second"] > 0 and len(report["files"]) == 2
+  assert all(len(np.load(trained / "samples" / name)) == 33 for name in report["files"])
+  with pytest.raises(InputError, match="holds no run"):
+    Sampler.from_workdir(tmp_path)
