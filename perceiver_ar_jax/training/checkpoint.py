@@ -146,10 +146,9 @@ class Checkpointer:
     """Calls `write`; raises InputError if a checkpoint, this one or the one before, could not be written."""
     try:
       write()
-    except (
-      OSError,
-      ValueError,
-    ) as error:  # a full disk has many faces: OSError here, what TensorStore makes of it there
+    except TimeoutError:  # another process did not write its part: it is dead, and a restart mends that
+      raise
+    except (OSError, ValueError) as error:  # a full disk has many faces, TensorStore's own among them
       raise InputError(
         f"A checkpoint could not be written to {self._directory}: {' '.join(str(error).split())[:300]} Those before it"
         " are as they were: make room, and the same command goes on from the newest."
