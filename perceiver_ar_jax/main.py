@@ -1,8 +1,9 @@
-"""Train, evaluate and sample Perceiver AR, and look at the data first.
+"""Train, evaluate and sample Perceiver AR, look at the data first, and plan for TPUs that are not here.
 
   python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=MODE]
 
-MODE is train (the default), eval (score a split), sample (generate), score (how likely a text or file is) or data.
+MODE is train (the default), eval (score a split), sample (generate), score (how likely a text or file is), data, or
+plan (compile the step for chips that are not here: what a pod would take).
 
 --config names an experiment of configs/; perceiver_ar_jax/config.py tells of every setting, and each can be
 overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
@@ -14,7 +15,7 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "score", "data"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "score", "data", "plan"], "What to do.")
 _STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it comes.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Several processes: host:port of process 0. TPU pods and Slurm steps need none of these three."
@@ -30,6 +31,10 @@ def main(config: Config) -> int:
 
     inspect.inspect(config, _WORKDIR.value)
     return 0
+  if _MODE.value == "plan":
+    from perceiver_ar_jax.parallel import plan
+
+    return plan.plan(config, _WORKDIR.value)
   from perceiver_ar_jax.parallel import distributed
 
   distributed.keep_compiled(config.compilation_cache)

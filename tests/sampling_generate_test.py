@@ -117,11 +117,13 @@ def test_positions_that_count_from_the_last_token_are_cached_where_only_differen
   config, params = model()
   relative = dataclasses.replace(config, positions_from_data=False)
   tokens, positions = right_aligned(PROMPTS[:1], config.max_context)
-  state = generate.begin(relative, params, tokens, -positions, np.zeros(1, bool), np.int32(0), cached=True)
+  begin = jax.jit(functools.partial(generate.begin, relative, cached=True))
+  state = begin(params, tokens, -positions, np.zeros(1, bool), np.int32(0))
   count = len(PROMPTS[0])
   places = -np.arange(count + 1, count + 5, dtype=np.int32)[None, :, None]
   plan = generate.Plan(jnp.asarray(places), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, VOCAB), bool))
-  _, found, logits = generate.cached_block(relative, 5, params, state, plan, GREEDY, generate.row_keys(0, np.arange(1)))
+  block = jax.jit(functools.partial(generate.cached_block, relative, 5))
+  _, found, logits = block(params, state, plan, GREEDY, generate.row_keys(0, np.arange(1)))
   sequence = PROMPTS[0] + np.asarray(found)[0].tolist()
   for index in range(4):
     inputs, _ = right_aligned([sequence[: count + index]], config.max_context)

@@ -198,7 +198,7 @@ print("EVENTS", np.stack([one.events for one in made]).tolist())
 """
 
 
-def test_eight_devices_draw_what_one_draws_and_move_no_cache(trained, tmp_path):
+def test_eight_devices_draw_what_one_draws(trained, tmp_path):
   one = Sampler.from_workdir(trained)("data", num_samples=6, batch_size=6, temperature=0.7)
   expected = [made.events.tolist() for made in one]
   config = json.loads((trained / "config.json").read_text())

@@ -55,27 +55,35 @@ class Keys(NamedTuple):
 
 
 class Cached(NamedTuple):
-  """Keys and values of generation, of which new ones are written in place; a layout in which one query reads fast."""
+  """Keys and values of generation, N = B * H: one query reads this layout fast, and new slots are written in place.
 
-  k_BxHxSxK: jax.Array
-  v_BxHxSxK: jax.Array
+  Rows and heads share an axis: given a head axis of 1, XLA's CPU compiler copies the whole cache for every token.
+  """
+
+  k_NxSxK: jax.Array
+  v_NxSxK: jax.Array
 
   @classmethod
   def of(cls, k_BxSxHxK, v_BxSxHxK) -> "Cached":
     """From keys and values as layers make them."""
-    return cls(k_BxSxHxK.swapaxes(1, 2), v_BxSxHxK.swapaxes(1, 2))
+    return cls(*(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (k_BxSxHxK, v_BxSxHxK)))
+
+  def keys(self, num_rows: int) -> Keys:
+    """As a whole pass wants them; B = `num_rows`."""
+    return Keys.of(*(x.reshape(num_rows, -1, *x.shape[1:]).swapaxes(1, 2) for x in self))
 
   def put(self, new: "Cached", slot) -> "Cached":
     """With those of one slot, S = 1, in the place of slot int32[]."""
-    return Cached(*(jax.lax.dynamic_update_slice_in_dim(old, one, slot, axis=2) for old, one in zip(self, new)))
+    return Cached(*(jax.lax.dynamic_update_slice_in_dim(old, one, slot, axis=1) for old, one in zip(self, new)))
 
   def attend(self, q_Bx1xHxK, valid_BxS):
     """Attention of one query to all valid slots."""
-    q_BxHxK = _scaled(q_Bx1xHxK)[:, 0]
-    scores_BxHxS = _product("bhk,bhsk->bhs", q_BxHxK, self.k_BxHxSxK)
-    scores_BxHxS = jnp.where(valid_BxS[:, None], scores_BxHxS, _MASKED)
-    weights_BxHxS = jax.nn.softmax(scores_BxHxS, axis=-1).astype(q_Bx1xHxK.dtype)
-    return jnp.einsum("bhs,bhsk->bhk", weights_BxHxS, self.v_BxHxSxK)[:, None]
+    rows, _, heads, width = q_Bx1xHxK.shape
+    q_NxK = _scaled(q_Bx1xHxK).reshape(rows * heads, width)
+    scores_NxS = _product("nk,nsk->ns", q_NxK, self.k_NxSxK)
+    scores_NxS = jnp.where(jnp.repeat(valid_BxS, heads, axis=0), scores_NxS, _MASKED)
+    weights_NxS = jax.nn.softmax(scores_NxS, axis=-1).astype(q_Bx1xHxK.dtype)
+    return jnp.einsum("ns,nsk->nk", weights_NxS, self.v_NxSxK).reshape(q_Bx1xHxK.shape)
 
 
 def _given(weights, source):

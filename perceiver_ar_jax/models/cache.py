@@ -42,7 +42,7 @@ class Context(NamedTuple):
   """Sequences in L slots from the first on, all rows ending at the same one; and their newest M + 1 latents at most."""
 
   cross: tuple[Cached, ...]
-  """Keys and values of the inputs for each cross-attend: [B, H, L, K]."""
+  """Keys and values of the inputs for each cross-attend, L slots."""
   valid_BxL: jax.Array
   count: jax.Array
   """int32[]: slots in use."""
@@ -57,7 +57,7 @@ class Context(NamedTuple):
 
 
 class Layers(NamedTuple):
-  """Keys and values of the newest latents in every self-attention layer, [B, H, M, K] each; by run, as `Weights`."""
+  """Keys and values of the newest latents in every self-attention layer, M slots each; by run, as `Weights`."""
 
   layers: list[list[Cached]]
   valid_BxM: jax.Array
@@ -75,7 +75,7 @@ def prefill(config: ModelConfig, weights: Weights, tokens_BxL, positions_BxLxP) 
     config, weights, "attend_to_context", 0, latents_BxMxD, Keys.of(*made[0]), rotary_BxM, valid_BxL
   )
   unused = jnp.argmax(valid_BxL.any(axis=0)).astype(jnp.int32)
-  cross = tuple(_spread(Cached(*(jnp.roll(x, -unused, axis=2) for x in Cached.of(*one)))) for one in made)
+  cross = tuple(_spread(Cached(*(jnp.roll(x, -unused, axis=1) for x in Cached.of(*one)))) for one in made)
   crossed_BxSxD, positions_BxSxP, valid_BxS = (
     jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
     for x in (crossed_BxMxD, positions_BxMxP, valid_BxL[:, -room:])
@@ -118,13 +118,13 @@ def refill(config: ModelConfig, weights: Weights, context: Context, kept: int) -
   for run, own_layers in enumerate(weights.layers):
     if run:  # a whole pass wants the newest input in the last slot
       unused = context.valid_BxL.shape[1] - context.count
-      in_order = Cached(*(jnp.roll(x, unused, axis=2) for x in context.cross[run]))
-      keys, valid_BxL = Keys.of(*Cached.of(*in_order)), jnp.roll(context.valid_BxL, unused, axis=1)
+      in_order = Cached(*(jnp.roll(x, unused, axis=1) for x in context.cross[run]))
+      keys, valid_BxL = in_order.keys(len(valid_BxM)), jnp.roll(context.valid_BxL, unused, axis=1)
       latents_BxMxD = _apply(config, weights, "attend_to_context", run, latents_BxMxD, keys, rotary_BxM, valid_BxL)
     layers.append([])
     for own in own_layers:
       latents_BxMxD, made = _layer(config, own, latents_BxMxD, rotary_BxM, valid_BxM)
-      layers[-1].append(Cached(*(jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))) for x in made)))
+      layers[-1].append(Cached(*(jnp.pad(x, ((0, 0), (0, room), (0, 0))) for x in made)))
   latents_Bx1xD = _apply(config, weights, "finish", latents_BxMxD[:, -1:])
   return latents_Bx1xD, context, Layers(layers, jnp.pad(valid_BxM, ((0, 0), (0, room))), jnp.int32(kept))
 
@@ -189,4 +189,4 @@ def _put(x_BxSx, one_Bx1x, slot):
 
 def _spread(cached: Cached) -> Cached:
   """Laid out over the mesh: long contexts are split over `context`."""
-  return Cached(*(constrain(x, "batch", "heads", "context", None) for x in cached))
+  return Cached(*(constrain(x, "batch_heads", "context", None) for x in cached))

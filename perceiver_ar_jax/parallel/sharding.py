@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
   "mlp": ("tensor",),
   "vocab": ("tensor",),
   "norm": (),
+  "batch_heads": ("data", "fsdp", "tensor"),
   "context": ("context",),
   "layers": (),
 }

@@ -248,7 +248,7 @@ class Sampler:
 
     def split(leaf):
       if isinstance(leaf, Cached):
-        return Cached(*(self._sharding(("batch", "heads", "context", None), x.shape) for x in leaf))
+        return Cached(*(self._sharding(("batch_heads", "context", None), x.shape) for x in leaf))
       return self._sharding(("batch", *(None,) * len(leaf.shape))[: len(leaf.shape)], leaf.shape)
 
     if isinstance(result, generate.State):

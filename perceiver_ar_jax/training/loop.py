@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
@@ -84,7 +84,7 @@ def train(
   distributed.say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
   with _Signals() as signals, jax.set_mesh(mesh):
     _check_least_memory(config, abstract, mesh)
-    train_step = _compile(step_lib.make_train_step(config, optimizer), abstract, data.spec, mesh)
+    train_step = _compile(config, optimizer, abstract, data.spec, mesh)
     startup.done("compilation")
     with checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
       state = checkpointer.restore(abstract, data)
@@ -293,7 +293,7 @@ class _Signals:
     os.write(sys.stderr.fileno(), note.encode())  # print may not run inside itself, and a handler runs anywhere
 
 
-def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh):
+def _compile(config: Config, optimizer, abstract: state_lib.TrainState, batch_spec: dict, mesh: Mesh):
   """The compiled update for these shapes, the state donated; says what memory it takes.
 
   Raises:
@@ -303,11 +303,9 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
   batch = {
     name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in batch_spec.items()
   }
-  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   start = time.monotonic()
-  update = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, PartitionSpec())))
   try:
-    compiled = update.lower(abstract, batch, jax.random.key(0)).compile()
+    compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
   except jax.errors.JaxRuntimeError as error:  # the TPU's compiler refuses by itself what cannot fit
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
@@ -70,6 +71,24 @@ def make_train_step(
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step
+
+
+def lower(
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  abstract: TrainState,
+  batch: dict[str, jax.ShapeDtypeStruct],
+  mesh: Mesh,
+) -> jax.stages.Lowered:
+  """The update lowered for a state as `abstract_state` gives it and a global batch, both with their shardings.
+
+  Compiled, it takes (state, batch, key) and keeps the state in place. Call it with `mesh` in use (jax.set_mesh).
+  """
+  replicated = NamedSharding(mesh, PartitionSpec())
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  update = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(layout, replicated))
+  return update.lower(abstract, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated))
 
 
 def _accumulate(grad_fn, params, batch: Batch, key: jax.Array, microbatches: int):

@@ -27,6 +27,7 @@ RESUMABLE = (
   "sample.",
   "mesh.",
   "compilation_cache",
+  "plan.",
   "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
   "data.cache_dir",
   "data.files",
@@ -52,6 +53,7 @@ SAME_WEIGHTS = (
   "sample.",
   "mesh.",
   "compilation_cache",
+  "plan.",
   "seed",
 )
 

@@ -1,0 +1,113 @@
+"""Floating-point operations of a step, counted from the config: those of its matrix products, 2 for each multiply-add.
+
+XLA's own count takes the body of a loop once, and layers and the walk over the context are loops. What is not a matrix
+product (norms, softmax, dropout, the optimizer) is left out; for models of use it is a few per cent. Shape letters:
+models/perceiver_ar.py, and C for the width of the cross-attend.
+"""
+
+import dataclasses
+
+from perceiver_ar_jax.config import Config, ModelConfig
+
+_WALKS_FROM = 2**15  # scores of one head from which models/attention_kernels.py's `auto` walks; a test compares
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """One step, over all devices."""
+
+  useful: int
+  """What the mathematics asks for: the products forward, and twice that backward; for model FLOPs utilization."""
+  executed: int
+  """With what is computed again in the backward pass to save memory: what the devices really do."""
+
+
+def train_step(config: Config) -> Flops:
+  """One update: forward, backward, all microbatches."""
+  model, microbatches = config.model, config.train.microbatches
+  rows = config.train.batch_size // microbatches
+  length = model.num_latents + round((1 - model.cross_attend_dropout) * (model.max_context - model.num_latents))
+  parts = _forward(model, rows, length, model.num_latents)
+  forward = sum(parts.values())
+  return Flops(microbatches * 3 * forward, microbatches * (3 * forward + _again(model, parts, length)))
+
+
+def eval_step(config: Config) -> Flops:
+  """One batch of windows scored."""
+  model = config.model
+  forward = _forward(model, config.eval.batch_size, model.max_context, config.eval.num_latents or model.num_latents)
+  return Flops(sum(forward.values()), sum(forward.values()))
+
+
+def _forward(model: ModelConfig, rows: int, length: int, latents: int) -> dict[str, int]:
+  """FLOPs of a forward pass over `rows` sequences of `length` inputs, by kind of product."""
+  d, e, c = model.latent_width, model.input_width, model.cross_width
+  f = model.mlp_widening * d
+  n, crosses = model.num_layers, num_cross_attends(model)
+  # With rotary positions, keys and values are projected once for each token id where there are more inputs than ids.
+  by_id = model.position_encoding == "rotary" and model.vocab_size <= length
+  projected = model.vocab_size if by_id else rows * length
+  per_latent = {
+    "to_latents": 2 * e * d,
+    "cross_query_out": crosses * 2 * 2 * d * c,
+    "cross_scores": crosses * 2 * length * c,
+    "cross_values": crosses * 2 * length * c,
+    "cross_up": crosses * 2 * d * f,
+    "cross_down": crosses * 2 * f * d,
+    "layer_projections": n * 4 * 2 * d * d,
+    "layer_scores": n * 2 * latents * d,
+    "layer_values": n * 2 * latents * d,
+    "layer_up": n * 2 * d * f,
+    "layer_down": n * 2 * f * d,
+    "logits": 2 * d * model.vocab_size,
+  }
+  parts = {name: rows * latents * value for name, value in per_latent.items()}
+  return parts | {"cross_keys_values": crosses * projected * 2 * 2 * e * c}
+
+
+def _again(model: ModelConfig, parts: dict[str, int], length: int) -> int:
+  """FLOPs that the backward pass repeats. What nothing in it reads, such as an MLP's output, is not computed again."""
+  cross_walks = walks(model, model.num_latents, length)
+  layer_walks = walks(model, model.num_latents, model.num_latents)
+  again = 0
+  if cross_walks:  # the walk makes keys, values (unless they are looked up by id) and scores anew
+    again += parts["cross_scores"]
+    streams = model.attention in ("auto", "streamed")
+    by_id = model.position_encoding == "rotary" and model.vocab_size <= length
+    again += parts["cross_keys_values"] if streams and not by_id else 0
+  if layer_walks:
+    again += parts["layer_scores"]
+  if model.remat == "full":
+    again += sum(parts[f"layer_{name}"] for name in ("projections", "scores", "values", "up"))
+  elif model.remat == "dots" and not layer_walks:  # products of attention itself are not among what is kept
+    again += parts["layer_scores"] + parts["layer_values"]
+  if model.logits_chunk is not None and model.logits_chunk < model.num_latents:
+    again += parts["logits"]
+  return again
+
+
+def num_params(model: ModelConfig) -> int:
+  """Weights of the model, by arithmetic alone, before any of it is traced."""
+  d, e, c, v = model.latent_width, model.input_width, model.cross_width, model.vocab_size
+  f, norm = model.mlp_widening * d, 2
+  mlp = norm * d + _dense(d, f) + _dense(f, d)
+  cross = norm * (d + e) + 2 * _dense(e, c) + _dense(d, c) + _dense(c, d) + mlp
+  layer = norm * d + 4 * _dense(d, d) + mlp
+  tables = v * e + (sum(model.position_sizes) * e if model.position_encoding == "learned" else 0)
+  blocks = num_cross_attends(model) * cross + model.num_layers * layer
+  return tables + _dense(e, d) + blocks + norm * d + _dense(d, v)
+
+
+def _dense(inputs: int, outputs: int) -> int:
+  return (inputs + 1) * outputs
+
+
+def num_cross_attends(model: ModelConfig) -> int:
+  """Cross-attends of the model: the first, and one after each layer that `cross_attend_after` names."""
+  return 1 + len(set(model.cross_attend_after))
+
+
+def walks(model: ModelConfig, queries: int, keys: int) -> bool:
+  """Whether attention of these many queries and keys walks over runs of keys and makes its scores anew backward."""
+  large = queries * keys >= _WALKS_FROM
+  return model.attention in ("streamed", "chunked", "cudnn", "splash") or (model.attention == "auto" and large)
