@@ -37,7 +37,8 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
   """
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  batch = jax.device_put(_random_batch(config), sharding.batch_sharding(mesh))
+  batch = _random_batch(config)
+  batch = jax.device_put(batch, sharding.batch_shardings(mesh, {name: x.shape for name, x in batch.items()}))
   with jax.set_mesh(mesh):
     state = state_lib.init_state(config, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)

@@ -44,7 +44,9 @@ REMAT_POLICIES = ("none", "dots", "full")
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "sgd", "sm3")
 SCHEDULES = ("constant", "cosine", "steps", "t5")
 LOSS_REDUCTIONS = ("mean", "sum")
+ON_NONFINITE = ("stop", "skip")
 TEXT_SPLITS = ("file", "position")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
 
 
@@ -216,12 +218,16 @@ class DataConfig:
   """Split that training reads."""
   min_crop: int = 1
   """Shortest training crop of a sequence, in events; longer ones keep first tokens from being over-sampled."""
+  shards: int = 1
+  """Parts that the training records are divided into, each read and shuffled by itself for its share of every batch.
+  The data's order depends on it and not on the number of hosts; a host reads the parts that its rows come from."""
   shuffle_buffer: int = 2048
   """How many encoded records the shuffle holds at most, and 32 MiB of them; they travel in every checkpoint."""
 
   def __post_init__(self):
     for name in (
       "min_crop",
+      "shards",
       "shuffle_buffer",
       "image_size",
       "codebook_size",
@@ -303,9 +309,21 @@ class TrainConfig:
   """Newest checkpoints kept, next to the best one."""
   profile_at: int | None = None
   """Step at which a jax.profiler trace of 3 steps starts; None: no trace."""
+  on_nonfinite: str = "stop"
+  """What a loss or gradient that is not finite does: stop the run, or skip the update and go on with the next batch."""
+  max_skipped: int = 10
+  """skip: so many updates in a row that are not finite stop the run all the same."""
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints"):
+    for name in (
+      "steps",
+      "batch_size",
+      "microbatches",
+      "log_every",
+      "checkpoint_every",
+      "keep_checkpoints",
+      "max_skipped",
+    ):
       _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
     _require(
       self.batch_size % self.microbatches == 0,
@@ -313,6 +331,7 @@ class TrainConfig:
       " a multiple of it.",
     )
     _choice("train.loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+    _choice("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
     _require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must lie in [0, 1).")
     _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative.")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps or 1
@@ -408,9 +427,12 @@ class MeshConfig:
   """Devices that share heads and MLP hidden units."""
   context: int = 1
   """Devices that share the long key/value axis of the cross-attend."""
+  across_slices: str = "data"
+  """The axis that reaches across the slices of a TPU multislice, which a slow network joins; others stay within."""
 
   def __post_init__(self):
-    sizes = dataclasses.asdict(self)
+    sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+    _choice("mesh.across_slices", self.across_slices, MESH_AXES)
     _require(
       sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),
       f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).",
@@ -439,6 +461,9 @@ class Config:
 
   seed: int = 0
   """Seed of weights, dropout, shuffling and crops."""
+  compilation_cache: str | None = "~/.cache/perceiver_ar_jax"
+  """Folder in which compiled programs wait for the next start, of any run; JAX_COMPILATION_CACHE_DIR precedes it. None:
+  every start compiles."""
   model: ModelConfig
   data: DataConfig
   train: TrainConfig
@@ -448,6 +473,11 @@ class Config:
   plan: PlanConfig = PlanConfig()
 
   def __post_init__(self):
+    _require(
+      self.train.batch_size % self.data.shards == 0,
+      f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each of the parts of"
+      " the data gives equally many rows of a batch, so choose a divisor.",
+    )
     kept = self.sample.kept_latents
     _require(
       kept is None or 1 <= kept <= self.model.num_latents,

@@ -17,6 +17,11 @@ from perceiver_ar_jax.config import Config
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "score", "data", "plan"], "What to do.")
 _STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it comes.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "Several processes: host:port of process 0. TPU pods and Slurm steps need none of these three."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: the number of this one, from 0.")
 
 
 def main(config: Config) -> int:
@@ -30,6 +35,15 @@ def main(config: Config) -> int:
     from perceiver_ar_jax.parallel import plan
 
     return plan.plan(config, _WORKDIR.value)
+  from perceiver_ar_jax.parallel import distributed
+
+  distributed.keep_compiled(config.compilation_cache)
+  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  with distributed.EndTogether():
+    return _on_devices(config)
+
+
+def _on_devices(config: Config) -> int:
   if _MODE.value in ("sample", "score"):
     from perceiver_ar_jax.sampling import write
 

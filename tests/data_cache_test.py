@@ -332,7 +332,7 @@ def test_a_host_whose_files_are_empty_is_told(folder, tmp_path):
   # Beam may leave files without documents; here they are all that host 1 of 2 gets.
   for n in (1, 3):
     (tmp_path / "midi_files" / f"train.tfrecord-0000{n}-of-00004").write_bytes(b"")
-  with pytest.raises(InputError, match="Host 1 of 2 has no record of midi_files.*fewer --shards"):
+  with pytest.raises(InputError, match="Shard 1 of 2 has no record of midi_files.*fewer --shards"):
     next(pipeline.TrainIterator(settings(data_of(folder, "midi"), cache_dir=str(tmp_path)), 2, 1, 2))
 
 

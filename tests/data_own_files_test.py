@@ -476,7 +476,7 @@ def test_hosts_share_the_parts_of_one_large_file(name, cases, monkeypatch):
 
 
 def test_more_hosts_than_files_is_an_error(cases):
-  with pytest.raises(InputError, match="'train' of text_files has 6 records, fewer than the 7 hosts"):
+  with pytest.raises(InputError, match="'train' of text_files has 6 records, fewer than data.shards=7"):
     pipeline.TrainIterator(settings(cases["text_files"]), 2, 0, 7)
 
 

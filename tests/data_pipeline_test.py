@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -184,9 +183,9 @@ def test_a_state_of_another_stream_is_refused(tmp_path):
   pipeline.TrainIterator(settings(**CASES["copy"]), 2).save(tmp_path)
   with pytest.raises(InputError, match="seed was 0 and is 5"):
     pipeline.TrainIterator(settings(**CASES["copy"], seed=5), 2).restore(tmp_path)
-  with pytest.raises(InputError, match="batch_size_per_host was 2 and is 3"):
+  with pytest.raises(InputError, match="batch_size_per_shard was 2 and is 3"):
     pipeline.TrainIterator(settings(**CASES["copy"]), 3).restore(tmp_path)
-  with pytest.raises(InputError, match="only for host-00000-of-00001: resume with as many hosts"):
+  with pytest.raises(InputError, match="only for shard-00000-of-00001: set data.shards as it was"):
     pipeline.TrainIterator(settings(**CASES["copy"]), 2, 0, 2).restore(tmp_path)
   with pytest.raises(InputError, match="holds no data iterator state"):
     pipeline.TrainIterator(settings(**CASES["copy"]), 2).restore(tmp_path / "nowhere")
@@ -277,15 +276,6 @@ def test_evaluation_is_the_same_each_time_and_can_be_cut_short():
   assert sum((batch["weights"].sum(axis=1) > 0).sum() for batch in batches) == 2 * 3072 / 512
 
 
-def test_a_global_array_holds_the_batch():
-  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  batch = {"inputs": np.arange(6, dtype=np.int32).reshape(2, 3)}
-  array = pipeline.to_global(batch, sharding)["inputs"]
-  assert isinstance(array, jax.Array) and array.sharding == sharding
-  np.testing.assert_array_equal(array, batch["inputs"])
-
-
 def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_get_it(tmp_path):
   for read in (
     lambda: pipeline.TrainIterator(settings("imagenet64", tmp_path), 2),
@@ -313,7 +303,7 @@ def test_parts_of_a_split_can_be_named(data_dir):
 
 
 def test_more_hosts_than_records_is_an_error(data_dir):
-  with pytest.raises(InputError, match="22 records, fewer than the 23 hosts"):
+  with pytest.raises(InputError, match="22 records, fewer than data.shards=23"):
     pipeline.TrainIterator(settings("imagenet32", data_dir), 2, 0, 23)
 
 

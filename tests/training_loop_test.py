@@ -1,8 +1,10 @@
 """Runs that stop, die and find damaged files go on as if nothing had happened."""
 
+import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -185,3 +187,43 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_losses(uninterrupte
 def _num_logged(workdir: pathlib.Path) -> int:
   path = workdir / "metrics.jsonl"
   return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_updates_that_are_not_finite_are_skipped_but_not_for_ever(tmp_path, capfd):
+  config = tiny.config(
+    train__optimizer__learning_rate=1e30,
+    train__optimizer__clip_norm=0.0,
+    train__on_nonfinite="skip",
+    train__max_skipped=4,
+  )
+  with pytest.raises(InputError, match="At step [67] the loss is .* for the 4th time in a row"):
+    loop.train(config, tmp_path, evaluate.Evaluator)
+  assert "was skipped: its loss is" in capfd.readouterr().out
+  skipped = [json.loads(line)["skipped_steps"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert skipped[0] == 0 and skipped[-1] == 3
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
+  """Files may not grow beyond what metrics take, so that checkpoints fail to be written, by the kernel's own word."""
+
+  class Full:
+    def __call__(self, params, step, should_stop):
+      resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  config = tiny.config(eval__every=5)
+  try:
+    with pytest.raises(InputError, match="could not be written"):
+      loop.train(config, tmp_path, lambda config, mesh: Full())
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"3"}
+  assert loop.train(tiny.config(), tmp_path, evaluate.Evaluator) == 0
+  assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)
+
+
+def test_the_log_tells_what_the_data_takes(uninterrupted):
+  for line in (uninterrupted / "metrics.jsonl").read_text().splitlines():
+    entry = json.loads(line)
+    if "loss" in entry:
+      assert 0 <= entry["data_wait_seconds"] <= entry["data_seconds"] < 60

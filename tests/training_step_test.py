@@ -8,12 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from perceiver_ar_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
+from perceiver_ar_jax.config import Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig, TrainConfig
+from perceiver_ar_jax.data.global_batch import HostBatches
 from perceiver_ar_jax.interop import haiku
+from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
+from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training.state import TrainState
-from tests import golden
+from tests import golden, tiny
 
 
 def _optimizer_config(reference: dict) -> OptimizerConfig:
@@ -182,3 +185,16 @@ def test_microbatches_equal_one_batch(reduction):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, four.params)
   np.testing.assert_allclose(one_metrics["grad_norm"], four_metrics["grad_norm"], rtol=1e-5)
   np.testing.assert_allclose(one_metrics["loss"], four_metrics["loss"], rtol=1e-6)
+
+
+def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_would_be():
+  config = tiny.config(model__dropout=0.0, model__num_layers=1, train__on_nonfinite="skip")
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  step = jax.jit(step_lib.make_train_step(config, optimizer))
+  good = next(HostBatches(config))
+  state, _ = step(state_lib.init_state(config, optimizer, mesh), good, jax.random.key(0))
+  skipped, metrics = step(state, good | {"weights": good["weights"] * np.inf}, jax.random.key(0))
+  assert not np.isfinite(metrics["loss"]) and skipped.step == state.step + 1
+  jax.tree.map(np.testing.assert_array_equal, (skipped.params, skipped.opt_state), (state.params, state.opt_state))
+  assert np.isfinite(step(skipped, good, jax.random.key(0))[1]["loss"])

@@ -1,9 +1,9 @@
-"""Feeds a host: an endless, resumable stream of training batches, and a pass over a split for evaluation.
+"""Makes rows of batches: an endless, resumable stream of training batches, and a pass over a split for evaluation.
 
-Batches are dicts of NumPy arrays, the part of one host (B rows there): inputs int32[B, L], positions int32[B, L, P],
-targets int32[B, M], weights float32[B, M]. `to_global` turns them into global jax arrays.
+Batches are dicts of NumPy arrays: inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights
+float32[B, M]. Which rows of a batch a host makes, and how it brings them to its devices, is global_batch.py's.
 
-Order of the training stages: this host's records, still encoded -> shuffle -> repeat -> documents -> crops ->
+Order of the training stages: a shard's records, still encoded -> shuffle -> repeat -> documents -> crops ->
 batches. Shuffling before repeating makes every epoch see each record just once, and shuffling encoded records keeps
 the saved state at the size of the shuffle buffer. The first stages are tf.data's, whose state can be saved; the others,
 from documents on, are functions of a record and its number in NumPy, and have no state.
@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -53,22 +53,31 @@ class _Example(NamedTuple):
 
 
 class TrainIterator:
-  """Training batches of one host, without end; the same ones for the same settings, after a restore as well.
+  """Training batches of one shard of the records, without end; the same ones for the same settings and after a restore.
 
   Args:
     config: the experiment; `data`, `seed` and the model's context and latents shape the stream.
-    batch_size_per_host: rows of each batch.
-    host_index: this host's number; each host reads its own part of the records.
-    host_count: number of hosts.
+    batch_size: rows of each batch.
+    shard_index: this shard's number; each consists of records of its own.
+    shard_count: number of shards.
+    rows: the rows of each batch to make, in order; None: all. They do not depend on which others are made.
 
   Raises:
-    InputError: unknown task or split, data that is not prepared, fewer records than hosts, no record that can be read,
+    InputError: unknown task or split, data that is not prepared, fewer records than shards, no record that can be read,
       or events and positions for which the model has no room (the last two only once a batch shows it).
   """
 
-  def __init__(self, config: Config, batch_size_per_host: int, host_index: int = 0, host_count: int = 1):
-    self._config, self._batch_size = config, batch_size_per_host
-    self._host_index, self._host_count = host_index, host_count
+  def __init__(
+    self,
+    config: Config,
+    batch_size: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
+  ):
+    self._config, self._batch_size = config, batch_size
+    self._shard_index, self._shard_count = shard_index, shard_count
+    self._rows = range(batch_size) if rows is None else rows
     shares = get_tasks(config.data, _longest_crop(config))
     self._tasks = [task for task, _ in shares]
     self._cumulative_shares = np.cumsum([share for _, share in shares])
@@ -79,12 +88,12 @@ class TrainIterator:
       _check_vocabulary(task, config)
       _check_position_dims(task, config)
       self._num_records.append(_num_records(task, split))
-      if self._num_records[-1] is not None and self._num_records[-1] < host_count:
+      if self._num_records[-1] is not None and self._num_records[-1] < shard_count:
         raise InputError(
-          f"The split {split!r} of {task.name} has {self._num_records[-1]} records, fewer than the {host_count} hosts"
-          " that share them: train on fewer hosts, or on more data."
+          f"The split {split!r} of {task.name} has {self._num_records[-1]} records, fewer than"
+          f" data.shards={shard_count}, the parts that they are to be divided into: lower it, or train on more data."
         )
-    self._name = f"host-{host_index:05d}-of-{host_count:05d}"
+    self._name = f"shard-{shard_index:05d}-of-{shard_count:05d}"
     # What fixes the stream: a state restored under other settings would silently be another stream.
     self._stream = {
       "task": config.data.task,
@@ -98,10 +107,9 @@ class TrainIterator:
       "sentencepiece": sentencepiece_fingerprint(config.data),
       "context": config.model.max_context,
       "latents": config.model.num_latents,
-      "batch_size_per_host": batch_size_per_host,
-      "host_count": host_count,
+      "batch_size_per_shard": batch_size,
+      "shard_count": shard_count,
     }
-    self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
     self._begin()
 
   def _begin(self):
@@ -112,9 +120,12 @@ class TrainIterator:
 
   def _open(self, task: Task) -> tf.data.Dataset:
     config = self._config
-    records = _host_records(task.source, config.data.train_split, config.seed, self._host_index, self._host_count)
+    records = _shard_records(task.source, config.data.train_split, config.seed, self._shard_index, self._shard_count)
     record_bytes = getattr(task.source, "bytes_per_record", lambda split: 0)(config.data.train_split)
-    buffer = min(config.data.shuffle_buffer, max(1, int(_SHUFFLE_BYTES / max(record_bytes, 1))))
+    buffer = min(
+      -(-config.data.shuffle_buffer // self._shard_count),
+      max(1, int(_SHUFFLE_BYTES / self._shard_count / max(record_bytes, 1))),
+    )
     records = records.shuffle(buffer, seed=config.seed, reshuffle_each_iteration=True).repeat()
     records = _preprocess(task, records)
     # Records of one shape come a batch at a time, which saves a call for each; a mixture draws one by one.
@@ -128,7 +139,7 @@ class TrainIterator:
 
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and type of each array of a batch, without drawing one."""
+    """Shape and type of each array of a whole batch, without drawing one."""
     batch = self._empty(1)
     return {name: jax.ShapeDtypeStruct((self._batch_size, *row.shape[1:]), row.dtype) for name, row in batch.items()}
 
@@ -142,43 +153,56 @@ class TrainIterator:
 
   def __next__(self) -> Batch:
     for _ in range(self._max_attempts()):
-      batch, examples = self._empty(self._batch_size), self._draw()
-      parts = self._threads.map(functools.partial(self._fill, batch, examples), range(_THREADS))
-      readable = {index: document for part in parts for index, document in part.items()}
-      if readable:
-        break
-    else:
-      raise InputError(
-        f"The split {self._config.data.train_split!r} of {self._config.data.task} has {sum(self._num_records)} records,"
-        f" and none can be read. The last reason: {notices.last('skipped').removeprefix('Skipped: ')}."
-      )
-    # Rows whose records cannot be read get another crop of those that can.
-    others = itertools.cycle(sorted(readable))
-    for index in sorted(set(range(self._batch_size)) - set(readable)):
-      other = next(others)
-      self._crop(batch, index, examples[index]._replace(task=examples[other].task), readable[other])
-    _check_positions(batch["positions"], self._config)
-    return batch
+      batch, examples, readable = self._empty(len(self._rows)), self._draw(), {}
+      list(_pool().map(functools.partial(self._fill, batch, examples, readable), range(_THREADS)))
+      if self._make_up(batch, examples, readable):
+        _check_positions(batch["positions"], self._config)
+        return batch
+    raise InputError(
+      f"The split {self._config.data.train_split!r} of {self._config.data.task} has {sum(self._num_records)} records,"
+      f" and none can be read. The last reason: {notices.last('skipped').removeprefix('Skipped: ')}."
+    )
 
-  def _fill(self, batch: Batch, examples: list[_Example], first: int) -> dict[int, Document]:
-    """Fills every _THREADS-th row from `first` on; returns the documents of those that can be read."""
-    readable = {}
-    for index in range(first, self._batch_size, _THREADS):
-      document = examples[index].task.open(examples[index].record)
-      if document is None:
+  def _fill(self, batch: Batch, examples: list[_Example], readable: dict[int, bool], first: int) -> None:
+    """Fills every _THREADS-th row from `first` on; notes in `readable` which examples can be read."""
+    for place in range(first, len(self._rows), _THREADS):
+      example = self._rows[place]
+      readable[example] = self._try(batch, place, examples[example], examples[example])
+
+  def _make_up(self, batch: Batch, examples: list[_Example], readable: dict[int, bool]) -> bool:
+    """Gives rows whose records cannot be read a crop of the next example that can be; False if there is none.
+
+    It may be one of a row that is not made here, so that a batch is the same however many hosts make it.
+    """
+    for place, row in enumerate(self._rows):
+      if readable[row]:
         continue
-      try:
-        self._crop(batch, index, examples[index], document)
-        readable[index] = document
-      except Unreadable as error:  # a file that vanished or shrank since it was listed
-        notices.notice("skipped", f"Skipped: {error}")
-    return readable
+      for other in ((row + step) % len(examples) for step in range(1, len(examples))):
+        if readable.get(other, True):
+          readable[other] = self._try(batch, place, examples[row], examples[other])
+          if readable[other]:
+            break
+      else:
+        return False
+    return True
 
-  def _crop(self, batch: Batch, index: int, example: _Example, document: Document) -> None:
+  def _try(self, batch: Batch, place: int, example: _Example, source: _Example) -> bool:
+    """Fills a row by the draws of `example` with a crop of the record of `source`; False if that cannot be read."""
+    document = source.task.open(source.record)
+    if document is None:
+      return False
+    try:
+      self._crop(batch, place, example._replace(task=source.task), document)
+      return True
+    except Unreadable as error:  # a file that vanished or shrank since it was listed
+      notices.notice("skipped", f"Skipped: {error}")
+      return False
+
+  def _crop(self, batch: Batch, place: int, example: _Example, document: Document) -> None:
     augment = example.task.augment
     if augment:
       augment = functools.partial(augment, random=np.random.default_rng(example.seed))
-    row = features.row_of(batch, index)
+    row = features.row_of(batch, place)
     features.train_window(row, document, example.draw, min_crop=self._config.data.min_crop, augment=augment)
 
   def _max_attempts(self) -> int:
@@ -189,8 +213,8 @@ class TrainIterator:
 
   def _draw(self) -> list[_Example]:
     """What the rows of the next batch are made of."""
-    # Numbering batches over all hosts gives each of them crops of its own.
-    number = self._num_batches * self._host_count + self._host_index
+    # Numbering batches over all shards gives each of them crops of its own.
+    number = self._num_batches * self._shard_count + self._shard_index
     random = np.random.Generator(np.random.Philox(key=[self._config.seed % 2**64, number]))
     self._num_batches += 1
     draws, seeds = random.random(self._batch_size), random.integers(2**63, size=self._batch_size)
@@ -209,13 +233,13 @@ class TrainIterator:
     batch = next(self._records[index], None)
     if batch is None:
       raise InputError(
-        f"Host {self._host_index} of {self._host_count} has no record of {self._tasks[index].name}: there are too few"
-        " files with records in them. Train on fewer hosts, or cache with fewer --shards."
+        f"Shard {self._shard_index} of {self._shard_count} has no record of {self._tasks[index].name}: there are too"
+        " few files with records in them. Lower data.shards, or cache with fewer --shards."
       )
     return _to_records(batch)
 
   def save(self, directory: os.PathLike | str) -> None:
-    """Writes the complete state into files of this host's own under `directory`, which is made if need be."""
+    """Writes the complete state into files of this shard's own under `directory`, which is made if need be."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     self._checkpoint().write(os.fspath(directory / self._name))
@@ -226,15 +250,15 @@ class TrainIterator:
     """Takes up the state that `save` wrote: the next batch is the one that followed then.
 
     Raises:
-      InputError: there is no state of this host, or it belongs to another stream (other settings).
+      InputError: there is no state of this shard, or it belongs to another stream (other settings).
     """
     directory = epath.Path(directory)
     settings = directory / f"{self._name}.json"
     if not settings.exists():
-      found = sorted(path.stem for path in directory.glob("host-*.json")) if directory.exists() else []
+      found = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
       raise InputError(
         f"{directory} holds no data iterator state for {self._name}"
-        + (f", only for {', '.join(found)}: resume with as many hosts as before." if found else ".")
+        + (f", only for {', '.join(found)}: set data.shards as it was." if found else ".")
       )
     state = json.loads(settings.read_text())
     saved = state["stream"]
@@ -267,6 +291,7 @@ def eval_batches(
   batch_size_per_host: int,
   host_index: int = 0,
   host_count: int = 1,
+  rows: Sequence[int] | None = None,
   max_sequences: int | None = None,
   chosen: Iterable[tuple[Task, Document]] | None = None,
 ) -> Iterator[Batch]:
@@ -275,7 +300,7 @@ def eval_batches(
   Arguments that are None come from `config.eval`; `chosen` documents are read instead of the split. The windows of all
   documents form one list; a step of all hosts takes host_count * batch_size_per_host of them, this host its share. So
   all hosts yield equally many batches, of one shape, and together the same rows however many they are. The end is
-  filled up with rows of PAD and weight 0.
+  filled up with rows of PAD and weight 0. Of its share this host makes only `rows`, if they are given.
 
   Batches of text have two arrays more, int32[B]: `words` and `bytes` of the original text, each document's in its first
   row and 0 in the others.
@@ -294,6 +319,7 @@ def eval_batches(
     )
   task, _ = get_tasks(config.data, _longest_crop(config))[0]
   counted = ("words", "bytes") if task.modality == "text" else ()
+  rows = range(batch_size_per_host) if rows is None else rows
   rows_per_step = batch_size_per_host * host_count
 
   def blocks() -> Iterator[tuple[Document, int, int, bool]]:
@@ -301,13 +327,16 @@ def eval_batches(
       for number, (end, num_new) in enumerate(features.eval_blocks(len(document), stride)):
         yield document, end, num_new, number == 0
 
-  ours = slice(host_index * batch_size_per_host, (host_index + 1) * batch_size_per_host)
+  first = host_index * batch_size_per_host
   for step in _batched(blocks(), rows_per_step):
     batch = features.empty_batch(
-      batch_size_per_host, context=config.model.max_context, latents=num_latents, position_dims=task.position_dims
+      len(rows), context=config.model.max_context, latents=num_latents, position_dims=task.position_dims
     )
-    batch |= {name: np.zeros(batch_size_per_host, np.int32) for name in counted}
-    for index, (document, end, num_new, is_first) in enumerate(step[ours]):
+    batch |= {name: np.zeros(len(rows), np.int32) for name in counted}
+    for index, row in enumerate(rows):
+      if first + row >= len(step):
+        break
+      document, end, num_new, is_first = step[first + row]
       features.eval_window(features.row_of(batch, index), document, end, num_new)
       for name in counted if is_first else ():
         batch[name][index] = document.counts()[name]
@@ -336,9 +365,10 @@ def documents(config: Config, split: str, max_sequences: int | None = None) -> I
       yield task, document
 
 
-def to_global(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-  """Global arrays of the hosts' parts of a batch, laid out by `sharding` (which splits the first axis)."""
-  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+  """The threads that make rows, of all iterators."""
+  return concurrent.futures.ThreadPoolExecutor(_THREADS)
 
 
 def _longest_crop(config: Config) -> int:
@@ -385,13 +415,13 @@ def _num_records(task: Task, split: str) -> int | None:
   return task.source.num_input_examples(split)
 
 
-def _host_records(source, split: str, seed: int, host_index: int, host_count: int) -> tf.data.Dataset:
-  """This host's part of the records, the files (where there are any) in a new order in each epoch."""
+def _shard_records(source, split: str, seed: int, index: int, count: int) -> tf.data.Dataset:
+  """One shard of the records, the files (where there are any) in a new order in each epoch."""
   if source.supports_arbitrary_sharding:
     return source.get_dataset(
-      split=split, shuffle=True, seed=seed, shard_info=seqio.ShardInfo(index=host_index, num_shards=host_count)
+      split=split, shuffle=True, seed=seed, shard_info=seqio.ShardInfo(index=index, num_shards=count)
     )
-  return source.get_dataset(split=split, shuffle=False).shard(host_count, host_index)
+  return source.get_dataset(split=split, shuffle=False).shard(count, index)
 
 
 def _check_vocabulary(task: Task, config: Config) -> None:

@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import pipeline
 from perceiver_ar_jax.data.documents import Document
+from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 from perceiver_ar_jax.parallel import sharding
-from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
+from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, loss
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
@@ -66,7 +67,7 @@ class Evaluator:
     check_batch(config.eval.batch_size, "eval.batch_size", mesh)
     self._config = config
     self._mesh = mesh
-    self._step = jax.jit(make_eval_step(config))
+    self._step = jax.jit(make_eval_step(config), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def __call__(
     self,
@@ -83,21 +84,17 @@ class Evaluator:
     """
     config = self._config
     totals = collections.defaultdict(float)
-    batches = pipeline.eval_batches(
-      config,
-      batch_size_per_host=config.eval.batch_size // jax.process_count(),
-      host_index=jax.process_index(),
-      host_count=jax.process_count(),
-      chosen=documents,
-    )
-    sharding_of_rows = sharding.batch_sharding(self._mesh)
+    size = config.eval.batch_size
+    rows = rows_of_processes(self._mesh, size)[jax.process_index()]
+    batches = pipeline.eval_batches(config, batch_size_per_host=size, rows=rows, chosen=documents)
     with jax.set_mesh(self._mesh):
       pending = {}
       for batch in batches:
         if should_stop():
           return None
         # Fetched one step late, so that the device works while the host reads the next batch.
-        sums, pending = pending, self._step(params, pipeline.to_global(batch, sharding_of_rows))
+        layout = sharding.batch_shardings(self._mesh, {name: (size, *x.shape[1:]) for name, x in batch.items()})
+        sums, pending = pending, self._step(params, to_global(batch, rows, size, layout))
         _add(totals, sums)
       _add(totals, pending)
     if not totals["tokens"]:

@@ -185,7 +185,9 @@ class CrossAttend(nn.Module):
       del positions_BxCxP
       return tuple(table_VxHxK[tokens_BxC].astype(config.dtype) for table_VxHxK in tables)
 
-    weights, make = (context.weights, norm_weights, project_weights), from_ids
+    # Weights travel once, whole: used where they lie, what they make would travel instead, as long as the context.
+    weights = (context.weights, norm_weights, project_weights)
+    weights, make = jax.tree.map(lambda weight: constrain(weight, *(None,) * weight.ndim), weights), from_ids
     # Without absolute positions, inputs of equal id have equal keys and values up to the rotation: where there are
     # more inputs than ids, project each id once and look the inputs up (in float32: many inputs add up in a gradient).
     if config.position_encoding == "rotary" and config.vocab_size <= context.tokens_BxL.shape[1]:
@@ -198,7 +200,10 @@ class CrossAttend(nn.Module):
       k_BxCxHxK, v_BxCxHxK = make(weights, tokens_BxC, positions_BxCxP)
       return turn(config, k_BxCxHxK, rotary_positions(config, positions_BxCxP)), v_BxCxHxK
 
-    return attention_kernels.Keys(turned, weights, (context.tokens_BxL, context.positions_BxLxP))
+    shared = config.attention in attention_kernels.SPREADING
+    slots = "slots" if shared else None
+    source = constrain(context.tokens_BxL, "batch", slots), constrain(context.positions_BxLxP, "batch", slots, None)
+    return attention_kernels.Keys(turned, weights, source, shared)
 
 
 def functional(module: nn.Module, *example) -> tuple[Callable, Any]:

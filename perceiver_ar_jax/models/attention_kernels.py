@@ -41,14 +41,17 @@ class Keys(NamedTuple):
   """A tree of float arrays, the same for every slot."""
   source: Any
   """A tree of arrays [B, L, ...]."""
+  shared: bool = False
+  """Whether the slots are spread over the mesh ("slots" in sharding.RULES)."""
 
   @classmethod
-  def of(cls, k_BxLxHxK, v_BxLxHxK) -> "Keys":
+  def of(cls, k_BxLxHxK, v_BxLxHxK, shared: bool = False) -> "Keys":
     """Keys and values that are there already."""
-    return cls(_given, (), (k_BxLxHxK, v_BxLxHxK))
+    return cls(_given, (), (k_BxLxHxK, v_BxLxHxK), shared)
 
   def all(self) -> tuple[jax.Array, jax.Array]:
-    return self.make(self.weights, self.source)
+    made = self.make(self.weights, self.source)
+    return tuple(sharding.constrain(x, "batch", "slots", None, None) for x in made) if self.shared else made
 
 
 class Cached(NamedTuple):
@@ -103,23 +106,31 @@ def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: in
 
   Nothing as long as the context is ever kept but its source, so memory does not grow with the context (running
   softmax: Milakov & Gimelshein, 2018; recomputed backward pass: FlashAttention). Any chunk size does. Only
-  the last M slots need a causal mask; the walk over those before them has none.
+  the last M slots need a causal mask; the walk over those before them has none. Where slots are spread over devices,
+  each walks over its own, and what they merge is as large as the latents, whatever the context.
   """
-  walk = functools.partial(_walk, keys.make, chunk, keep_own)
-  rows = sharding.current_spec(("batch",), q_BxMxHxK.shape[:1])
-  if rows is not None and rows[0]:
-    # Each device walks with its own rows, and gradients of the weights are added up over devices once, at the end:
-    # left to the compiler, they would be after every chunk.
+  rows, slots = sharding.current_axes(("batch", "slots" if keys.shared else None), valid_BxL.shape)
+  place = _Place(valid_BxL.shape[1], slots)
+  walk = functools.partial(_walk, keys.make, chunk, keep_own, place)
+  if rows or slots:
+    # Each device walks with its own rows over its own slots, and gradients of the weights are added up over devices
+    # once, at the end: left to the compiler, they would be after every chunk.
     whole = jax.tree.map(lambda _: PartitionSpec(), keys.weights)
-    split = jax.tree.map(lambda _: rows, keys.source)
-    axes = {rows[0]} if isinstance(rows[0], str) else set(rows[0])
-    walk = jax.shard_map(walk, in_specs=(rows, whole, split, rows), out_specs=rows, axis_names=axes, check_vma=False)
+    split = jax.tree.map(lambda _: PartitionSpec(rows or None, slots or None), keys.source)
+    latents, valid = PartitionSpec(rows or None), PartitionSpec(rows or None, slots or None)
+    walk = jax.shard_map(
+      walk,
+      in_specs=(latents, whole, split, valid),
+      out_specs=latents,
+      axis_names={*rows, *slots},
+      check_vma=False,
+    )
   return walk(q_BxMxHxK, keys.weights, keys.source, valid_BxL)
 
 
 def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
   """`streamed` over keys and values that are projected at once and kept: more memory, less to recompute."""
-  return streamed(q_BxMxHxK, Keys.of(*keys.all()), valid_BxL, keep_own, chunk)
+  return streamed(q_BxMxHxK, Keys.of(*keys.all(), keys.shared), valid_BxL, keep_own, chunk)
 
 
 def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
@@ -160,17 +171,24 @@ KERNELS = {
   "cudnn": cudnn,
   "splash": splash,
 }
+SPREADING = ("auto", "reference", "chunked", "streamed")
+"""Kernels that can attend to slots which are spread over devices."""
 _PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 
 
 def check_platform(name: str, mesh: Mesh) -> None:
-  """Raises InputError if the kernel cannot run on the mesh's devices."""
+  """Raises InputError if the kernel cannot run on the mesh's devices, or not with this mesh."""
   platform = mesh.devices.flat[0].platform
   needed = _PLATFORMS.get(name, platform)
   if needed != platform:
     raise InputError(
       f"model.attention={name} runs on a {needed.upper()} only, and the devices here are {platform.upper()}s: take"
       " auto, reference, chunked or streamed."
+    )
+  if name not in SPREADING and mesh.shape["context"] > 1:
+    raise InputError(
+      f"model.attention={name} needs all keys on each device, so it cannot run with"
+      f" mesh.context={mesh.shape['context']}: take auto, reference, chunked or streamed, or set it to 1."
     )
 
 
@@ -193,21 +211,43 @@ def _seen_run(slots_C, num_queries: int, num_keys: int, valid_BxC, keep_own: boo
   return seen_BxMxC[:, None]
 
 
-# The walk. Each step takes one run of slots; `causal` runs lie among the last M slots, the others before them.
+# The walk. Each step takes one run of slots; `causal` runs may hold some of the last M slots, the others may not.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _walk(make, chunk, keep_own, q, weights, source, valid):
-  return _forward(make, chunk, keep_own, q, weights, source, valid)[0]
+class _Place(NamedTuple):
+  """Which slots of the context a walk is over."""
+
+  num_keys: int
+  """L, over all devices."""
+  axes: tuple[str, ...]
+  """Mesh axes that the slots are spread over, inside shard_map; (): all slots are here."""
+
+  def first(self, here: int):
+    """The number of the first of the `here` slots that are on this device."""
+    return jax.lax.axis_index(self.axes) * here if self.axes else 0
+
+  def merge(self, top, total, out):
+    """The running softmax over all devices' slots, from each device's."""
+    if not self.axes:
+      return top, total, out
+    highest = jax.lax.pmax(top, self.axes)
+    shrink = jnp.exp(top - highest)
+    return highest, *jax.lax.psum((total * shrink, out * shrink[..., None]), self.axes)
 
 
-def _forward(make, chunk, keep_own, q_BxMxHxK, weights, source, valid_BxL):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _walk(make, chunk, keep_own, place, q, weights, source, valid):
+  return _forward(make, chunk, keep_own, place, q, weights, source, valid)[0]
+
+
+def _forward(make, chunk, keep_own, place, q_BxMxHxK, weights, source, valid_BxL):
   q_BxHxMxK = _scaled(q_BxMxHxK).swapaxes(1, 2)
+  bias = functools.partial(_bias, valid_BxL, place, q_BxMxHxK.shape[1], keep_own)
 
   def attend(carry, first, size, causal):
     top_BxHxM, total_BxHxM, out_BxHxMxK = carry
     k_BxHxCxK, v_BxHxCxK = (x.swapaxes(1, 2) for x in make(weights, _run(source, first, size)))
-    bias_Bx1xMxC = _bias(valid_BxL, first, size, q_BxMxHxK.shape[1], causal, keep_own)
+    bias_Bx1xMxC = bias(first, size, causal)
     scores_BxHxMxC = _product("bhmk,bhck->bhmc", q_BxHxMxK, k_BxHxCxK) + bias_Bx1xMxC
     # The run's own softmax first, then its share: compilers fuse this, but not a maximum that runs along.
     run_top_BxHxM = scores_BxHxMxC.max(axis=-1)
@@ -220,14 +260,17 @@ def _forward(make, chunk, keep_own, q_BxMxHxK, weights, source, valid_BxL):
 
   rows = q_BxHxMxK.shape[:3]
   start = jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros(q_BxHxMxK.shape)
-  top, total, out = _for_each_run(attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk)
+  top, total, out = place.merge(*_for_each_run(attend, start, place, *_lengths(valid_BxL, q_BxMxHxK), chunk))
   out_BxMxHxK = checkpoint_name((out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype), SAVED)
   log_total_BxHxM = checkpoint_name(top + jnp.log(total), SAVED)
   return out_BxMxHxK, (q_BxMxHxK, weights, source, valid_BxL, out_BxMxHxK, log_total_BxHxM)
 
 
-def _backward(make, chunk, keep_own, residuals, grad_BxMxHxK):
+def _backward(make, chunk, keep_own, place, residuals, grad_BxMxHxK):
   q_BxMxHxK, weights, source, valid_BxL, out_BxMxHxK, log_total_BxHxM = residuals
+  if place.axes:  # shard_map hands each device an equal part of the gradient of what all of them hold
+    grad_BxMxHxK = jax.lax.psum(grad_BxMxHxK, place.axes)
+  bias = functools.partial(_bias, valid_BxL, place, q_BxMxHxK.shape[1], keep_own)
   q_BxHxMxK, grad_BxHxMxK = _scaled(q_BxMxHxK).swapaxes(1, 2), grad_BxMxHxK.swapaxes(1, 2)
   inner_BxHxM = _product("bmhk,bmhk->bhm", grad_BxMxHxK, out_BxMxHxK)
   dtype = q_BxMxHxK.dtype
@@ -236,7 +279,7 @@ def _backward(make, chunk, keep_own, residuals, grad_BxMxHxK):
     grad_q_BxHxKxM, grad_weights, grad_source = carry
     (k, v), pull_back = jax.vjp(make, weights, _run(source, first, size))
     k_BxHxCxK, v_BxHxCxK = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    bias_Bx1xMxC = _bias(valid_BxL, first, size, q_BxMxHxK.shape[1], causal, keep_own)
+    bias_Bx1xMxC = bias(first, size, causal)
     # Keys stand before queries, and the gradient of queries is summed up transposed: no product below then has to
     # turn its large operand around, which on CPUs costs more than the product.
     scores_BxHxCxM = _product("bhck,bhmk->bhcm", k_BxHxCxK, q_BxHxMxK) + bias_Bx1xMxC.swapaxes(2, 3)
@@ -254,9 +297,8 @@ def _backward(make, chunk, keep_own, residuals, grad_BxMxHxK):
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype) if _is_float(x) else _no_gradient(x))
   start = jnp.zeros(q_BxHxMxK.swapaxes(2, 3).shape), zeros(weights), zeros(source)
-  grad_q_BxHxKxM, grad_weights, grad_source = _for_each_run(
-    attend, start, valid_BxL.shape[1], q_BxMxHxK.shape[1], chunk
-  )
+  lengths = _lengths(valid_BxL, q_BxMxHxK)
+  grad_q_BxHxKxM, grad_weights, grad_source = _for_each_run(attend, start, place, *lengths, chunk)
   grad_q_BxMxHxK = grad_q_BxHxKxM.transpose(0, 3, 1, 2)
   return _scaled(grad_q_BxMxHxK).astype(dtype), grad_weights, grad_source, _no_gradient(valid_BxL)
 
@@ -264,16 +306,23 @@ def _backward(make, chunk, keep_own, residuals, grad_BxMxHxK):
 _walk.defvjp(_forward, _backward)
 
 
-def _for_each_run(step, carry, num_keys: int, num_queries: int, chunk: int):
-  """The carry after `step(carry, first, size, causal)` for every run of slots, in order."""
-  prefix = num_keys - num_queries
-  for start, end, causal in ((0, prefix, False), (prefix, num_keys, True)):
-    whole, rest = divmod(end - start, chunk)
-    if rest:
-      carry = step(carry, start, rest, causal)
-    if whole:
-      body = functools.partial(_step_at, step, start + rest, chunk, causal)
-      carry = jax.lax.fori_loop(0, whole, body, carry)
+def _lengths(valid_BxL, q_BxMxHxK) -> tuple[int, int]:
+  """(slots here, queries)."""
+  return valid_BxL.shape[1], q_BxMxHxK.shape[1]
+
+
+def _for_each_run(step, carry, place: _Place, here: int, num_queries: int, chunk: int):
+  """The carry after `step(carry, first, size, causal)` for every run of the slots that are here, in order."""
+  whole, rest = divmod(here, chunk)
+  before = place.num_keys - num_queries - place.first(here)  # slots here that every query may see, if valid
+  if rest:
+    carry = step(carry, 0, rest, bool(place.axes) or rest > before)
+  # Bounds that differ between devices: one program serves them all, and only runs near the end are masked.
+  clip = jnp.clip if place.axes else np.clip
+  seen_by_all = clip((before - rest) // chunk, 0, whole)
+  for start, end, causal in ((0, seen_by_all, False), (seen_by_all, whole, True)):
+    if whole and (place.axes or start < end):
+      carry = jax.lax.fori_loop(start, end, functools.partial(_step_at, step, rest, chunk, causal), carry)
   return carry
 
 
@@ -295,11 +344,12 @@ def _put_run(tree, parts, first):
   return jax.tree.map(put, tree, parts)
 
 
-def _bias(valid_BxL, first, size: int, num_queries: int, causal: bool, keep_own: bool):
+def _bias(valid_BxL, place: _Place, num_queries: int, keep_own: bool, first, size: int, causal: bool):
   """float32[B, 1, M or 1, C] to add to the scores of a run: 0 where a query sees the key, very low where not."""
   valid_BxC = _run(valid_BxL, first, size)
   if causal:
-    seen = _seen_run(first + jnp.arange(size), num_queries, valid_BxL.shape[1], valid_BxC, keep_own)
+    slots_C = place.first(valid_BxL.shape[1]) + first + jnp.arange(size)
+    seen = _seen_run(slots_C, num_queries, place.num_keys, valid_BxC, keep_own)
   else:
     seen = valid_BxC[:, None, None, :]
   return jnp.where(seen, 0.0, _MASKED)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.models import attention, attention_kernels
 from perceiver_ar_jax.models import positions as positions_lib
+from perceiver_ar_jax.parallel import sharding
 
 _table_init = nn.with_logical_partitioning(nn.initializers.truncated_normal(1.0), ("vocab", "width"))
 
@@ -80,13 +81,14 @@ class PerceiverAR(nn.Module):
       tokens_BxL, positions_BxLxP = drop_context(
         self.make_rng("dropout"), tokens_BxL, positions_BxLxP, num_latents, keep
       )
+    tokens_BxL, positions_BxLxP = sharding.fill_context(tokens_BxL), sharding.fill_context(positions_BxLxP)
+    tokens_BxM, positions_BxMxP = (sharding.last(x, num_latents) for x in (tokens_BxL, positions_BxLxP))
     valid_BxL = tokens_BxL > 0
-    valid_BxM, keep_own = valid_BxL[:, -num_latents:], False
+    valid_BxM, keep_own = tokens_BxM > 0, False
     if not deterministic and config.latent_dropout:
       keep_own = True  # a dropped latent is hidden from the others, not from itself
       valid_BxM &= jax.random.bernoulli(self.make_rng("dropout"), 1 - config.latent_dropout, valid_BxM.shape)
 
-    tokens_BxM, positions_BxMxP = tokens_BxL[:, -num_latents:], positions_BxLxP[:, -num_latents:]
     latents_BxMxD, rotary_BxM = self.start(tokens_BxM, positions_BxMxP)
     cross_keys = self._keys(tokens_BxL, positions_BxLxP)
     for run, layers in enumerate(self.layers):
@@ -110,7 +112,7 @@ class PerceiverAR(nn.Module):
 
   def keys_values(self, tokens_BxC, positions_BxCxP):
     """(k_BxCxHxK, v_BxCxHxK) of inputs for each cross-attend."""
-    return [keys.all() for keys in self._keys(tokens_BxC, positions_BxCxP)]
+    return [keys._replace(shared=False).all() for keys in self._keys(tokens_BxC, positions_BxCxP)]
 
   def attend_to_context(self, run: int, latents_BxMxD, keys, rotary_BxM, valid_BxC):
     """The latents after the cross-attend before run number `run` of layers; see attention.CrossAttend."""

@@ -3,18 +3,20 @@
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from perceiver_ar_jax.config import MESH_AXES as AXES
 from perceiver_ar_jax.config import InputError, MeshConfig
-
-AXES = ("data", "fsdp", "tensor", "context")
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """A mesh over `devices` (default: all), with an axis of -1 taking what the others leave.
 
+  Devices of several slices, which only a slow network joins, get a hybrid mesh: one axis reaches across.
+
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or one cannot be spread over their slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [getattr(config, axis) for axis in AXES]
@@ -27,15 +29,42 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
       f"The mesh {shape} needs a number of devices that its sizes multiply to, but there are {len(devices)}:"
       " change --config.mesh.data, fsdp, tensor or context (one of them may be -1, for the rest)."
     )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  axis_types = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
+  between = [slices if axis == config.across_slices else 1 for axis in AXES]
+  if any(size % number for size, number in zip(sizes, between)):
+    raise InputError(
+      f"The {len(devices)} devices form {slices} slices, over which the axis mesh.across_slices={config.across_slices}"
+      f" of size {sizes[AXES.index(config.across_slices)]} cannot be spread: make it a multiple of {slices}."
+    )
+  # The slow network between slices is left to one axis; all others stay within a slice.
+  within = [size // number for size, number in zip(sizes, between)]
+  grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+  return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:
-  """Raises InputError unless the rows of a batch divide over the data and fsdp axes, and over the hosts."""
-  parts = math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count())
+  """Raises InputError unless the rows of a batch divide over the data and fsdp axes."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % parts:
     raise InputError(
       f"{field}={batch_size} does not divide over the {parts} parts into which this mesh"
       f" ({', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}) splits a batch: make it a multiple of"
       f" {parts}, or give the mesh fewer data and fsdp devices."
     )
+
+
+def rows_of_processes(mesh: Mesh, batch_size: int) -> list[list[int]]:
+  """For each process the rows of a batch that its devices hold, in order.
+
+  Processes whose devices differ along tensor or context only hold the same rows.
+  """
+  parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+  size = batch_size // len(parts)
+  rows = [set() for _ in range(1 + max(device.process_index for device in mesh.devices.flat))]
+  for index, devices in enumerate(parts):
+    for device in devices:
+      rows[device.process_index].update(range(index * size, (index + 1) * size))
+  return [sorted(numbers) for numbers in rows]

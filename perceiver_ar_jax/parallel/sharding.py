@@ -5,13 +5,20 @@ spread over. A dimension that its mesh axes do not divide is left whole, so that
 259) work on every mesh.
 """
 
+import math
+from collections.abc import Mapping
+
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # logical axis -> mesh axes. "batch" rows are split over data and fsdp alike; fsdp also splits weights (ZeRO-3).
+# "slots", the inputs of the cross-attend, are split over tensor too, instead of its heads: with heads split, devices
+# would have to add up gradients of all the inputs; with slots split, they exchange what is as large as the latents.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
+  "slots": ("context", "tensor"),
   "width": ("fsdp",),
   "latent": (),
   "heads": ("tensor",),
@@ -46,6 +53,12 @@ def current_spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Partit
   return None if mesh.empty else spec(axes, shape, mesh)
 
 
+def current_axes(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+  """For each dimension the mesh axes that `current_spec` spreads it over: () for none."""
+  parts = current_spec(axes, shape) or (None,) * len(shape)
+  return tuple((part,) if isinstance(part, str) else part or () for part in parts)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """`x`, kept in the layout of its logical `axes` on the mesh in use; unchanged without one."""
   layout = current_spec(axes, x.shape)
@@ -63,6 +76,46 @@ def shardings(boxed_shapes, mesh: Mesh):
   return jax.tree.map(one, boxed_shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch over every device of the data and fsdp axes."""
-  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+BATCH_AXES: dict[str, tuple[str | None, ...]] = {
+  "inputs": ("batch", "slots"),
+  "positions": ("batch", "slots", None),
+}
+"""Logical axes of a batch's arrays; of all others only the rows are split."""
+
+
+def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+  """The logical axes of the array `name` of a batch."""
+  return BATCH_AXES.get(name, ("batch", *(None,) * (ndim - 1)))
+
+
+def batch_shardings(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
+  """The layout of each array of a batch: rows over data and fsdp, the inputs' slots over context as well."""
+  return {name: NamedSharding(mesh, spec(batch_axes(name, len(shape)), shape, mesh)) for name, shape in shapes.items()}
+
+
+def fill_context(x: jax.Array) -> jax.Array:
+  """Ids [B, L, ...] with as many zeros (padding) in front as let the mesh in use split L."""
+  mesh = jax.sharding.get_abstract_mesh()
+  more = 0 if mesh.empty else -x.shape[1] % math.prod(mesh.shape[axis] for axis in RULES["slots"])
+  filled = jnp.pad(x, ((0, 0), (more, 0)) + ((0, 0),) * (x.ndim - 2)) if more else x
+  return constrain(filled, "batch", "slots", *(None,) * (x.ndim - 2))
+
+
+def last(x: jax.Array, size: int) -> jax.Array:
+  """The last `size` slots of ids [B, L, ...] whose slots may be spread over devices.
+
+  Devices send each other these slots alone; left to the compiler, a slice would first bring all of them together.
+  """
+  (slots,) = current_axes(("slots",), x.shape[1:2])
+  if not slots:
+    return x[:, -size:]
+
+  def pick(x_BxC):
+    here = x_BxC.shape[1]
+    wanted_M = x.shape[1] - size + jnp.arange(size) - jax.lax.axis_index(slots) * here
+    found_BxM = jnp.take(x_BxC, jnp.clip(wanted_M, 0, here - 1), axis=1)
+    is_here_M = ((wanted_M >= 0) & (wanted_M < here)).reshape(size, *(1,) * (x.ndim - 2))
+    return jax.lax.psum(jnp.where(is_here_M[None], found_BxM, 0), slots)
+
+  split, whole = PartitionSpec(None, slots), PartitionSpec()
+  return jax.shard_map(pick, in_specs=split, out_specs=whole, axis_names=set(slots), check_vma=False)(x)

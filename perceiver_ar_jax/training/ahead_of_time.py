@@ -93,8 +93,9 @@ def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   model, batch_size = config.model, config.train.batch_size
   dims = len(model.position_sizes) or 1
   row = features.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
-  rows = sharding.batch_sharding(mesh)
-  return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=rows) for name, x in row.items()}
+  shapes = {name: (batch_size, *x.shape[1:]) for name, x in row.items()}
+  layout = sharding.batch_shardings(mesh, shapes)
+  return {name: jax.ShapeDtypeStruct(shapes[name], x.dtype, sharding=layout[name]) for name, x in row.items()}
 
 
 def _devices(topology: chips.Topology) -> list:

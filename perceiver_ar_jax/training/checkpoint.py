@@ -7,7 +7,8 @@ the newest good one and moves the damaged ones aside, deleting nothing. Where no
 
 import dataclasses
 import sys
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training.state import TrainState
 
 _HAS_DATA = "has_data"  # beside the bit sums: whether the step holds a data position
+
+
+_SEVERITY = {type(None): 0, InputError: 2}
+"""Of what a restore raised, to find the worst over all processes; any other error, damage, is 1."""
 
 
 class Saveable(Protocol):
@@ -28,14 +34,46 @@ class Saveable(Protocol):
   def restore(self, directory: epath.Path) -> None: ...
 
 
+class _Failure:
+  """What a restore raised on this process, to be weighed once all processes are through."""
+
+  def __init__(self, error: Exception):
+    self.error = error
+
+
+class _ArrayHandler(ocp.StandardCheckpointHandler):
+  """Arrays; what fails is returned, since Orbax makes all processes wait for one that raises."""
+
+  def restore(self, *args, **kwargs):
+    try:
+      return super().restore(*args, **kwargs)
+    except Exception as error:
+      return _Failure(error)
+
+
+@ocp.args.register_with_handler(_ArrayHandler, for_save=True)
+@dataclasses.dataclass
+class ArraySave(ocp.args.StandardSave):
+  """A tree of arrays to save."""
+
+
+@ocp.args.register_with_handler(_ArrayHandler, for_restore=True)
+@dataclasses.dataclass
+class ArrayRestore(ocp.args.StandardRestore):
+  """The shapes and layout of a tree of arrays to restore."""
+
+
 class DataHandler(ocp.CheckpointHandler):
   """Lets a data iterator write its own files into the step, inside Orbax's atomic commit."""
 
   def save(self, directory: epath.Path, args: "DataSave") -> None:
     args.iterator.save(directory)
 
-  def restore(self, directory: epath.Path, args: "DataRestore") -> None:
-    args.iterator.restore(directory)
+  def restore(self, directory: epath.Path, args: "DataRestore") -> _Failure | None:
+    try:
+      args.iterator.restore(directory)
+    except Exception as error:
+      return _Failure(error)
 
 
 @ocp.args.register_with_handler(DataHandler, for_save=True)
@@ -72,8 +110,8 @@ class Checkpointer:
         create=not read_only,
       ),
       item_handlers={
-        "params": ocp.StandardCheckpointHandler(),
-        "optimizer": ocp.StandardCheckpointHandler(),
+        "params": _ArrayHandler(),
+        "optimizer": _ArrayHandler(),
         "fingerprint": ocp.JsonCheckpointHandler(),
         "data": DataHandler(),
       },
@@ -83,7 +121,7 @@ class Checkpointer:
     return self
 
   def __exit__(self, *unused) -> None:
-    self._manager.close()  # waits for a save under way
+    self._written(self._manager.close)  # waits for a save under way
 
   def save(self, state: TrainState, data: Saveable | None, metrics: dict[str, float] | None = None) -> None:
     """Starts to save `state` and the position of `data`; returns once both may change again.
@@ -96,13 +134,25 @@ class Checkpointer:
       return
     fingerprint = _fingerprint("params", state.params) | _fingerprint("optimizer", state.opt_state)
     items = {
-      "params": ocp.args.StandardSave(state.params),
-      "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+      "params": ArraySave(state.params),
+      "optimizer": ArraySave({"step": state.step, "opt_state": state.opt_state}),
       "fingerprint": ocp.args.JsonSave(fingerprint | {_HAS_DATA: int(data is not None)}),
     }
     if data is not None:
       items["data"] = DataSave(data)
-    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(**items))
+    self._written(lambda: self._manager.save(step, metrics=metrics, args=ocp.args.Composite(**items)))
+
+  def _written(self, write: Callable[[], None]) -> None:
+    """Calls `write`; raises InputError if a checkpoint, this one or the one before, could not be written."""
+    try:
+      write()
+    except TimeoutError:  # another process did not write its part: it is dead, and a restart mends that
+      raise
+    except (OSError, ValueError) as error:  # a full disk has many faces, TensorStore's own among them
+      raise InputError(
+        f"A checkpoint could not be written to {self._directory}: {' '.join(str(error).split())[:300]} Those before it"
+        " are as they were: make room, and the same command goes on from the newest."
+      ) from error
 
   def evaluated(self, step: int) -> bool:
     """Whether the checkpoint of `step` was saved with the figures of an evaluation."""
@@ -118,8 +168,8 @@ class Checkpointer:
       InputError: every checkpoint is damaged, or `data` does not fit the saved position.
     """
     items = {
-      "params": ocp.args.StandardRestore(abstract.params),
-      "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+      "params": ArrayRestore(abstract.params),
+      "optimizer": ArrayRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
       "data": DataRestore(data),
     }
     restored = self._restore_newest(items)
@@ -130,19 +180,19 @@ class Checkpointer:
 
   def restore_params(self, abstract_params: dict) -> tuple[int, dict] | None:
     """(step, weights) of the newest good checkpoint, or None; damaged ones are treated as in `restore`."""
-    restored = self._restore_newest({"params": ocp.args.StandardRestore(abstract_params)})
+    restored = self._restore_newest({"params": ArrayRestore(abstract_params)})
     return restored and (restored[0], restored[1]["params"])
 
   def _restore_newest(self, items: dict[str, ocp.args.CheckpointArgs]):
     """(step, {item: value}) of the newest checkpoint that is whole, or None where there is none at all."""
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []:
-      try:
-        values = self._restore_step(step, items)
-      except InputError:
-        raise
-      except Exception as error:  # whatever a damaged file makes its reader raise; it is reported
-        reason = " ".join(str(error).split())[:300]
+      values, error = self._attempt(step, items)
+      worst = distributed.largest(_SEVERITY.get(type(error), 1))  # the same on all processes
+      if worst == _SEVERITY[InputError]:
+        raise error if isinstance(error, InputError) else InputError(f"Another process cannot go on from step {step}.")
+      if worst:
+        reason = " ".join(str(error or "another process cannot read it").split())[:300]
         print(f"The checkpoint of step {step} in {self._directory} is damaged: {reason}", file=sys.stderr)
         damaged.append(step)
       else:
@@ -155,10 +205,18 @@ class Checkpointer:
       )
     return None
 
+  def _attempt(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> tuple[dict | None, Exception | None]:
+    """(values, None) of a step, or (None, what is wrong with it)."""
+    try:
+      return self._restore_step(step, items), None
+    except Exception as error:  # whatever a damaged file makes its reader raise; it is reported
+      return None, error
+
   def _restore_step(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> dict:
     saved = self._manager.restore(step, args=ocp.args.Composite(fingerprint=ocp.args.JsonRestore()))["fingerprint"]
     arrays = {name: item for name, item in items.items() if name != "data"}
     values = self._manager.restore(step, args=ocp.args.Composite(**arrays))
+    _raise_together(values)
     found = _fingerprint("params", values["params"])
     if "optimizer" in items:
       found |= _fingerprint("optimizer", values["optimizer"]["opt_state"])
@@ -168,13 +226,19 @@ class Checkpointer:
     if "optimizer" in items and int(values["optimizer"]["step"]) != step:
       raise ValueError(f"it says that it is of step {values['optimizer']['step']}")
     if "data" in items and saved.get(_HAS_DATA, 1):  # last, so that a step given up leaves the data where it was
-      self._manager.restore(step, args=ocp.args.Composite(data=items["data"]))
+      _raise_together(self._manager.restore(step, args=ocp.args.Composite(data=items["data"])))
     return {name: values[name] for name in arrays}
 
   def _set_aside(self, steps: list[int]) -> None:
     """Moves damaged steps out of the way of the run that goes on, deleting nothing."""
-    if not steps or self._read_only or jax.process_index() != 0:
+    if not steps or self._read_only:
       return
+    if jax.process_index() == 0:
+      self._move(steps)
+    distributed.wait_for_all("damaged checkpoints are moved")
+    self._manager.reload()
+
+  def _move(self, steps: list[int]) -> None:
     damaged = self._directory.parent / "damaged"
     damaged.mkdir(exist_ok=True)
     for step in steps:
@@ -182,7 +246,14 @@ class Checkpointer:
       target = damaged / (f"{step}-{copies}" if copies else str(step))
       (self._directory / str(step)).rename(target)
       print(f"Step {step} was moved to {target}; the checkpoint before it is taken.", file=sys.stderr)
-    self._manager.reload()
+
+
+def _raise_together(values: Mapping[str, Any]) -> None:
+  """Raises what failed here or, if all went well here but not on another process, an error of its own."""
+  errors = [value.error for value in values.values() if isinstance(value, _Failure)]
+  # The computations that follow need all processes.
+  if distributed.largest(len(errors)):
+    raise errors[0] if errors else ValueError("another process cannot read it")
 
 
 @jax.jit

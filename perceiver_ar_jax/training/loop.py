@@ -18,13 +18,14 @@ import numpy as np
 import psutil
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import pipeline
+from perceiver_ar_jax.data.global_batch import HostBatches, to_global
+from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.models.attention_kernels import check_platform
-from perceiver_ar_jax.parallel import sharding
-from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
+from perceiver_ar_jax.parallel import distributed, sharding
+from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, metrics_log
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
@@ -65,46 +66,46 @@ def train(
     InputError: the config fits not the data, the devices, their memory or the workdir; or the loss is no
       longer finite. Checkpoints stay as they are.
   """
-  workdir = epath.Path(workdir)
+  workdir, startup = epath.Path(workdir), _Startup()
   mesh = make_mesh(config.mesh)
+  startup.done("devices")
   check_platform(config.model.attention, mesh)
   if config.train.microbatches > 1:
     check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   check_batch(config.train.batch_size, "train.batch_size", mesh)
   evaluator = make_evaluator(config, mesh)
   exhibit = make_exhibit(config, mesh) if make_exhibit and config.eval.num_samples else None
-  hosts = jax.process_count()
-  data = pipeline.TrainIterator(config, config.train.batch_size // hosts, jax.process_index(), hosts)
+  data = HostBatches(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
   workdir_lib.prepare(config, workdir)
+  startup.done("data")
 
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
-  _say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
+  distributed.say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
   with _Signals() as signals, jax.set_mesh(mesh):
     _check_least_memory(config, abstract, mesh)
-    train_step = _compile(step_lib.make_train_step(config, optimizer), abstract, data.spec, mesh)
+    train_step = _compile(config, optimizer, abstract, data.spec, mesh)
+    startup.done("compilation")
     with checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
       state = checkpointer.restore(abstract, data)
       if state is None:
         state = state_lib.init_state(config, optimizer, mesh)
       else:
-        _say(f"Going on from the checkpoint of step {int(state.step)}.")
-      if signals.received:
-        _say(f"{signals.name}: stopped at step {int(state.step)}, where it began.")
-        return 128 + signals.received
-      with metrics_log.MetricsLog(
-        workdir,
-        first_step=int(state.step),
-        total_steps=config.train.steps,
-        bits_name="bits/dim" if data.task.unit == "bits_per_dim" else "bits/token",
-      ) as log:
+        distributed.say(f"Going on from the checkpoint of step {int(state.step)}.")
+      jax.block_until_ready(state)
+      startup.done("weights")
+      distributed.say(startup.describe())
+      if signals.wait_and_agree():
+        distributed.say(f"{signals.name}: stopped at step {int(state.step)}, where it began.")
+        return 128 + signals.agreed
+      with _make_log(config, workdir, int(state.step), data.task) as log:
         run = _Run(config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log)
         state, result = run(state, data)
-  if signals.received:
-    _say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
-    return 128 + signals.received
+  if signals.agreed:
+    distributed.say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
+    return 128 + signals.agreed
   result = result or evaluator(state.params, int(state.step), lambda: False)
-  _say(
+  distributed.say(
     f"Done. {evaluator.describe(result)}\nCurves: tensorboard --logdir={workdir}   Figures: {workdir}/metrics.jsonl  "
     " Score again: the same command with --mode=eval"
   )
@@ -116,7 +117,7 @@ class _Run:
 
   def __init__(self, config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log):
     self._config = config
-    self._rows = sharding.batch_sharding(mesh)
+    self._mesh = mesh
     self._train_step = train_step
     self._schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
     self._evaluator = evaluator
@@ -126,11 +127,13 @@ class _Run:
     self._log = log
     self._profile = _Profile(config.train.profile_at, workdir / "profile")
     self._key = jax.random.fold_in(jax.random.key(config.seed), 1)  # weights are drawn from the key itself
+    self._skipped = self._skipped_in_a_row = 0
 
-  def __call__(self, state: state_lib.TrainState, data: pipeline.TrainIterator):
+  def __call__(self, state: state_lib.TrainState, data: HostBatches):
     """(the last state, the evaluation at the last step or None), after the last step or a signal."""
     train, first = self._config.train, int(state.step) + 1
     result, pending, self._last_report = None, None, time.monotonic()
+    shardings = sharding.batch_shardings(self._mesh, {name: array.shape for name, array in data.spec.items()})
     if (
       1 < first <= train.steps
       and (first - 1) % self._config.eval.every == 0
@@ -141,49 +144,60 @@ class _Run:
       # Dispatch is asynchronous: while the device works on a step, the host reads, checks and transfers the next
       # batch. Nothing is drawn ahead of its step, so `data` always stands where `state` does.
       self._profile.before(step)
-      batch = pipeline.to_global(next(data), self._rows)
+      begin = time.monotonic()
+      batch = to_global(next(data), data.rows, train.batch_size, shardings)
+      data_seconds = time.monotonic() - begin
+      waited = pending is None or all(value.is_ready() for value in pending[1].values())
       state, metrics = self._train_step(state, batch, jax.random.fold_in(self._key, step))
       self._profile.after(step, metrics)
       if pending:
         self._report(*pending)  # a step late: the device never waits for the host
-      pending = step, metrics
-      last, stop = step == train.steps, bool(self._signals.received)
+      pending = step, metrics, {"data_seconds": data_seconds, "data_wait_seconds": data_seconds * waited}
+      last, stop = step == train.steps, bool(self._signals.agree())
       evaluate = last or step % self._config.eval.every == 0
       if evaluate or stop or step % train.checkpoint_every == 0:
         self._report(*pending)  # before saving: what is not finite is never saved
         pending, result = None, None
         if evaluate:
           result = self._evaluate(state.params, step)
-          stop = bool(self._signals.received)
+          stop = bool(self._signals.agreed)
         self._checkpointer.save(state, data, result and {"nats_per_token": result["nats_per_token"]})
       if stop:
         break
     return state, result
 
-  def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
+  def _report(self, step: int, metrics: dict[str, jax.Array], host_seconds: dict[str, float]) -> None:
     """Shows a finished step, and writes it if it is one to be logged; raises InputError for loss that is not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     now = time.monotonic()
     seconds, self._last_report = now - self._last_report, now
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+    train, finite = self._config.train, math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+    self._skipped += not finite
+    self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+    if not finite and train.on_nonfinite == "skip" and self._skipped_in_a_row < train.max_skipped:
+      self._log.say(f"Step {step} was skipped: its loss is {values['loss']}, its gradient norm {values['grad_norm']}.")
+    elif not finite:
+      times = f", for the {self._skipped_in_a_row}th time in a row" if self._skipped_in_a_row > 1 else ""
       raise InputError(
-        f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so training stopped."
+        f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}{times}, so training"
+        " stopped."
         " The checkpoints before it are kept as they are: go on from the newest with a lower"
         " --config.train.optimizer.learning_rate or clip_norm (or begin anew with a longer warm-up, or in float32)."
       )
+    if train.on_nonfinite == "skip":
+      values["skipped_steps"] = self._skipped
     tokens_per_second = values["num_tokens"] / seconds
     self._log.progress(values["loss"], tokens_per_second)
     if step % self._config.train.log_every == 0:
       rate = float(self._schedule(step - 1))
-      self._log.write(
-        step, {"seconds": seconds, **values, "learning_rate": rate, "tokens_per_second": tokens_per_second}
-      )
+      figures = {"seconds": seconds, **host_seconds, **values}
+      self._log.write(step, {**figures, "learning_rate": rate, "tokens_per_second": tokens_per_second})
 
   def _evaluate(self, params, step: int) -> dict | None:
     """The evaluation's figures, shown and logged, with some samples; None if a signal came meanwhile."""
 
     def stopped():
-      return bool(self._signals.received)
+      return bool(self._signals.agree())
 
     result = self._evaluator(params, step, stopped)
     if result:
@@ -194,6 +208,31 @@ class _Run:
         self._log.write_samples(step, self._exhibit(params, stopped))
     self._last_report = time.monotonic()
     return result
+
+
+class _Startup:
+  """How long the phases before the first step took."""
+
+  def __init__(self):
+    self._last = time.time()
+    self._seconds = {"imports": self._last - psutil.Process().create_time()}
+
+  def done(self, phase: str) -> None:
+    """Ends a phase."""
+    now = time.time()
+    self._seconds[phase], self._last = now - self._last, now
+
+  def describe(self) -> str:
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self._seconds.items())
+    return f"Started in {sum(self._seconds.values()):.1f} s: {phases}."
+
+
+def _make_log(config: Config, workdir: epath.Path, first_step: int, task: Task):
+  """Where this process's figures go: one of the processes writes them."""
+  if jax.process_index():
+    return metrics_log.NoLog()
+  bits_name = "bits/dim" if task.unit == "bits_per_dim" else "bits/token"
+  return metrics_log.MetricsLog(workdir, first_step=first_step, total_steps=config.train.steps, bits_name=bits_name)
 
 
 class _Profile:
@@ -219,10 +258,24 @@ class _Signals:
 
   def __init__(self):
     self.received = 0
+    """The signal that came to this process."""
+    self.agreed = 0
+    """The signal that came to any process, as of the last time that all of them looked together."""
+    self._largest = distributed.LargestSoFar()
+
+  def agree(self) -> int:
+    """`agreed`, brought up to date; all processes call it at the same steps, so they stop at the same one."""
+    self.agreed = self.agreed or self._largest(self.received)
+    return self.agreed
+
+  def wait_and_agree(self) -> int:
+    """The same, up to this moment."""
+    self.agreed = distributed.largest(self.received)
+    return self.agreed
 
   @property
   def name(self) -> str:
-    return signal.Signals(self.received).name
+    return signal.Signals(self.agreed or self.received).name
 
   def __enter__(self) -> "_Signals":
     self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -240,22 +293,19 @@ class _Signals:
     os.write(sys.stderr.fileno(), note.encode())  # print may not run inside itself, and a handler runs anywhere
 
 
-def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, jax.ShapeDtypeStruct], mesh: Mesh):
+def _compile(config: Config, optimizer, abstract: state_lib.TrainState, batch_spec: dict, mesh: Mesh):
   """The compiled update for these shapes, the state donated; says what memory it takes.
 
   Raises:
     InputError: it does not fit into the devices' memory.
   """
-  rows = sharding.batch_sharding(mesh)
+  shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
   batch = {
-    name: jax.ShapeDtypeStruct((spec.shape[0] * jax.process_count(), *spec.shape[1:]), spec.dtype, sharding=rows)
-    for name, spec in batch_spec.items()
+    name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in batch_spec.items()
   }
-  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   start = time.monotonic()
-  update = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, PartitionSpec())))
   try:
-    compiled = update.lower(abstract, batch, jax.random.key(0)).compile()
+    compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
   except jax.errors.JaxRuntimeError as error:  # the TPU's compiler refuses by itself what cannot fit
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -264,7 +314,7 @@ def _compile(train_step, abstract: state_lib.TrainState, batch_spec: dict[str, j
   new_outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
   needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
   available = _memory_per_device()
-  _say(
+  distributed.say(
     f"Compiled the train step in {time.monotonic() - start:.1f} s. Each of {mesh.size} devices holds"
     f" {_size(memory.argument_size_in_bytes)} of weights, optimizer state and batch, and works in"
     f" {_size(memory.temp_size_in_bytes)}; it has {_size(available)}."
@@ -303,9 +353,3 @@ def _memory_per_device() -> int:
   """Bytes that a local device may use; CPU devices share what the machine has left."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()
-
-
-def _say(message: str) -> None:
-  """A message to people, from one host only."""
-  if jax.process_index() == 0:
-    print(message, flush=True)

@@ -12,6 +12,23 @@ from clu import metric_writers
 from etils import epath
 
 
+class NoLog:
+  """What the processes use that have nothing to write."""
+
+  def progress(self, loss: float, tokens_per_second: float) -> None: ...
+
+  def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+  def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None: ...
+
+  def say(self, message: str) -> None: ...
+
+  def __enter__(self) -> "NoLog":
+    return self
+
+  def __exit__(self, *unused) -> None: ...
+
+
 class MetricsLog:
   """Writes the metrics of one run; a resumed run goes on where its checkpoint was, leaving no step twice.
 
@@ -51,9 +68,10 @@ class MetricsLog:
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Appends {"step": step, **metrics} to metrics.jsonl and the scalars to TensorBoard."""
-    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no other numbers
+    self._file.write(json.dumps({"step": step, **finite}) + "\n")
     self._file.flush()
-    self._tensorboard.write_scalars(step, metrics)
+    self._tensorboard.write_scalars(step, finite)
 
   def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None:
     """Texts and pictures uint8[height, width, 3] to TensorBoard."""

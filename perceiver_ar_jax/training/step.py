@@ -1,5 +1,6 @@
 """One update as a pure function: (state, batch, key) -> (state, metrics)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
-from perceiver_ar_jax.parallel.sharding import constrain
+from perceiver_ar_jax.parallel.sharding import batch_axes, constrain
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training.state import TrainState
 
@@ -23,7 +24,8 @@ def make_train_step(
   """The update for `config`; jit it with the state donated.
 
   Its metrics are float32 scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens`
-  scored, and `grad_norm`, the global norm of what the optimizer receives, before clipping.
+  scored, and `grad_norm`, the global norm of what the optimizer receives, before clipping. With
+  train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step.
   """
   model = PerceiverAR(config.model)
   deterministic = not (config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout)
@@ -62,6 +64,10 @@ def make_train_step(
     metrics = {name: sums[name] / num_tokens for name in ("loss", "z_loss", "accuracy")}
     metrics |= {"num_tokens": sums["num_tokens"], "grad_norm": optax.global_norm(gradients)}
     params = optax.apply_updates(state.params, updates)
+    if config.train.on_nonfinite == "skip":
+      finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+      kept = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+      params, opt_state = kept(params, state.params), kept(opt_state, state.opt_state)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step
@@ -91,15 +97,15 @@ def _accumulate(grad_fn, params, batch: Batch, key: jax.Array, microbatches: int
   Part i takes every n-th row, so that each device keeps the rows it holds and nothing moves.
   """
 
-  def split(x):
+  def split(name, x):
     parts = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-    return constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
+    return constrain(parts, None, *batch_axes(name, x.ndim))
 
   def add(total, part):
     index, rows = part
     return jax.tree.map(jnp.add, total, grad_fn(params, rows, jax.random.fold_in(key, index))), None
 
-  parts = jax.tree.map(split, batch)
+  parts = {name: split(name, x) for name, x in batch.items()}
   first = jax.tree.map(lambda part: part[0], parts)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, key))
   total, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))

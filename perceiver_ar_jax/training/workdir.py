@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError
@@ -20,9 +21,12 @@ RESUMABLE = (
   "train.checkpoint_every",
   "train.keep_checkpoints",
   "train.profile_at",
+  "train.on_nonfinite",
+  "train.max_skipped",
   "eval.",
   "sample.",
   "mesh.",
+  "compilation_cache",
   "plan.",
   "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
   "data.cache_dir",
@@ -48,6 +52,7 @@ SAME_WEIGHTS = (
   "eval.",
   "sample.",
   "mesh.",
+  "compilation_cache",
   "plan.",
   "seed",
 )
@@ -62,7 +67,7 @@ def prepare(config: Config, workdir: epath.Path) -> None:
   path = workdir / "config.json"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".writable-{os.getpid()}"
+    probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
   except OSError as error:
@@ -77,9 +82,10 @@ def prepare(config: Config, workdir: epath.Path) -> None:
         f"--workdir={workdir} holds the checkpoints of another config: {'; '.join(changed)}. Give another --workdir, or"
         " go on with the settings in its config.json."
       )
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(config.to_json())
-  temporary.replace(path)
+  if jax.process_index() == 0:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(config.to_json())
+    temporary.replace(path)
 
 
 def check_model(config: Config, workdir: epath.Path) -> None:

@@ -1,0 +1,152 @@
+"""Several processes as one program: how they find each other, decide together, and end together.
+
+Every process runs the same code on the same global arrays. What only one of them knows (a signal, a file that cannot
+be read) has to be agreed on before anything is done about it: processes that took different branches would wait for
+each other for ever.
+"""
+
+import glob
+import importlib.util
+import os
+import pathlib
+import platform
+import signal
+import sys
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from perceiver_ar_jax.config import InputError
+
+HEARTBEAT_SECONDS = 30
+"""A process not heard of for this long counts as dead, and the others end."""
+PEER_DIED = 75
+"""Exit code of a process that ends because another one died: worth starting all of them again."""
+
+
+def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+  """Joins the other processes, before anything touches a device; a process that is alone joins nobody.
+
+  The arguments name the others explicitly; without them, a TPU pod or a Slurm step of several tasks is recognised.
+
+  Raises:
+    InputError: some of the arguments are missing, or wrong.
+  """
+  given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+  missing = [name for name, value in given.items() if value is None]
+  if len(missing) == len(given):
+    if _in_slurm_step() or _on_tpu():
+      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    return
+  if missing:
+    raise InputError(f"{' and '.join(missing)} must be given too: several processes need all of {', '.join(given)}.")
+  if not 0 <= process_id < num_processes:
+    raise InputError(f"--process_id={process_id} must lie in 0..{num_processes - 1}, one for each of --num_processes.")
+  if not coordinator.rpartition(":")[2].isdigit():
+    raise InputError(f"--coordinator={coordinator} must be host:port of process 0, such as 10.0.0.2:12345.")
+  if num_processes > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+
+
+def _in_slurm_step() -> bool:
+  tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+  return "SLURM_PROCID" in os.environ and "SLURM_STEP_NODELIST" in os.environ and tasks.isdigit() and int(tasks) > 1
+
+
+def _on_tpu() -> bool:
+  """Whether this machine has TPUs and may use them; JAX then learns from its surroundings which others there are."""
+  allowed = not jax.config.jax_platforms or "tpu" in jax.config.jax_platforms
+  present = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+  return bool(allowed and present and importlib.util.find_spec("libtpu"))
+
+
+def keep_compiled(folder: str | None) -> None:
+  """Keeps compiled programs in `folder` for the next start; None, or a folder that JAX has already been told: as it is.
+
+  Programs for CPUs use all that the CPU can do, so those of other CPUs are kept apart.
+  """
+  if folder is None or jax.config.jax_compilation_cache_dir:
+    return
+  cpu = pathlib.Path("/proc/cpuinfo")
+  flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+  name = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}" if cpu.exists() else platform.machine()
+  jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(folder), name))
+
+
+def say(message: str) -> None:
+  """A message to people, from one process only."""
+  if jax.process_index() == 0:
+    print(message, flush=True)
+
+
+def largest(value: int) -> int:
+  """The largest `value` of all processes, which wait for each other here."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def wait_for_all(name: str) -> None:
+  """Returns once every process has come here; `name` must be the same on all."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+class LargestSoFar:
+  """`largest` without waiting: a call gives what all processes had passed to the call before.
+
+  Processes must call it equally often and at the same places among their other computations.
+  """
+
+  def __init__(self):
+    devices = np.array(jax.devices())
+    mesh = Mesh(devices, ("all",))
+    self._one_each, whole = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
+    self._largest = jax.jit(jnp.max, out_shardings=whole)
+    self._shape, self._pending = devices.shape, None
+
+  def __call__(self, value: int) -> int:
+    if jax.process_count() == 1:
+      return value
+    earlier = self._pending
+    values = jax.make_array_from_callback(self._shape, self._one_each, lambda index: np.full(1, value, np.int32))
+    self._pending = self._largest(values)
+    return 0 if earlier is None else int(earlier)
+
+
+class EndTogether:
+  """A context in which an error of one of several processes ends all of them, soon and with a word on who it was.
+
+  Leaving as usual would first wait for the others, which wait for this one in a computation.
+  """
+
+  def __enter__(self) -> "EndTogether":
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    if error is None or isinstance(error, SystemExit) or jax.process_count() == 1:
+      return
+    me = f"process {jax.process_index()} of {jax.process_count()}"
+    if isinstance(error, InputError):
+      print(f"Error: {' '.join(str(error).split())} ({me})", file=sys.stderr, flush=True)
+      os._exit(1)
+    if isinstance(error, KeyboardInterrupt):
+      os._exit(128 + signal.SIGINT)
+    sys.excepthook(kind, error, traceback)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      print(f"A computation failed in {me}, as when another process has died.", file=sys.stderr, flush=True)
+      time.sleep(HEARTBEAT_SECONDS)  # JAX ends this process meanwhile, with the name of the one that died
+    print(f"Ending {me}.", file=sys.stderr, flush=True)
+    os._exit(PEER_DIED)

@@ -1,0 +1,74 @@
+"""What parallel_context_test.py looks at: steps at a long context on one and on eight virtual devices, as JSON."""
+
+import json
+import re
+
+import jax
+import numpy as np
+
+from benchmarks.step import _random_batch, at_context
+from perceiver_ar_jax.config import MeshConfig
+from perceiver_ar_jax.evaluation.evaluate import make_eval_step
+from perceiver_ar_jax.parallel import sharding
+from perceiver_ar_jax.parallel.mesh import make_mesh
+from perceiver_ar_jax.training import optimizer as optimizer_lib
+from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training.step import make_train_step
+from tests import tiny
+
+CONTEXT = 8200  # no multiple of the chunk
+_COLLECTIVE = re.compile(
+  r"= (\S.*?) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def measure(kernel: str, num_devices: int, **overrides) -> dict:
+  """Losses of two steps, bytes of temporaries, and elements of the largest array that devices exchange."""
+  shape = {"vocab_size": 32, "num_layers": 1, "mlp_widening": 2, "attention": kernel, "attention_chunk": 300}
+  shape = {f"model__{name}": value for name, value in shape.items()} | {"model__dropout": 0.0, "train__batch_size": 4}
+  schedule = {"train__optimizer__warmup_steps": 0, "train__optimizer__schedule": "constant"}
+  mesh_sizes = {name[6:]: value for name, value in overrides.items() if name.startswith("mesh__")}
+  config = at_context(tiny.config(**{**shape, **schedule, **overrides}), CONTEXT)
+  mesh = make_mesh(MeshConfig(**mesh_sizes), jax.devices()[:num_devices])
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  batch = _random_batch(config)
+  batch["positions"] = np.where(
+    np.arange(CONTEXT)[None, :, None] < [[[3000]], [[0]], [[0]], [[8190]]], 0, batch["positions"]
+  )
+  batch["inputs"] *= batch["positions"][..., 0] > 0  # padding; in the last row even among the latents
+  layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
+  batch, losses = jax.device_put(batch, layout), []
+  with jax.set_mesh(mesh):
+    state = state_lib.init_state(config, optimizer, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None))
+    step = step.lower(state, batch, jax.random.key(0)).compile()
+    score = jax.jit(make_eval_step(config)).lower(state.params, batch).compile()
+    for index in range(2):
+      state, metrics = step(state, batch, jax.random.key(index))
+      losses.append(float(metrics["loss"]))
+    losses.append(float(score(state.params, batch)["nats"]))
+  return {
+    "losses": losses,
+    "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+    "largest_exchange": max(map(_largest_exchange, (step.as_text(), score.as_text()))),
+  }
+
+
+def _largest_exchange(program: str) -> int:
+  arrays = [dims for shape in _COLLECTIVE.findall(program) for dims in re.findall(r"\w+\[([\d,]*)\]", shape)]
+  return max((int(np.prod([int(size) for size in dims.split(",") if size])) for dims in arrays), default=0)
+
+
+if __name__ == "__main__":
+  print(
+    json.dumps(
+      {
+        "one": measure("chunked", 1),
+        "context": measure("chunked", 8, mesh__data=1, mesh__context=8),
+        "all": measure(
+          "streamed", 8, mesh__data=1, mesh__fsdp=2, mesh__tensor=2, mesh__context=2, train__microbatches=2
+        ),
+      }
+    )
+  )

@@ -1,0 +1,92 @@
+"""Meshes of devices that are not here, and which process holds which rows."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from perceiver_ar_jax.config import InputError, MeshConfig
+from perceiver_ar_jax.parallel import distributed
+from perceiver_ar_jax.parallel.mesh import AXES, make_mesh, rows_of_processes
+
+
+class _Device(types.SimpleNamespace):
+  """What mesh construction asks of a device."""
+
+  __hash__ = object.__hash__
+
+
+def _devices(slices: int, each: int) -> list[_Device]:
+  """Devices of two a process, numbered through."""
+  return [
+    _Device(id=n, process_index=n // 2, slice_index=n // each, platform="gpu", device_kind="fake")
+    for n in range(slices * each)
+  ]
+
+
+@pytest.fixture
+def grids(monkeypatch):
+  """Meshes as plain arrays of devices, since JAX's own class takes none that are not there."""
+  monkeypatch.setattr("perceiver_ar_jax.parallel.mesh.Mesh", lambda grid, axes, axis_types: grid)
+
+
+def test_one_axis_reaches_across_slices_and_the_others_stay_within(grids):
+  grid = make_mesh(MeshConfig(data=4, fsdp=2), _devices(slices=2, each=4))
+  slices = np.vectorize(lambda device: device.slice_index)(grid)
+  assert slices.shape == (4, 2, 1, 1)
+  assert slices[:, :, 0, 0].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+  grid = make_mesh(MeshConfig(data=2, fsdp=4, across_slices="fsdp"), _devices(slices=2, each=4))
+  assert np.vectorize(lambda device: device.slice_index)(grid)[:, :, 0, 0].tolist() == [[0, 0, 1, 1]] * 2
+
+
+def test_an_axis_that_slices_do_not_divide_is_explained(grids):
+  with pytest.raises(InputError, match="3 slices, over which the axis mesh.across_slices=data of size 2"):
+    make_mesh(MeshConfig(data=2, fsdp=3), _devices(slices=3, each=2))
+
+
+def _mesh(*sizes: int):
+  """Something with the shape and devices of a mesh, two devices a process."""
+  devices = np.array(_devices(1, int(np.prod(sizes)))).reshape(sizes)
+  return types.SimpleNamespace(devices=devices, shape=dict(zip(AXES, sizes)))
+
+
+def test_processes_hold_the_rows_of_their_devices():
+  assert rows_of_processes(_mesh(2, 2, 1, 1), 8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  assert rows_of_processes(_mesh(2, 1, 1, 4), 4) == [[0, 1], [0, 1], [2, 3], [2, 3]], "context spans two processes"
+  assert rows_of_processes(Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES), 3) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (("here:1", 2, None), "--process_id must be given too"),
+    (("here:1", 2, 2), "--process_id=2 must lie in 0..1"),
+    (("here", 2, 0), "--coordinator=here must be host:port"),
+  ],
+)
+def test_wrong_flags_of_several_processes_are_explained(arguments, words):
+  with pytest.raises(InputError, match=words):
+    distributed.initialize(*arguments)
+
+
+@pytest.mark.parametrize(
+  ("environment", "expected"),
+  [
+    ({}, False),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "2"}, True),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}, False),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False),  # a shell inside an allocation
+  ],
+)
+def test_only_a_slurm_step_of_several_tasks_joins_others(environment, expected, monkeypatch):
+  for name in ("SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  joined = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: joined.append(settings))
+  monkeypatch.setattr(distributed, "_on_tpu", lambda: False)
+  distributed.initialize()
+  assert bool(joined) == expected
