@@ -64,8 +64,8 @@ def _with_drawn_masks(case):
       latents, keys, rotary, valid, deterministic = args
       args = latents, keys, rotary, valid & sees_input, deterministic
     elif isinstance(context.module, attention.SelfAttentionLayer):
-      latents, cached, rotary, valid, slot, _, deterministic = args
-      args = latents, cached, rotary, valid & sees_latent, slot, True, deterministic
+      latents, rotary, valid, _, deterministic = args
+      args = latents, rotary, valid & sees_latent, True, deterministic
     return next_function(*args, **kwargs)
 
   return nn.intercept_methods(replace)

@@ -208,6 +208,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
 
   class Full:
     def __call__(self, params, step, should_stop):
+      while not (tmp_path / "checkpoints" / "3").exists():  # it is written while training goes on
+        time.sleep(0.05)
       resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
 
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
