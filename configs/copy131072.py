@@ -28,5 +28,5 @@ def get_config():
     steps=25_000, batch_size=4096, microbatches=16, loss_reduction="sum", log_every=100, checkpoint_every=1000
   )
   config.train.optimizer.update(learning_rate=3e-4, warmup_steps=1000)
-  config.eval.update(batch_size=256, every=5000)
+  config.eval.update(batch_size=256, every=5000, num_samples=0)
   return config
