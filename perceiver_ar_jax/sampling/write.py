@@ -1,5 +1,6 @@
 """--mode=sample and --mode=score: samples as files that people open, and likelihoods of given data."""
 
+import glob
 import json
 import shutil
 import subprocess
@@ -147,8 +148,6 @@ def _grid(folder: epath.Path, samples: list[Sample]) -> set[str]:
 
 def _synthesise(midi: str, wav: str) -> bool:
   """Plays a MIDI file into a WAV file if a synthesiser is installed; whether it did."""
-  import glob
-
   fonts = [font for pattern in _SOUND_FONTS for font in sorted(glob.glob(pattern))]
   if shutil.which("fluidsynth") and fonts:
     command = ["fluidsynth", "-ni", "-F", wav, fonts[0], midi]
