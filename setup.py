@@ -29,6 +29,7 @@ setuptools.setup(
     # Two packages for the photographs in them (data/photos.py), which train without a download.
     "scikit-image>=0.24,<0.27",
     "scikit-learn>=1.5,<2",
+    "scipy>=1.13,<2",
     "sentencepiece>=0.2,<0.3",
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.19,<3",
@@ -41,9 +42,10 @@ setuptools.setup(
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
     "plan": ["libtpu>=0.0.42,<0.1"],
-    "benchmarks": ["matplotlib>=3.9,<4"],
+    "plots": ["matplotlib>=3.9,<4"],
     "music": ["mido>=1.3,<2"],
     "dev": [
+      "matplotlib>=3.9,<4",
       "mido>=1.3,<2",
       "pytest>=8,<10",
       "pytest-timeout>=2.3,<3",

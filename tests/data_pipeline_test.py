@@ -259,7 +259,9 @@ def test_hosts_share_an_evaluation_row_by_row(hosts, batch, data_dir):
     for row in range(batch)
   ]
   assert_equal_batches([{name: value[0] for name, value in one.items()} for one in alone], in_order[: len(alone)])
-  assert not any(value.any() for row in in_order[len(alone) :] for value in row.values()), "the filler is not empty"
+  filler = in_order[len(alone) :]
+  assert all(row.pop("document") == -1 for row in filler)
+  assert not any(value.any() for row in filler for value in row.values()), "the filler is not empty"
 
 
 def test_evaluation_is_the_same_each_time_and_can_be_cut_short():

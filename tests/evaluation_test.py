@@ -1,11 +1,13 @@
 """Evaluation against the reference's, and its independence of how windows are batched."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.evaluation import evaluate, figures
 from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import loop, state
@@ -25,8 +27,7 @@ def test_block_evaluation_matches_the_reference():
   """The reference's windows, moved to the right edge, with weights on the newest `block` targets of each."""
   case, config, params = _golden_model()
   num_latents, block = config.model.num_latents, int(case["eval_block/eval_block_size"])
-  step = jax.jit(evaluate.make_eval_step(config))
-  totals = {"nats": 0.0, "correct": 0.0, "tokens": 0.0}
+  step, totals = jax.jit(evaluate.make_eval_step(config)), figures.Totals()
   names = ("inputs", "input_idxs", "targets", "input_lengths")
   for inputs, positions, targets, lengths in zip(*(case[f"eval_block/{name}"] for name in names)):
     counts = (inputs > 0).sum(axis=1)
@@ -34,20 +35,91 @@ def test_block_evaluation_matches_the_reference():
     new = np.minimum(lengths.max(axis=1), block)
     weights = (np.arange(num_latents) >= num_latents - new[:, None]).astype(np.float32)
     targets = golden.right_align(targets, counts)[:, -num_latents:]
-    sums = step(
-      params,
-      {
-        "inputs": golden.right_align(inputs, counts),
-        "positions": golden.right_align(positions, counts),
-        "targets": targets,
-        "weights": weights * (targets > 0),
-      },
-    )
-    for name in totals:
-      totals[name] += float(sums[name])
-  assert totals["tokens"] == case["eval_block/eval_num_examples"]
-  np.testing.assert_allclose(totals["nats"], case["eval_block/eval_loss"], rtol=1e-5)
-  assert totals["correct"] == case["eval_block/eval_accuracy"]
+    totals.add(step(params, _rows(inputs, positions, targets, weights * (targets > 0), counts)))
+  _compare(totals, case, "eval_block")
+
+
+def test_incremental_evaluation_matches_the_reference():
+  """One target a window: the event after its last input."""
+  case, config, params = _golden_model()
+  events, positions = (case[name][0].reshape(4, *case[name].shape[3:]) for name in ("events", "event_idxs"))
+  counts = (events > 0).sum(axis=1) - 1
+  targets = np.zeros((4, config.model.num_latents), np.int32)
+  targets[:, -1] = events[np.arange(4), counts]
+  inputs = np.where(np.arange(48) < counts[:, None], events[:, :-1], 0)
+  weights = (targets > 0).astype(np.float32)
+  totals = figures.Totals()
+  totals.add(
+    jax.jit(evaluate.make_eval_step(config))(params, _rows(inputs, positions[:, :-1], targets, weights, counts))
+  )
+  _compare(totals, case, "eval_incremental")
+
+
+def _rows(inputs, positions, targets, weights, counts) -> dict:
+  """A batch of windows that the reference pads on the right."""
+  return {
+    "inputs": golden.right_align(inputs, counts),
+    "positions": golden.right_align(positions, counts),
+    "targets": targets,
+    "weights": weights,
+    "document": np.arange(len(counts), dtype=np.int32),
+    "end": counts.astype(np.int32) + 1,
+  }
+
+
+def _compare(totals: figures.Totals, case: golden.Case, name: str) -> None:
+  result, tokens = totals.figures("nats_per_token"), case[f"{name}/eval_num_examples"]
+  assert result["num_tokens"] == tokens
+  np.testing.assert_allclose(result["nats_per_token"] * tokens, case[f"{name}/eval_loss"], rtol=1e-5)
+  assert round(result["accuracy"] * tokens) == case[f"{name}/eval_accuracy"]
+
+
+def test_tokens_are_divided_by_place_in_the_document_and_by_context_seen():
+  config = tiny.config()
+  params = jax.tree.map(
+    lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.abstract_params(config, make_mesh(config.mesh))
+  )
+  batch = {
+    "inputs": np.where(np.arange(32) >= [[0], [22]], 5, 0).astype(np.int32),  # 32 and 10 inputs
+    "positions": np.ones((2, 32, 1), np.int32),
+    "targets": np.full((2, 4), 7, np.int32),
+    "weights": np.array([[1, 1, 1, 1], [0, 1, 1, 1]], np.float32),
+    "document": np.array([0, 1], np.int32),
+    "end": np.array([65, 18], np.int32),  # targets are events 61 to 64, and 15 to 17
+  }
+  totals = figures.Totals()
+  totals.add(jax.jit(evaluate.make_eval_step(config))(params, batch))
+  result, nats = totals.figures("nats_per_token"), pytest.approx(math.log(259))
+  assert result["by_position"] == [
+    {"from": 0, "to": 16, "num_tokens": 1, "nats_per_token": nats},
+    {"from": 16, "to": 32, "num_tokens": 2, "nats_per_token": nats},
+    {"from": 32, "to": 64, "num_tokens": 3, "nats_per_token": nats},
+    {"from": 64, "to": 128, "num_tokens": 1, "nats_per_token": nats},
+  ]
+  assert [(bucket["from"], bucket["num_tokens"]) for bucket in result["by_context"]] == [(0, 3), (16, 3), (32, 1)]
+
+
+def test_the_interval_treats_documents_as_what_was_drawn():
+  sums = {
+    "document": np.array([0, 1, 1, -1]),
+    "nats": np.array([2.0, 3.0, 1.0, 9.0]),
+    "right": np.array([1.0, 0, 0, 9]),
+    "tokens": np.array([1.0, 0.5, 0.5, 9]),
+    "histogram": np.array([0, 0, 0, 1.0, 1.0]),
+    **{f"{what}_by_{name}": np.ones((4, 25)) for what in ("nats", "tokens") for name in ("position", "context")},
+  }
+  totals = figures.Totals()
+  totals.add(sums)
+  result = totals.figures("bits_per_dim")
+  # Two documents of one token each cost 2 and 4: standard error 1, times the 97.5% point of Student's t for one
+  # degree of freedom, 12.706.
+  assert result["nats_per_token"] == 3 and result["num_documents"] == 2 and result["num_windows"] == 3
+  np.testing.assert_allclose(result["interval_95"]["nats_per_token"], [3 - 12.7062, 3 + 12.7062], rtol=1e-5)
+  np.testing.assert_allclose(result["interval_95"]["bits_per_dim"], np.array([-9.7062, 15.7062]) / np.log(2), rtol=1e-5)
+  assert result["accuracy"] == 0.5
+  alone = figures.Totals()
+  alone.add({name: value[:1] if name != "histogram" else value for name, value in sums.items()})
+  assert alone.figures("bits_per_dim")["interval_95"] is None
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +148,9 @@ def test_the_entropy_of_the_histogram_is_that_of_its_frequencies(trained):
   def one_batch(params, batch):
     histogram = np.zeros(259, np.float32)
     histogram[[3, 4, 5]] = [2, 1, 1]
-    return {"nats": np.float32(4.0), "correct": np.float32(1), "tokens": np.float32(4), "histogram": histogram}
+    rows = {"document": np.int32([0]), "nats": np.float32([4]), "right": np.float32([1]), "tokens": np.float32([4])}
+    names = [f"{what}_by_{name}" for what in ("nats", "tokens") for name in ("position", "context")]
+    return {**rows, "histogram": histogram, **{name: np.ones((1, 25)) for name in names}}
 
   evaluator._step = one_batch
   result = evaluator({}, 0)

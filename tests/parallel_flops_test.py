@@ -109,7 +109,9 @@ def test_a_step_costs_what_xla_counts(changes):
   key = jax.eval_shape(lambda: jax.random.key(0))
   compiled = jax.jit(step_lib.make_train_step(config, optimizer)).lower(state, batch, key).compile()
   assert flops.train_step(config).executed == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
-  scored = jax.jit(make_eval_step(config)).lower(params, _batch(config, config.eval.batch_size)).compile()
+  rows = config.eval.batch_size
+  places = {name: jax.ShapeDtypeStruct((rows,), jnp.int32) for name in ("document", "end")}
+  scored = jax.jit(make_eval_step(config)).lower(params, _batch(config, rows) | places).compile()
   assert flops.eval_step(config).useful == pytest.approx(scored.cost_analysis()["flops"], rel=0.05)
 
 

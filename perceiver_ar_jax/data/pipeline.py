@@ -302,8 +302,9 @@ def eval_batches(
   all hosts yield equally many batches, of one shape, and together the same rows however many they are. The end is
   filled up with rows of PAD and weight 0. Of its share this host makes only `rows`, if they are given.
 
-  Batches of text have two arrays more, int32[B]: `words` and `bytes` of the original text, each document's in its first
-  row and 0 in the others.
+  Batches have two arrays more than training's, int32[B]: `document`, the number of the row's document, -1 for rows of
+  PAD; and `end`, the number of events of it up to the row's last target. Batches of text have yet two: `words` and
+  `bytes` of the original text, each document's in its first row and 0 in the others.
 
   Raises:
     InputError: as TrainIterator; or a stride beyond the latents; or an endless split without `max_sequences`.
@@ -322,21 +323,24 @@ def eval_batches(
   rows = range(batch_size_per_host) if rows is None else rows
   rows_per_step = batch_size_per_host * host_count
 
-  def blocks() -> Iterator[tuple[Document, int, int, bool]]:
-    for _, document in documents(config, split, max_sequences) if chosen is None else chosen:
-      for number, (end, num_new) in enumerate(features.eval_blocks(len(document), stride)):
-        yield document, end, num_new, number == 0
+  def blocks() -> Iterator[tuple[int, Document, int, int, bool]]:
+    read = documents(config, split, max_sequences) if chosen is None else chosen
+    for number, (_, document) in enumerate(read):
+      for block, (end, num_new) in enumerate(features.eval_blocks(len(document), stride)):
+        yield number, document, end, num_new, block == 0
 
   first = host_index * batch_size_per_host
   for step in _batched(blocks(), rows_per_step):
     batch = features.empty_batch(
       len(rows), context=config.model.max_context, latents=num_latents, position_dims=task.position_dims
     )
-    batch |= {name: np.zeros(len(rows), np.int32) for name in counted}
+    batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *counted)}
+    batch["document"] = np.full(len(rows), -1, np.int32)
     for index, row in enumerate(rows):
       if first + row >= len(step):
         break
-      document, end, num_new, is_first = step[first + row]
+      number, document, end, num_new, is_first = step[first + row]
+      batch["document"][index], batch["end"][index] = number, end
       features.eval_window(features.row_of(batch, index), document, end, num_new)
       for name in counted if is_first else ():
         batch[name][index] = document.counts()[name]

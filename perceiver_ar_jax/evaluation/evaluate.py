@@ -4,14 +4,12 @@ This is how the paper measures likelihood: a smaller stride gives each token mor
 more windows. Windows come from data/pipeline.py; this room turns logits into figures.
 """
 
-import collections
 import json
 import math
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -21,9 +19,10 @@ from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
+from perceiver_ar_jax.evaluation import figures
 from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
-from perceiver_ar_jax.parallel import sharding
+from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, loss
 from perceiver_ar_jax.training import state as state_lib
@@ -31,31 +30,44 @@ from perceiver_ar_jax.training import workdir as workdir_lib
 
 
 def make_eval_step(config: Config):
-  """The pure function (params, batch) -> sums over the batch: `nats`, `correct`, `tokens`, `histogram` float32[V].
+  """The pure function (params, batch) -> sums of its rows, and over its rows; batches are pipeline.eval_batches's.
 
-  The histogram counts the scored targets by token id. Batches of text give `words` and `bytes` as well.
+  By row: `document` int32[B], and float32[B] `nats`, `right` and `tokens`. By row and bucket, float32[B, K] each:
+  `nats_by_position` and `tokens_by_position` of the targets by their place in the document, `nats_by_context` and
+  `tokens_by_context` by how many inputs each was predicted from. Over all rows: `histogram` float32[V], the
+  scored targets by token id, and `words` and `bytes` of texts.
   """
   model = PerceiverAR(config.model)
 
   def eval_step(params, batch):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]
+    num_latents = targets_BxM.shape[1]
     latents_BxMxD = model.apply(
-      {"params": params}, batch["inputs"], batch["positions"], num_latents=targets_BxM.shape[1], method="latents"
+      {"params": params}, batch["inputs"], batch["positions"], num_latents=num_latents, method="latents"
     )
-    sums = loss.summed(
+    scored = loss.score(
       lambda latents: model.apply({"params": params}, latents, method="logits"),
       latents_BxMxD,
       targets_BxM,
-      weights_BxM,
       chunk=config.model.logits_chunk,
     )
-    return {
-      "nats": sums["loss"],
-      "correct": sums["accuracy"],
-      "tokens": sums["num_tokens"],
+    nats_BxM = scored.cross_entropy * weights_BxM
+    before_last_1xM = jnp.arange(num_latents - 1, -1, -1)[None]
+    sums = {
+      "document": batch["document"],
+      "nats": nats_BxM.sum(axis=1),
+      "right": (scored.right * weights_BxM).sum(axis=1),
+      "tokens": weights_BxM.sum(axis=1),
       "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
       **{name: batch[name].sum() for name in ("words", "bytes") if name in batch},
     }
+    last_B = {"position": batch["end"] - 1, "context": (batch["inputs"] > 0).sum(axis=1)}
+    for name, of_last_B in last_B.items():
+      bucket_BxM = jnp.searchsorted(jnp.array(figures.EDGES), of_last_B[:, None] - before_last_1xM, side="right") - 1
+      inside_KxBxM = bucket_BxM[None] == jnp.arange(len(figures.EDGES))[:, None, None]
+      sums[f"nats_by_{name}"] = jnp.where(inside_KxBxM, nats_BxM[None], 0).sum(axis=2).T
+      sums[f"tokens_by_{name}"] = jnp.where(inside_KxBxM, weights_BxM[None], 0).sum(axis=2).T
+    return sums
 
   return eval_step
 
@@ -81,50 +93,37 @@ class Evaluator:
     `documents`: score these instead of a split.
 
     `histogram_entropy_bits` is what a model would pay that knows only how often each token occurs in the split.
+    `interval_95` holds the ends of each figure's 95% interval, documents being what is drawn at random; None for one
+    document. `by_position` and `by_context` divide the tokens by their place in the document (from 0), and by
+    how many inputs they were predicted from.
     """
-    config = self._config
-    totals = collections.defaultdict(float)
+    config, totals = self._config, figures.Totals()
     size = config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
     batches = pipeline.eval_batches(config, batch_size_per_host=size, rows=rows, chosen=documents)
     with jax.set_mesh(self._mesh):
-      pending = {}
+      pending = None
       for batch in batches:
         if should_stop():
           return None
         # Fetched one step late, so that the device works while the host reads the next batch.
         layout = sharding.batch_shardings(self._mesh, {name: (size, *x.shape[1:]) for name, x in batch.items()})
         sums, pending = pending, self._step(params, to_global(batch, rows, size, layout))
-        _add(totals, sums)
-      _add(totals, pending)
-    if not totals["tokens"]:
+        totals.add(sums)
+      totals.add(pending)
+    if not totals.num_tokens:
       raise InputError(f"The split {config.eval.split!r} of {config.data.task} holds no tokens to score.")
-    nats = float(totals["nats"] / totals["tokens"])
-    frequencies = totals["histogram"][totals["histogram"] > 0] / totals["tokens"]
     num_latents = config.eval.num_latents or config.model.num_latents
-    result = {
+    task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
+    return {
       "task": config.data.task,
       "split": config.eval.split,
       "step": step,
       "num_latents": num_latents,
       "stride": config.eval.stride or num_latents,
-      "num_tokens": int(totals["tokens"]),
-      "nats_per_token": nats,
-      "bits_per_token": nats / math.log(2),
-      "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
-      "accuracy": float(totals["correct"] / totals["tokens"]),
+      **totals.figures(task.unit),
+      "unit": task.unit,
     }
-    task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
-    if task.unit == "bits_per_dim":
-      result["bits_per_dim"] = result["bits_per_token"]  # a token is one sub-pixel
-    if totals["words"] and totals["bytes"]:  # of the text itself, so that figures of all vocabularies compare
-      result |= {
-        "num_words": int(totals["words"]),
-        "num_bytes": int(totals["bytes"]),
-        "word_perplexity": math.exp(min(totals["nats"] / totals["words"], 700.0)),
-        "bits_per_byte": float(totals["nats"] / math.log(2) / totals["bytes"]),
-      }
-    return result | {"unit": task.unit}
 
   @staticmethod
   def describe(result: dict) -> str:
@@ -138,16 +137,31 @@ class Evaluator:
       "nats_per_token": lambda value: f"{value:.3f} nats/token",
       "accuracy": lambda value: bits,
     }[result["unit"]](result[result["unit"]])
+    interval = ""
+    if result["interval_95"]:
+      low, high = result["interval_95"][result["unit"]]
+      interval = f", 95% interval over {result['num_documents']:,} documents {low:.4g} to {high:.4g}"
     return (
-      f"{result['split']} at step {result['step']}: {own}"
+      f"{result['split']} at step {result['step']}: {own}{interval}"
       f" (entropy of its token histogram: {entropy:.3f} {'nats' if nats else 'bits'}),"
       f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens"
     )
 
+  @staticmethod
+  def write(result: dict, workdir: epath.Path) -> None:
+    """Writes eval-<split>-<step>.json; process 0 does.
 
-def _add(totals: dict, sums: dict) -> None:
-  for name, value in sums.items():
-    totals[name] += np.asarray(value, np.float64)
+    Raises:
+      InputError: it cannot be written.
+    """
+    if jax.process_index():
+      return
+    path = workdir / f"eval-{result['split']}-{result['step']}.json"
+    try:
+      path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+      raise InputError(f"The evaluation could not be written to {path}: {error.strerror or error}.") from error
+    print(f"Written to {path}", flush=True)
 
 
 def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
@@ -177,12 +191,6 @@ def evaluate(config: Config, workdir: epath.PathLike) -> dict:
   mesh, step, params = restore(config, workdir)
   evaluator = Evaluator(config, mesh)
   result = evaluator(params, step)
-  if jax.process_index() == 0:
-    path = workdir / f"eval-{result['split']}-{result['step']}.json"
-    print(evaluator.describe(result), flush=True)
-    try:
-      path.write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-      raise InputError(f"The figures above could not be written to {path}: {error.strerror or error}.") from error
-    print(f"Written to {path}", flush=True)
+  distributed.say(evaluator.describe(result))
+  evaluator.write(result, workdir)
   return result

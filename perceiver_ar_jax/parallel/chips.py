@@ -119,6 +119,22 @@ CHIPS |= {
   ),
 }
 
+# What JAX calls the devices: beginnings of Device.device_kind, the longer ones first.
+_DEVICE_KINDS = {
+  "TPU v6 lite": "v6e",
+  "TPU v5 lite": "v5e",
+  "TPU v5": "v5p",
+  "TPU v4": "v4",
+  "NVIDIA H100": "h100",
+  "NVIDIA A100": "a100",
+}
+
+
+def of_device(device_kind: str) -> Chip | None:
+  """The chip that a jax.Device of this kind is; None where its figures are not known, as of CPUs."""
+  return next((CHIPS[name] for start, name in _DEVICE_KINDS.items() if device_kind.startswith(start)), None)
+
+
 # The shape of a slice of so many chips where its name does not say it, as Cloud TPU makes it.
 _SHAPES = {
   2: {

@@ -24,7 +24,7 @@ from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.models.attention_kernels import check_platform
-from perceiver_ar_jax.parallel import distributed, sharding
+from perceiver_ar_jax.parallel import chips, distributed, flops, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, metrics_log
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -46,6 +46,8 @@ class Evaluator(Protocol):
   def __call__(self, params, step: int, should_stop: Callable[[], bool]) -> dict | None: ...
 
   def describe(self, result: dict) -> str: ...
+
+  def write(self, result: dict, workdir: epath.Path) -> None: ...
 
 
 Exhibit = Callable[[dict, Callable[[], bool]], Sequence[str | np.ndarray]]
@@ -105,6 +107,7 @@ def train(
     distributed.say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
     return 128 + signals.agreed
   result = result or evaluator(state.params, int(state.step), lambda: False)
+  evaluator.write(result, workdir)
   distributed.say(
     f"Done. {evaluator.describe(result)}\nCurves: tensorboard --logdir={workdir}   Figures: {workdir}/metrics.jsonl  "
     " Score again: the same command with --mode=eval"
@@ -128,6 +131,8 @@ class _Run:
     self._profile = _Profile(config.train.profile_at, workdir / "profile")
     self._key = jax.random.fold_in(jax.random.key(config.seed), 1)  # weights are drawn from the key itself
     self._skipped = self._skipped_in_a_row = 0
+    self._step_flops = flops.train_step(config).useful
+    self._chip = chips.of_device(mesh.devices.flat[0].device_kind)
 
   def __call__(self, state: state_lib.TrainState, data: HostBatches):
     """(the last state, the evaluation at the last step or None), after the last step or a signal."""
@@ -190,8 +195,16 @@ class _Run:
     self._log.progress(values["loss"], tokens_per_second)
     if step % self._config.train.log_every == 0:
       rate = float(self._schedule(step - 1))
-      figures = {"seconds": seconds, **host_seconds, **values}
+      figures = {"seconds": seconds, **host_seconds, **values, **self._utilization(seconds)}
       self._log.write(step, {**figures, "learning_rate": rate, "tokens_per_second": tokens_per_second})
+
+  def _utilization(self, seconds: float) -> dict[str, float]:
+    """FLOP/s of all devices at a step of this duration, and their share of the peak where that is known."""
+    flops_per_second = self._step_flops / seconds
+    result = {"model_flops_per_second": flops_per_second}
+    if self._chip:
+      result["model_flops_utilization"] = flops_per_second / (self._mesh.size * self._chip.peak_flops)
+    return result
 
   def _evaluate(self, params, step: int) -> dict | None:
     """The evaluation's figures, shown and logged, with some samples; None if a signal came meanwhile."""

@@ -34,45 +34,57 @@ def token_losses(logits_BxMxV, targets_BxM, *, z_loss: float, label_smoothing: f
   return TokenLosses(cross_entropy_BxM, z_loss * jnp.square(log_z_BxM))
 
 
-def summed(
+class Scored(NamedTuple):
+  """Per target, unweighted: float32[B, M] each."""
+
+  cross_entropy: jax.Array
+  z_loss: jax.Array
+  right: jax.Array
+  """1 where the likeliest token is the target."""
+
+
+def score(
   logits_fn: Callable[[jax.Array], jax.Array],
   latents_BxMxD,
   targets_BxM,
-  weights_BxM,
   *,
   z_loss: float = 0.0,
   label_smoothing: float = 0.0,
   chunk: int | None = None,
-) -> dict[str, jax.Array]:
-  """Weighted sums over all tokens: `loss` and `z_loss` in nats, `accuracy` (right guesses), `num_tokens` scored.
+) -> Scored:
+  """What each target costs, and whether it was guessed.
 
   Args:
     logits_fn: from latents [B, C, D] to logits [B, C, V].
     chunk: latents whose logits exist at a time, forward and backward; None: all. Any number does.
   """
 
-  def of(latents_BxCxD, targets_BxC, weights_BxC):
+  def of(latents_BxCxD, targets_BxC):
     logits_BxCxV = logits_fn(latents_BxCxD)
-    parts = token_losses(logits_BxCxV, targets_BxC, z_loss=z_loss, label_smoothing=label_smoothing)
-    right_BxC = logits_BxCxV.argmax(axis=-1) == targets_BxC
-    return {
-      "loss": (parts.cross_entropy * weights_BxC).sum(),
-      "z_loss": (parts.z_loss * weights_BxC).sum(),
-      "accuracy": (right_BxC * weights_BxC).sum(),
-      "num_tokens": weights_BxC.sum(),
-    }
+    losses = token_losses(logits_BxCxV, targets_BxC, z_loss=z_loss, label_smoothing=label_smoothing)
+    return Scored(*losses, (logits_BxCxV.argmax(axis=-1) == targets_BxC).astype(jnp.float32))
 
   num_latents = targets_BxM.shape[1]
   if chunk is None or chunk >= num_latents:
-    return of(latents_BxMxD, targets_BxM, weights_BxM)
+    return of(latents_BxMxD, targets_BxM)
 
   def split(x_BxM):
-    """[chunks, B, chunk, ...], filled up with zeros: weight 0 does not count."""
+    """[chunks, B, chunk, ...], filled up with zeros."""
     filled = jnp.pad(x_BxM, ((0, 0), (0, -num_latents % chunk)) + ((0, 0),) * (x_BxM.ndim - 2))
     return filled.reshape(x_BxM.shape[0], -1, chunk, *x_BxM.shape[2:]).swapaxes(0, 1)
 
-  def add(total, part):
-    return jax.tree.map(jnp.add, total, jax.checkpoint(of)(*part)), None
+  def join(x_NxBxC):
+    return x_NxBxC.swapaxes(0, 1).reshape(targets_BxM.shape[0], -1)[:, :num_latents]
 
-  zeros = {name: jnp.zeros(()) for name in ("loss", "z_loss", "accuracy", "num_tokens")}
-  return jax.lax.scan(add, zeros, tuple(map(split, (latents_BxMxD, targets_BxM, weights_BxM))))[0]
+  scored = jax.lax.map(lambda part: jax.checkpoint(of)(*part), (split(latents_BxMxD), split(targets_BxM)))
+  return jax.tree.map(join, scored)
+
+
+def summed(scored: Scored, weights_BxM) -> dict[str, jax.Array]:
+  """Weighted sums over all tokens: `loss` and `z_loss` in nats, `accuracy` (right guesses), `num_tokens` scored."""
+  return {
+    "loss": (scored.cross_entropy * weights_BxM).sum(),
+    "z_loss": (scored.z_loss * weights_BxM).sum(),
+    "accuracy": (scored.right * weights_BxM).sum(),
+    "num_tokens": weights_BxM.sum(),
+  }

@@ -40,15 +40,15 @@ def make_train_step(
       rngs=None if deterministic else {"dropout": key},
       method="latents",
     )
-    sums = loss_lib.summed(
+    scored = loss_lib.score(
       lambda latents: model.apply({"params": params}, latents, method="logits"),
       latents_BxMxD,
       batch["targets"],
-      batch["weights"],
       z_loss=config.train.z_loss,
       label_smoothing=config.train.label_smoothing,
       chunk=config.model.logits_chunk,
     )
+    sums = loss_lib.summed(scored, batch["weights"])
     return sums["loss"] + sums["z_loss"], sums
 
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
