@@ -21,8 +21,8 @@ from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
+from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.models.attention_kernels import check_platform
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, loss
@@ -35,7 +35,7 @@ def make_eval_step(config: Config):
 
   The histogram counts the scored targets by token id. Batches of text give `words` and `bytes` as well.
   """
-  model = PerceiverAR(config.model)
+  model = make_model(config.model)
 
   def eval_step(params, batch):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]
