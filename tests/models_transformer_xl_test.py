@@ -33,6 +33,7 @@ CONFIG = ModelConfig(
 )
 
 
+@functools.cache
 def _params(config, seed=0):
   """Weights in which every path carries signal: none of them is zero, as biases, u and v are at first."""
   tokens = np.ones((1, config.max_context), np.int32)
@@ -42,9 +43,13 @@ def _params(config, seed=0):
   return jax.tree.unflatten(tree, [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)])
 
 
+@functools.cache
+def _apply(config):
+  return jax.jit(make_model(config).apply, static_argnames="num_latents")
+
+
 def _logits(config, params, tokens, **kwargs):
-  apply = jax.jit(make_model(config).apply, static_argnames="num_latents")
-  return np.asarray(apply({"params": params}, tokens, **kwargs))
+  return np.asarray(_apply(config)({"params": params}, tokens, **kwargs))
 
 
 def _tokens(shape=(2, 12)):
@@ -98,7 +103,7 @@ def _written_out(config, params, tokens_L, segment_ends):
 
 @pytest.mark.parametrize(
   ("segment", "memory", "ends"),
-  [(3, 4, (3, 6, 9)), (5, 5, (2, 7)), (4, 1, (4, 8)), (4, 0, (4, 8))],
+  [(3, 4, (3, 6, 9)), (5, 5, (2, 7)), (4, 0, (4, 8))],
   ids=lambda value: str(value),
 )
 def test_it_is_the_equations_of_the_paper(segment, memory, ends):
@@ -119,7 +124,7 @@ def test_scores_by_distance_move_to_their_slots():
   np.testing.assert_array_equal(shifted[1], [30, 31, 32])
 
 
-@pytest.mark.parametrize(("num_latents", "layers"), [(12, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("num_latents", "layers"), [(12, 2), (2, 1)])
 def test_a_token_sees_back_by_the_memory_of_each_layer_and_not_ahead(num_latents, layers):
   """Segments of 3 from the end, memory 3: queries of the last one reach the segment before by each layer."""
   config = dataclasses.replace(CONFIG, num_layers=layers, memory=3)
@@ -148,7 +153,7 @@ def test_fewer_latents_are_the_last_ones():
     make_model(config).apply({"params": params}, tokens, num_latents=41)
 
 
-@pytest.mark.parametrize("segment", [1, 4, 5])
+@pytest.mark.parametrize("segment", [1, 5])
 def test_with_one_layer_and_memory_for_all_the_cuts_do_not_matter(segment):
   config = dataclasses.replace(CONFIG, num_layers=1, segment=12, memory=0)
   params, tokens = _params(config), _tokens()
@@ -178,8 +183,7 @@ def test_memory_passes_no_gradients():
   np.testing.assert_array_equal(gradients > 0, np.isin(np.arange(20), tokens[:, -3:]))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_gradient(remat):
+def test_rematerialisation_changes_no_gradient():
   params, tokens = _params(CONFIG), _tokens()
 
   def gradients(config):
@@ -187,12 +191,11 @@ def test_rematerialisation_changes_no_gradient(remat):
     apply = functools.partial(make_model(config).apply, deterministic=False, rngs=rngs)
     return jax.jit(jax.grad(lambda params: jnp.square(apply({"params": params}, tokens)).mean()))(params)
 
-  plain = dataclasses.replace(CONFIG, dropout=0.5, remat="none")
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    gradients(plain),
-    gradients(dataclasses.replace(plain, remat=remat)),
+  plain, *others = (
+    gradients(dataclasses.replace(CONFIG, dropout=0.5, remat=remat)) for remat in ("none", "dots", "full")
   )
+  for other in others:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other)
 
 
 def test_the_train_step_teaches_it_to_look_back_through_its_memory():

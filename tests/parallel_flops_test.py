@@ -120,8 +120,8 @@ def test_walks_from_where_the_kernels_do():
     {"remat": "none"},
     {"remat": "full"},
     {"remat": "dots", "cross_attend_after": (0,), "embed_width": 192, "cross_attend_width": 64},
-    # One segment alone: no loop either.
-    *({**XL_SHAPE, "segment": 192, "memory": 96, "num_latents": 192, "remat": how} for how in ("none", "full", "dots")),
+    # One segment alone: no loop either. With dots, XLA finds without a loop what it has and does not compute it again.
+    *({**XL_SHAPE, "segment": 192, "memory": 96, "num_latents": 192, "remat": how} for how in ("none", "full")),
   ],
   ids=lambda value: f"{value.get('architecture', 'perceiver_ar')}-{value['remat']}",
 )

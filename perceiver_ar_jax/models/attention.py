@@ -74,7 +74,7 @@ class KeysValues(nn.Module):
 
     def heads(name):
       projected = dense(self.config, self.width, name, ("width", "heads"))(inputs_BxLxE)
-      return projected.reshape(*inputs_BxLxE.shape[:2], self.num_heads, -1)
+      return projected.reshape(*inputs_BxLxE.shape[:2], self.num_heads, self.width // self.num_heads)
 
     return heads("key"), heads("value")
 
