@@ -36,10 +36,11 @@ def _choice(field: str, value: str, known: tuple[str, ...]) -> None:
   _require(value in known, f"{field}={value!r} is unknown. {nearest(value, known)}")
 
 
+ARCHITECTURES = ("perceiver_ar", "transformer_xl")
 ACTIVATIONS = ("squared_relu", "gelu")
 ATTENTION_KERNELS = ("auto", "reference", "chunked", "streamed", "cudnn", "splash")
 DTYPES = ("float32", "bfloat16")
-POSITION_ENCODINGS = ("sinusoidal", "fourier", "learned", "rotary")
+POSITION_ENCODINGS = ("sinusoidal", "fourier", "learned", "rotary", "relative")
 REMAT_POLICIES = ("none", "dots", "full")
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "sgd", "sm3")
 SCHEDULES = ("constant", "cosine", "steps", "t5")
@@ -52,8 +53,11 @@ IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """The architecture (paper, section 3 and appendix)."""
+  """The architecture (paper, section 3 and appendix), or a baseline to compare it with."""
 
+  architecture: str = "perceiver_ar"
+  """perceiver_ar or transformer_xl. What tells of the cross-attend or of latents in self-attention is no setting of
+  transformer_xl, whose latents are the last outputs."""
   vocab_size: int
   """Number of token ids, PAD 0, EOS 1 and SOS 2 included (259 for bytes and colour values)."""
   max_context: int
@@ -77,15 +81,20 @@ class ModelConfig:
   activation: str = "squared_relu"
   """MLP non-linearity: squared_relu or gelu (tanh form)."""
   position_encoding: str
-  """sinusoidal, fourier or learned tables added to the embedding, or rotary inside attention."""
+  """sinusoidal, fourier or learned tables added to the embedding, or rotary inside attention; transformer_xl: relative,
+  distances inside attention, whatever positions the task has."""
   position_sizes: tuple[int, ...] = ()
-  """Rows of the table of each position dimension: its largest position + 1. Empty for rotary."""
+  """Rows of the table of each position dimension: its largest position + 1. Empty for rotary and relative."""
   positions_from_data: bool = True
   """False: count positions back from the last token instead of taking the task's own."""
   rotary_fraction: float = 0.5
   """Rotary: the leading part of each head that is rotated."""
   rotary_max_wavelength: int | None = None
   """Rotary: longest wavelength in positions; None: `max_context`."""
+  segment: int | None = None
+  """transformer_xl: tokens that attend to each other at a time; the context is cut into such runs, from its end."""
+  memory: int | None = None
+  """transformer_xl: how many tokens before a segment each layer remembers the states of; None: as many as a segment."""
   cross_attend_after: tuple[int, ...] = ()
   """Layers after which the inputs are attended to once more, each time with own weights."""
   dropout: float = 0.0
@@ -141,6 +150,7 @@ class ModelConfig:
       self.position_encoding != "fourier" or self.input_width % 2 == 0,
       f"Fourier positions need an even embedding width, not {self.input_width}: change model.embed_width.",
     )
+    _choice("model.architecture", self.architecture, ARCHITECTURES)
     _choice("model.activation", self.activation, ACTIVATIONS)
     _choice("model.position_encoding", self.position_encoding, POSITION_ENCODINGS)
     _choice("model.attention", self.attention, ATTENTION_KERNELS)
@@ -157,6 +167,20 @@ class ModelConfig:
       all(0 <= layer < self.num_layers for layer in self.cross_attend_after),
       f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}.",
     )
+    if self.architecture == "transformer_xl":
+      self._check_transformer_xl()
+      return
+    _require(
+      self.position_encoding != "relative",
+      "model.position_encoding=relative is transformer_xl's alone: take sinusoidal, fourier, learned or rotary, or set"
+      " --config.model.architecture=transformer_xl.",
+    )
+    for name in ("segment", "memory"):
+      _require(
+        getattr(self, name) is None,
+        f"model.{name}={getattr(self, name)} is a setting of transformer_xl: leave it out, or set"
+        " --config.model.architecture=transformer_xl.",
+      )
     if self.position_encoding != "rotary" and not self.positions_from_data:
       _require(
         len(self.position_sizes) == 1 and self.position_sizes[0] >= self.max_context,
@@ -169,6 +193,43 @@ class ModelConfig:
         f"model.position_sizes is empty, but {self.position_encoding} positions need a table: give one size (largest"
         f" position + 1) for each position dimension, such as ({self.max_context + 1},).",
       )
+
+  def _check_transformer_xl(self) -> None:
+    _require(
+      self.position_encoding == "relative",
+      f"model.position_encoding={self.position_encoding} cannot go with transformer_xl, where a state has another"
+      " position in each segment that looks back at it: set --config.model.position_encoding=relative.",
+    )
+    _require(
+      self.segment is not None and self.segment >= 1,
+      f"model.segment={self.segment} must be at least 1 for transformer_xl: set how many tokens attend to each other"
+      " at a time, such as --config.model.segment=256.",
+    )
+    _require(self.memory is None or self.memory >= 0, f"model.memory={self.memory} must not be negative.")
+    _require(self.num_layers >= 1, f"model.num_layers={self.num_layers} must be at least 1 for transformer_xl.")
+    for name in ("cross_attend_after", "latent_dropout", "cross_attend_dropout"):
+      _require(
+        not getattr(self, name),
+        f"model.{name}={getattr(self, name)} has no meaning for transformer_xl: set it to {getattr(type(self), name)}.",
+      )
+    _require(
+      self.attention in ("auto", "reference"),
+      f"model.attention={self.attention} is no way of transformer_xl, whose scores depend on distances: take auto.",
+    )
+
+  @property
+  def remembered(self) -> int:
+    """transformer_xl: states that each layer keeps of what is before a segment."""
+    return self.segment if self.memory is None else self.memory
+
+  def segments(self, length: int, num_latents: int) -> tuple[int, int]:
+    """transformer_xl: segments (run for the states that they leave alone, that hold latents) of a row of `length`.
+
+    Each layer looks back by the memory once, so that segments further back than all of them reach are left out.
+    """
+    whole, predicting = -(-length // self.segment), -(-num_latents // self.segment)
+    reached = self.num_layers * -(-self.remembered // self.segment)
+    return min(whole - predicting, reached), predicting
 
   @property
   def input_width(self) -> int:
@@ -477,6 +538,11 @@ class Config:
       self.train.batch_size % self.data.shards == 0,
       f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each of the parts of"
       " the data gives equally many rows of a batch, so choose a divisor.",
+    )
+    _require(
+      self.model.architecture != "transformer_xl" or self.mesh.context == 1,
+      f"mesh.context={self.mesh.context} splits the cross-attend's inputs, and transformer_xl has no cross-attend: set"
+      " --config.mesh.context=1, and spread rows over data or fsdp.",
     )
     kept = self.sample.kept_latents
     _require(

@@ -15,6 +15,9 @@ from perceiver_ar_jax.data import tasks
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
+XL = {"model.architecture": "transformer_xl", "model.position_encoding": "relative", "model.segment": 8}
+
+
 def _config(name):
   return importlib.import_module(f"configs.{name}").get_config()
 
@@ -51,6 +54,15 @@ def test_the_imagenet_model_has_the_papers_size():
     ({"model.attention": "cudnn"}, "set model.dtype=bfloat16"),
     ({"model.attention_chunk": 0}, "model.attention_chunk=0 must be at least 1"),
     ({"model.cross_attend_width": 6}, "model.cross_attend_width=6 is not divisible by model.num_cross_heads=4"),
+    ({"model.architecture": "transformerxl"}, "Did you mean 'transformer_xl'"),
+    ({"model.segment": 8}, "model.segment=8 is a setting of transformer_xl"),
+    ({"model.position_encoding": "relative"}, "is transformer_xl's alone"),
+    ({"model.architecture": "transformer_xl"}, "set --config.model.position_encoding=relative"),
+    (XL | {"model.segment": None}, "model.segment=None must be at least 1 for transformer_xl"),
+    (XL | {"model.memory": -1}, "model.memory=-1 must not be negative"),
+    (XL | {"model.latent_dropout": 0.1}, "model.latent_dropout=0.1 has no meaning for transformer_xl: set it to 0.0"),
+    (XL | {"model.attention": "streamed"}, "model.attention=streamed is no way of transformer_xl"),
+    (XL | {"mesh.context": 2}, "mesh.context=2 splits the cross-attend's inputs"),
     ({"model.cross_attend_after": (1,)}, "names a layer outside 0..0"),
     ({"train.batch_size": 0}, "train.batch_size=0 must be at least 1"),
     ({"train.microbatches": 3}, "train.batch_size=64 is not divisible by train.microbatches=3"),

@@ -439,7 +439,7 @@ def _check_vocabulary(task: Task, config: Config) -> None:
 
 def _check_position_dims(task: Task, config: Config) -> None:
   """Raises InputError if the model's positions have other dimensions than the task's."""
-  if not config.model.positions_from_data:
+  if not config.model.positions_from_data or config.model.position_encoding == "relative":
     return
   if config.model.position_encoding == "rotary":
     if task.position_dims != 1:
@@ -456,7 +456,7 @@ def _check_position_dims(task: Task, config: Config) -> None:
 
 
 def _check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
-  if not config.model.positions_from_data or config.model.position_encoding == "rotary":
+  if not config.model.positions_from_data or config.model.position_encoding in ("rotary", "relative"):
     return
   # One dimension at a time: over all at once, NumPy takes ten times as long.
   largest = [int(positions_BxLxP[..., dimension].max()) for dimension in range(positions_BxLxP.shape[-1])]

@@ -20,8 +20,8 @@ from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.evaluation import figures
+from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.models.attention_kernels import check_platform
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, loss
@@ -37,7 +37,7 @@ def make_eval_step(config: Config):
   `tokens_by_context` by how many inputs each was predicted from. Over all rows: `histogram` float32[V], the
   scored targets by token id, and `words` and `bytes` of texts.
   """
-  model = PerceiverAR(config.model)
+  model = make_model(config.model)
 
   def eval_step(params, batch):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]

@@ -41,6 +41,10 @@ def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.
   Raises:
     InputError: the weights are not those of `config.model`, or the workdir is in use.
   """
+  if config.model.architecture != "perceiver_ar":
+    raise InputError(
+      f"Official checkpoints are Perceiver AR's, not of model.architecture={config.model.architecture}: leave it out."
+    )
   workdir, mesh = epath.Path(workdir), make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)

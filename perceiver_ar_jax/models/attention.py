@@ -52,7 +52,7 @@ def layer_norm(name: str | None) -> nn.LayerNorm:
   )
 
 
-def _dropout(module: nn.Module, rate: float, x):
+def drop(module: nn.Module, rate: float, x):
   """`x` with a share `rate` of its elements 0 and the others scaled up."""
   if not rate:
     return x
@@ -74,7 +74,7 @@ class KeysValues(nn.Module):
 
     def heads(name):
       projected = dense(self.config, self.width, name, ("width", "heads"))(inputs_BxLxE)
-      return projected.reshape(*inputs_BxLxE.shape[:2], self.num_heads, -1)
+      return projected.reshape(*inputs_BxLxE.shape[:2], self.num_heads, self.width // self.num_heads)
 
     return heads("key"), heads("value")
 
@@ -164,7 +164,7 @@ class CrossAttend(nn.Module):
     deterministic: bool = True,
   ):
     """`keys` of all inputs, from the method; the latents' rotary positions or None; the inputs to see."""
-    dropout = functools.partial(_dropout, self, 0.0 if deterministic else self.config.dropout)
+    dropout = functools.partial(drop, self, 0.0 if deterministic else self.config.dropout)
     attended_BxMxD = self.attention(self.norm_query(latents_BxMxD), keys, rotary_BxM, valid_BxL)
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
     hidden_BxMxD = self.mlp(self.norm_mlp(latents_BxMxD))
@@ -242,7 +242,7 @@ class SelfAttentionLayer(nn.Module):
       slot: int32[], the new latent's place in `cached`.
     """
     config = self.config
-    dropout = functools.partial(_dropout, self, 0.0 if deterministic else config.dropout)
+    dropout = functools.partial(drop, self, 0.0 if deterministic else config.dropout)
     normed_BxMxD = layer_norm("norm_attention")(latents_BxMxD)
     heads, width = config.num_self_heads, config.latent_width
     k_BxMxHxK, v_BxMxHxK = KeysValues(config, heads, width, name="keys_values")(normed_BxMxD)

@@ -43,14 +43,7 @@ class PerceiverAR(nn.Module):
     self.cross_attend = [attention.CrossAttend(config) for _ in lengths]
     self.layers = [_scan_layers(config, length) if length else None for length in lengths]
     self.final_norm = attention.layer_norm(None)
-    self.to_logits = attention.dense(
-      config,
-      config.vocab_size,
-      None,
-      ("width", "vocab"),
-      init=nn.initializers.zeros_init(),
-      dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-    )
+    self.to_logits = logits_dense(config)
 
   def __call__(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
     """Returns float32 logits_BxMxV for the token after each of the last M slots.
@@ -127,6 +120,18 @@ class PerceiverAR(nn.Module):
     return self.to_logits(latents_BxMxD).astype(jnp.float32)
 
 
+def logits_dense(config: ModelConfig) -> nn.Dense:
+  """The last layer: float32 logits of each token id; they begin at zero."""
+  return attention.dense(
+    config,
+    config.vocab_size,
+    None,
+    ("width", "vocab"),
+    init=nn.initializers.zeros_init(),
+    dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+  )
+
+
 class Embed(nn.Module):
   """x_BxLxE in the compute dtype: token embedding plus one absolute encoding per position dimension, or none."""
 
@@ -138,7 +143,7 @@ class Embed(nn.Module):
     width, dtype, encoding = config.input_width, jnp.dtype(config.dtype), config.position_encoding
     table_VxE = self.param("tokens", _table_init, (config.vocab_size, width), jnp.float32)
     x_BxLxE = table_VxE[tokens_BxL].astype(dtype)  # cast last: the gradients of a row add up in float32
-    if encoding == "rotary":
+    if encoding in ("rotary", "relative"):
       return x_BxLxE
     if positions_BxLxP.shape[-1] != len(config.position_sizes):
       raise ValueError(

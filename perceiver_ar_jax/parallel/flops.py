@@ -2,12 +2,14 @@
 
 XLA's own count takes the body of a loop once, and layers and the walk over the context are loops. What is not a matrix
 product (norms, softmax, dropout, the optimizer) is left out; for models of use it is a few per cent. Shape letters:
-models/perceiver_ar.py, and C for the width of the cross-attend.
+models/perceiver_ar.py, and C for the width of the cross-attend. Transformer-XL stands at the end.
 """
 
 import dataclasses
 
-from perceiver_ar_jax.config import Config, ModelConfig
+from ml_collections import config_dict
+
+from perceiver_ar_jax.config import Config, ModelConfig, resolve
 
 _WALKS_FROM = 2**15  # scores of one head from which models/attention_kernels.py's `auto` walks; a test compares
 
@@ -26,17 +28,29 @@ def train_step(config: Config) -> Flops:
   """One update: forward, backward, all microbatches."""
   model, microbatches = config.model, config.train.microbatches
   rows = config.train.batch_size // microbatches
+  if model.architecture == "transformer_xl":
+    return _transformer_xl_step(model, rows, microbatches)
   length = model.num_latents + round((1 - model.cross_attend_dropout) * (model.max_context - model.num_latents))
   parts = _forward(model, rows, length, model.num_latents)
   forward = sum(parts.values())
   return Flops(microbatches * 3 * forward, microbatches * (3 * forward + _again(model, parts, length)))
 
 
+def spend(config: config_dict.ConfigDict, total: float) -> None:
+  """Sets `train.steps` to as many updates as `total` useful FLOPs pay for, but at least one."""
+  config.train.steps = max(int(total / train_step(resolve(config)).useful), 1)
+
+
 def eval_step(config: Config) -> Flops:
   """One batch of windows scored."""
-  model = config.model
-  forward = _forward(model, config.eval.batch_size, model.max_context, config.eval.num_latents or model.num_latents)
-  return Flops(sum(forward.values()), sum(forward.values()))
+  model, latents = config.model, config.eval.num_latents or config.model.num_latents
+  if model.architecture == "transformer_xl":
+    leading, predicting = model.segments(model.max_context, latents)
+    parts = _segment(model, config.eval.batch_size)
+    forward = (leading + predicting) * sum(parts.values()) + _logits(model, config.eval.batch_size, latents)
+  else:
+    forward = sum(_forward(model, config.eval.batch_size, model.max_context, latents).values())
+  return Flops(forward, forward)
 
 
 def _forward(model: ModelConfig, rows: int, length: int, latents: int) -> dict[str, int]:
@@ -59,10 +73,14 @@ def _forward(model: ModelConfig, rows: int, length: int, latents: int) -> dict[s
     "layer_values": n * 2 * latents * d,
     "layer_up": n * 2 * d * f,
     "layer_down": n * 2 * f * d,
-    "logits": 2 * d * model.vocab_size,
   }
   parts = {name: rows * latents * value for name, value in per_latent.items()}
+  parts["logits"] = _logits(model, rows, latents)
   return parts | {"cross_keys_values": crosses * projected * 2 * 2 * e * c}
+
+
+def _logits(model: ModelConfig, rows: int, latents: int) -> int:
+  return rows * latents * 2 * model.latent_width * model.vocab_size
 
 
 def _again(model: ModelConfig, parts: dict[str, int], length: int) -> int:
@@ -94,7 +112,10 @@ def num_params(model: ModelConfig) -> int:
   cross = norm * (d + e) + 2 * _dense(e, c) + _dense(d, c) + _dense(c, d) + mlp
   layer = norm * d + 4 * _dense(d, d) + mlp
   tables = v * e + (sum(model.position_sizes) * e if model.position_encoding == "learned" else 0)
-  blocks = num_cross_attends(model) * cross + model.num_layers * layer
+  if model.architecture == "transformer_xl":
+    blocks = model.num_layers * (layer + d * d + 2 * d)  # projection of distances, u and v
+  else:
+    blocks = num_cross_attends(model) * cross + model.num_layers * layer
   return tables + _dense(e, d) + blocks + norm * d + _dense(d, v)
 
 
@@ -111,3 +132,42 @@ def walks(model: ModelConfig, queries: int, keys: int) -> bool:
   """Whether attention of these many queries and keys walks over runs of keys and makes its scores anew backward."""
   large = queries * keys >= _WALKS_FROM
   return model.attention in ("streamed", "chunked", "cudnn", "splash") or (model.attention == "auto" and large)
+
+
+# Transformer-XL: the same products for each segment, whatever it holds.
+
+
+def _transformer_xl_step(model: ModelConfig, rows: int, microbatches: int) -> Flops:
+  """One update. Leading segments have no backward pass; nor have states of the memory, and encodings of distances.
+
+  All layers of leading segments count, since they run, although of the later ones not all states are ever looked at.
+  """
+  leading, predicting = model.segments(model.max_context, model.num_latents)
+  parts, logits = _segment(model, rows), _logits(model, rows, model.num_latents)
+  forward, constant = sum(parts.values()), parts["memory_keys_values"] + parts["distances"]
+  useful = leading * forward + predicting * (3 * forward - constant) + 3 * logits
+  again = 0
+  if model.remat != "none":  # also with dots: products of attention itself are not among what is kept
+    again += sum(parts[name] for name in ("content_scores", "distance_scores", "values"))
+  if model.remat == "full":
+    again += sum(parts[name] for name in ("projections", "memory_keys_values", "distances", "up"))
+  chunked = model.logits_chunk is not None and model.logits_chunk < model.num_latents
+  return Flops(microbatches * useful, microbatches * (useful + predicting * again + (logits if chunked else 0)))
+
+
+def _segment(model: ModelConfig, rows: int) -> dict[str, int]:
+  """FLOPs of one segment of `rows` sequences forward, by kind of product, without logits."""
+  d, f, n = model.latent_width, model.mlp_widening * model.latent_width, model.num_layers
+  size, kept = model.segment, model.remembered
+  scores = n * rows * size * 2 * (kept + size) * d
+  return {
+    "to_latents": rows * size * 2 * model.input_width * d,
+    "projections": n * rows * size * 4 * 2 * d * d,
+    "memory_keys_values": n * rows * kept * 2 * 2 * d * d,
+    "distances": n * (kept + size) * 2 * d * d,  # once for all rows
+    "content_scores": scores,
+    "distance_scores": scores,
+    "values": scores,
+    "up": n * rows * size * 2 * d * f,
+    "down": n * rows * size * 2 * f * d,
+  }

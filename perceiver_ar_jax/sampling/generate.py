@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.data import EOS, PAD
 from perceiver_ar_jax.models import cache
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.models.architectures import make_model
 
 
 class Settings(NamedTuple):
@@ -102,7 +102,7 @@ def cached_block(config: ModelConfig, kept: int, params, state: State, plan: Pla
 
 def exact_block(config: ModelConfig, params, state: State, plan: Plan, settings: Settings, keys_B):
   """As `cached_block` with any T, but a whole pass over all latents for each token."""
-  model = PerceiverAR(config)
+  model = make_model(config)
 
   def step(state, index):
     tokens_BxL, positions_BxLxP = state.context

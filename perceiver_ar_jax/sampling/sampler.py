@@ -77,6 +77,12 @@ class Sampler:
     self._kept = config.sample.kept_latents or max(model.num_latents - model.num_latents // 8, 1)
     self._block_tokens = model.num_latents - self._kept + 1
     cached = config.sample.cache
+    if cached and model.architecture != "perceiver_ar":
+      raise InputError(
+        f"model.architecture={model.architecture} is there to be compared with and keeps no cache for sampling: set"
+        " --config.sample.cache=False, which takes a whole pass for every token, or in training"
+        " --config.eval.num_samples=0 for no samples."
+      )
     if cached and not model.positions_from_data and model.position_encoding != "rotary":
       raise InputError(
         f"model.position_encoding={model.position_encoding} with model.positions_from_data=False changes all positions"

@@ -8,7 +8,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, ModelConfig
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import sharding
 
 
@@ -68,4 +68,4 @@ def _init_params(model: ModelConfig, key: jax.Array) -> dict:
   # Weights do not depend on the context, so a sequence as short as the model allows traces fastest.
   tokens_1xM = jnp.ones((1, model.num_latents), jnp.int32)
   positions_1xMxP = jnp.ones((1, model.num_latents, len(model.position_sizes) or 1), jnp.int32)
-  return PerceiverAR(model).init(key, tokens_1xM, positions_1xMxP)["params"]
+  return make_model(model).init(key, tokens_1xM, positions_1xMxP)["params"]

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel.sharding import batch_axes, constrain
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training.state import TrainState
@@ -27,7 +27,7 @@ def make_train_step(
   scored, and `grad_norm`, the global norm of what the optimizer receives, before clipping. With
   train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step.
   """
-  model = PerceiverAR(config.model)
+  model = make_model(config.model)
   deterministic = not (config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout)
 
   def sum_of_losses(params, batch: Batch, key: jax.Array):

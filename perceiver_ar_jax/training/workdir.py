@@ -40,6 +40,8 @@ RESUMABLE = (
 # Trained weights keep their meaning under other values of these, and of all that is not the model's.
 SAME_WEIGHTS = (
   "model.num_latents",
+  "model.segment",
+  "model.memory",
   "model.dropout",
   "model.latent_dropout",
   "model.cross_attend_dropout",

@@ -1,0 +1,182 @@
+"""Transformer-XL (Dai et al., 2019, arXiv 1901.02860), a baseline that is trained, scored and called as PerceiverAR is.
+
+A row is cut into segments, from its end. They run one after the other; each layer attends to the segment itself and to
+the states that the layer below left on the tokens before it (section 3.2), by content and by distance (section 3.3).
+
+What the two models are not compared by is PerceiverAR's: embedding, pre-norm layers (the original: post-norm), biases
+in Dense layers, activation, dropout, initialisation, final norm, a plain softmax over the vocabulary (the original: an
+adaptive one). The recurrence begins empty at the first token of a row, where the original goes on with what the row
+before has left; so let a row hold many segments. Each layer has biases u and v of its own.
+
+Shape letters: perceiver_ar.py; S tokens of a segment, C remembered states, T = C + S.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from perceiver_ar_jax.config import ModelConfig
+from perceiver_ar_jax.models import attention, perceiver_ar
+from perceiver_ar_jax.models import positions as positions_lib
+from perceiver_ar_jax.parallel.sharding import constrain
+
+_MASKED = -1e30  # finite, so that a token that sees nothing, which only padding is, does not become NaN
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class TransformerXL(nn.Module):
+  """Next-token logits for the last `num_latents` slots of a right-aligned sequence, like PerceiverAR."""
+
+  config: ModelConfig
+
+  def setup(self):
+    config = self.config
+    self.embed = perceiver_ar.Embed(config)
+    self.to_latents = attention.dense(config, config.latent_width, None, ("width", "latent"))
+    self.segments = nn.scan(
+      Segment,
+      variable_broadcast="params",
+      split_rngs={"params": False, "dropout": True},
+      in_axes=(0, 0, nn.broadcast, nn.broadcast),
+    )(config)
+    self.final_norm = attention.layer_norm(None)
+    self.to_logits = perceiver_ar.logits_dense(config)
+
+  def __call__(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
+    """Returns float32 logits_BxMxV for the token after each of the last M slots; arguments as PerceiverAR's.
+
+    Raises:
+      ValueError: more latents than inputs.
+    """
+    return self.logits(self.latents(tokens_BxL, positions_BxLxP, num_latents=num_latents, deterministic=deterministic))
+
+  def latents(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
+    """latents_BxMxD: the normalised states of the last M slots, which `logits` reads. Positions do not matter."""
+    del positions_BxLxP
+    config, (rows, length) = self.config, tokens_BxL.shape
+    num_latents = num_latents or config.num_latents
+    if num_latents > length:
+      raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
+    size, kept, width = config.segment, config.remembered, config.latent_width
+    leading, predicting = config.segments(length, num_latents)
+    slots = (leading + predicting) * size
+    tokens_BxL = jnp.pad(constrain(tokens_BxL, "batch", None), ((0, 0), (max(slots - length, 0), 0)))[:, -slots:]
+
+    def cut(x_BxL):
+      return x_BxL.reshape(rows, -1, size, *x_BxL.shape[2:]).swapaxes(0, 1)
+
+    x_GxBxSxD, valid_GxBxS = cut(self.to_latents(self.embed(tokens_BxL, None))), cut(tokens_BxL > 0)
+    distances_1xT = jnp.arange(kept + size - 1, -1, -1)[None]
+    distances_TxD = positions_lib.sinusoidal(distances_1xT, size=kept + size, width=width)[0]
+    memory = jnp.zeros((config.num_layers, rows, kept, width), config.dtype), jnp.zeros((rows, kept), bool)
+    if leading:  # by themselves, since without targets, and with memory that passes no gradients, they have no backward
+      memory, _ = self.segments(memory, x_GxBxSxD[:leading], valid_GxBxS[:leading], distances_TxD, deterministic)
+    _, x_GxBxSxD = self.segments(memory, x_GxBxSxD[leading:], valid_GxBxS[leading:], distances_TxD, deterministic)
+    x_BxLxD = x_GxBxSxD.swapaxes(0, 1).reshape(rows, -1, width)
+    return self.final_norm(x_BxLxD[:, -num_latents:])
+
+  def logits(self, latents_BxMxD):
+    """float32 logits_BxMxV of the latents."""
+    return self.to_logits(latents_BxMxD).astype(jnp.float32)
+
+
+class Segment(nn.Module):
+  """One segment through all layers, in the (carry, output) form that nn.scan wants."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, memory, x_BxSxD, valid_BxS, distances_TxD, deterministic: bool):
+    """Returns (the memory after the segment, its states x_BxSxD after the last layer).
+
+    Args:
+      memory: states [N, B, C, D] that went into each layer on the last C slots; and bool[B, C]: which are tokens.
+      x_BxSxD: embedded tokens.
+      valid_BxS: which of them are no padding.
+      distances_TxD: encodings of the distances T - 1 to 0.
+      deterministic: no dropout.
+    """
+    config, size = self.config, x_BxSxD.shape[1]
+    memory_NxBxCxD, remembered_BxC = memory
+    valid_BxT = jnp.concatenate([remembered_BxC, valid_BxS], axis=1)
+    causal_SxT = jnp.tri(size, valid_BxT.shape[1], remembered_BxC.shape[1], dtype=bool)
+    seen_BxSxT = causal_SxT[None] & valid_BxT[:, None]
+    layer = Layer
+    if config.remat != "none":
+      policy = perceiver_ar.REMAT_POLICIES[config.remat]
+      layer = nn.remat(layer, policy=policy, prevent_cse=False, static_argnums=(5,))
+    layers = nn.scan(
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(0, *(nn.broadcast,) * 3),
+      length=config.num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(config, name="layers")
+    x_BxSxD, memory_NxBxCxD = layers(x_BxSxD, memory_NxBxCxD, distances_TxD, seen_BxSxT, deterministic)
+    return (memory_NxBxCxD, valid_BxT[:, size:]), x_BxSxD
+
+
+class Layer(nn.Module):
+  """Pre-norm relative attention and a pre-norm MLP, each with dropout and a residual."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BxSxD, memory_BxCxD, distances_TxD, seen_BxSxT, deterministic: bool):
+    """Returns (x_BxSxD, the layer's memory after this segment, which passes no gradients); see Segment."""
+    config = self.config
+    drop = functools.partial(attention.drop, self, 0.0 if deterministic else config.dropout)
+    remembered_BxCxD = jnp.concatenate([memory_BxCxD, x_BxSxD], axis=1)[:, x_BxSxD.shape[1] :]
+    norm = attention.layer_norm("norm_attention")
+    attend = RelativeAttention(config, name="attention")
+    attended_BxSxD = attend(norm(x_BxSxD), norm(memory_BxCxD), distances_TxD, seen_BxSxT)
+    x_BxSxD = constrain(x_BxSxD + drop(attended_BxSxD), "batch", None, None)
+    hidden_BxSxD = attention.MLP(config, name="mlp")(attention.layer_norm("norm_mlp")(x_BxSxD))
+    x_BxSxD = constrain(x_BxSxD + drop(hidden_BxSxD), "batch", None, None)
+    return x_BxSxD, jax.lax.stop_gradient(remembered_BxCxD)
+
+
+class RelativeAttention(nn.Module):
+  """Multi-head attention to memory and segment by content and distance (section 3.3), projected back to D."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, normed_BxSxD, memory_BxCxD, distances_TxD, seen_BxSxT):
+    """Query s stands on slot C + s of T and attends to the slots that `seen_BxSxT` names."""
+    config = self.config
+    width, heads = config.latent_width, config.num_self_heads
+    dense = functools.partial(attention.dense, config, width)
+    keys_values = attention.KeysValues(config, heads, width, name="keys_values")
+    # Projected apart: that no gradient goes back to the memory then saves the product that would make it.
+    k_BxTxHxK, v_BxTxHxK = (
+      jnp.concatenate(parts, axis=1) for parts in zip(keys_values(memory_BxCxD), keys_values(normed_BxSxD), strict=True)
+    )
+    r_TxHxK = dense("distance", ("width", "heads"), use_bias=False)(distances_TxD).reshape(-1, heads, width // heads)
+    query_BxSxD = dense("query", ("width", "heads"))(normed_BxSxD)
+
+    def biased(name):
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
+      bias_D = self.param(name, zeros, (width,), jnp.float32)
+      return (query_BxSxD + bias_D.astype(query_BxSxD.dtype)[None, None]).reshape(*query_BxSxD.shape[:2], heads, -1)
+
+    by_content_BxHxSxT = _product("bshk,bthk->bhst", biased("u"), k_BxTxHxK)
+    by_distance_BxHxSxT = shift(_product("bshk,thk->bhst", biased("v"), r_TxHxK))
+    scores_BxHxSxT = (by_content_BxHxSxT + by_distance_BxHxSxT) * (width // heads) ** -0.5
+    weights_BxHxSxT = jax.nn.softmax(jnp.where(seen_BxSxT[:, None], scores_BxHxSxT, _MASKED), axis=-1)
+    attended_BxSxHxK = jnp.einsum("bhst,bthk->bshk", weights_BxHxSxT.astype(v_BxTxHxK.dtype), v_BxTxHxK)
+    return dense("out", ("heads", "width"))(attended_BxSxHxK.reshape(query_BxSxD.shape))
+
+
+def shift(scores_BxHxSxT):
+  """Scores of distances T - 1 to 0 as scores of the slots at these distances (appendix B of that paper).
+
+  Query s is on slot T - S + s, so its row moves left by S - 1 - s. What comes in on the right, for later slots, means
+  nothing.
+  """
+  rows, heads, size, slots = scores_BxHxSxT.shape
+  padded = jnp.pad(scores_BxHxSxT, ((0, 0), (0, 0), (0, 0), (1, 0)))
+  return padded.reshape(rows, heads, slots + 1, size)[:, :, 1:].reshape(scores_BxHxSxT.shape)
