@@ -1,7 +1,7 @@
 """Which position encoding suits text?
 
-Paper (section 3 and appendix): rotary positions for text and music, learned or sinusoidal tables for images and the copy
-task; no table compares them.
+Paper (section 3 and appendix): rotary positions for text and music, learned or sinusoidal tables for images and the
+copy task; no table compares them.
 
 Here: bytes of Python's standard library, 256 latents of 1,024 inputs, positions counted from the start of each window.
 """

@@ -140,11 +140,11 @@ class Evaluator:
     interval = ""
     if result["interval_95"]:
       low, high = result["interval_95"][result["unit"]]
-      interval = f", 95% interval over {result['num_documents']:,} documents {low:.4g} to {high:.4g}"
+      interval = f" of {result['num_documents']:,} documents ({result['unit']} {low:.4g} to {high:.4g} with 95%)"
     return (
-      f"{result['split']} at step {result['step']}: {own}{interval}"
+      f"{result['split']} at step {result['step']}: {own}"
       f" (entropy of its token histogram: {entropy:.3f} {'nats' if nats else 'bits'}),"
-      f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens"
+      f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens{interval}"
     )
 
   @staticmethod
