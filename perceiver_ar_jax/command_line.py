@@ -1,4 +1,4 @@
-"""What every command shares: the --config flag, and mistakes that end in one paragraph with exit code 1."""
+"""What every command shares: --config and --workdir, and mistakes that end in one paragraph with exit code 1."""
 
 import pathlib
 import signal
@@ -11,6 +11,7 @@ from ml_collections import config_dict, config_flags
 from perceiver_ar_jax import config as config_lib
 
 _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # what a config file that cannot be run raises
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file such as configs/photos32.py.")
 
 

@@ -14,7 +14,6 @@ from absl import flags
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "score", "data", "plan"], "What to do.")
 _STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it comes.")
 _COORDINATOR = flags.DEFINE_string(
@@ -29,12 +28,12 @@ def main(config: Config) -> int:
   if _MODE.value == "data":
     from perceiver_ar_jax.data import inspect
 
-    inspect.inspect(config, _WORKDIR.value)
+    inspect.inspect(config, command_line.WORKDIR.value)
     return 0
   if _MODE.value == "plan":
     from perceiver_ar_jax.parallel import plan
 
-    return plan.plan(config, _WORKDIR.value)
+    return plan.plan(config, command_line.WORKDIR.value)
   from perceiver_ar_jax.parallel import distributed
 
   distributed.keep_compiled(config.compilation_cache)
@@ -48,19 +47,19 @@ def _on_devices(config: Config) -> int:
     from perceiver_ar_jax.sampling import write
 
     if _MODE.value == "sample":
-      write.sample(config, _WORKDIR.value, _STREAM.value)
+      write.sample(config, command_line.WORKDIR.value, _STREAM.value)
     else:
-      write.score(config, _WORKDIR.value)
+      write.score(config, command_line.WORKDIR.value)
     return 0
   from perceiver_ar_jax.evaluation import evaluate
 
   if _MODE.value == "eval":
-    evaluate.evaluate(config, _WORKDIR.value)
+    evaluate.evaluate(config, command_line.WORKDIR.value)
     return 0
   from perceiver_ar_jax.sampling import write
   from perceiver_ar_jax.training import loop
 
-  return loop.train(config, _WORKDIR.value, evaluate.Evaluator, write.Exhibit)
+  return loop.train(config, command_line.WORKDIR.value, evaluate.Evaluator, write.Exhibit)
 
 
 if __name__ == "__main__":

@@ -355,3 +355,20 @@ def test_the_real_compiler_plans_for_gpus_that_are_not_here():
   planned = plan.compile_plan(config, chips.parse("h100:2x2"))
   assert planned["fits"] and planned["num_devices"] == 4 and planned["temp_bytes"] > 0
   assert planned["traffic"]["sent_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+  "kind, name",
+  [
+    ("TPU v4", "v4"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v5p", "v5p"),
+    ("TPU v6 lite", "v6e"),
+    ("NVIDIA H100 80GB HBM3", "h100"),
+    ("NVIDIA A100-SXM4-40GB", "a100"),
+    ("cpu", None),
+  ],
+)
+def test_devices_are_known_by_what_jax_calls_them(kind, name):
+  assert chips.of_device(kind) is chips.CHIPS.get(name)

@@ -1,5 +1,8 @@
 """Eight devices compute what one does, and resume as exactly; each run in a process of its own."""
 
+import json
+
+import jax
 import numpy as np
 import pytest
 
@@ -17,10 +20,11 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
+  """The finished run of one device."""
   workdir = tmp_path_factory.mktemp("one")
   result = tiny.run(workdir, **SHAPE)
   assert result.returncode == 0, result.stderr
-  return tiny.losses(workdir)
+  return workdir
 
 
 @pytest.mark.parametrize(
@@ -33,7 +37,7 @@ def one_device(tmp_path_factory):
   ids=["data", "fsdp", "all_with_microbatches"],
 )
 def test_losses_equal_those_of_one_device(mesh, one_device, tmp_path):
-  expected = one_device
+  expected = tiny.losses(one_device)
   if "model__dropout" in mesh:  # microbatches draw dropout of their own, so compare without it
     single = tiny.run(tmp_path / "single", **SHAPE, model__dropout=0.0)
     assert single.returncode == 0, single.stderr
@@ -43,6 +47,23 @@ def test_losses_equal_those_of_one_device(mesh, one_device, tmp_path):
   ours = tiny.losses(tmp_path / "eight")
   assert ours.keys() == expected.keys()
   np.testing.assert_allclose([ours[step] for step in ours], [expected[step] for step in ours], rtol=1e-5)
+
+
+def test_every_figure_of_an_evaluation_equals_that_of_one_device(one_device):
+  expected = _figures(one_device)
+  mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 2, "eval__batch_size": 4}
+  result = tiny.run(one_device, "--mode=eval", num_devices=8, **SHAPE, **mesh)
+  assert result.returncode == 0, result.stderr
+  ours = _figures(one_device)
+  assert len(ours) > 30 and ours.keys() == expected.keys()
+  for name, value in expected.items():
+    assert ours[name] == pytest.approx(value, rel=1e-5), name
+
+
+def _figures(workdir) -> dict:
+  """The figures of the evaluation after the last step, by path."""
+  result = json.loads((workdir / "eval-validation-6.json").read_text())
+  return {jax.tree_util.keystr(path): value for path, value in jax.tree.leaves_with_path(result)}
 
 
 def test_eight_devices_resume_exactly(tmp_path):

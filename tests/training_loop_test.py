@@ -14,6 +14,7 @@ import pytest
 
 from perceiver_ar_jax.config import OPTIMIZERS, InputError
 from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.parallel import flops
 from perceiver_ar_jax.training import loop
 from tests import tiny
 
@@ -52,6 +53,11 @@ def test_a_run_logs_every_step_and_its_settings(uninterrupted):
   assert sorted(losses) == list(range(1, 13))
   assert len(set(losses.values())) >= 11, "only the first update, at rate 0, changes nothing"
   assert (uninterrupted / "config.json").read_text() == tiny.config().to_json()
+  line = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[3])
+  step_flops = flops.train_step(tiny.config()).useful
+  assert line["model_flops_per_second"] == pytest.approx(step_flops / line["seconds"])
+  assert "model_flops_utilization" not in line, "nobody knows what a CPU could do"
+  assert json.loads((uninterrupted / "eval-validation-12.json").read_text())["step"] == 12
   assert list(uninterrupted.glob("events.out.tfevents.*"))
 
 

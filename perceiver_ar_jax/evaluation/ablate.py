@@ -5,8 +5,8 @@
 The file names its VARIANTS; `--config=configs/ablations/context.py:1024` is the config of one, for main.py. Each run
 is main.py in a process and a folder of its own, WORKDIR/<variant>-seed<seed>, so the same command goes on with what was
 stopped and skips what is done. Settings given here, such as --config.train.steps=2000, go to all runs. WORKDIR gets
-README.md (what the file's docstring says, the table, the command), curves.png and results.json; with
---page=FOLDER/NAME, NAME.md, NAME.png and NAME.json lie in FOLDER as well.
+README.md (what the file's docstring says, the tables, the command), README.png and README.json; with --page=FOLDER/NAME
+FOLDER gets NAME.md, NAME.png and NAME.json as well.
 
 The table gives training FLOPs, the seconds that training took (steps times the median duration of a step: evaluation
 and compilation are left out), and the task's unit at the end. Where variants cost differently it is also read off the
@@ -34,7 +34,6 @@ from perceiver_ar_jax.config import Config, InputError, nearest
 from perceiver_ar_jax.evaluation import plots
 from perceiver_ar_jax.parallel import flops
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs and of the results.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the runs of each variant, with commas between.")
 _VARIANTS = flags.DEFINE_list("variants", [], "Only these variants of the file.")
 _PAGE = flags.DEFINE_string("page", None, "FOLDER/NAME: write the results there as well.")
@@ -43,43 +42,62 @@ _PAGE = flags.DEFINE_string("page", None, "FOLDER/NAME: write the results there 
 def main(config: Config) -> int:
   del config  # resolving it has checked the settings that go to all runs
   path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-  module = runpy.run_path(path)
-  if "VARIANTS" not in module:
-    raise InputError(f"--config={path} names no VARIANTS: give a file such as configs/ablations/context.py.")
-  variants = _VARIANTS.value or list(module["VARIANTS"])
-  for variant in variants:
-    if variant not in module["VARIANTS"]:
-      raise InputError(f"--variants={variant} is unknown. {nearest(variant, module['VARIANTS'])}")
-  workdir = epath.Path(_WORKDIR.value)
   settings = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
-  runs = {
-    variant: [_run(path, variant, int(seed), workdir / f"{variant}-seed{seed}", settings) for seed in _SEEDS.value]
-    for variant in variants
-  }
-  command = [
-    "python",
-    "-m",
-    "perceiver_ar_jax.evaluation.ablate",
-    f"--config={path}",
-    f"--seeds={','.join(_SEEDS.value)}",
-  ]
-  results = {
-    "about": module["__doc__"],
-    "command": shlex.join([*command, *settings]),
-    "hardware": _hardware(),
-    "variants": module["VARIANTS"],
-    "runs": runs,
-  }
-  _write(results, workdir / "README.md", workdir / "curves.png", workdir / "results.json")
-  if _PAGE.value:
-    page = epath.Path(_PAGE.value)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    _write(results, *(page.with_suffix(ending) for ending in (".md", ".png", ".json")))
-  print((workdir / "README.md").read_text(), flush=True)
+  for seed in _SEEDS.value:
+    if not seed.isdigit():
+      raise InputError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers with commas between.")
+  pages = [epath.Path(command_line.WORKDIR.value) / "README"] + ([epath.Path(_PAGE.value)] if _PAGE.value else [])
+  ablate(path, epath.Path(command_line.WORKDIR.value), _VARIANTS.value, _SEEDS.value, settings, pages)
+  print(pages[0].with_suffix(".md").read_text(), flush=True)
   return 0
 
 
-def _run(path: str, variant: str, seed: int, folder: epath.Path, settings: Sequence[str]) -> dict:
+def ablate(
+  path: str,
+  workdir: epath.Path,
+  variants: Sequence[str],
+  seeds: Sequence[str],
+  settings: Sequence[str],
+  pages: Sequence[epath.Path],
+) -> dict:
+  """Runs what is still to run, and writes the results; returns what the .json files hold.
+
+  Args:
+    path: the config file; its VARIANTS say what each variant is.
+    workdir: of all runs.
+    variants: those to run; none: all.
+    seeds: of the runs of each.
+    settings: flags for all runs, such as --config.train.steps=100.
+    pages: paths without ending, to which .md, .png and .json are added.
+
+  Raises:
+    InputError: the file has no variants, or not these; or a run failed.
+  """
+  module = runpy.run_path(path)
+  if "VARIANTS" not in module:
+    raise InputError(f"--config={path} names no VARIANTS: give a file such as configs/ablations/context.py.")
+  known = module["VARIANTS"]
+  for variant in variants:
+    if variant not in known:
+      raise InputError(f"--variants={variant} is unknown. {nearest(variant, known)}")
+  command = ["python", "-m", "perceiver_ar_jax.evaluation.ablate", f"--config={path}", f"--seeds={','.join(seeds)}"]
+  results = {
+    "about": module["__doc__"],
+    "command": shlex.join([*command, *settings]),
+    "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+    "variants": known,
+    "runs": {
+      variant: [_run(path, variant, seed, workdir / f"{variant}-seed{seed}", settings) for seed in seeds]
+      for variant in variants or known
+    },
+  }
+  for page in pages:
+    page.parent.mkdir(parents=True, exist_ok=True)
+    _write(results, page)
+  return results
+
+
+def _run(path: str, variant: str, seed: str, folder: epath.Path, settings: Sequence[str]) -> dict:
   """Trains one run to its end, if that is still to do, and returns its figures."""
   command = [sys.executable, "-m", "perceiver_ar_jax.main", f"--config={path}:{variant}", f"--workdir={folder}"]
   if not _done(folder):
@@ -121,9 +139,10 @@ def _figures(folder: epath.Path) -> dict:
   }
 
 
-def _write(results: Mapping, page: epath.Path, picture: epath.Path, figures: epath.Path) -> None:
+def _write(results: Mapping, page: epath.Path) -> None:
   runs = results["runs"]
   unit = next(iter(runs.values()))[0]["unit"]
+  picture, figures = page.with_suffix(".png"), page.with_suffix(".json")
   figures.write_text(json.dumps(results, indent=1) + "\n")
   panels = {
     label: {variant: _mean_curve(some, cost) for variant, some in runs.items()}
@@ -133,7 +152,7 @@ def _write(results: Mapping, page: epath.Path, picture: epath.Path, figures: epa
   drawn = plots.curves(picture, panels, y_label=f"{unit}, held out", title=title)
   seeds = len(next(iter(runs.values())))
   spread = f"mean of {seeds} seeds, and the largest distance from it" if seeds > 1 else "one seed"
-  page.write_text(
+  page.with_suffix(".md").write_text(
     "\n\n".join(
       [
         f"# {title}",
@@ -213,10 +232,6 @@ def _by_context(runs: Mapping[str, Sequence[Mapping]]) -> str:
     values = (f"{places[place]:.4f}" if place in places else "" for place in columns)
     lines.append(f"| {variant} | " + " | ".join(values) + " |")
   return "\n".join(lines)
-
-
-def _hardware() -> str:
-  return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 if __name__ == "__main__":

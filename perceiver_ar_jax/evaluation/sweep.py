@@ -30,14 +30,13 @@ from perceiver_ar_jax.models.perceiver_ar import runs
 from perceiver_ar_jax.parallel import distributed, flops
 
 _AXES = ("num_latents", "stride", "context", "layers")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to score.")
 _LISTS = {name: flags.DEFINE_list(name, [], f"Values of {name}, with commas between.") for name in _AXES}
 
 
 def main(config: Config) -> int:
   distributed.keep_compiled(config.compilation_cache)
   values = {name: _numbers(name, flag.value) for name, flag in _LISTS.items() if flag.value}
-  sweep(config, epath.Path(_WORKDIR.value), values)
+  sweep(config, epath.Path(command_line.WORKDIR.value), values)
   return 0
 
 

@@ -21,15 +21,15 @@ from perceiver_ar_jax.training import workdir as workdir_lib
 def run() -> None:
   """Parses the flags, writes the checkpoint and exits."""
   flags.DEFINE_string("checkpoint", None, "An official checkpoint.dill.")
-  flags.DEFINE_string("workdir", None, "Folder of the run to make.")
   command_line.run(_main, required=("checkpoint", "workdir"))
 
 
 def _main(config: Config) -> int:
   haiku_params, trained_steps = haiku.load(flags.FLAGS.checkpoint)
-  count = write_checkpoint(config, haiku_params, flags.FLAGS.workdir)
+  workdir = command_line.WORKDIR.value
+  count = write_checkpoint(config, haiku_params, workdir)
   print(
-    f"Wrote {count:,} parameters, trained for {trained_steps:,} steps, as step 0 of {flags.FLAGS.workdir}. Score them:"
+    f"Wrote {count:,} parameters, trained for {trained_steps:,} steps, as step 0 of {workdir}. Score them:"
     " python -m perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without that, train on."
   )
   return 0

@@ -1,0 +1,82 @@
+"""Sweeps: one checkpoint scored with other compute, and what each point costs."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from perceiver_ar_jax.config import InputError, ModelConfig
+from perceiver_ar_jax.evaluation import evaluate, sweep
+from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.training import loop
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  """Bytes of 20 short texts, whose positions count in every window, so that any context makes sense."""
+  folder = tmp_path_factory.mktemp("texts")
+  for number in range(20):
+    (folder / f"{number}.txt").write_text("".join(f"line {line} of text {number}\n" for line in range(3)))
+  rotary = {"model__position_encoding": "rotary", "model__position_sizes": ()}
+  return tiny.config(data__task="text_files", data__files=str(folder), eval__max_sequences=4, **rotary)
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+  workdir = epath.Path(tmp_path_factory.mktemp("run"))
+  assert loop.train(config, workdir, evaluate.Evaluator) == 0
+  return workdir
+
+
+def test_a_sweep_scores_every_combination(config, trained):
+  rows = sweep.sweep(config, trained, {"num_latents": [4, 16, 32], "layers": [1, 2]})
+  assert [(row["num_latents"], row["layers"], row["stride"]) for row in rows] == [
+    (4, 1, 4), (4, 2, 4), (16, 1, 16), (16, 2, 16), (32, 1, 16), (32, 2, 16)
+  ]  # fmt: skip
+  own = evaluate.evaluate(config, trained)
+  whole = {(row["num_latents"], row["layers"]): row for row in rows}
+  np.testing.assert_allclose(whole[16, 2]["nats_per_token"], own["nats_per_token"], rtol=1e-6)
+  assert all(row["num_tokens"] == own["num_tokens"] for row in rows)
+  assert whole[32, 2]["flops_per_token"] > whole[16, 2]["flops_per_token"] > whole[16, 1]["flops_per_token"]
+  assert len({row["nats_per_token"] for row in rows}) == 6
+
+  written = json.loads((trained / "sweep-validation-12.json").read_text())
+  assert written == rows and (trained / "sweep-validation-12.png").exists()
+  with (trained / "sweep-validation-12.csv").open() as file:
+    assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [row["accuracy"] for row in rows]
+
+
+def test_a_shorter_context_is_that_of_shorter_windows(config, trained):
+  (short,) = sweep.sweep(config, trained, {"context": [16], "num_latents": [16]})
+  (whole,) = sweep.sweep(config, trained, {"context": [32], "num_latents": [16]})
+  assert short["num_tokens"] == whole["num_tokens"] and short["nats_per_token"] != whole["nats_per_token"]
+  assert short["flops_per_token"] < whole["flops_per_token"]
+
+
+@pytest.mark.parametrize("layers, after", [(1, ()), (2, (0,)), (3, (0, 1))])
+def test_a_model_cut_down_keeps_its_first_layers(layers, after):
+  shape = {"vocab_size": 9, "max_context": 6, "num_latents": 3, "latent_width": 4, "num_cross_heads": 1}
+  shape |= {"num_self_heads": 1, "position_encoding": "rotary"}
+  whole = ModelConfig(**shape, num_layers=4, cross_attend_after=(0, 1, 3))
+  tokens = jnp.arange(1, 7)[None]
+  params = PerceiverAR(whole).init(jax.random.key(0), tokens)["params"]
+  params = jax.tree.map(lambda leaf: getattr(leaf, "value", leaf), params, is_leaf=lambda leaf: hasattr(leaf, "value"))
+  cut = ModelConfig(**shape, num_layers=layers, cross_attend_after=after)
+  ours = sweep.first_layers(cut, params)
+  expected = jax.eval_shape(PerceiverAR(cut).init, jax.random.key(0), tokens)["params"]
+  shapes = jax.tree.map(lambda leaf: leaf.value.shape, expected, is_leaf=lambda leaf: hasattr(leaf, "value"))
+  assert jax.tree.map(jnp.shape, ours) == shapes
+  first = jax.tree.leaves(ours["layers_0"])
+  assert all((one[0] == other[0]).all() for one, other in zip(first, jax.tree.leaves(params["layers_0"])))
+
+
+def test_points_that_the_model_has_no_room_for_are_explained(config, trained):
+  with pytest.raises(InputError, match="--layers=3 exceeds the 2 layers"):
+    sweep.sweep(config, trained, {"layers": [1, 3]})
+  with pytest.raises(InputError, match="--num_latents=64 exceeds a context of 32"):
+    sweep.sweep(config, trained, {"num_latents": [64]})
