@@ -15,7 +15,7 @@ VARIANTS = {
   "perceiver-ar": "256 latents of 2,048 inputs",
   "transformer": "as many latents as inputs, 256: the same depth, a shorter context",
   "transformer-512": "as many latents as inputs, 512: twice the context, half the rows",
-  "transformer-xl": "segments of 256 and a memory of 256 in each layer, three segments a row",
+  "transformer-xl": "segments of 256 and a memory of 256 in each layer, four segments a row",
 }
 
 
@@ -30,7 +30,7 @@ def get_config(variant="perceiver-ar"):
     config.train.batch_size = 2
   elif variant == "transformer-xl":
     config.model.update(architecture="transformer_xl", position_encoding="relative", segment=256)
-    config.model.update(max_context=768, num_latents=768, rotary_max_wavelength=None)
+    config.model.update(max_context=1024, num_latents=1024, rotary_max_wavelength=None)
     config.train.batch_size = 2
   flops.spend(config, 8e12)
   config.eval.every = max(config.train.steps // 4, 1)
