@@ -15,7 +15,7 @@ from configs import image_files, midi_files, text_files
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.sampling import prompts, write
 from perceiver_ar_jax.sampling.sampler import Sampler
 from tests import tiny
@@ -40,7 +40,7 @@ def sampler(config) -> Sampler:
   """Of random weights whose logits are not zero."""
   tokens = np.ones((1, config.model.num_latents), np.int32)
   positions = np.ones((*tokens.shape, len(config.model.position_sizes) or 1), np.int32)
-  params = nn.unbox(jax.jit(PerceiverAR(config.model).init)(jax.random.key(0), tokens, positions))["params"]
+  params = nn.unbox(jax.jit(make_model(config.model).init)(jax.random.key(0), tokens, positions))["params"]
   kernel = params["to_logits"]["kernel"]
   params["to_logits"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape) * 0.5
   return Sampler(config, params)
@@ -119,6 +119,15 @@ def test_likelihoods_of_given_texts(text):
 def test_mistakes_are_named(text, prompt, settings, words):
   with pytest.raises(InputError, match=words):
     text(prompt, **settings)
+
+
+def test_transformer_xl_samples_without_a_cache_alone():
+  xl = {"architecture": "transformer_xl", "position_encoding": "relative", "segment": 8}
+  with pytest.raises(InputError, match="set --config.sample.cache=False"):
+    Sampler(resolve(text_files, model=xl))
+  exact = sampler(resolve(text_files, model=xl, sample={"cache": False}))
+  (sample,) = exact("Once", length=5, num_samples=1, batch_size=1)
+  assert sample.value.startswith("Once") and sample.num_new == 5
 
 
 def test_a_picture_is_completed_from_its_top_half(tmp_path):
