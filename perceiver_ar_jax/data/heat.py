@@ -107,15 +107,15 @@ def _roll(window: Window, weights_N: np.ndarray) -> np.ndarray:
   (pitch,) = music.pitches(output)
   top = _ROW_HEIGHT * (high - pitch) if pitch >= 0 else 0
   roll[top : top + _ROW_HEIGHT if pitch >= 0 else rows, _WIDTH + 2 :] = _MARK
-  over_time = np.bincount(column_N, weights_N, minlength=_WIDTH)
+  over_time = np.bincount(column_N // 2, weights_N, minlength=_WIDTH // 2)  # bars wide enough to see
   return _stacked(roll, _plot(over_time))
 
 
 def _page(window: Window, weights_N: np.ndarray) -> np.ndarray:
   """The newest text with each character's heat behind it, the predicted one framed; below, a plot of all inputs."""
   width, height = _CELL
-  characters = _characters(window, weights_N)
-  largest = max(weight for _, weight in characters[:-1])
+  characters, num_output = _characters(window, weights_N)
+  largest = max(weight for _, weight in characters)
   characters = characters[-_LAST_CHARACTERS:]
   shades = _shade(np.array([weight for _, weight in characters]), largest)
   columns, row, column, places = _WIDTH // width, 0, 0, []
@@ -125,7 +125,7 @@ def _page(window: Window, weights_N: np.ndarray) -> np.ndarray:
     if column == columns or character == "\n":
       row, column = row + 1, 0
   page = np.full(((places[-1][0] + 1) * height + 2, _WIDTH + 2, 3), 250, np.uint8)
-  for shade, (row, column) in zip(shades[:-1], places):
+  for shade, (row, column) in zip(shades, places):
     page[row * height : (row + 1) * height, column * width : (column + 1) * width] = _heated(np.full(3, 250), shade)
   image = PIL.Image.fromarray(page)
   draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(11)
@@ -133,27 +133,28 @@ def _page(window: Window, weights_N: np.ndarray) -> np.ndarray:
     if character.isprintable() and not character.isspace():
       draw.text(((column + 0.5) * width, row * height + 12), character, (0, 0, 0), font, anchor="ms")
   page = np.array(image)
-  row, column = places[-1]
-  _frame(page, column * width, row * height, width, height)
+  for row, column in places[-num_output:]:
+    _frame(page, column * width, row * height, width, height)
   return _stacked(page, _plot_of_inputs(window, weights_N))
 
 
-def _characters(window: Window, weights_N: np.ndarray) -> list[tuple[str, float]]:
-  """(character, weight) of the inputs and, last, of the output: "" stands for what is no text.
+def _characters(window: Window, weights_N: np.ndarray) -> tuple[list[tuple[str, float]], int]:
+  """(character, weight) of the inputs and, last, of the output, and how many are the output's; "" is no text.
 
   The characters of one piece have all of its weight, and a character of several bytes their sum.
   """
   decode = window.task.decode
   result, before, part, weight = [], window.events[:0], [], 0.0
-  for event, more in zip(window.events, np.append(weights_N, 0)):
+  for index, (event, more) in enumerate(zip(window.events, np.append(weights_N, 0))):
     part, weight = [*part, event], weight + more
     # With the part before, since a piece alone has lost the space that it begins with.
     text = decode(np.append(before, part))[len(decode(before)) :]
-    if "\ufffd" in text and len(part) < _LONGEST_CHARACTER and event != window.events[-1]:
+    if "\ufffd" in text and len(part) < _LONGEST_CHARACTER and index < len(weights_N):
       continue
-    result += [(character, weight) for character in text] or [("", weight)]
+    shown = [(character, weight) for character in text] or [("", weight)]
+    result += shown
     before, part, weight = np.array(part), [], 0.0
-  return result
+  return result, len(shown)
 
 
 def _plot_of_inputs(window: Window, weights_N: np.ndarray) -> np.ndarray:
