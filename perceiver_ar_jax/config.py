@@ -477,6 +477,27 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionMapConfig:
+  """What --mode=attention shows: which inputs a cross-attend takes from for some outputs of one document."""
+
+  prompt: str = "data"
+  """The document: a file of the task's kind, a text for tasks of text, or "data": the first document of eval.split. Of
+  several files the first."""
+  outputs: tuple[int, ...] = ()
+  """The outputs: 1 is the first event that is predicted, the document's second. Empty: a few, spread evenly."""
+  cross_attend: int = 0
+  """Which cross-attend: 0 is the first, and each entry of model.cross_attend_after adds one."""
+
+  def __post_init__(self):
+    _require(bool(self.prompt), 'attention_map.prompt is empty: give a file or a text, or leave it out for "data".')
+    _require(
+      all(isinstance(output, int) and output >= 1 for output in self.outputs),
+      f"attention_map.outputs={self.outputs} must be whole numbers from 1 on, 1 being the first event that is"
+      ' predicted: --config.attention_map.outputs="(100,2000)".',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
   """How devices are arranged; one axis may be -1: all the devices that the others leave."""
 
@@ -530,6 +551,7 @@ class Config:
   train: TrainConfig
   eval: EvalConfig
   sample: SampleConfig = SampleConfig()
+  attention_map: AttentionMapConfig = AttentionMapConfig()
   mesh: MeshConfig = MeshConfig()
   plan: PlanConfig = PlanConfig()
 
@@ -548,6 +570,12 @@ class Config:
     _require(
       kept is None or 1 <= kept <= self.model.num_latents,
       f"sample.kept_latents={kept} must lie in 1..{self.model.num_latents}, the model's latents.",
+    )
+    cross_attends = 1 + len(set(self.model.cross_attend_after))
+    _require(
+      0 <= self.attention_map.cross_attend < cross_attends,
+      f"attention_map.cross_attend={self.attention_map.cross_attend} must lie in 0..{cross_attends - 1}: the model has"
+      f" {cross_attends}, the first and those of model.cross_attend_after={self.model.cross_attend_after}.",
     )
     latents = self.eval.num_latents or self.model.num_latents
     stride = self.eval.stride or latents

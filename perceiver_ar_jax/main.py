@@ -2,8 +2,9 @@
 
   python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=MODE]
 
-MODE is train (the default), eval (score a split), sample (generate), score (how likely a text or file is), data, or
-plan (compile the step for chips that are not here: what a pod would take).
+MODE is train (the default), eval (score a split), sample (generate), score (how likely a text or file is), attention
+(pictures of what the cross-attend takes from), data, or plan (compile the step for chips that are not here: what a pod
+would take).
 
 --config names an experiment of configs/; perceiver_ar_jax/config.py tells of every setting, and each can be
 overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
@@ -14,7 +15,8 @@ from absl import flags
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "score", "data", "plan"], "What to do.")
+_MODES = ["train", "eval", "sample", "score", "attention", "data", "plan"]
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it comes.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Several processes: host:port of process 0. TPU pods and Slurm steps need none of these three."
@@ -50,6 +52,12 @@ def _on_devices(config: Config) -> int:
       write.sample(config, command_line.WORKDIR.value, _STREAM.value)
     else:
       write.score(config, command_line.WORKDIR.value)
+    return 0
+  if _MODE.value == "attention":
+    from perceiver_ar_jax.evaluation import attention_maps
+    from perceiver_ar_jax.sampling import prompts
+
+    attention_maps.write(config, command_line.WORKDIR.value, prompts.read)
     return 0
   from perceiver_ar_jax.evaluation import evaluate
 

@@ -143,28 +143,38 @@ def decode(ids_N: Sequence[int]) -> list[Note]:
   of range) are passed over, as are note-offs of pitches that do not sound; notes never ended end with the sequence; a
   note lasts at least one step. The velocity is the middle of its bin, or 64 before any velocity event.
   """
-  values_N = _values(ids_N)
-  steps_N = np.cumsum(_shift_steps(values_N))
-  velocities_N = _velocities(values_N)
-  sounding = [collections.deque() for _ in range(NUM_PITCHES)]  # per pitch (onset, velocity), the earliest first
+  steps_N, velocities_N = steps(ids_N), _velocities(_values(ids_N))
   notes = []
-
-  def end(pitch, now):
-    onset, velocity = sounding[pitch].popleft()
-    offset = max(now, onset + 1)
-    notes.append(Note(pitch, velocity, onset / STEPS_PER_SECOND, offset / STEPS_PER_SECOND))
-
-  events = np.flatnonzero((values_N >= 0) & (values_N < _TIME_SHIFT))
-  for value, now, velocity in zip(values_N[events].tolist(), steps_N[events].tolist(), velocities_N[events].tolist()):
-    if value < _NOTE_OFF:
-      sounding[value].append((now, velocity))
-    elif sounding[value - _NOTE_OFF]:
-      end(value - _NOTE_OFF, now)
-
-  for pitch in range(NUM_PITCHES):
-    while sounding[pitch]:
-      end(pitch, int(steps_N[-1]))
+  for pitch, on, off in notes_of_events(ids_N):
+    onset, offset = int(steps_N[on]), int(steps_N[min(off, steps_N.size - 1)])
+    offset = max(offset, onset + 1)
+    notes.append(Note(pitch, int(velocities_N[on]), onset / STEPS_PER_SECOND, offset / STEPS_PER_SECOND))
   return sorted(notes, key=_by_time)
+
+
+def notes_of_events(ids_N: Sequence[int]) -> list[tuple[int, int, int]]:
+  """(pitch, on, off) of the notes that `decode` gives: which events begin and end each; N where none ends it."""
+  pitches_N, begins_N = pitches(ids_N), _values(ids_N) < _NOTE_OFF
+  sounding = [collections.deque() for _ in range(NUM_PITCHES)]  # per pitch the events that began it, earliest first
+  result = []
+  for event in np.flatnonzero(pitches_N >= 0).tolist():
+    begun = sounding[pitches_N[event]]
+    if begins_N[event]:
+      begun.append(event)
+    elif begun:
+      result.append((int(pitches_N[event]), begun.popleft(), event))
+  return result + [(pitch, on, len(pitches_N)) for pitch in range(NUM_PITCHES) for on in sounding[pitch]]
+
+
+def steps(ids_N: Sequence[int]) -> np.ndarray:
+  """int64[N]: the steps of 10 ms that have passed at each event, a time shift's own included."""
+  return np.cumsum(_shift_steps(_values(ids_N)))
+
+
+def pitches(ids_N: Sequence[int]) -> np.ndarray:
+  """int64[N]: the pitch that each event begins or ends, -1 for other events."""
+  values_N = _values(ids_N)
+  return np.where((values_N >= 0) & (values_N < _TIME_SHIFT), values_N % NUM_PITCHES, -1)
 
 
 def to_midi(notes: Sequence[Note]) -> bytes:

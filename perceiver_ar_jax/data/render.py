@@ -51,14 +51,14 @@ def picture(task: Task, events: np.ndarray, positions: np.ndarray) -> np.ndarray
     roll = music.piano_roll(events)[:, :_MAX_STEPS]
     used = np.flatnonzero(roll.any(axis=1))
     roll = roll[used[0] : used[-1] + 1] if len(used) else roll
-    return _colours(np.repeat(roll[::-1] * 2, 2, axis=0))
+    return colours(np.repeat(roll[::-1] * 2, 2, axis=0))
   if task.modality == "audio":
     shades = _shades(task.decode(events))
-    return _colours(np.repeat(shades.T[:, :_MAX_STEPS], 8, axis=0)) if len(shades) else None
+    return colours(np.repeat(shades.T[:, :_MAX_STEPS], 8, axis=0)) if len(shades) else None
   if task.modality == "video":
     height, width = positions[:, 1:].max(axis=0) - 1
     frames = codes.to_video(events, height, width)[:_MAX_FRAMES]
-    return grid([_enlarge(_colours(frame)) for frame in _shades(frames)], columns=8) if len(frames) else None
+    return grid([_enlarge(colours(frame)) for frame in _shades(frames)], columns=8) if len(frames) else None
   return None
 
 
@@ -88,7 +88,7 @@ def save_png(pixels: np.ndarray, path: str) -> None:
   PIL.Image.fromarray(pixels).save(path, format="PNG")
 
 
-def _colours(values: np.ndarray) -> np.ndarray:
+def colours(values: np.ndarray) -> np.ndarray:
   """Dark blue to yellow for 0..255: uint8[..., 3]."""
   values = values.astype(np.float32)[..., None] / 255
   low, high = np.array([20, 20, 60]), np.array([255, 230, 80])

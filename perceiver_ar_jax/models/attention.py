@@ -24,6 +24,10 @@ ACTIVATION_FNS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=True),
 }
 
+MAPS = "intermediates"
+"""The collection in which attention leaves the newest query's map, whatever the kernel, where a caller makes it mutable
+(initialisation never does; layers under a scan hand none on)."""
+
 
 def dense(
   config: ModelConfig, features: int, name: str | None, axes: tuple[str, str], init=kernel_init, **kwargs
@@ -99,6 +103,9 @@ class Attention(nn.Module):
     config = self.config
     query = dense(config, self.width, "query", ("width", "heads"))(normed_BxMxD)
     q_BxMxHxK = turn(config, query.reshape(*normed_BxMxD.shape[:2], self.num_heads, -1), rotary_BxM)
+    if self.is_mutable_collection(MAPS) and isinstance(keys, attention_kernels.Keys):
+      weights_BxHx1xL = attention_kernels.probabilities(q_BxMxHxK[:, -1:], keys.all()[0], valid_BxL, keep_own)
+      self.sow(MAPS, "weights_BxHxL", weights_BxHx1xL[:, :, 0])
     if isinstance(keys, attention_kernels.Cached):
       attended_BxMxHxK = keys.attend(q_BxMxHxK, valid_BxL)
     else:

@@ -95,10 +95,15 @@ def reference(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: i
   """Plain einsums: the truth. Keeps scores of size B x H x M x L; `chunk` does not matter."""
   del chunk
   k_BxLxHxK, v_BxLxHxK = keys.all()
+  weights_BxHxMxL = probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own)
+  return jnp.einsum("bhml,blhk->bmhk", weights_BxHxMxL.astype(v_BxLxHxK.dtype), v_BxLxHxK)
+
+
+def probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own: bool = False):
+  """float32 weights_BxHxMxL by which each query sees each key: they sum to 1, and are 0 where it does not see."""
   scores_BxHxMxL = _product("bmhk,blhk->bhml", _scaled(q_BxMxHxK), k_BxLxHxK)
   scores_BxHxMxL = jnp.where(_seen(q_BxMxHxK, valid_BxL, keep_own), scores_BxHxMxL, _MASKED)
-  weights_BxHxMxL = jax.nn.softmax(scores_BxHxMxL, axis=-1)
-  return jnp.einsum("bhml,blhk->bmhk", weights_BxHxMxL.astype(v_BxLxHxK.dtype), v_BxLxHxK)
+  return jax.nn.softmax(scores_BxHxMxL, axis=-1)
 
 
 def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):

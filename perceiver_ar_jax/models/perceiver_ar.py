@@ -160,6 +160,33 @@ class Embed(nn.Module):
     return x_BxLxE
 
 
+def attention_map(
+  config: ModelConfig, params, tokens_BxL, positions_BxLxP, *, num_latents: int | None = None, cross_attend: int = 0
+):
+  """float32 weights_BxHxL: how much each head of a cross-attend takes from each input for the last latent.
+
+  They sum to 1 and are 0 on padding. The last latent predicts what comes after the inputs, so it sees all of them.
+
+  Args:
+    config: of the model.
+    params: of the model.
+    tokens_BxL: as for the model's call.
+    positions_BxLxP: likewise.
+    num_latents: likewise.
+    cross_attend: which one, from 0: below len(runs(config)).
+  """
+  _, state = PerceiverAR(config).apply(
+    {"params": params},
+    tokens_BxL,
+    positions_BxLxP,
+    num_latents=num_latents,
+    method="latents",
+    mutable=[attention.MAPS],
+  )
+  (weights_BxHxL,) = state[attention.MAPS][f"cross_attend_{cross_attend}"]["attention"]["weights_BxHxL"]
+  return weights_BxHxL[..., -tokens_BxL.shape[1] :]  # without what fills the context for the mesh
+
+
 def drop_context(key: jax.Array, tokens_BxL, positions_BxLxP, num_latents: int, keep: int):
   """(tokens, positions) with a random `keep` of each row's inputs before the latents, in order, and all the latents.
 

@@ -59,7 +59,7 @@ def read(task: Task, text: str) -> list[Document]:
   if not text.strip():
     raise InputError("The prompt is empty: give a text or a file, or none at all to begin from nothing.")
   if task.read is None:
-    raise InputError(f"The task {task.name} has no files: take prompts from its data, --config.sample.prompt={DATA}.")
+    raise InputError(f"The task {task.name} has no files, so {text!r} cannot be read: take its data, prompt={DATA}.")
   files = sorted(path for path in glob.glob(os.path.expanduser(text), recursive=True) if os.path.isfile(path))
   return [_told(task, task.read(path)) for path in files or [text]]
 
