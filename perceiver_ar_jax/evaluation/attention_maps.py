@@ -35,8 +35,13 @@ def write(config: Config, workdir: epath.PathLike, read: Callable[[Task, str], l
     read: the documents of a user's own text or files.
 
   Raises:
-    InputError: no checkpoint, a prompt that cannot be read, an output outside of it, a folder that cannot be written.
+    InputError: no checkpoint or no cross-attend; a prompt that cannot be read, an output outside of it, a folder that
+      cannot be written.
   """
+  if config.model.architecture != "perceiver_ar":
+    raise InputError(
+      f"model.architecture={config.model.architecture} has no cross-attend whose attention could be shown."
+    )
   mesh, step, params = evaluate.restore(config, workdir)
   settings, num_latents = config.attention_map, config.eval.num_latents or config.model.num_latents
   task, document = _document(config, read)

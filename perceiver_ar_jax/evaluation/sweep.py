@@ -83,6 +83,8 @@ def _at(config: Config, point: Mapping[str, int]) -> Config:
   old = config.model
   if point["layers"] > old.num_layers:
     raise InputError(f"--layers={point['layers']} exceeds the {old.num_layers} layers that the model has.")
+  if old.architecture != "perceiver_ar" and point["layers"] != old.num_layers:
+    raise InputError(f"--layers={point['layers']}: a {old.architecture} is scored with all its layers only.")
   if point["num_latents"] > point["context"]:
     raise InputError(
       f"--num_latents={point['num_latents']} exceeds a context of {point['context']}, whose last inputs they are: lower"
@@ -103,6 +105,8 @@ def _at(config: Config, point: Mapping[str, int]) -> Config:
 
 def first_layers(model: ModelConfig, params: Mapping) -> dict:
   """The weights of a model cut down to the layers and cross-attends that `model` still has."""
+  if model.architecture != "perceiver_ar":
+    return dict(params)
   lengths = runs(model)
   result = {name: value for name, value in params.items() if not name.startswith(("layers_", "cross_attend_"))}
   for run, length in enumerate(lengths):
