@@ -157,7 +157,7 @@ def _write(results: Mapping, page: epath.Path) -> None:
       [
         f"# {title}",
         about.strip(),
-        _table(runs, unit),
+        table(runs),
         f"{unit} on held-out data: {spread}. The last two columns are read off the curves.",
         *([f"![{unit} against training FLOPs and seconds]({picture.name})"] if drawn else []),
         _by_context(runs),
@@ -178,8 +178,9 @@ def _mean_curve(runs: Sequence[Mapping], cost: str) -> tuple[list[float], list[f
   ]
 
 
-def _table(runs: Mapping[str, Sequence[Mapping]], unit: str) -> str:
-  """One line a variant."""
+def table(runs: Mapping[str, Sequence[Mapping]]) -> str:
+  """One line of Markdown a variant: what it is, what it cost, how good it became, by `ablate`'s runs."""
+  unit = next(iter(runs.values()))[0]["unit"]
   least = {
     cost: min(statistics.fmean(run[cost] * run["steps"] for run in some) for some in runs.values())
     for cost in ("step_flops", "step_seconds")

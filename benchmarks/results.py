@@ -1,0 +1,129 @@
+"""Runs every ablation, a sweep and an attention map, and writes docs/results.md with all that came out.
+
+  python -m benchmarks.results --workdir=runs/results           # hours on 2 cores; goes on where it was stopped
+  python -m benchmarks.results --workdir=runs/results context   # only what is named
+
+Each experiment is the command that its section names; pages, pictures and figures of each lie in docs/results.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+from perceiver_ar_jax.evaluation import ablate
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_PAGE, _FOLDER = _ROOT / "docs" / "results.md", _ROOT / "docs" / "results"
+_SEEDS = {
+  "context": "0,1",
+  "baselines_text": "0,1",
+  "baselines_copy": "0,1",
+  "order": "0",
+  "positions": "0",
+  "dropout": "0",
+}
+_SWEEP = ["--num_latents=32,64,128,256,512,1024", "--stride=32", "--config.eval.max_sequences=2"]
+_OUTPUTS = "(64,96,127)"
+_INTRODUCTION = """# Results
+
+What the commands of this project gave, at a scale that a laptop has patience for: small models, minutes of training,
+one or two seeds. They show directions, not the paper's figures; every experiment is a config file that runs at full
+scale on a pod. This page is written by `python -m benchmarks.results`."""
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("names", nargs="*", help=", ".join([*_SEEDS, "latents", "attention"]))
+  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of all runs")
+  arguments = parser.parse_args()
+  _FOLDER.mkdir(exist_ok=True)
+  names = arguments.names or [*_SEEDS, "latents", "attention"]
+  for name in names:
+    if name in _SEEDS:
+      command = ["ablate", f"--config=configs/ablations/{name}.py", f"--seeds={_SEEDS[name]}"]
+      _run(
+        "evaluation." + command[0], *command[1:], f"--workdir={arguments.workdir / name}", f"--page={_FOLDER / name}"
+      )
+  if "latents" in names:
+    run = arguments.workdir / "context" / "4096-seed0"
+    _run("evaluation.sweep", "--config=configs/ablations/context.py:4096", f"--workdir={run}", *_SWEEP)
+    for ending in (".json", ".png"):
+      (written,) = run.glob(f"sweep-*{ending}")
+      shutil.copy(written, _FOLDER / f"latents{ending}")
+  if "attention" in names:
+    run = arguments.workdir / "baselines_copy" / "perceiver-ar-seed0"
+    config = "--config=configs/ablations/baselines_copy.py:perceiver-ar"
+    _run("main", "--mode=attention", config, f"--workdir={run}", f"--config.attention_map.outputs={_OUTPUTS}")
+    report = json.loads((run / "attention" / "attention.json").read_text())
+    shutil.copy(run / "attention" / report["outputs"][1]["files"][0], _FOLDER / "attention.png")
+    (_FOLDER / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+  sections = [_ablation(name) for name in _SEEDS if (_FOLDER / f"{name}.json").exists()]
+  sections += [write() for name, write in _OTHERS.items() if (_FOLDER / f"{name}.json").exists()]
+  _PAGE.write_text("\n\n".join([_INTRODUCTION, *sections]) + "\n")
+
+
+def _run(module: str, *arguments: str) -> None:
+  command = [sys.executable, "-m", f"perceiver_ar_jax.{module}", *arguments]
+  print(shlex.join(command), flush=True)
+  subprocess.run(command, cwd=_ROOT, check=True)
+
+
+def _ablation(name: str) -> str:
+  results = json.loads((_FOLDER / f"{name}.json").read_text())
+  title = results["about"].strip().partition("\n")[0]
+  return "\n\n".join(
+    [
+      f"## {title}",
+      ablate.table(results["runs"]),
+      f"![curves over training FLOPs and seconds](results/{name}.png)",
+      f"[What was asked and found, loss by context](results/{name}.md). `{results['command']}`, {results['hardware']}.",
+    ]
+  )
+
+
+def _latents() -> str:
+  rows = json.loads((_FOLDER / "latents.json").read_text())
+  unit = rows[0]["unit"]
+  lines = [f"| latents at evaluation | {unit} | FLOPs a token | s a token |", "|---|---|---|---|"]
+  lines += [
+    f"| {row['num_latents']:,} | {row[unit]:.4f} | {row['flops_per_token']:.3g} | {row['seconds_per_token']:.2g} |"
+    for row in rows
+  ]
+  return "\n\n".join(
+    [
+      "## Compute chosen at evaluation: fewer and more latents than the 256 of training",
+      "\n".join(lines),
+      "![the unit over FLOPs and seconds a token](results/latents.png)",
+      f"`python -m perceiver_ar_jax.evaluation.sweep --config=configs/ablations/context.py:4096 {shlex.join(_SWEEP)}`"
+      " on the run of the context ablation with seed 0.",
+    ]
+  )
+
+
+def _attention() -> str:
+  report = json.loads((_FOLDER / "attention.json").read_text())
+  lines = [
+    f"- output {one['output']}: entropy {one['entropy_nats']:.2f} nats over {one['inputs']} inputs,"
+    f" {one['share_before_latents']:.1%} of the attention on inputs before the latents"
+    for one in report["outputs"]
+  ]
+  return "\n\n".join(
+    [
+      "## What the cross-attend takes from, in the copy task",
+      "![attention of one output of the mirrored half](results/attention.png)",
+      "\n".join(lines),
+      "`--mode=attention` on the Perceiver AR of the copy comparison above, seed 0: the picture is output"
+      f" {report['outputs'][1]['output']}.",
+    ]
+  )
+
+
+_OTHERS = {"latents": _latents, "attention": _attention}
+
+
+if __name__ == "__main__":
+  main()
