@@ -127,16 +127,20 @@ class LargestSoFar:
 
 
 class EndTogether:
-  """A context in which an error of one of several processes ends all of them, soon and with a word on who it was.
+  """A context that several processes leave together: when all are through, or soon after an error of one of them.
 
-  Leaving as usual would first wait for the others, which wait for this one in a computation.
+  JAX's own wait at the end would not do. It ends all after a while if one still writes what it alone writes; and one
+  that failed would wait there for the others, which wait for it in a computation.
   """
 
   def __enter__(self) -> "EndTogether":
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
-    if error is None or isinstance(error, SystemExit) or jax.process_count() == 1:
+    if isinstance(error, SystemExit) or jax.process_count() == 1:
+      return
+    if error is None:
+      wait_for_all("end")
       return
     me = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, InputError):
