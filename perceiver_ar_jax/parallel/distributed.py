@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 from perceiver_ar_jax.config import InputError
 
@@ -99,9 +100,13 @@ def largest(value: int) -> int:
 
 
 def wait_for_all(name: str) -> None:
-  """Returns once every process has come here; `name` must be the same on all."""
+  """Returns once every process has come here, however late; `name` must be the same on all.
+
+  Other than a computation, this needs no connection between devices: CPUs give up making one after 30 s. Should a
+  process die meanwhile, missing heartbeats end the others.
+  """
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
 
 
 class LargestSoFar:
