@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from absl import app, flags
 
@@ -29,6 +30,7 @@ _STEPS = flags.DEFINE_integer("steps", 400, "Steps of the run.")
 _FOLDER = flags.DEFINE_string("folder", None, "Where the runs and the drill's own notes lie.", required=True)
 _SECONDS = flags.DEFINE_float("seconds", float("inf"), "Stop after this long; the same command goes on.")
 
+_PHASES = ("starting", "training", "saving")
 _ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
   report = {
     "kills": len(notes),
     "processes": _PROCESSES.value,
-    "killed_while": {phase: sum(note["phase"] == phase for note in notes) for phase in ("starting", "training")},
+    "killed_while": {phase: sum(note["phase"] == phase for note in notes) for phase in _PHASES},
     "lost_runs": int(any(codes) or losses.keys() != expected.keys()),
     "diverged_losses": sum(difference > 1e-6 for difference in differences),
     "largest_difference": max(differences),
@@ -68,16 +70,17 @@ def main(argv: list[str]) -> None:
 
 def _round(workdir: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> dict:
   """Starts the run, kills one process of it, and sees the others end."""
-  before, processes = len(_losses(workdir)), _start(workdir, folder)
-  if rng.random() < 0.2:
+  before, processes, aim = len(_losses(workdir)), _start(workdir, folder), rng.random()
+  if aim < 0.2:
     time.sleep(rng.uniform(1, 8))
-    phase = "starting"
   else:
     wanted = before + rng.randint(1, 15)
-    while len(_losses(workdir)) < wanted and all(process.poll() is None for process in processes):
-      time.sleep(0.02)
-    time.sleep(rng.uniform(0, 0.2))
-    phase = "training"
+    _wait_until(lambda: len(_losses(workdir)) >= wanted, processes)
+    if aim < 0.5:
+      _wait_until(lambda: _is_saving(workdir), processes)
+    else:
+      time.sleep(rng.uniform(0, 0.2))
+  phase = "starting" if len(_losses(workdir)) == before else "saving" if _is_saving(workdir) else "training"
   victim = rng.randrange(len(processes))
   processes[victim].kill()
   killed, codes = time.monotonic(), _wait(processes, 60)
@@ -89,6 +92,17 @@ def _round(workdir: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> d
     "seconds_to_end": round(time.monotonic() - killed, 1),
     "steps": len(_losses(workdir)),
   }
+
+
+def _wait_until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+  """Returns once `condition` holds, or a process has ended."""
+  while not condition() and all(process.poll() is None for process in processes):
+    time.sleep(0.002)
+
+
+def _is_saving(workdir: pathlib.Path) -> bool:
+  """Whether a checkpoint is being written (until the first step of a start: or was, when the last kill came)."""
+  return any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
 
 
 def _start(workdir: pathlib.Path, folder: pathlib.Path) -> list[subprocess.Popen]:

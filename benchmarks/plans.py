@@ -28,6 +28,7 @@ _MILLION += ["train.microbatches=1"]
 PLANS: dict[str, tuple[str, str, list[str]]] = {
   "imagenet64-v5e-256": ("imagenet64", "v5e:16x16", []),
   "imagenet64-v5e-256-splash": ("imagenet64", "v5e:16x16", ["model.attention=splash"]),
+  "imagenet64-2xv5e-256": ("imagenet64", "2xv5e:16x16", ["mesh.data=2"]),
   "imagenet64-v5e-64": ("imagenet64", "v5e:8x8", []),
   "imagenet64-v5e-64-microbatches": ("imagenet64", "v5e:8x8", ["train.microbatches=4"]),
   "imagenet64-v5e-64-reference": ("imagenet64", "v5e:8x8", ["model.attention=reference"]),

@@ -526,8 +526,8 @@ class PlanConfig:
   """What --mode=plan looks at; training ignores it."""
 
   topology: str | None = None
-  """The chips to plan for: a slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, such as v4-128; or
-  nodes of GPUs, h100:4x8, a100:8."""
+  """The chips to plan for: a slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, such as v4-128;
+  several of them, 2xv5e:16x16; or nodes of GPUs, h100:4x8, a100:8."""
   search: bool = False
   """Try meshes, microbatches and remat policies, and rank those that fit."""
   max_compiles: int = 8

@@ -40,6 +40,7 @@ def _config(name="imagenet64", **overrides):
     ("v5e:1x1", "v5e:1x1", 1),
     ("h100:8", "h100:1x8", 8),
     ("a100:4x8", "a100:4x8", 32),
+    ("2xv5litepod-256", "2xv5e:16x16", 512),
   ],
 )
 def test_names_of_slices(name, meant, num_chips):
@@ -58,6 +59,7 @@ def test_names_of_slices(name, meant, num_chips):
     ("v4:4x4", ["needs 3 numbers", "v4:4x4x8"]),
     ("v5e:3x3", ["even"]),
     ("v4-100", ["no usual size", "v4-128"]),
+    ("2xh100:8", ["how many nodes"]),
   ],
 )
 def test_names_of_no_slice_are_explained(name, words):
@@ -233,6 +235,8 @@ def test_candidates_divide_chips_and_batch_and_leave_out_what_arithmetic_exclude
     plan_search.candidates(
       dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=200)), chips.parse("v5e:1x1")
     )
+  slices = chips.parse("2xv5e:2x4")
+  assert all(c.config.mesh.data % 2 == 0 for c in plan_search.candidates(config, slices)), "data reaches across"
   with pytest.raises(InputError, match="divides over no mesh of 16 chips"):
     plan_search.candidates(_config(train__batch_size=3), topology)
 
@@ -324,7 +328,7 @@ def test_a_missing_compiler_is_named(topology, extra, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
 def test_the_real_compiler_plans_refuses_and_knows_no_such_slice(tmp_path):
-  """One plan that fits, through the command; then a mesh and a memory that do not."""
+  """One plan that fits, through the command; a mesh that does not; several slices; a memory that does not."""
   mesh = {"mesh__data": 2, "mesh__fsdp": 2}
   result = tiny.run(tmp_path, "--mode=plan", "--config.plan.topology=v5e:2x2", **mesh)
   assert result.returncode == 0, result.stderr
@@ -341,6 +345,10 @@ def test_the_real_compiler_plans_refuses_and_knows_no_such_slice(tmp_path):
   assert set(written["traffic"]["sent_bytes_by_collective"]) and written["bound"] in written["roofline_seconds"]
   with pytest.raises(InputError, match="The mesh .* there are 4"):
     plan.compile_plan(tiny.config(mesh__data=3), chips.parse("v5e:2x2"))
+  with pytest.raises(InputError, match="form 2 slices, over which the axis mesh.across_slices=data"):
+    plan.compile_plan(tiny.config(mesh__fsdp=8, train__batch_size=8), chips.parse("2xv5e:2x2"))
+  several = plan.compile_plan(tiny.config(mesh__data=2, mesh__fsdp=4), chips.parse("2xv5e:2x2"))
+  assert several["fits"] and several["num_devices"] == 8
   large = tiny.config(
     model__max_context=2**17, model__num_latents=2**15, model__position_sizes=(2**17 + 2,), model__attention="reference"
   )

@@ -1,14 +1,22 @@
 """Several processes are one run: the same losses, one decision, one end; and any number of them goes on with it."""
 
+import dataclasses
+import json
+import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+from etils import epath
 
+from perceiver_ar_jax.sampling.sampler import Sampler
+from perceiver_ar_jax.training.workdir import load_config
 from tests import tiny
 
 SETTINGS = {
@@ -23,16 +31,22 @@ SETTINGS = {
 }
 
 
-def _start(workdir, count: int, devices: int) -> list[subprocess.Popen]:
-  """The run's processes, their output in <workdir>-<number>.log."""
+def _free_port() -> int:
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-  processes = []
+    return probe.getsockname()[1]
+
+
+def _start(workdir, count: int, devices: int, *arguments: str, own_copies: bool = False) -> list[subprocess.Popen]:
+  """The run's processes, their output in <workdir>-<number>.log; own_copies: all but process 0 see copies of it."""
+  port, processes = _free_port(), []
   for index in range(count):
+    seen = workdir
+    if own_copies and index:
+      seen = shutil.copytree(workdir, f"{workdir}-of-{index}")
     flags = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}")
     with open(f"{workdir}-{index}.log", "w") as log:
-      command = tiny.command(workdir, *flags, **SETTINGS)
+      command = tiny.command(seen, *flags, *arguments, **SETTINGS)
       processes.append(subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(devices), stdout=log, stderr=log))
   return processes
 
@@ -95,3 +109,58 @@ def test_losses_are_those_of_one_process_however_many_there_were(story):
   steps = range(1, 61)
   ours, expected = ([losses[step] for step in steps] for losses in (story["losses"], story["expected"]))
   np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def test_evaluation_and_samples_of_two_processes_are_those_of_one_and_written_by_process_0(story, tmp_path):
+  trained = story["run"]
+  evaluated, sampled = (shutil.copytree(trained, tmp_path / mode) for mode in ("eval", "sample"))
+  there = _files(trained)
+  settings = ("--config.sample.num_samples=3", "--config.sample.batch_size=2", "--config.sample.length=20")
+  mesh = ("--config.mesh.data=1", "--config.mesh.context=1")  # fsdp 2: a device each
+  evaluating = _start(evaluated, 2, 1, "--mode=eval", *mesh, own_copies=True)
+  sampling = _start(sampled, 2, 1, "--mode=sample", *mesh, *settings, own_copies=True)
+  config = load_config(epath.Path(trained))
+  one_device = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, context=1))
+  expected = Sampler.from_workdir(trained, one_device)(num_samples=3, batch_size=2, length=20)
+  assert _codes(evaluating, 240) == [0, 0], _log(evaluated, 0)
+  assert _codes(sampling, 240) == [0, 0], _log(sampled, 0)
+
+  assert _files(evaluated) - there == {"eval-validation-60.json"}
+  figures = json.loads((evaluated / "eval-validation-60.json").read_text())
+  logged = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+  np.testing.assert_allclose(figures["nats_per_token"], logged["eval_nats_per_token"], rtol=1e-6)
+  names = [f"samples/60-0-{number}.npy" for number in range(3)]
+  assert _files(sampled) - there == {*names, "samples/samples.json"}
+  for name, one in zip(names, expected, strict=True):
+    np.testing.assert_array_equal(np.load(sampled / name), one.value)
+  for untouched in (f"{evaluated}-of-1", f"{sampled}-of-1"):
+    assert _files(untouched) == there
+
+
+def _files(folder) -> set[str]:
+  return {str(path.relative_to(folder)) for path in pathlib.Path(folder).rglob("*") if path.is_file()}
+
+
+_WRITES_LONG = """
+import sys, time
+import jax
+from perceiver_ar_jax.parallel import distributed
+
+initialize = jax.distributed.initialize
+jax.distributed.initialize = lambda *args, **names: initialize(*args, **names | {"shutdown_timeout_seconds": 3})
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+with distributed.EndTogether():
+  if jax.process_index() == 0:
+    time.sleep(8)
+"""
+
+
+def test_a_process_that_still_writes_is_waited_for_longer_than_jax_waits_at_the_end():
+  address = f"127.0.0.1:{_free_port()}"
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", _WRITES_LONG, address, str(index)], cwd=tiny.ROOT, stderr=subprocess.DEVNULL
+    )
+    for index in range(2)
+  ]
+  assert _codes(processes, 60) == [0, 0]

@@ -163,12 +163,13 @@ _SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice of TPU chips, or nodes of GPUs."""
+  """Slices of TPU chips, or nodes of GPUs."""
 
   version: str
   """A key of CHIPS."""
   shape: tuple[int, ...]
-  """Chips along each dimension; of GPUs, nodes and GPUs in each."""
+  """Chips along each dimension of a slice; of GPUs, nodes and GPUs in each."""
+  slices: int = 1
 
   @property
   def chip(self) -> Chip:
@@ -176,25 +177,36 @@ class Topology:
 
   @property
   def num_chips(self) -> int:
-    return math.prod(self.shape)
+    return self.slices * math.prod(self.shape)
 
   @property
   def sent_bandwidth(self) -> float:
     """Bytes/s that each chip sends to others at best; between nodes of GPUs, the network's."""
     return self.chip.network_bandwidth if not self.chip.dims and self.shape[0] > 1 else self.chip.ici_bandwidth
 
-  def __str__(self) -> str:
+  @property
+  def shape_name(self) -> str:
+    """One slice's."""
     return f"{self.version}:{'x'.join(map(str, self.shape))}"
+
+  def __str__(self) -> str:
+    return f"{self.slices}x{self.shape_name}" if self.slices > 1 else self.shape_name
 
 
 def parse(name: str) -> Topology:
   """The slice of a name, "v5e:16x16" or "v5litepod-256"; "v4-128" counts cores, two a chip, and is v4:4x4x4.
 
-  "h100:8" is a node of eight GPUs, "h100:4x8" four of them.
+  "2xv5e:16x16" are two of them, which a network joins. "h100:8" is a node of eight GPUs, "h100:4x8" four of them.
 
   Raises:
     InputError: an unknown version, or a shape that no slice of it has.
   """
+  several = re.fullmatch(r"([1-9]\d*)x([a-z].*)", name.strip().lower())
+  if several:
+    one = parse(several[2])
+    if not one.chip.dims:
+      raise InputError(f"plan.topology={name!r}: write how many nodes of how many GPUs, such as {one.version}:4x8.")
+    return dataclasses.replace(one, slices=int(several[1]))
   match = re.fullmatch(r"(\w+?)(?::(\d+(?:x\d+)*)|-(\d+))", name.strip().lower())
   version = match and {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e"}.get(match[1], match[1])
   if match is None or version not in CHIPS:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 from perceiver_ar_jax.config import InputError
 
@@ -99,9 +100,13 @@ def largest(value: int) -> int:
 
 
 def wait_for_all(name: str) -> None:
-  """Returns once every process has come here; `name` must be the same on all."""
+  """Returns once every process has come here, however late; `name` must be the same on all.
+
+  Other than a computation, this needs no connection between devices: CPUs give up making one after 30 s. Should a
+  process die meanwhile, missing heartbeats end the others.
+  """
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
 
 
 class LargestSoFar:
@@ -127,16 +132,20 @@ class LargestSoFar:
 
 
 class EndTogether:
-  """A context in which an error of one of several processes ends all of them, soon and with a word on who it was.
+  """A context that several processes leave together: when all are through, or soon after an error of one of them.
 
-  Leaving as usual would first wait for the others, which wait for this one in a computation.
+  JAX's own wait at the end would not do. It ends all after a while if one still writes what it alone writes; and one
+  that failed would wait there for the others, which wait for it in a computation.
   """
 
   def __enter__(self) -> "EndTogether":
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
-    if error is None or isinstance(error, SystemExit) or jax.process_count() == 1:
+    if isinstance(error, SystemExit) or jax.process_count() == 1:
+      return
+    if error is None:
+      wait_for_all("end")
       return
     me = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, InputError):

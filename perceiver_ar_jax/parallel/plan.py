@@ -149,9 +149,11 @@ def describe(plan: dict) -> str:
   ]
   if plan["fits"]:
     seconds = ", ".join(f"{name} {value:.3f}" for name, value in plan["roofline_seconds"].items())
+    between = "; the network between slices is not counted" if chips.parse(plan["topology"]).slices > 1 else ""
     lines.append(
       f"  at best {plan['step_seconds']:.3f} s a step, bound by {BOUNDS[plan['bound']]} (seconds: {seconds}):"
       f" {plan['batch_size'] / plan['step_seconds']:,.0f} sequences/s, {plan['model_flops_utilization']:.0%} of peak"
+      f"{between}"
     )
   if "largest" in plan:
     lines += ["  largest arrays:", *(f"    {size_of(size):>9} {what}" for size, what in plan["largest"][:5])]

@@ -76,6 +76,8 @@ def candidates(config: Config, topology: chips.Topology) -> list[Candidate]:
       if parts % fsdp or train.batch_size % parts:
         continue
       mesh = dataclasses.replace(config.mesh, data=parts // fsdp, fsdp=fsdp, tensor=tensor, context=context)
+      if getattr(mesh, mesh.across_slices) % topology.slices:
+        continue
       for microbatches in (1 << power for power in range((train.batch_size // parts).bit_length())):
         if (train.batch_size // parts) % microbatches:
           continue

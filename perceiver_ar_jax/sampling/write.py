@@ -39,10 +39,11 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
   sampler = Sampler.from_workdir(workdir, config)
   if stream and sampler.task.modality != "text":
     raise InputError(f"--stream prints text, which the task {sampler.task.name} does not make: leave it out.")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"{folder} cannot be written ({error.strerror or error}): free it, or copy the run.") from error
+  if jax.process_index() == 0:  # before the work, so that a mistake costs none
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise InputError(f"{folder} cannot be written ({error.strerror or error}): free it, or copy the run.") from error
   settings = {"batch_size": 1} if stream else {}
   start = time.monotonic()
   with _Progress(stream) as progress:

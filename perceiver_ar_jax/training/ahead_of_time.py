@@ -105,8 +105,10 @@ def _devices(topology: chips.Topology) -> list:
     platform, options = "cuda", {"target_config": topology.chip.target, "topology": shape}
   elif topology.version == "v4":  # a chip has two cores, which then work as one device
     options = {"chip_config_name": "megacore"}
+  if topology.slices > 1:
+    options["num_slices"] = topology.slices
   try:
-    return topologies.get_topology_desc(platform=platform, topology_name=str(topology), **options).devices
+    return topologies.get_topology_desc(platform=platform, topology_name=topology.shape_name, **options).devices
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).split("\n")[0]
     raise InputError(f"plan.topology={topology} is not known to the installed compiler: {reason}") from error

@@ -95,6 +95,7 @@ class Checkpointer:
     self._directory = epath.Path(workdir).absolute() / "checkpoints"
     self._read_only = read_only
     policies = ocp.checkpoint_managers
+    distributed.wait_for_all("checkpoints")  # compilation or imports may have taken one of them much longer
     best = policies.BestN(
       get_metric_fn=lambda metrics: metrics["nats_per_token"],
       reverse=True,
