@@ -1,11 +1,39 @@
-"""Perceiver AR in JAX/Flax: a long-context autoregressive model for TPU and GPU pods."""
+"""Perceiver AR in JAX/Flax: a long-context autoregressive model for TPU and GPU pods.
 
+PerceiverAR, ModelConfig      the model, a flax.linen module, and its settings
+load_checkpoint(workdir)      the config, step and weights of a trained run
+Sampler.from_workdir(workdir) generates and scores with them
+tasks                         the registry of datasets: names(), get_tasks(), add() for one's own
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads, whoever loads it first
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 
-__all__ = ["ModelConfig", "PerceiverAR"]
+if TYPE_CHECKING:
+  from perceiver_ar_jax.data import tasks
+  from perceiver_ar_jax.evaluation.evaluate import load_checkpoint
+  from perceiver_ar_jax.sampling.sampler import Sampler
+
+__all__ = ["ModelConfig", "PerceiverAR", "Sampler", "load_checkpoint", "tasks"]
 __version__ = "0.1.0"
+
+# Loaded when first asked for: they bring TensorFlow, which the model alone does not need.
+_LATE = {"Sampler": "sampling.sampler", "load_checkpoint": "evaluation.evaluate"}
+
+
+def __getattr__(name: str):
+  if name == "tasks":
+    return importlib.import_module("perceiver_ar_jax.data.tasks")
+  if name in _LATE:
+    return getattr(importlib.import_module(f"perceiver_ar_jax.{_LATE[name]}"), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

@@ -1,18 +1,25 @@
 """What every command shares: --config and --workdir, and mistakes that end in one paragraph with exit code 1."""
 
 import pathlib
+import platform
 import signal
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
+import perceiver_ar_jax
 from perceiver_ar_jax import config as config_lib
 
 _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # what a config file that cannot be run raises
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file such as configs/photos32.py.")
+flags.declare_key_flag("config")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
+
+
+_VERSION = flags.DEFINE_bool("version", False, "Print the versions of this project, Python and JAX, and exit.")
 
 
 def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) -> None:
@@ -37,6 +44,10 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
 
 
 def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
+  if _VERSION.value:
+    versions = {"perceiver_ar_jax": perceiver_ar_jax.__version__, "Python": platform.python_version()}
+    print(", ".join(f"{name} {version}" for name, version in (versions | {"JAX": jax.__version__}).items()))
+    sys.exit(0)
   if len(argv) > 1:
     raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
   for name in ("config", *required):

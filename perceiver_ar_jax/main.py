@@ -15,6 +15,7 @@ from absl import flags
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 
+flags.adopt_module_key_flags(command_line)
 _MODES = ["train", "eval", "sample", "score", "attention", "data", "plan"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it comes.")

@@ -122,3 +122,23 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
 def test_help_names_the_flags():
   result = _main("--help")
   assert "--workdir" in result.stdout and "--mode" in result.stdout
+
+
+def test_help_and_version_are_there_for_newcomers():
+  shown = _main("--help")
+  assert all(f"--{name}" in shown.stdout for name in ("config", "workdir", "mode", "version")), shown.stdout
+  shown = _main("--version")
+  assert shown.returncode == 0 and shown.stdout.startswith("perceiver_ar_jax 0."), shown.stderr
+
+
+def test_the_package_offers_its_nouns_without_loading_tensorflow():
+  program = """
+import sys, perceiver_ar_jax
+assert {"PerceiverAR", "ModelConfig", "Sampler", "load_checkpoint", "tasks"} <= set(dir(perceiver_ar_jax))
+assert "tensorflow" not in sys.modules
+assert "copy" in perceiver_ar_jax.tasks.names() and perceiver_ar_jax.Sampler.from_workdir
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", program], cwd=tiny.ROOT, env=os.environ, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr

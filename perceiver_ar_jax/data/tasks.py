@@ -27,11 +27,11 @@ import tensorflow_datasets as tfds
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, photos, registry, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable
-from perceiver_ar_jax.data.registry import Record, Task, get_tasks, names
+from perceiver_ar_jax.data.registry import Record, Task, add, get_tasks, names
 from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource, own_files, read_bytes, split_files
 from perceiver_ar_jax.data.tf_cpu import tf
 
-__all__ = ["get_tasks", "names"]  # of the registry, filled
+__all__ = ["Task", "add", "get_tasks", "names"]  # of the registry, filled
 
 NUM_COPY_VALIDATION = 256
 
@@ -371,18 +371,18 @@ def mirror(events_K: np.ndarray, length: int) -> Document:
 for _size in (32, 64):
   for _order in images.ORDERS:
     _suffix = "" if _order == "pixel_raster" else f"_{_order}"
-    registry.add(f"imagenet{_size}{_suffix}", functools.partial(_imagenet, _size, _order))
-    registry.add(f"photos{_size}{_suffix}", functools.partial(_photos, _size, _order))
-registry.add("image_files", _image_files)
-registry.add("pg19", _pg19)
-registry.add("wikitext103", _wikitext103)
-registry.add("enwik8", _enwik8)
-registry.add("text_files", _text_files)
+    add(f"imagenet{_size}{_suffix}", functools.partial(_imagenet, _size, _order))
+    add(f"photos{_size}{_suffix}", functools.partial(_photos, _size, _order))
+add("image_files", _image_files)
+add("pg19", _pg19)
+add("wikitext103", _wikitext103)
+add("enwik8", _enwik8)
+add("text_files", _text_files)
 for _version in ("v1", "v3"):
-  registry.add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
-registry.add("midi_files", _midi_files)
-registry.add("audio_codes", _audio_codes)
-registry.add("video_codes", _video_codes)
-registry.add("copy", _copy)
+  add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
+add("midi_files", _midi_files)
+add("audio_codes", _audio_codes)
+add("video_codes", _video_codes)
+add("copy", _copy)
 
 seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)])

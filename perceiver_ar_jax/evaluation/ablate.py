@@ -34,6 +34,7 @@ from perceiver_ar_jax.config import Config, InputError, nearest
 from perceiver_ar_jax.evaluation import plots
 from perceiver_ar_jax.parallel import flops
 
+flags.adopt_module_key_flags(command_line)
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the runs of each variant, with commas between.")
 _VARIANTS = flags.DEFINE_list("variants", [], "Only these variants of the file.")
 _PAGE = flags.DEFINE_string("page", None, "FOLDER/NAME: write the results there as well.")

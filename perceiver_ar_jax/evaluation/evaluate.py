@@ -7,6 +7,7 @@ more windows. Windows come from data/pipeline.py; this room turns logits into fi
 import json
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +180,28 @@ def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
   if restored is None:
     raise InputError(f"--workdir={workdir} holds no checkpoint: train first, with the same --workdir.")
   return mesh, *restored
+
+
+class Checkpoint(NamedTuple):
+  """What a run has trained."""
+
+  config: Config
+  step: int
+  params: dict
+  """Its weights, on the config's mesh."""
+
+
+def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:
+  """The newest good checkpoint of a run, which stays as it is.
+
+  `PerceiverAR(checkpoint.config.model).apply({"params": checkpoint.params}, tokens_BxL, positions_BxLxP)` gives logits.
+
+  Raises:
+    InputError: there is no run, or no readable checkpoint; or the devices do not fit the run's config.
+  """
+  config = workdir_lib.load_config(epath.Path(workdir))
+  _, step, params = restore(config, workdir)
+  return Checkpoint(config, step, params)
 
 
 def evaluate(config: Config, workdir: epath.PathLike) -> dict:

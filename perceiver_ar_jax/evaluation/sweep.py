@@ -30,6 +30,7 @@ from perceiver_ar_jax.models.perceiver_ar import runs
 from perceiver_ar_jax.parallel import distributed, flops
 
 _AXES = ("num_latents", "stride", "context", "layers")
+flags.adopt_module_key_flags(command_line)
 _LISTS = {name: flags.DEFINE_list(name, [], f"Values of {name}, with commas between.") for name in _AXES}
 
 
