@@ -19,6 +19,7 @@ setuptools.setup(
     "etils[epath]>=1.9",
     "flax>=0.12,<0.13",
     "jax>=0.10,<0.13",
+    "matplotlib>=3.9,<4",
     "ml_collections>=1.0,<2",
     "ml_dtypes>=0.5,<1",
     "numpy>=2.0,<3",
@@ -42,10 +43,8 @@ setuptools.setup(
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
     "plan": ["libtpu>=0.0.42,<0.1"],
-    "plots": ["matplotlib>=3.9,<4"],
     "music": ["mido>=1.3,<2"],
     "dev": [
-      "matplotlib>=3.9,<4",
       "mido>=1.3,<2",
       "pytest>=8,<10",
       "pytest-timeout>=2.3,<3",

@@ -3,8 +3,8 @@
   python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=MODE]
 
 MODE is train (the default), eval (score a split), sample (generate), score (how likely a text or file is), attention
-(pictures of what the cross-attend takes from), data, or plan (compile the step for chips that are not here: what a pod
-would take).
+(pictures of what the cross-attend takes from), report (one HTML file about the run), data (a look at it), or plan
+(compile the step for chips that are not here: what a pod would take).
 
 --config names an experiment of configs/; perceiver_ar_jax/config.py tells of every setting, and each can be
 overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
@@ -16,7 +16,7 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 
 flags.adopt_module_key_flags(command_line)
-_MODES = ["train", "eval", "sample", "score", "attention", "data", "plan"]
+_MODES = ["train", "eval", "sample", "score", "attention", "report", "data", "plan"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it comes.")
 _COORDINATOR = flags.DEFINE_string(
@@ -32,6 +32,11 @@ def main(config: Config) -> int:
     from perceiver_ar_jax.data import inspect
 
     inspect.inspect(config, command_line.WORKDIR.value)
+    return 0
+  if _MODE.value == "report":
+    from perceiver_ar_jax.evaluation import report
+
+    print(f"Written to {report.write(command_line.WORKDIR.value)}")
     return 0
   if _MODE.value == "plan":
     from perceiver_ar_jax.parallel import plan

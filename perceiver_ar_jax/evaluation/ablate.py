@@ -146,11 +146,11 @@ def _write(results: Mapping, page: epath.Path) -> None:
   picture, figures = page.with_suffix(".png"), page.with_suffix(".json")
   figures.write_text(json.dumps(results, indent=1) + "\n")
   panels = {
-    label: {variant: _mean_curve(some, cost) for variant, some in runs.items()}
+    (label, f"{unit}, held out"): {variant: _mean_curve(some, cost) for variant, some in runs.items()}
     for label, cost in (("training FLOPs", "step_flops"), ("training seconds", "step_seconds"))
   }
   title, _, about = results["about"].strip().partition("\n\n")
-  drawn = plots.curves(picture, panels, y_label=f"{unit}, held out", title=title)
+  picture.write_bytes(plots.curves(panels, title=title))
   seeds = len(next(iter(runs.values())))
   spread = f"mean of {seeds} seeds, and the largest distance from it" if seeds > 1 else "one seed"
   page.with_suffix(".md").write_text(
@@ -160,7 +160,7 @@ def _write(results: Mapping, page: epath.Path) -> None:
         about.strip(),
         table(runs),
         f"{unit} on held-out data: {spread}. The last two columns are read off the curves.",
-        *([f"![{unit} against training FLOPs and seconds]({picture.name})"] if drawn else []),
+        f"![{unit} against training FLOPs and seconds]({picture.name})",
         _by_context(runs),
         "\n".join(["What each variant is:", "", *(f"- {name}: {what}" for name, what in results["variants"].items())]),
         f"Written by `{results['command']}` on {results['hardware']}; [all figures]({figures.name}).",

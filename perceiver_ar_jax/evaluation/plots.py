@@ -1,43 +1,36 @@
-"""Pictures of figures, where matplotlib is installed (extra [plots])."""
+"""Pictures of figures."""
 
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 
-from etils import epath
-
-MISSING = " (no picture: pip install 'perceiver_ar_jax[plots]' for matplotlib)"
+from matplotlib import figure as figure_lib
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """By label: x and y."""
 
 
 def curves(
-  path: epath.Path,
-  panels: Mapping[str, Curves],
+  panels: Mapping[tuple[str, str], Curves],
   *,
-  y_label: str,
-  title: str,
+  title: str = "",
   marks: Mapping[str, Sequence[str]] | None = None,
-  log_x: bool = True,
-) -> bool:
-  """Writes a PNG of panels side by side, by the names of their x axes; False without matplotlib.
+  log_x: bool = False,
+  form: str = "png",
+) -> bytes:
+  """A picture of panels side by side.
 
   Args:
-    path: where to.
-    panels: the curves of each.
-    y_label: what y is, in all panels.
+    panels: the curves of each, by the names of its x and y axes.
     title: over all.
-    marks: by label, words beside the points of that curve.
+    marks: by label, words beside the points of that curve; points are then shown.
     log_x: whether x is logarithmic.
+    form: png or svg.
   """
-  try:
-    from matplotlib import figure as figure_lib
-  except ImportError:
-    return False
   figure = figure_lib.Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
-  for axes, (x_label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+  for axes, ((x_label, y_label), lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
     for (label, (xs, ys)), marker in zip(lines.items(), itertools.cycle("osv^D<>")):
-      axes.plot(xs, ys, marker=marker, markersize=4, label=label or None)
+      axes.plot(xs, ys, marker=marker if len(xs) < 30 else "", markersize=4, label=label)
       for x, y, word in zip(xs, ys, (marks or {}).get(label, [])):
         axes.annotate(word, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
@@ -45,6 +38,6 @@ def curves(
     if any(lines):
       axes.legend(fontsize=8)
   figure.suptitle(title)
-  with path.open("wb") as file:
-    figure.savefig(file, dpi=110)
-  return True
+  file = io.BytesIO()
+  figure.savefig(file, format=form, dpi=110)
+  return file.getvalue()

@@ -6,8 +6,8 @@
 Every combination is scored (paper, section 5: more latents or layers at evaluation than needed cost compute and buy
 likelihood). What is left out is as the config has it; a layer count keeps the first layers; a stride is lowered to the
 latents where it exceeds them. Other settings, such as --config.eval.max_sequences=20, are flags as for main.py. It
-writes sweep-<split>-<step>.json and .csv and, with the extra [plots], .png to the workdir: the task's unit against
-FLOPs and against seconds a token, both for scoring alone.
+writes sweep-<split>-<step>.json, .csv and .png to the workdir: the task's unit against FLOPs and against seconds a
+token, both for scoring alone.
 """
 
 import csv
@@ -152,17 +152,19 @@ def _write(rows: list[dict], workdir: epath.Path, name: str, own: Mapping[str, i
     curves.setdefault(label, []).append(row)
   panels = {"flops_per_token": "FLOPs a token", "seconds_per_token": "seconds a token"}
   marked = {label: [str(row[along]) for row in points] for label, points in curves.items()}
-  drawn = plots.curves(
-    workdir / f"{name}.png",
+  picture = plots.curves(
     {
-      title: {label: ([row[cost] for row in points], [row[unit] for row in points]) for label, points in curves.items()}
+      (title, unit): {
+        label: ([row[cost] for row in points], [row[unit] for row in points]) for label, points in curves.items()
+      }
       for cost, title in panels.items()
     },
-    y_label=unit,
     title=f"{along.replace('_', ' ')} at evaluation (trained: {own[along]})",
     marks=marked,
+    log_x=True,
   )
-  print(f"Written to {workdir / name}.json and .csv" + (" and .png" if drawn else plots.MISSING), flush=True)
+  (workdir / f"{name}.png").write_bytes(picture)
+  print(f"Written to {workdir / name}.json, .csv and .png", flush=True)
 
 
 if __name__ == "__main__":
