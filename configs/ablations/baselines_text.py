@@ -4,8 +4,9 @@ Paper (section 5): on Books, 60 layers of Perceiver AR with a context of 8,192 b
 against 13.25 a word) and train faster. Another paper's byte-level comparison at equal compute has it the other way
 round on PG-19 (Transformer 1.057 bits a byte, Perceiver AR 1.104) and about level on Stories.
 
-Here: bytes of Python's standard library; width, heads and layers are the same, steps are as many as the same training
-FLOPs allow, the learning rate is constant, so that the curves can be read at any FLOPs and any seconds.
+Here: the source code of Python's standard library (as in context.py); width, heads and layers are the same, steps are
+as many as the same training FLOPs allow, the learning rate is constant, so that the curves can be read at any FLOPs and
+any seconds.
 """
 
 from configs.ablations import context

@@ -3,7 +3,8 @@
 Paper (section 3 and appendix): rotary positions for text and music, learned or sinusoidal tables for images and the
 copy task; no table compares them.
 
-Here: bytes of Python's standard library, 256 latents of 1,024 inputs, positions counted from the start of each window.
+Here: the source code of Python's standard library (as in context.py), 256 latents of 1,024 inputs, positions counted
+from the start of each window.
 """
 
 from configs.ablations import context
