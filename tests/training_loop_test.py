@@ -145,6 +145,9 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
     def describe(self, result):
       return str(result)
 
+    def write(self, result, workdir):
+      assert result == {"nats_per_token": 12.0}
+
   config = tiny.config(eval__every=2, train__checkpoint_every=1, train__keep_checkpoints=2)
   assert loop.train(config, tmp_path, lambda config, mesh: Scores()) == 0
   assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "11", "12"}
