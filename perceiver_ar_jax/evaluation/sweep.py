@@ -30,13 +30,11 @@ from perceiver_ar_jax.models.perceiver_ar import runs
 from perceiver_ar_jax.parallel import distributed, flops
 
 _AXES = ("num_latents", "stride", "context", "layers")
-flags.adopt_module_key_flags(command_line)
-_LISTS = {name: flags.DEFINE_list(name, [], f"Values of {name}, with commas between.") for name in _AXES}
 
 
 def main(config: Config) -> int:
   distributed.keep_compiled(config.compilation_cache)
-  values = {name: _numbers(name, flag.value) for name, flag in _LISTS.items() if flag.value}
+  values = {name: _numbers(name, flags.FLAGS[name].value) for name in _AXES if flags.FLAGS[name].value}
   sweep(config, epath.Path(command_line.WORKDIR.value), values)
   return 0
 
@@ -168,4 +166,7 @@ def _write(rows: list[dict], workdir: epath.Path, name: str, own: Mapping[str, i
 
 
 if __name__ == "__main__":
+  flags.adopt_module_key_flags(command_line)
+  for axis in _AXES:
+    flags.DEFINE_list(axis, [], f"Values of {axis}, with commas between.")
   command_line.run(main, required=("workdir",))
