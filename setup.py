@@ -44,9 +44,11 @@ setuptools.setup(
     "plan": ["libtpu>=0.0.42,<0.1"],
     "plots": ["matplotlib>=3.9,<4"],
     "music": ["mido>=1.3,<2"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
       "matplotlib>=3.9,<4",
       "mido>=1.3,<2",
+      "mypy>=1.15,<2",
       "pytest>=8,<10",
       "pytest-timeout>=2.3,<3",
       "pytest-xdist>=3.6,<4",

@@ -131,4 +131,4 @@ def on_page_markdown(markdown, page, config, files):
       return f"[{words}]({config.repo_url.rstrip('/')}/blob/HEAD/{inside}{'#' + anchor if anchor else ''})"
     return f"{words} (`{inside}`)" if words != inside else f"`{inside}`"
 
-  return re.sub(r"(?<!!)\[([^\]\n]*)\]\(([^)\s]+)\)", link, markdown)
+  return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", link, markdown)
