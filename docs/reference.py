@@ -18,9 +18,9 @@ _INTRODUCTION = """# Configs
 
 A config file such as [configs/photos32.py](../configs/photos32.py) sets some of the fields below, and each can be set
 on the command line as well: `--config.train.steps=100 --config.model.num_layers=6`. Lists are written
-`--config.model.position_sizes="(34, 34, 5)"`, and `None` where a field allows it. A misspelt name, a value of another type
-and settings that cannot work together end in one paragraph that names the fix, with exit code 1. What a run resolved to
-is in its `config.json`.
+`--config.model.position_sizes="(34, 34, 5)"`, and `None` where a field allows it. A misspelt name, a value of another
+type and settings that cannot work together end in one paragraph that names the fix, with exit code 1. What a run
+resolved to is in its `config.json`.
 
 A field without a default must be set, and every file in configs/ sets it.
 """

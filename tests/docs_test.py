@@ -1,4 +1,4 @@
-"""What the documentation promises: links lead somewhere, nothing is forgotten, and the snippets of extending.md work."""
+"""What the documentation promises: links lead somewhere, nothing is forgotten, and snippets of extending.md work."""
 
 import ast
 import dataclasses
