@@ -22,7 +22,8 @@ on the command line as well: `--config.train.steps=100 --config.model.num_layers
 type and settings that cannot work together end in one paragraph that names the fix, with exit code 1. What a run
 resolved to is in its `config.json`.
 
-A field without a default must be set, and every file in configs/ sets it.
+A field's full name begins with its section: `num_layers` of `model` is `model.num_layers`. A field without a default
+must be set, and every file in configs/ sets it.
 """
 
 
@@ -86,7 +87,7 @@ def page(source: str) -> str:
 
 
 def _name(prefix: str, field: Field) -> str:
-  return f'<span id="{prefix}{field.name}">`{prefix}{field.name}`</span>'
+  return f'<span id="{prefix}{field.name}" style="white-space: nowrap">`{field.name}`</span>'
 
 
 def _kind(field: Field) -> str:

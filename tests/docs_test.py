@@ -77,10 +77,7 @@ def test_the_page_of_settings_has_them_all_with_their_defaults():
     default = told[name].default
     assert (dataclasses.MISSING if default is None else ast.literal_eval(default)) == field.default, name
   page = reference.page(reference.SOURCE.read_text(encoding="utf-8"))
-  assert (
-    '| <span id="model.rotary_max_wavelength">`model.rotary_max_wavelength`</span> | int or None, `None` | Rotary:'
-    in page
-  )
+  assert "`rotary_max_wavelength`</span> | int or None, `None` | Rotary: longest wavelength" in page
 
 
 def test_a_setting_without_words_is_an_error():
