@@ -56,7 +56,7 @@ def test_every_config_is_told_of():
 def test_the_site_has_every_page():
   nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
   assert len(nav) == len(set(nav))
-  assert set(nav) == {path.name for path in DOCS.glob("*.md")} | {reference.PAGE}
+  assert set(nav) == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} | {reference.PAGE}
 
 
 def _settings(cls, prefix=""):
