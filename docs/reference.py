@@ -113,7 +113,7 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
   """The page with links that lead out of docs/ turned into the repository's address, or, without one, into the path.
 
-  So pages link to code as they do on a checkout, where the links work too. Two have a page of the site instead.
+  So pages link to code as they do on a checkout, where the links work too. config.py has its page instead.
   """
   del files
 
@@ -123,11 +123,8 @@ def on_page_markdown(markdown, page, config, files):
     inside = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), path))
     if inside.startswith("docs/") or "://" in target or not path:
       return match[0]
-    depth = "../" * page.file.src_uri.count("/")
     if inside == "perceiver_ar_jax/config.py":
-      return f"[{words}]({depth}{PAGE})"
-    if inside == "README.md":
-      return f"[{words}]({depth}index.md)"
+      return f"[{words}]({'../' * page.file.src_uri.count('/')}{PAGE})"
     if config.repo_url:
       return f"[{words}]({config.repo_url.rstrip('/')}/blob/HEAD/{inside}{'#' + anchor if anchor else ''})"
     return f"{words} (`{inside}`)" if words != inside else f"`{inside}`"

@@ -88,10 +88,10 @@ def test_a_setting_without_words_is_an_error():
 @pytest.mark.parametrize(
   ("repo_url", "expected"),
   [
-    ("", "See step.py (`tests/step.py`), [the\nconfigs](config.md), [home](index.md), [a](b.md#c), ![d](../d.png)."),
+    ("", "See step.py (`tests/step.py`), [the\nconfigs](config.md), [a](b.md#c), ![d](../d.png)."),
     (
       "https://host/me/fork/",
-      "See [step.py](https://host/me/fork/blob/HEAD/tests/step.py#L3), [the\nconfigs](config.md), [home](index.md),"
+      "See [step.py](https://host/me/fork/blob/HEAD/tests/step.py#L3), [the\nconfigs](config.md),"
       " [a](b.md#c), ![d](../d.png).",
     ),
   ],
@@ -99,8 +99,7 @@ def test_a_setting_without_words_is_an_error():
 def test_links_out_of_the_site_become_addresses_or_paths(repo_url, expected):
   page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="extending.md"))
   text = (
-    "See [step.py](../tests/step.py#L3), [the\nconfigs](../perceiver_ar_jax/config.py), [home](../README.md),"
-    " [a](b.md#c), ![d](../d.png)."
+    "See [step.py](../tests/step.py#L3), [the\nconfigs](../perceiver_ar_jax/config.py), [a](b.md#c), ![d](../d.png)."
   )
   site = types.SimpleNamespace(repo_url=repo_url)
   assert reference.on_page_markdown(text, page=page, config=site, files=None) == expected
