@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: install train test lint format
+.PHONY: install train test lint format docs
 
 install: $(VENV)/installed
 
@@ -26,8 +26,13 @@ test: install
 lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch
 
 format: install
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
+
+docs: install
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	$(RUN) -m mkdocs build --strict

@@ -44,8 +44,10 @@ setuptools.setup(
     # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
     "plan": ["libtpu>=0.0.42,<0.1"],
     "music": ["mido>=1.3,<2"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
       "mido>=1.3,<2",
+      "mypy>=1.15,<2",
       "pytest>=8,<10",
       "pytest-timeout>=2.3,<3",
       "pytest-xdist>=3.6,<4",

@@ -220,6 +220,7 @@ class ModelConfig:
   @property
   def remembered(self) -> int:
     """transformer_xl: states that each layer keeps of what is before a segment."""
+    assert self.segment  # checked, as are all settings of transformer_xl
     return self.segment if self.memory is None else self.memory
 
   def segments(self, length: int, num_latents: int) -> tuple[int, int]:
@@ -227,6 +228,7 @@ class ModelConfig:
 
     Each layer looks back by the memory once, so that segments further back than all of them reach are left out.
     """
+    assert self.segment
     whole, predicting = -(-length // self.segment), -(-num_latents // self.segment)
     reached = self.num_layers * -(-self.remembered // self.segment)
     return min(whole - predicting, reached), predicting

@@ -203,10 +203,10 @@ def to_seqio(task: Task) -> seqio.Task:
     if document is None or document.continues:
       document = Document(np.zeros(0, np.int32), np.zeros((0, dims), np.int32))
     length, counts = len(document), document.counts()
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
       "events": document.read(0, length).astype(np.int32),
       "positions": document.positions(0, length).astype(np.int32),
-      **{name: np.int64(counts.get(name, 0)) for name in ("words", "bytes")},
+      **{name: np.asarray(counts.get(name, 0), np.int64) for name in ("words", "bytes")},
     }
     return [arrays[name] for name in specs]
 

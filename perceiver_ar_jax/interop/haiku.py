@@ -23,7 +23,7 @@ from perceiver_ar_jax.models import positions
 _ACTIVATIONS = {"sq_relu": "squared_relu", "gelu": "gelu"}
 _ENCODINGS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
 # The official constructor's own defaults, for arguments that are left out.
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
   "cross_attention_shape_for_attn": "kv",
   "input_embed_dim": 1024,
   "position_encoding": "sinusoidal",
@@ -104,7 +104,9 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
     raise InputError(
       f"--checkpoint={path} is no readable pickle: {error}. Give an official checkpoint.dill."
     ) from error
-  params, step = (state.get("params"), state.get("global_step", 0)) if isinstance(state, dict) else (None, 0)
+  state = state if isinstance(state, dict) else {}
+  params: Any = state.get("params")
+  step = state.get("global_step", 0)
   arrays = isinstance(params, dict) and all(
     isinstance(module, dict) and all(isinstance(value, np.ndarray) for value in module.values())
     for module in params.values()

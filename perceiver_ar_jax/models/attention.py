@@ -19,7 +19,7 @@ from perceiver_ar_jax.models import positions as positions_lib
 from perceiver_ar_jax.parallel.sharding import constrain
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-ACTIVATION_FNS = {
+ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
   "gelu": functools.partial(jax.nn.gelu, approximate=True),
 }
@@ -254,9 +254,10 @@ class SelfAttentionLayer(nn.Module):
     heads, width = config.num_self_heads, config.latent_width
     k_BxMxHxK, v_BxMxHxK = KeysValues(config, heads, width, name="keys_values")(normed_BxMxD)
     made = turn(config, k_BxMxHxK, rotary_BxM), v_BxMxHxK
-    keys, new = attention_kernels.Keys.of(*made), attention_kernels.Cached.of(*made)
+    new = attention_kernels.Cached.of(*made)
     if cached is not None:
-      keys = new = cached.put(new, slot)
+      new = cached.put(new, slot)
+    keys = attention_kernels.Keys.of(*made) if cached is None else new
     attend = Attention(config, heads, width, name="attention")
     attended_BxMxD = attend(normed_BxMxD, keys, rotary_BxM, valid_BxM, keep_own)
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)

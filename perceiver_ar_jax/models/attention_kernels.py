@@ -45,13 +45,16 @@ class Keys(NamedTuple):
   """Whether the slots are spread over the mesh ("slots" in sharding.RULES)."""
 
   @classmethod
-  def of(cls, k_BxLxHxK, v_BxLxHxK, shared: bool = False) -> "Keys":
+  def of(cls, k_BxLxHxK, v_BxLxHxK, *, shared: bool = False) -> "Keys":
     """Keys and values that are there already."""
     return cls(_given, (), (k_BxLxHxK, v_BxLxHxK), shared)
 
   def all(self) -> tuple[jax.Array, jax.Array]:
-    made = self.make(self.weights, self.source)
-    return tuple(sharding.constrain(x, "batch", "slots", None, None) for x in made) if self.shared else made
+    """(k_BxLxHxK, v_BxLxHxK) of the whole context."""
+    k_BxLxHxK, v_BxLxHxK = self.make(self.weights, self.source)
+    if self.shared:
+      k_BxLxHxK, v_BxLxHxK = (sharding.constrain(x, "batch", "slots", None, None) for x in (k_BxLxHxK, v_BxLxHxK))
+    return k_BxLxHxK, v_BxLxHxK
 
 
 class Cached(NamedTuple):
@@ -135,7 +138,7 @@ def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: in
 
 def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
   """`streamed` over keys and values that are projected at once and kept: more memory, less to recompute."""
-  return streamed(q_BxMxHxK, Keys.of(*keys.all(), keys.shared), valid_BxL, keep_own, chunk)
+  return streamed(q_BxMxHxK, Keys.of(*keys.all(), shared=keys.shared), valid_BxL, keep_own, chunk)
 
 
 def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):

@@ -44,7 +44,7 @@ class Context(NamedTuple):
   cross: tuple[Cached, ...]
   """Keys and values of the inputs for each cross-attend, L slots."""
   valid_BxL: jax.Array
-  count: jax.Array
+  used: jax.Array
   """int32[]: slots in use."""
   crossed_BxSxD: jax.Array
   """The newest latents after the first cross-attend, in slots from the first on: S = M + 1."""
@@ -61,7 +61,7 @@ class Layers(NamedTuple):
 
   layers: list[list[Cached]]
   valid_BxM: jax.Array
-  count: jax.Array
+  used: jax.Array
   """int32[]: slots in use."""
 
 
@@ -83,7 +83,7 @@ def prefill(config: ModelConfig, weights: Weights, tokens_BxL, positions_BxLxP) 
   return Context(
     cross=cross,
     valid_BxL=jnp.roll(valid_BxL, -unused, axis=1),
-    count=valid_BxL.shape[1] - unused,
+    used=valid_BxL.shape[1] - unused,
     crossed_BxSxD=crossed_BxSxD,
     positions_BxSxP=positions_BxSxP,
     valid_BxS=valid_BxS,
@@ -114,10 +114,10 @@ def refill(config: ModelConfig, weights: Weights, context: Context, kept: int) -
   latents_BxMxD, valid_BxM = context.crossed_BxSxD[:, :kept], context.valid_BxS[:, :kept]
   rotary_BxM = attention.rotary_positions(config, context.positions_BxSxP[:, :kept])
   room = config.num_latents - kept
-  layers = []
+  layers: list[list[Cached]] = []
   for run, own_layers in enumerate(weights.layers):
     if run:  # a whole pass wants the newest input in the last slot
-      unused = context.valid_BxL.shape[1] - context.count
+      unused = context.valid_BxL.shape[1] - context.used
       in_order = Cached(*(jnp.roll(x, unused, axis=1) for x in context.cross[run]))
       keys, valid_BxL = in_order.keys(len(valid_BxM)), jnp.roll(context.valid_BxL, unused, axis=1)
       latents_BxMxD = _apply(config, weights, "attend_to_context", run, latents_BxMxD, keys, rotary_BxM, valid_BxL)
@@ -133,14 +133,14 @@ def add_input(config: ModelConfig, weights: Weights, context: Context, token_B, 
   """The context with one more input in each row (PAD: a hole) and its latent; in place where it can be."""
   token_Bx1, position_Bx1xP, valid_Bx1 = token_B[:, None], position_BxP[:, None], token_B[:, None] > 0
   made = _apply(config, weights, "keys_values", token_Bx1, position_Bx1xP)
-  cross = tuple(_spread(old.put(Cached.of(*new), context.count)) for old, new in zip(context.cross, made))
-  valid_BxL = _put(context.valid_BxL, valid_Bx1, context.count)
+  cross = tuple(_spread(old.put(Cached.of(*new), context.used)) for old, new in zip(context.cross, made))
+  valid_BxL = _put(context.valid_BxL, valid_Bx1, context.used)
   latents_Bx1xD, rotary_Bx1 = _apply(config, weights, "start", token_Bx1, position_Bx1xP)
   latents_Bx1xD = _apply(config, weights, "attend_to_context", 0, latents_Bx1xD, cross[0], rotary_Bx1, valid_BxL)
   return Context(
     cross=cross,
     valid_BxL=valid_BxL,
-    count=context.count + 1,
+    used=context.used + 1,
     crossed_BxSxD=_put(context.crossed_BxSxD, latents_Bx1xD, context.num_latents),
     positions_BxSxP=_put(context.positions_BxSxP, position_Bx1xP, context.num_latents),
     valid_BxS=_put(context.valid_BxS, valid_Bx1, context.num_latents),
@@ -156,8 +156,8 @@ def newest_latent(config: ModelConfig, weights: Weights, context: Context, cache
 
   latents_Bx1xD = newest(context.crossed_BxSxD)
   rotary_Bx1 = attention.rotary_positions(config, newest(context.positions_BxSxP))
-  valid_BxM = _put(cached.valid_BxM, newest(context.valid_BxS), cached.count)
-  layers = []
+  valid_BxM = _put(cached.valid_BxM, newest(context.valid_BxS), cached.used)
+  layers: list[list[Cached]] = []
   for run, (own_layers, old_layers) in enumerate(zip(weights.layers, cached.layers, strict=True)):
     if run:
       latents_Bx1xD = _apply(
@@ -165,9 +165,9 @@ def newest_latent(config: ModelConfig, weights: Weights, context: Context, cache
       )
     layers.append([])
     for own, old in zip(own_layers, old_layers, strict=True):
-      latents_Bx1xD, made = _layer(config, own, latents_Bx1xD, rotary_Bx1, valid_BxM, cached=old, slot=cached.count)
+      latents_Bx1xD, made = _layer(config, own, latents_Bx1xD, rotary_Bx1, valid_BxM, cached=old, slot=cached.used)
       layers[-1].append(made)
-  return _apply(config, weights, "finish", latents_Bx1xD), Layers(layers, valid_BxM, cached.count + 1)
+  return _apply(config, weights, "finish", latents_Bx1xD), Layers(layers, valid_BxM, cached.used + 1)
 
 
 def logits(config: ModelConfig, weights: Weights, latents_Bx1xD):

@@ -6,6 +6,8 @@ of that shape.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,10 @@ from perceiver_ar_jax.models import attention, attention_kernels
 from perceiver_ar_jax.models import positions as positions_lib
 from perceiver_ar_jax.parallel import sharding
 
-_table_init = nn.with_logical_partitioning(nn.initializers.truncated_normal(1.0), ("vocab", "width"))
+# Any: what it makes is boxed with the names of its axes, and self.param takes it out of the box.
+_table_init: Callable[..., Any] = nn.with_logical_partitioning(
+  nn.initializers.truncated_normal(1.0), ("vocab", "width")
+)
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,

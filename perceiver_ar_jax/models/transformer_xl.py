@@ -12,6 +12,8 @@ Shape letters: perceiver_ar.py; S tokens of a segment, C remembered states, T = 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,7 @@ class TransformerXL(nn.Module):
     num_latents = num_latents or config.num_latents
     if num_latents > length:
       raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
+    assert config.segment
     size, kept, width = config.segment, config.remembered, config.latent_width
     leading, predicting = config.segments(length, num_latents)
     slots = (leading + predicting) * size
@@ -159,7 +162,7 @@ class RelativeAttention(nn.Module):
     query_BxSxD = dense("query", ("width", "heads"))(normed_BxSxD)
 
     def biased(name):
-      zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
+      zeros: Callable[..., Any] = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
       bias_D = self.param(name, zeros, (width,), jnp.float32)
       return (query_BxSxD + bias_D.astype(query_BxSxD.dtype)[None, None]).reshape(*query_BxSxD.shape[:2], heads, -1)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.data import EOS, PAD
@@ -22,9 +24,9 @@ from perceiver_ar_jax.models.architectures import make_model
 class Settings(NamedTuple):
   """How a token is drawn from its logits; config.SampleConfig tells of each. They may change without compiling anew."""
 
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
+  temperature: ArrayLike = 1.0
+  top_k: ArrayLike = 0
+  top_p: ArrayLike = 1.0
 
 
 class Window(NamedTuple):
@@ -47,10 +49,10 @@ class State(NamedTuple):
 class Plan(NamedTuple):
   """What the T tokens of one block may be, and where they stand."""
 
-  positions_BxTxP: jax.Array
-  group_BxT: jax.Array
+  positions_BxTxP: jax.Array | np.ndarray
+  group_BxT: jax.Array | np.ndarray
   """Which row of `allowed_GxV` holds for each token."""
-  allowed_GxV: jax.Array
+  allowed_GxV: jax.Array | np.ndarray
   """bool: ids that can be drawn; PAD never is."""
 
 

@@ -132,13 +132,13 @@ class Sampler:
     Raises:
       InputError: a wrong setting or prompt.
     """
-    settings = self._settings(settings)
+    chosen = self._settings(settings)
     if prompt is None:
-      prompt = settings.prompt
+      prompt = chosen.prompt
     if isinstance(prompt, np.ndarray):
       prompt = [self._own_events(prompt)]
     if prompt is None or isinstance(prompt, str):
-      prompt = prompts.find(self.config, self.task, prompt, settings.num_samples, settings.prompt_tokens)
+      prompt = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
     longest = max(len(one.events) for one in prompt)
     if longest > self.config.model.max_context:
       notice(
@@ -147,10 +147,10 @@ class Sampler:
         f" {self.config.model.max_context:,}",
       )
     result = []
-    for first in range(0, settings.num_samples, settings.batch_size):
-      numbers = range(first, min(first + settings.batch_size, settings.num_samples))
-      rows = [_Row(prompt[number % len(prompt)], settings.length, self.config.model.max_context) for number in numbers]
-      self._fill(rows, settings, first, on_tokens, should_stop)
+    for first in range(0, chosen.num_samples, chosen.batch_size):
+      numbers = range(first, min(first + chosen.batch_size, chosen.num_samples))
+      rows = [_Row(prompt[number % len(prompt)], chosen.length, self.config.model.max_context) for number in numbers]
+      self._fill(rows, chosen, first, on_tokens, should_stop)
       result += [row.sample() for row in rows]
       if should_stop():
         break
@@ -159,7 +159,9 @@ class Sampler:
   def score(self, text: str) -> dict:
     """How likely a text or a file is: nats per token and the task's own unit, as --mode=eval has them."""
     documents = [(self.task, document) for document in prompts.read(self.task, text)]
-    return evaluate.Evaluator(self.config, self.mesh)(self.params, self.step, documents=documents)
+    result = evaluate.Evaluator(self.config, self.mesh)(self.params, self.step, documents=documents)
+    assert result is not None  # nothing asks it to stop
+    return result
 
   def _settings(self, changes: dict) -> SampleConfig:
     known = {field.name for field in dataclasses.fields(SampleConfig)} - {"cache", "kept_latents", "prompt"}
@@ -254,7 +256,7 @@ class Sampler:
 
     def split(leaf):
       if isinstance(leaf, Cached):
-        return Cached(*(self._sharding(("batch_heads", "context", None), x.shape) for x in leaf))
+        return jax.tree.map(lambda x: self._sharding(("batch_heads", "context", None), x.shape), leaf)
       return self._sharding(("batch", *(None,) * len(leaf.shape))[: len(leaf.shape)], leaf.shape)
 
     if isinstance(result, generate.State):

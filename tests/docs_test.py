@@ -1,0 +1,133 @@
+"""What the documentation promises: links lead somewhere, nothing is forgotten, and snippets of extending.md work."""
+
+import ast
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import types
+import typing
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from perceiver_ar_jax.config import Config, DataConfig
+from perceiver_ar_jax.models import attention_kernels
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+_SPEC = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+reference = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(reference)
+
+
+def _prose(path):
+  """The text of a page without its code."""
+  text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+  return re.sub(r"(?m)^    .*$", "", text)
+
+
+def _anchors(path):
+  """Names of the headings of a page, as GitHub and mkdocs make them of words, digits and hyphens."""
+  headings = re.findall(r"(?m)^#+ (.+)$", _prose(path))
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+  for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+    if re.match(r"[a-z]+:", target):
+      continue
+    path, _, anchor = target.partition("#")
+    there = (page.parent / path).resolve() if path else page
+    assert there.exists(), f"{page.name} links to {target}"
+    if anchor and there.suffix == ".md":
+      assert anchor in _anchors(there), f"{page.name} links to {target}; headings there: {sorted(_anchors(there))}"
+
+
+def test_every_config_is_told_of():
+  told = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+  forgotten = [path for path in (ROOT / "configs").rglob("*.py") if f"{path.relative_to(ROOT)}" not in told]
+  assert not forgotten
+
+
+def test_the_site_has_every_page():
+  nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+  assert len(nav) == len(set(nav))
+  assert set(nav) == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} | {reference.PAGE}
+
+
+def _settings(cls, prefix=""):
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(hints[field.name]):
+      yield from _settings(hints[field.name], f"{prefix}{field.name}.")
+    else:
+      yield prefix + field.name, field
+
+
+def test_the_page_of_settings_has_them_all_with_their_defaults():
+  sections = reference.sections(reference.SOURCE.read_text(encoding="utf-8"))
+  told = {section.prefix + field.name: field for section in sections for field in section.fields}
+  settings = dict(_settings(Config))
+  assert sorted(told) == sorted(settings)
+  for name, field in settings.items():
+    default = told[name].default
+    assert (dataclasses.MISSING if default is None else ast.literal_eval(default)) == field.default, name
+  page = reference.page(reference.SOURCE.read_text(encoding="utf-8"))
+  assert "`rotary_max_wavelength`</span> | int or None, `None` | Rotary: longest wavelength" in page
+
+
+def test_a_setting_without_words_is_an_error():
+  with pytest.raises(ValueError, match="Config.seed has no docstring"):
+    reference.sections("class Config:\n  seed: int = 0\n  model: str\n  'Which.'\n")
+
+
+@pytest.mark.parametrize(
+  ("repo_url", "expected"),
+  [
+    ("", "See step.py (`tests/step.py`), [the\nconfigs](config.md), [a](b.md#c), ![d](../d.png)."),
+    (
+      "https://host/me/fork/",
+      "See [step.py](https://host/me/fork/blob/HEAD/tests/step.py#L3), [the\nconfigs](config.md),"
+      " [a](b.md#c), ![d](../d.png).",
+    ),
+  ],
+)
+def test_links_out_of_the_site_become_addresses_or_paths(repo_url, expected):
+  page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="extending.md"))
+  text = (
+    "See [step.py](../tests/step.py#L3), [the\nconfigs](../perceiver_ar_jax/config.py), [a](b.md#c), ![d](../d.png)."
+  )
+  site = types.SimpleNamespace(repo_url=repo_url)
+  assert reference.on_page_markdown(text, page=page, config=site, files=None) == expected
+
+
+def _snippet(beginning):
+  """The code in extending.md that defines what `beginning` names."""
+  blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+  (found,) = [block for block in blocks if beginning in block]
+  return found
+
+
+def test_the_task_of_the_snippet_makes_documents():
+  names = {}
+  exec(_snippet("def counting"), names)
+  task = names["counting"](DataConfig(task="counting"), 257)
+  document = task.open({"number": np.int64(254), "validation": np.bool_(False)})
+  assert task.decode(document.read(0, 12)) == "508 509 510"
+  assert document.read(0, 1) == [2]
+
+
+def test_the_kernel_of_the_snippet_equals_reference():
+  names = dict(vars(attention_kernels))
+  exec(_snippet("def xla"), names)
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, length, 3, 4)), jnp.float32) for length in (4, 13, 13))
+  valid = np.arange(13) >= np.array([[0], [3]])
+  ours, truth = (
+    kernel(q, attention_kernels.Keys.of(k, v), valid) for kernel in (names["xla"], attention_kernels.reference)
+  )
+  np.testing.assert_allclose(ours, truth, atol=2e-6)
