@@ -45,7 +45,10 @@ setuptools.setup(
     "plan": ["libtpu>=0.0.42,<0.1"],
     "music": ["mido>=1.3,<2"],
     "dev": [
+      "ipykernel>=6.29,<8",
       "mido>=1.3,<2",
+      "nbclient>=0.10,<1",
+      "nbformat>=5.10,<6",
       "pytest>=8,<10",
       "pytest-timeout>=2.3,<3",
       "pytest-xdist>=3.6,<4",
