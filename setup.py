@@ -46,8 +46,11 @@ setuptools.setup(
     "music": ["mido>=1.3,<2"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
+      "ipykernel>=6.29,<8",
       "mido>=1.3,<2",
       "mypy>=1.15,<2",
+      "nbclient>=0.10,<1",
+      "nbformat>=5.10,<6",
       "pytest>=8,<10",
       "pytest-timeout>=2.3,<3",
       "pytest-xdist>=3.6,<4",

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -11,6 +12,9 @@ import subprocess
 import time
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 from perceiver_ar_jax.config import OPTIMIZERS, InputError
 from perceiver_ar_jax.evaluation import evaluate
@@ -58,7 +62,22 @@ def test_a_run_logs_every_step_and_its_settings(uninterrupted):
   assert line["model_flops_per_second"] == pytest.approx(step_flops / line["seconds"])
   assert "model_flops_utilization" not in line, "nobody knows what a CPU could do"
   assert json.loads((uninterrupted / "eval-validation-12.json").read_text())["step"] == 12
-  assert list(uninterrupted.glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_compares_settings_and_groups_curves(uninterrupted):
+  events = event_accumulator.EventAccumulator(str(uninterrupted)).Reload()
+  content = events.PluginTagToContent("hparams")[hparams_metadata.SESSION_START_INFO_TAG]
+  settings = hparams_metadata.parse_session_start_info_plugin_data(content).hparams
+  assert settings["model.latent_width"].number_value == 16
+  assert settings["train.optimizer.learning_rate"].number_value == 0.01
+  assert settings["train.optimizer.schedule"].string_value == "cosine"
+  assert not [name for name in settings if not name.startswith(("model.", "train."))]
+  (layout,) = events.Tensors("custom_scalars__config__")
+  categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+  tags = [tag for category in categories for chart in category.chart for tag in chart.multiline.tag]
+  there = events.Tags()["tensors"]
+  assert {"^loss$", "^eval_nats_per_token$"} < set(tags)
+  assert all(any(re.search(tag, name) for name in there) for tag in tags), (tags, there)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -245,7 +245,14 @@ def _make_log(config: Config, workdir: epath.Path, first_step: int, task: Task):
   if jax.process_index():
     return metrics_log.NoLog()
   bits_name = "bits/dim" if task.unit == "bits_per_dim" else "bits/token"
-  return metrics_log.MetricsLog(workdir, first_step=first_step, total_steps=config.train.steps, bits_name=bits_name)
+  settings = {
+    name: value
+    for name, value in workdir_lib.flatten(config).items()
+    if name.startswith(("model.", "train.")) and isinstance(value, (bool, int, float, str))
+  }
+  return metrics_log.MetricsLog(
+    workdir, first_step=first_step, total_steps=config.train.steps, bits_name=bits_name, settings=settings
+  )
 
 
 class _Profile:

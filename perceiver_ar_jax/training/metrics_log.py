@@ -4,12 +4,20 @@ import html
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
 from clu import metric_writers
 from etils import epath
+from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+_CHARTS = {
+  "loss": [("loss", "eval_nats_per_token")],
+  "optimizer": [("learning_rate",), ("grad_norm",)],
+  "speed": [("tokens_per_second",), ("model_flops_per_second",)],
+}
+"""What TensorBoard's custom scalars show: in each category the curves of each chart."""
 
 
 class NoLog:
@@ -37,9 +45,18 @@ class MetricsLog:
     first_step: lines of later steps, from a run that died after its checkpoint, are dropped.
     total_steps: end of the progress bar.
     bits_name: what nats / ln 2 is called here, such as "bits/dim".
+    settings: by which TensorBoard's HParams tab compares runs: numbers and words.
   """
 
-  def __init__(self, workdir: epath.Path, *, first_step: int, total_steps: int, bits_name: str):
+  def __init__(
+    self,
+    workdir: epath.Path,
+    *,
+    first_step: int,
+    total_steps: int,
+    bits_name: str,
+    settings: Mapping[str, bool | int | float | str],
+  ):
     self._path = workdir / "metrics.jsonl"
     if self._path.exists():
       kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
@@ -48,6 +65,12 @@ class MetricsLog:
       temporary.replace(self._path)
     self._file = self._path.open("a")
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+    self._tensorboard.write_hparams(settings)
+    self._tensorboard.write_summaries(
+      0,
+      {metadata.CONFIG_SUMMARY_TAG: _layout().SerializeToString()},
+      {metadata.CONFIG_SUMMARY_TAG: metadata.create_summary_metadata()},
+    )
     self._bits_name = bits_name
     self._bar = tqdm.tqdm(
       total=total_steps,
@@ -93,6 +116,17 @@ class MetricsLog:
     self._bar.close()
     self._file.close()
     self._tensorboard.close()
+
+
+def _layout() -> layout_pb2.Layout:
+  """`_CHARTS` as TensorBoard reads it; names of curves are regular expressions there."""
+  result = layout_pb2.Layout()
+  for title, charts in _CHARTS.items():
+    category = result.category.add(title=title)
+    for names in charts:
+      tags = [f"^{name}$" for name in names]
+      category.chart.add(title=", ".join(names), multiline=layout_pb2.MultilineChartContent(tag=tags))
+  return result
 
 
 def _step_of(line: str) -> float:

@@ -113,7 +113,7 @@ def load_config(workdir: epath.Path) -> Config:
 
 
 def _differences(config: Config, saved: Config, ignored: tuple[str, ...]) -> list[str]:
-  new, old = dict(_flatten(dataclasses.asdict(config))), dict(_flatten(dataclasses.asdict(saved)))
+  new, old = flatten(config), flatten(saved)
   return [
     f"{name} is {old[name]!r} there and {new[name]!r} here"
     for name in new
@@ -121,9 +121,14 @@ def _differences(config: Config, saved: Config, ignored: tuple[str, ...]) -> lis
   ]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Config) -> dict[str, Any]:
+  """Every setting by its dotted name, such as train.steps."""
+  return dict(_walk(dataclasses.asdict(config)))
+
+
+def _walk(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
   for name, value in tree.items():
     if isinstance(value, dict):
-      yield from _flatten(value, f"{prefix}{name}.")
+      yield from _walk(value, f"{prefix}{name}.")
     else:
       yield prefix + name, value

@@ -1,0 +1,57 @@
+"""The notebook for newcomers runs from anywhere, and shows what it says."""
+
+import os
+import pathlib
+import re
+
+import nbclient
+import nbformat
+
+from tests import tiny
+
+NOTEBOOK = tiny.ROOT / "examples" / "quickstart.ipynb"
+STEPS = "COPY_STEPS, PHOTO_STEPS, TEXT_STEPS = 700, 10, 40"  # fewer than a reader's: enough to learn copying
+
+
+def test_it_is_kept_without_outputs():
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  nbformat.validate(notebook)
+  assert not [cell.id for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_it_shows_what_it_says(tmp_path):
+  """One test, so that the notebook is executed once: in a folder that is no checkout."""
+  shown = execute(tmp_path)
+  accuracy, guessing = figures(r"([\d.]+)% right; guessing would give ([\d.]+)%", shown["copy-score"])
+  assert accuracy > 95 and guessing == 0.4
+  right, total = figures(r"(\d+) of (\d+) bytes are right", shown["copy-samples"])
+  assert total == 15 * 64 and right > 0.9 * total
+  twin, peak = figures(r"twin is event (\d+); .* at event (\d+)", shown["attention"])
+  assert twin == peak == 4
+  bits = [float(number) for number in re.findall(r"([\d.]+) bits/byte", printed(shown["text-score"]))]
+  assert len(bits) == 3 and bits[0] < bits[2] - 1, "code is likelier than noise"
+  assert printed(shown["model"]).count("%") == 5
+  for cell in ("attention", "photos-samples"):
+    assert ["image/png" in one.data for one in shown[cell] if one.output_type == "display_data"] == [True], cell
+
+
+def execute(folder: pathlib.Path) -> dict[str, list]:
+  """{cell id: its outputs} of the notebook with fewer steps, run in `folder`, which gets its runs."""
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  (settings,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
+  fewer = nbformat.v4.new_code_cell(f"{STEPS}\nRUNS = pathlib.Path({str(folder)!r})")
+  notebook.cells.insert(settings + 1, fewer)
+  client = nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(folder)}})
+  path = os.pathsep.join(filter(None, [str(tiny.ROOT), os.environ.get("PYTHONPATH")]))
+  client.execute(env=os.environ | {"PYTHONPATH": path})
+  return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def printed(outputs: list) -> str:
+  return "".join(one.text for one in outputs if one.output_type == "stream" and one.name == "stdout")
+
+
+def figures(pattern: str, outputs: list) -> tuple[float, ...]:
+  """The groups of the only match."""
+  (found,) = re.findall(pattern, printed(outputs))
+  return tuple(map(float, found))
