@@ -223,7 +223,12 @@ def local(tmp_path):
   def start(*arguments):
     environment = os.environ | {"PYTHON": str(python), "PORT": "12345"}
     command = [str(LAUNCH / "local.sh"), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Where tests themselves run in the background, SIGINT is ignored, and a shell cannot undo what it inherits.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+      return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finally:
+      signal.signal(signal.SIGINT, before)
 
   return start
 
