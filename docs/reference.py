@@ -1,6 +1,6 @@
 """What the site makes itself, as an mkdocs hook: the page of all settings, and links to files outside docs/.
 
-The page comes from perceiver_ar_jax/config.py as it stands, read and not imported, so it is never stale and a build of
+The page comes from perceiver_ar_jax/config as it stands, read and not imported, so it is never stale and a build of
 the site needs nothing but mkdocs.
 """
 
@@ -11,7 +11,7 @@ import re
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
-SOURCE = ROOT / "perceiver_ar_jax" / "config.py"
+SOURCE = ROOT / "perceiver_ar_jax" / "config"
 PAGE = "config.md"
 
 _INTRODUCTION = """# Configs
@@ -46,13 +46,18 @@ class Section(NamedTuple):
   fields: list[Field]
 
 
-def sections(source: str) -> list[Section]:
-  """The settings that `Config` holds in the text of config.py, section by section.
+def source() -> str:
+  """The text of all modules of config."""
+  return "\n".join(path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py")))
+
+
+def sections(text: str) -> list[Section]:
+  """The settings that `Config` holds in the text of its modules, section by section.
 
   Raises:
     ValueError: a field has no docstring under it.
   """
-  classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+  classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
   return _sections(classes, "Config", "")
 
 
@@ -75,10 +80,10 @@ def _sections(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> list[
   return [Section(prefix, ast.get_docstring(classes[name]) or "", own), *nested]
 
 
-def page(source: str) -> str:
+def page(text: str) -> str:
   """The page of settings, in Markdown."""
   parts = [_INTRODUCTION]
-  for section in sections(source):
+  for section in sections(text):
     title = f"`{section.prefix.rstrip('.')}`" if section.prefix else "The experiment"
     rows = [f"| {_name(section.prefix, field)} | {_kind(field)} | {_escaped(field.text)} |" for field in section.fields]
     table = "\n".join(["| setting | type, default | meaning |", "|---|---|---|", *rows])
@@ -106,14 +111,14 @@ def on_files(files, config):
   """Adds the page of settings to the site."""
   from mkdocs.structure.files import File
 
-  files.append(File.generated(config, PAGE, content=page(SOURCE.read_text(encoding="utf-8"))))
+  files.append(File.generated(config, PAGE, content=page(source())))
   return files
 
 
 def on_page_markdown(markdown, page, config, files):
   """The page with links that lead out of docs/ turned into the repository's address, or, without one, into the path.
 
-  So pages link to code as they do on a checkout, where the links work too. config.py has its page instead.
+  So pages link to code as they do on a checkout, where the links work too. config has its page instead.
   """
   del files
 
@@ -123,7 +128,7 @@ def on_page_markdown(markdown, page, config, files):
     inside = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), path))
     if inside.startswith("docs/") or "://" in target or not path:
       return match[0]
-    if inside == "perceiver_ar_jax/config.py":
+    if inside == "perceiver_ar_jax/config":
       return f"[{words}]({'../' * page.file.src_uri.count('/')}{PAGE})"
     if config.repo_url:
       return f"[{words}]({config.repo_url.rstrip('/')}/blob/HEAD/{inside}{'#' + anchor if anchor else ''})"

@@ -6,7 +6,7 @@ MODE is train (the default), eval (score a split), sample (generate), score (how
 (pictures of what the cross-attend takes from), report (one HTML file about the run), data (a look at it), or plan
 (compile the step for chips that are not here: what a pod would take).
 
---config names an experiment of configs/; perceiver_ar_jax/config.py tells of every setting, and each can be
+--config names an experiment of configs/; perceiver_ar_jax/config tells of every setting, and each can be
 overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
 """
 

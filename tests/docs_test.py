@@ -69,14 +69,14 @@ def _settings(cls, prefix=""):
 
 
 def test_the_page_of_settings_has_them_all_with_their_defaults():
-  sections = reference.sections(reference.SOURCE.read_text(encoding="utf-8"))
+  sections = reference.sections(reference.source())
   told = {section.prefix + field.name: field for section in sections for field in section.fields}
   settings = dict(_settings(Config))
   assert sorted(told) == sorted(settings)
   for name, field in settings.items():
     default = told[name].default
     assert (dataclasses.MISSING if default is None else ast.literal_eval(default)) == field.default, name
-  page = reference.page(reference.SOURCE.read_text(encoding="utf-8"))
+  page = reference.page(reference.source())
   assert "`rotary_max_wavelength`</span> | int or None, `None` | Rotary: longest wavelength" in page
 
 
@@ -98,9 +98,7 @@ def test_a_setting_without_words_is_an_error():
 )
 def test_links_out_of_the_site_become_addresses_or_paths(repo_url, expected):
   page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="extending.md"))
-  text = (
-    "See [step.py](../tests/step.py#L3), [the\nconfigs](../perceiver_ar_jax/config.py), [a](b.md#c), ![d](../d.png)."
-  )
+  text = "See [step.py](../tests/step.py#L3), [the\nconfigs](../perceiver_ar_jax/config), [a](b.md#c), ![d](../d.png)."
   site = types.SimpleNamespace(repo_url=repo_url)
   assert reference.on_page_markdown(text, page=page, config=site, files=None) == expected
 

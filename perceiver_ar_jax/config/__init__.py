@@ -1,0 +1,170 @@
+"""The experiment's settings: frozen, documented, validated dataclasses.
+
+A config file builds an `ml_collections.ConfigDict` from `defaults()`, so that every field below can be
+overridden on the command line (`--config.train.steps=100`); `resolve` turns it into a `Config`. This room
+owns names, types, defaults and every check that needs the settings alone. What depends on the machine (how
+many devices there are, which data is on disk) is checked where it is first known.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+from perceiver_ar_jax.config.checks import InputError, nearest, require
+from perceiver_ar_jax.config.data import IMAGE_ORDERS, DataConfig
+from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
+from perceiver_ar_jax.config.model import ATTENTION_KERNELS, REMAT_POLICIES, ModelConfig
+from perceiver_ar_jax.config.training import MESH_AXES, OPTIMIZERS, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
+
+__all__ = [
+  "ATTENTION_KERNELS",
+  "AttentionMapConfig",
+  "Config",
+  "DataConfig",
+  "EvalConfig",
+  "IMAGE_ORDERS",
+  "InputError",
+  "MESH_AXES",
+  "MeshConfig",
+  "ModelConfig",
+  "OPTIMIZERS",
+  "OptimizerConfig",
+  "PlanConfig",
+  "REMAT_POLICIES",
+  "SampleConfig",
+  "TrainConfig",
+  "defaults",
+  "nearest",
+  "resolve",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One experiment."""
+
+  seed: int = 0
+  """Seed of weights, dropout, shuffling and crops."""
+  compilation_cache: str | None = "~/.cache/perceiver_ar_jax"
+  """Folder in which compiled programs wait for the next start, of any run; JAX_COMPILATION_CACHE_DIR precedes it. None:
+  every start compiles."""
+  model: ModelConfig
+  data: DataConfig
+  train: TrainConfig
+  eval: EvalConfig
+  sample: SampleConfig = SampleConfig()
+  attention_map: AttentionMapConfig = AttentionMapConfig()
+  mesh: MeshConfig = MeshConfig()
+  plan: PlanConfig = PlanConfig()
+
+  def __post_init__(self):
+    require(
+      self.train.batch_size % self.data.shards == 0,
+      f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each of the parts of"
+      " the data gives equally many rows of a batch, so choose a divisor.",
+    )
+    require(
+      self.model.architecture != "transformer_xl" or self.mesh.context == 1,
+      f"mesh.context={self.mesh.context} splits the cross-attend's inputs, and transformer_xl has no cross-attend: set"
+      " --config.mesh.context=1, and spread rows over data or fsdp.",
+    )
+    kept = self.sample.kept_latents
+    require(
+      kept is None or 1 <= kept <= self.model.num_latents,
+      f"sample.kept_latents={kept} must lie in 1..{self.model.num_latents}, the model's latents.",
+    )
+    cross_attends = 1 + len(set(self.model.cross_attend_after))
+    require(
+      0 <= self.attention_map.cross_attend < cross_attends,
+      f"attention_map.cross_attend={self.attention_map.cross_attend} must lie in 0..{cross_attends - 1}: the model has"
+      f" {cross_attends}, the first and those of model.cross_attend_after={self.model.cross_attend_after}.",
+    )
+    latents = self.eval.num_latents or self.model.num_latents
+    stride = self.eval.stride or latents
+    require(
+      latents <= self.model.max_context,
+      f"eval.num_latents={latents} exceeds model.max_context={self.model.max_context}: lower it.",
+    )
+    require(
+      stride <= latents,
+      f"eval.stride={stride} exceeds the {latents} latents at evaluation, so tokens would be left out: lower"
+      " eval.stride or raise eval.num_latents.",
+    )
+
+  def to_json(self) -> str:
+    """The resolved settings as indented JSON, keys in the order of declaration."""
+    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+  @classmethod
+  def from_json(cls, text: str) -> "Config":
+    """The inverse of `to_json`; raises InputError for unknown or wrong settings."""
+    return _build(cls, json.loads(text), prefix="")
+
+
+def defaults() -> config_dict.ConfigDict:
+  """A ConfigDict with every field at its default; those without one are None, for the config file to fill."""
+  return _defaults(Config)
+
+
+def resolve(config: config_dict.ConfigDict) -> Config:
+  """The validated, frozen `Config` of a filled `ConfigDict`; raises InputError for what cannot work."""
+  return _build(Config, config.to_dict(preserve_field_references=False), prefix="")
+
+
+def _field_type(hint: Any) -> tuple[type, bool]:
+  """(the plain type, whether None is allowed) of a field's annotation."""
+  optional = isinstance(hint, types.UnionType)
+  if optional:
+    (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+  return typing.get_origin(hint) or hint, optional
+
+
+def _defaults(cls: type) -> config_dict.ConfigDict:
+  result = config_dict.ConfigDict()
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    kind, _ = _field_type(hints[field.name])
+    if dataclasses.is_dataclass(kind):
+      result[field.name] = _defaults(kind)
+    elif field.default in (dataclasses.MISSING, None):
+      result[field.name] = config_dict.placeholder(kind)
+    else:
+      result[field.name] = field.default
+  return result
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+  """A `cls` of the plain `values`, recursively; unknown and missing keys are named with their full path."""
+  hints = typing.get_type_hints(cls)
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  for name in values:
+    require(name in fields, f"Unknown config key {prefix + name!r}. {nearest(name, fields)}")
+  arguments = {}
+  for name, field in fields.items():
+    kind, optional = _field_type(hints[name])
+    value = values.get(name)
+    if value == "None" and optional:  # what a flag makes of --config.data.sentencepiece=None
+      value = None
+    if dataclasses.is_dataclass(kind):
+      arguments[name] = _build(kind, value or {}, f"{prefix}{name}.")
+    elif value is None:
+      missing = field.default is dataclasses.MISSING
+      require(not missing, f"config.{prefix}{name} is not set: add --config.{prefix}{name}=... or set it in the file.")
+      require(optional or name not in values, f"config.{prefix}{name} must not be None.")
+      arguments[name] = field.default
+    else:
+      arguments[name] = _convert(kind, value, prefix + name)
+  return cls(**arguments)
+
+
+def _convert(kind: type, value: Any, path: str) -> Any:
+  if kind is tuple and isinstance(value, (list, tuple)):
+    return tuple(value)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  require(type(value) is kind, f"config.{path}={value!r} must be of type {kind.__name__}.")
+  return value

@@ -1,0 +1,26 @@
+"""What checks of settings share: the error that users see, and how it is put."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+  """What the user gave cannot work; the message names the value and the fix, in one paragraph."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """A hint for a misspelt name: the closest known one and the whole list."""
+  known = sorted(known)
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return (f"Did you mean {close[0]!r}? " if close else "") + "Known: " + ", ".join(known) + "."
+
+
+def require(condition: bool, message: str) -> None:
+  """Raises InputError with the message unless the condition holds."""
+  if not condition:
+    raise InputError(message)
+
+
+def choice(field: str, value: str, known: tuple[str, ...]) -> None:
+  """Raises InputError unless the field's value is one of the known ones."""
+  require(value in known, f"{field}={value!r} is unknown. {nearest(value, known)}")

@@ -1,0 +1,98 @@
+"""What is done with a trained model."""
+
+import dataclasses
+
+from perceiver_ar_jax.config.checks import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """Scoring held-out sequences, in training and with --mode=eval."""
+
+  split: str = "validation"
+  """Split that is scored."""
+  every: int = 1000
+  """Steps between evaluations in training."""
+  stride: int | None = None
+  """New tokens scored by each window, at most `num_latents`; None: `num_latents`. Smaller: more context, more time."""
+  num_latents: int | None = None
+  """Latents at evaluation; None: the model's."""
+  batch_size: int
+  """Windows per step over all devices."""
+  max_sequences: int | None = None
+  """Score only the first so many sequences; None: all."""
+  num_samples: int = 2
+  """Samples that training makes at each evaluation, by the settings of `sample`, for TensorBoard; 0: none."""
+
+  def __post_init__(self):
+    require(self.every >= 1, f"eval.every={self.every} must be at least 1.")
+    require(self.num_samples >= 0, f"eval.num_samples={self.num_samples} must not be negative.")
+    require(self.batch_size >= 1, f"eval.batch_size={self.batch_size} must be at least 1.")
+    for name in ("stride", "num_latents", "max_sequences"):
+      value = getattr(self, name)
+      require(value is None or value >= 1, f"eval.{name}={value} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """Generation, with --mode=sample and at evaluations in training; and what --mode=score scores."""
+
+  prompt: str | None = None
+  """What samples begin with: a file (or a glob of several) of the task's kind, a text for tasks of text, or "data": the
+  first documents of eval.split. None: nothing."""
+  prompt_tokens: int | None = None
+  """Use only the first so many tokens of each prompt; None: half of a picture or a copy, of other data half a context,
+  and all of one's own text, music or codes."""
+  length: int | None = None
+  """New tokens of each sample; None: a whole picture, or else as many as fill the context."""
+  num_samples: int = 4
+  """How many samples; several prompts take turns."""
+  batch_size: int = 4
+  """Samples made at a time."""
+  temperature: float = 1.0
+  """Logits are divided by it; below 1 is safer, above 1 wilder, and 0 always takes the likeliest token."""
+  top_k: int = 0
+  """Draw from the so many likeliest tokens only; 0: from all."""
+  top_p: float = 1.0
+  """Draw from the likeliest tokens that together have this probability."""
+  kept_latents: int | None = None
+  """Latents kept when there is no room for another; None: 7/8 of them. Fewer is faster, and each token sees fewer."""
+  cache: bool = True
+  """False: a whole pass for every token, which is exact and very slow."""
+  seed: int = 0
+  """The same seed gives the same samples, however many are made at a time."""
+
+  def __post_init__(self):
+    require(
+      self.prompt is None or bool(self.prompt), "sample.prompt is empty: leave it out to sample without a prompt."
+    )
+    for name in ("prompt_tokens", "length", "num_samples", "batch_size"):
+      value = getattr(self, name)
+      require(value is None or value >= 1, f"sample.{name}={value} must be at least 1.")
+    require(
+      0 <= self.temperature < float("inf"),
+      f"sample.temperature={self.temperature} must be 0 (always the likeliest token) or more; 1 is the model's own.",
+    )
+    require(self.top_k >= 0, f"sample.top_k={self.top_k} must be at least 1, or 0 to draw from all tokens.")
+    require(0 < self.top_p <= 1, f"sample.top_p={self.top_p} must lie in (0, 1]; 1 draws from all tokens.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionMapConfig:
+  """What --mode=attention shows: which inputs a cross-attend takes from for some outputs of one document."""
+
+  prompt: str = "data"
+  """The document: a file of the task's kind, a text for tasks of text, or "data": the first document of eval.split. Of
+  several files the first."""
+  outputs: tuple[int, ...] = ()
+  """The outputs: 1 is the first event that is predicted, the document's second. Empty: a few, spread evenly."""
+  cross_attend: int = 0
+  """Which cross-attend: 0 is the first, and each entry of model.cross_attend_after adds one."""
+
+  def __post_init__(self):
+    require(bool(self.prompt), 'attention_map.prompt is empty: give a file or a text, or leave it out for "data".')
+    require(
+      all(isinstance(output, int) and output >= 1 for output in self.outputs),
+      f"attention_map.outputs={self.outputs} must be whole numbers from 1 on, 1 being the first event that is"
+      ' predicted: --config.attention_map.outputs="(100,2000)".',
+    )

@@ -1,0 +1,149 @@
+"""The training run, and the devices that it is on."""
+
+import dataclasses
+
+from perceiver_ar_jax.config.checks import choice, require
+
+OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "sgd", "sm3")
+SCHEDULES = ("constant", "cosine", "steps", "t5")
+LOSS_REDUCTIONS = ("mean", "sum")
+ON_NONFINITE = ("stop", "skip")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """The update rule and its learning rate."""
+
+  name: str = "adam"
+  """adam, adamw, adafactor, lamb, sgd (with momentum) or sm3."""
+  learning_rate: float = 3e-4
+  """Peak rate, reached at the end of the warm-up."""
+  warmup_steps: int = 0
+  """Steps of linear warm-up; the very first update then has rate 0."""
+  schedule: str = "constant"
+  """After the warm-up: constant, cosine (down to `end_learning_rate`), steps (`step_boundaries`) or t5 (1/sqrt)."""
+  end_learning_rate: float = 0.0
+  """Cosine: the rate at the last step."""
+  cosine_steps: int | None = None
+  """Cosine: decay over only this many final steps, constant before; None: from the end of the warm-up."""
+  step_boundaries: tuple[float, ...] = (0.5, 0.8, 0.95)
+  """Steps: multiply by `step_factor` at these fractions of the training steps, counted after the warm-up."""
+  step_factor: float = 0.1
+  """Steps: the factor."""
+  clip_norm: float = 1.0
+  """Largest global gradient norm; 0: no clipping."""
+  b1: float = 0.9
+  """Decay of the first moment; for sgd and sm3 the momentum."""
+  b2: float = 0.999
+  """Decay of the second moment (adam, adamw, lamb)."""
+  eps: float = 1e-8
+  """Added to the root of the second moment (adam, adamw, lamb)."""
+  weight_decay: float = 0.0
+  """Decoupled weight decay (adamw, lamb)."""
+
+  def __post_init__(self):
+    choice("train.optimizer.name", self.name, OPTIMIZERS)
+    choice("train.optimizer.schedule", self.schedule, SCHEDULES)
+    for name in ("learning_rate", "end_learning_rate", "warmup_steps", "clip_norm", "weight_decay"):
+      require(getattr(self, name) >= 0, f"train.optimizer.{name}={getattr(self, name)} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """The training run."""
+
+  steps: int
+  """Optimizer updates."""
+  batch_size: int
+  """Sequences per update over all devices and microbatches."""
+  microbatches: int = 1
+  """Split each batch into this many parts and add up their gradients, to save memory."""
+  loss_reduction: str = "mean"
+  """mean over scored tokens, or sum as in the published runs (so that clipping acts on nearly every step)."""
+  z_loss: float = 1e-4
+  """Weight of log(Z)^2, which keeps logits near zero."""
+  label_smoothing: float = 0.0
+  """Probability mass spread evenly over the wrong tokens."""
+  optimizer: OptimizerConfig = OptimizerConfig()
+  """The update rule."""
+  log_every: int = 10
+  """Steps between lines of metrics."""
+  checkpoint_every: int = 1000
+  """Steps between checkpoints."""
+  keep_checkpoints: int = 3
+  """Newest checkpoints kept, next to the best one."""
+  profile_at: int | None = None
+  """Step at which a jax.profiler trace of 3 steps starts; None: no trace."""
+  on_nonfinite: str = "stop"
+  """What a loss or gradient that is not finite does: stop the run, or skip the update and go on with the next batch."""
+  max_skipped: int = 10
+  """skip: so many updates in a row that are not finite stop the run all the same."""
+
+  def __post_init__(self):
+    for name in (
+      "steps",
+      "batch_size",
+      "microbatches",
+      "log_every",
+      "checkpoint_every",
+      "keep_checkpoints",
+      "max_skipped",
+    ):
+      require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
+    require(
+      self.batch_size % self.microbatches == 0,
+      f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}: make the batch"
+      " a multiple of it.",
+    )
+    choice("train.loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+    choice("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+    require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must lie in [0, 1).")
+    require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative.")
+    warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps or 1
+    require(
+      self.optimizer.schedule != "cosine" or warmup + decay <= self.steps,
+      f"train.steps={self.steps} leaves no room for train.optimizer.warmup_steps={warmup} and then a cosine over"
+      f" train.optimizer.cosine_steps={self.optimizer.cosine_steps or 'the rest'}: lower these"
+      " (--config.train.optimizer.warmup_steps=0) or train longer.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """How devices are arranged; one axis may be -1: all the devices that the others leave."""
+
+  data: int = -1
+  """Copies of the model, each with its part of the batch."""
+  fsdp: int = 1
+  """Devices that share weights and optimizer state (ZeRO-3) and also split the batch."""
+  tensor: int = 1
+  """Devices that share heads and MLP hidden units."""
+  context: int = 1
+  """Devices that share the long key/value axis of the cross-attend."""
+  across_slices: str = "data"
+  """The axis that reaches across the slices of a TPU multislice, which a slow network joins; others stay within."""
+
+  def __post_init__(self):
+    sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+    choice("mesh.across_slices", self.across_slices, MESH_AXES)
+    require(
+      sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),
+      f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+  """What --mode=plan looks at; training ignores it."""
+
+  topology: str | None = None
+  """The chips to plan for: a slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, such as v4-128;
+  several of them, 2xv5e:16x16; or nodes of GPUs, h100:4x8, a100:8."""
+  search: bool = False
+  """Try meshes, microbatches and remat policies, and rank those that fit."""
+  max_compiles: int = 8
+  """search: the most candidates to compile, about a minute each for a large model."""
+
+  def __post_init__(self):
+    require(self.max_compiles >= 1, f"plan.max_compiles={self.max_compiles} must be at least 1.")
