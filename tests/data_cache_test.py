@@ -17,7 +17,7 @@ import seqio
 
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import music, notices, pipeline, registry, sources, tasks, texts
+from perceiver_ar_jax.data import music, notices, pipeline, records, registry, sources, tasks, texts
 from perceiver_ar_jax.data.music import Note
 from perceiver_ar_jax.data.tf_cpu import tf
 from tests import tiny
@@ -155,7 +155,7 @@ def whole_documents(config, split):
       document.positions(0, len(document)).tolist(),
       sorted(document.counts().items()),
     )
-    for _, document in pipeline.documents(config, split)
+    for _, document in records.documents(config, split)
   ]
   return sorted(found)
 

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data import images, pipeline
+from perceiver_ar_jax.data import images, pipeline, records
 from tests.tiny_imagenet import NUM_TRAIN, NUM_VALIDATION
 
 
@@ -165,7 +165,7 @@ def test_the_state_is_little_more_than_the_encoded_records_in_the_shuffle(data_d
   take(iterator, 3)
   iterator.save(tmp_path)
   # A PNG of noise is 3.3 kB, and the pictures that are ready are of 3.1 kB; 1000 decoded sequences would be 61 MB.
-  assert state_bytes(tmp_path) < (1000 + 2 * pipeline._AHEAD) * 3500
+  assert state_bytes(tmp_path) < (1000 + 2 * records.AHEAD) * 3500
 
 
 def test_the_state_does_not_grow_with_the_batch(tmp_path):

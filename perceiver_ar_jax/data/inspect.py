@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import NUM_SPECIAL, notices, pipeline, render
+from perceiver_ar_jax.data import NUM_SPECIAL, notices, pipeline, records, render
 
 _MAX_DOCUMENTS = 1000
 _EXAMPLES = 16
@@ -48,7 +48,7 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
   histogram = np.zeros(config.model.vocab_size, np.int64)
   lengths, largest, words, num_bytes, examples, unknown = [], 0, 0, 0, [], None
   skipped, longest_crop = notices.count("skipped"), config.model.max_context + 1
-  for task, document in pipeline.documents(config, split, _MAX_DOCUMENTS):
+  for task, document in records.documents(config, split, _MAX_DOCUMENTS):
     length = len(document)
     events = document.read(0, min(length, _MAX_EVENTS))
     positions = document.positions(0, len(events))

@@ -14,31 +14,27 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-import seqio
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, nearest
+from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import features, notices
+from perceiver_ar_jax.data import records as records_lib
 from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.features import Batch
 from perceiver_ar_jax.data.registry import Record, Task
-from perceiver_ar_jax.data.sources import ListSource, TfdsSource, sentencepiece_fingerprint
+from perceiver_ar_jax.data.sources import ListSource, sentencepiece_fingerprint
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
 
 _SHUFFLE_BYTES = 32 * 2**20
 """The most that the records in a shuffle take on average: whole books would make checkpoints of gigabytes."""
-_AHEAD = 64
-"""Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
 _THREADS = min(16, os.cpu_count() or 1)
 """Threads of a host that make rows, in Python."""
-_TF_THREADS = 8
-"""Threads that read and decode records, in TensorFlow."""
 
 
 class _Example(NamedTuple):
@@ -78,16 +74,16 @@ class TrainIterator:
     self._config, self._batch_size = config, batch_size
     self._shard_index, self._shard_count = shard_index, shard_count
     self._rows = range(batch_size) if rows is None else rows
-    shares = get_tasks(config.data, _longest_crop(config))
+    shares = get_tasks(config.data, records_lib.longest_crop(config))
     self._tasks = [task for task, _ in shares]
     self._cumulative_shares = np.cumsum([share for _, share in shares])
     self._smallest_share = min(share for _, share in shares)
     split = config.data.train_split
     self._num_records = []
     for task in self._tasks:
-      _check_vocabulary(task, config)
-      _check_position_dims(task, config)
-      self._num_records.append(_num_records(task, split))
+      records_lib.check_vocabulary(task, config)
+      records_lib.check_position_dims(task, config)
+      self._num_records.append(records_lib.num_records(task, split))
       if self._num_records[-1] is not None and self._num_records[-1] < shard_count:
         raise InputError(
           f"The split {split!r} of {task.name} has {self._num_records[-1]} records, fewer than"
@@ -120,14 +116,16 @@ class TrainIterator:
 
   def _open(self, task: Task) -> tf.data.Dataset:
     config = self._config
-    records = _shard_records(task.source, config.data.train_split, config.seed, self._shard_index, self._shard_count)
+    records = records_lib.shard_records(
+      task.source, config.data.train_split, config.seed, self._shard_index, self._shard_count
+    )
     record_bytes = getattr(task.source, "bytes_per_record", lambda split: 0)(config.data.train_split)
     buffer = min(
       -(-config.data.shuffle_buffer // self._shard_count),
       max(1, int(_SHUFFLE_BYTES / self._shard_count / max(record_bytes, 1))),
     )
     records = records.shuffle(buffer, seed=config.seed, reshuffle_each_iteration=True).repeat()
-    records = _preprocess(task, records)
+    records = records_lib.preprocess(task, records)
     # Records of one shape come a batch at a time, which saves a call for each; a mixture draws one by one.
     fixed = all(spec.shape.is_fully_defined() for spec in records.element_spec.values())
     return records.batch(self._batch_size if fixed and len(self._tasks) == 1 else 1)
@@ -156,7 +154,7 @@ class TrainIterator:
       batch, examples, readable = self._empty(len(self._rows)), self._draw(), {}
       list(_pool().map(functools.partial(self._fill, batch, examples, readable), range(_THREADS)))
       if self._make_up(batch, examples, readable):
-        _check_positions(batch["positions"], self._config)
+        records_lib.check_positions(batch["positions"], self._config)
         return batch
     raise InputError(
       f"The split {self._config.data.train_split!r} of {self._config.data.task} has {sum(self._num_records)} records,"
@@ -236,7 +234,7 @@ class TrainIterator:
         f"Shard {self._shard_index} of {self._shard_count} has no record of {self._tasks[index].name}: there are too"
         " few files with records in them. Lower data.shards, or cache with fewer --shards."
       )
-    return _to_records(batch)
+    return records_lib.to_records(batch)
 
   def save(self, directory: os.PathLike | str) -> None:
     """Writes the complete state into files of this shard's own under `directory`, which is made if need be."""
@@ -318,13 +316,13 @@ def eval_batches(
       f"A stride of {stride} with {num_latents} latents and a context of {config.model.max_context} cannot score every"
       " token: make eval.stride at most eval.num_latents, and that at most model.max_context."
     )
-  task, _ = get_tasks(config.data, _longest_crop(config))[0]
+  task, _ = get_tasks(config.data, records_lib.longest_crop(config))[0]
   counted = ("words", "bytes") if task.modality == "text" else ()
   rows = range(batch_size_per_host) if rows is None else rows
   rows_per_step = batch_size_per_host * host_count
 
   def blocks() -> Iterator[tuple[int, Document, int, int, bool]]:
-    read = documents(config, split, max_sequences) if chosen is None else chosen
+    read = records_lib.documents(config, split, max_sequences) if chosen is None else chosen
     for number, (_, document) in enumerate(read):
       for block, (end, num_new) in enumerate(features.eval_blocks(len(document), stride)):
         yield number, document, end, num_new, block == 0
@@ -344,29 +342,8 @@ def eval_batches(
       features.eval_window(features.row_of(batch, index), document, end, num_new)
       for name in counted if is_first else ():
         batch[name][index] = document.counts()[name]
-    _check_positions(batch["positions"], config)
+    records_lib.check_positions(batch["positions"], config)
     yield batch
-
-
-def documents(config: Config, split: str, max_sequences: int | None = None) -> Iterator[tuple[Task, Document]]:
-  """The documents of a split in order, one task of a mixture after the other, unreadable ones left out.
-
-  Raises:
-    InputError: as TrainIterator; or an endless split without `max_sequences`.
-  """
-  for task, _ in get_tasks(config.data, _longest_crop(config)):
-    _check_vocabulary(task, config)
-    _check_position_dims(task, config)
-    _num_records(task, split)
-    records = task.source.get_dataset(split=split, shuffle=False)
-    if max_sequences is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
-      raise InputError(
-        f"The split {split!r} of {task.name} never ends: set eval.max_sequences to how many sequences to score."
-      )
-    opened = (task.open(record) for batch in _preprocess(task, records).batch(1) for record in _to_records(batch))
-    whole = (document for document in opened if document is not None and not document.continues)
-    for document in itertools.islice(whole, max_sequences):
-      yield task, document
 
 
 @functools.cache
@@ -375,94 +352,8 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
   return concurrent.futures.ThreadPoolExecutor(_THREADS)
 
 
-def _longest_crop(config: Config) -> int:
-  """In events: the context's inputs and the last one's target."""
-  return config.model.max_context + 1
-
-
 def _batched(items: Iterable, size: int) -> Iterator[list]:
   """Lists of `size` items, the last one maybe shorter."""
   items = iter(items)
   while batch := list(itertools.islice(items, size)):
     yield batch
-
-
-def _to_records(batch: Mapping[str, tf.Tensor]) -> list[Record]:
-  """The records of a batch of them."""
-  values = [value.numpy() for value in batch.values()]
-  return [dict(zip(batch, one)) for one in zip(*values)]
-
-
-def _preprocess(task: Task, records: tf.data.Dataset) -> tf.data.Dataset:
-  """The records after TensorFlow's part of the work, if there is any; then it goes on in the background."""
-  for preprocessor in task.preprocessors:
-    records = preprocessor(records)
-  if task.preprocessors:
-    records = records.prefetch(_AHEAD)
-  options = tf.data.Options()
-  options.deterministic = True
-  # All elements that a stage has ready are part of the saved state, so every buffer is bounded: parallel maps by the
-  # threads there are, and no stages that TensorFlow adds by itself.
-  options.threading.private_threadpool_size = _TF_THREADS
-  options.autotune.enabled = False
-  options.experimental_optimization.inject_prefetch = False
-  options.experimental_optimization.map_and_batch_fusion = False
-  return records.with_options(options)
-
-
-def _num_records(task: Task, split: str) -> int | None:
-  """Records of a split, None where nobody knows; raises InputError for an unknown split or missing data."""
-  if isinstance(task.source, TfdsSource):
-    return task.source.num_input_examples(split)
-  if split not in task.source.splits:
-    raise InputError(f"The task {task.name} has no split {split!r}. {nearest(split, task.source.splits)}")
-  return task.source.num_input_examples(split)
-
-
-def _shard_records(source, split: str, seed: int, index: int, count: int) -> tf.data.Dataset:
-  """One shard of the records, the files (where there are any) in a new order in each epoch."""
-  if source.supports_arbitrary_sharding:
-    return source.get_dataset(
-      split=split, shuffle=True, seed=seed, shard_info=seqio.ShardInfo(index=index, num_shards=count)
-    )
-  return source.get_dataset(split=split, shuffle=False).shard(count, index)
-
-
-def _check_vocabulary(task: Task, config: Config) -> None:
-  size = task.vocab_size
-  if size > config.model.vocab_size:
-    raise InputError(
-      f"The task {task.name} has {size} token ids (PAD, EOS and SOS included), but model.vocab_size is"
-      f" {config.model.vocab_size}: set --config.model.vocab_size={size} or more."
-    )
-
-
-def _check_position_dims(task: Task, config: Config) -> None:
-  """Raises InputError if the model's positions have other dimensions than the task's."""
-  if not config.model.positions_from_data or config.model.position_encoding == "relative":
-    return
-  if config.model.position_encoding == "rotary":
-    if task.position_dims != 1:
-      raise InputError(
-        f"The task {task.name} has {task.position_dims} position dimensions, and rotary positions are one number: count"
-        " them from the last token instead (--config.model.positions_from_data=False), or use learned ones."
-      )
-  elif len(config.model.position_sizes) != task.position_dims:
-    raise InputError(
-      f"Positions of the task {task.name} have {task.position_dims} dimensions, but"
-      f" model.position_sizes={config.model.position_sizes} has {len(config.model.position_sizes)}: give one size"
-      " (largest position + 1) for each."
-    )
-
-
-def _check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
-  if not config.model.positions_from_data or config.model.position_encoding in ("rotary", "relative"):
-    return
-  # One dimension at a time: over all at once, NumPy takes ten times as long.
-  largest = [int(positions_BxLxP[..., dimension].max()) for dimension in range(positions_BxLxP.shape[-1])]
-  sizes = config.model.position_sizes
-  if any(position >= size for position, size in zip(largest, sizes)):
-    raise InputError(
-      f"The task {config.data.task} has positions up to {tuple(largest)}, beyond model.position_sizes={sizes}: make"
-      " each size at least the largest position + 1 of all documents, which --mode=data shows."
-    )

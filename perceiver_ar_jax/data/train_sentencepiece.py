@@ -17,7 +17,7 @@ from etils import epath
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import pipeline, texts
+from perceiver_ar_jax.data import records, texts
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
 _VOCAB_SIZE = flags.DEFINE_integer(
@@ -76,7 +76,7 @@ def _lines(config: Config, max_bytes: int) -> Iterator[bytes]:
   """Lines of the training split; of every n-th stretch of it where it exceeds `max_bytes`."""
 
   def all_texts() -> Iterator[texts.Text]:  # read twice, since all of them may not fit into memory
-    for _, document in pipeline.documents(config, config.data.train_split):
+    for _, document in records.documents(config, config.data.train_split):
       yield document.text
 
   total = sum(map(len, all_texts()))

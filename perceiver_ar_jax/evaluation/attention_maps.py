@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import features, heat, pipeline, render
+from perceiver_ar_jax.data import features, heat, records, render
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
@@ -106,7 +106,7 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
 def _document(config: Config, read: Callable[[Task, str], list[Document]]) -> tuple[Task, Document]:
   prompt = config.attention_map.prompt
   if prompt == "data":
-    for found in pipeline.documents(config, config.eval.split, 1):
+    for found in records.documents(config, config.eval.split, 1):
       return found
     raise InputError(f"The split {config.eval.split!r} of {config.data.task} holds no document that can be read.")
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]

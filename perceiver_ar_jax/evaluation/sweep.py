@@ -24,7 +24,7 @@ from etils import epath
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError, ModelConfig
-from perceiver_ar_jax.data import pipeline
+from perceiver_ar_jax.data import records
 from perceiver_ar_jax.evaluation import evaluate, plots
 from perceiver_ar_jax.models.perceiver_ar import runs
 from perceiver_ar_jax.parallel import distributed, flops
@@ -119,7 +119,7 @@ def first_layers(model: ModelConfig, params: Mapping) -> dict:
 def _score(config: Config, mesh, params, step: int) -> dict:
   """The figures of one point, and what they cost."""
   evaluator = evaluate.Evaluator(config, mesh)
-  evaluator(params, step, documents=itertools.islice(pipeline.documents(config, config.eval.split, 1), 1))  # compiles
+  evaluator(params, step, documents=itertools.islice(records.documents(config, config.eval.split, 1), 1))  # compiles
   start = time.monotonic()
   result = evaluator(params, step)
   seconds = time.monotonic() - start

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import EOS, SOS, pipeline
+from perceiver_ar_jax.data import EOS, SOS, records
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.registry import Task
@@ -43,7 +43,7 @@ def find(config: Config, task: Task, text: str | None, count: int, prompt_tokens
   if text is None and task.place is not None:
     return [Prompt(task, np.array([SOS], np.int32), task.place, task.length)]
   if text is None or text == DATA:
-    found = itertools.islice(pipeline.documents(config, config.eval.split, count), count)
+    found = itertools.islice(records.documents(config, config.eval.split, count), count)
     if text is None:  # of a video, even the grid is the document's
       prompt_tokens = 1
     return [_beginning(config, task, document, prompt_tokens) for task, document in found]
