@@ -26,7 +26,7 @@ _SEEDS = {
   "positions": "0",
   "dropout": "0",
 }
-_SWEEP = ["--num_latents=32,64,128,256,512,1024", "--stride=32", "--config.eval.max_sequences=2"]
+_SWEEP = ["--num_latents=32,64,128,256,512,1024", "--stride=32", "--config.eval.max_sequences=8"]
 _OUTPUTS = "(64,96,127)"
 _INTRODUCTION = """# Results
 
@@ -49,8 +49,8 @@ def main():
         "evaluation." + command[0], *command[1:], f"--workdir={arguments.workdir / name}", f"--page={_FOLDER / name}"
       )
   if "latents" in names:
-    run = arguments.workdir / "context" / "4096-seed0"
-    _run("evaluation.sweep", "--config=configs/ablations/context.py:4096", f"--workdir={run}", *_SWEEP)
+    run = arguments.workdir / "order" / "raster-full-seed0"
+    _run("evaluation.sweep", "--config=configs/ablations/order.py:raster-full", f"--workdir={run}", *_SWEEP)
     for ending in (".json", ".png"):
       (written,) = run.glob(f"sweep-*{ending}")
       shutil.copy(written, _FOLDER / f"latents{ending}")
@@ -98,8 +98,8 @@ def _latents() -> str:
       "## Compute chosen at evaluation: fewer and more latents than the 256 of training",
       "\n".join(lines),
       "![the unit over FLOPs and seconds a token](results/latents.png)",
-      f"`python -m perceiver_ar_jax.evaluation.sweep --config=configs/ablations/context.py:4096 {shlex.join(_SWEEP)}`"
-      " on the run of the context ablation with seed 0.",
+      f"`python -m perceiver_ar_jax.evaluation.sweep --config=configs/ablations/order.py:raster-full"
+      f" {shlex.join(_SWEEP)}` on that run of the order ablation, seed 0.",
     ]
   )
 
