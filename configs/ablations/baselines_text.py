@@ -21,8 +21,7 @@ VARIANTS = {
 
 
 def get_config(variant="perceiver-ar"):
-  config = context.get_config("1024")
-  config.model.max_context = 2048
+  config = context.text(2048, steps=600)
   config.train.optimizer.update(schedule="constant", learning_rate=1e-3)
   if variant == "transformer":
     config.model.max_context = 256

@@ -17,6 +17,6 @@ VARIANTS = {
 
 
 def get_config(variant="0"):
-  config = context.get_config("4096")
+  config = context.text(4096, steps=600)
   config.model.cross_attend_dropout = float(variant)
   return config

@@ -18,7 +18,7 @@ VARIANTS = {
 
 
 def get_config(variant="rotary"):
-  config = context.get_config("1024")
+  config = context.text(1024, steps=600)
   config.model.position_encoding = variant
   if variant != "rotary":
     config.model.update(position_sizes=(1025,), rotary_max_wavelength=None)
