@@ -7,7 +7,7 @@ Published: word perplexity 45.9 on the validation and 28.9 on the test split, at
 Not published: the rate of cross-attend dropout (0.875 to 0.97 is told), the schedule and the width of the cross-attend;
   those here are ours.
 Cost: 974M parameters; a pod of accelerators for days.
-Data: the TFDS builder pg19, prepared in --config.data.data_dir, and a SentencePiece model trained on it (README);
+Data: the TFDS builder pg19, prepared in --config.data.data_dir, and a SentencePiece model trained on it (docs/data.md);
   launch/cache_tasks.sh stores the pieces. --config.data.sentencepiece=None --config.model.vocab_size=259 reads bytes.
 """
 

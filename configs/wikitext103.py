@@ -6,7 +6,7 @@ Published: test perplexity 18.52, 18.35, 18.25, 18.37 at context 1,024, 2,048, 4
 Not published: vocabulary, batch, schedule, rate of the dropout; those here are ours.
 Cost: 306M parameters; accelerators for days.
 Data: your unpacked copy of the raw release (wiki.train.raw and its siblings) in --config.data.data_dir, and a
-  SentencePiece model trained on it (README).
+  SentencePiece model trained on it (docs/data.md).
 """
 
 from configs import pg19
