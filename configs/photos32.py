@@ -18,8 +18,8 @@ def get_config():
     latent_width=64,
     num_cross_heads=1,
     num_self_heads=2,
-    position_encoding="learned",
-    position_sizes=(34, 34, 5),
+    position_encoding="rotary",
+    positions_from_data=False,
   )
   config.data.update(task="photos32", min_crop=513)
   config.train.update(steps=480, batch_size=8, checkpoint_every=80)
