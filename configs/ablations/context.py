@@ -23,7 +23,7 @@ VARIANTS = {
 
 
 def get_config(variant="1024"):
-  config = text(int(variant), steps=3000)
+  config = text(int(variant), steps=2000)
   config.model.num_latents = 64
   config.data.min_crop = 65
   config.train.batch_size = 16
