@@ -18,11 +18,11 @@ from configs import text_files
 VARIANTS = {
   "64": "as many inputs as latents: a plain Transformer",
   "256": "64 latents of 256 inputs",
-  "1024": "64 latents of 1,024 inputs",
+  "512": "64 latents of 512 inputs",
 }
 
 
-def get_config(variant="1024"):
+def get_config(variant="512"):
   config = text(int(variant), steps=2000)
   config.model.num_latents = 64
   config.data.min_crop = 65
