@@ -26,7 +26,21 @@ _SEEDS = {
   "positions": "0",
   "dropout": "0",
 }
-_SWEEP = ["--num_latents=32,64,128,256,512,1024", "--stride=32", "--config.eval.max_sequences=8"]
+_SWEEPS = {
+  "one_model": (
+    "One model of the context ablation, given shorter and longer contexts",
+    "context",
+    "512",
+    ["--context=64,128,256,512", "--num_latents=64", "--stride=32"],
+  ),
+  "latents": (
+    "Compute chosen at evaluation: fewer and more latents than the 256 of training",
+    "order",
+    "raster-full",
+    ["--num_latents=32,64,128,256,512,1024", "--stride=32", "--config.eval.max_sequences=8"],
+  ),
+}
+"""Of each sweep: title, the ablation and its variant whose run with seed 0 it scores, arguments."""
 _OUTPUTS = "(64,96,127)"
 _INTRODUCTION = """# Results
 
@@ -37,23 +51,22 @@ scale on a pod. This page is written by `python -m benchmarks.results`."""
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("names", nargs="*", help=", ".join([*_SEEDS, "latents", "attention"]))
+  parser.add_argument("names", nargs="*", help=", ".join([*_SEEDS, *_SWEEPS, "attention"]))
   parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of all runs")
   arguments = parser.parse_args()
   _FOLDER.mkdir(exist_ok=True)
-  names = arguments.names or [*_SEEDS, "latents", "attention"]
+  names = arguments.names or [*_SEEDS, *_SWEEPS, "attention"]
   for name in names:
     if name in _SEEDS:
-      command = ["ablate", f"--config=configs/ablations/{name}.py", f"--seeds={_SEEDS[name]}"]
-      _run(
-        "evaluation." + command[0], *command[1:], f"--workdir={arguments.workdir / name}", f"--page={_FOLDER / name}"
-      )
-  if "latents" in names:
-    run = arguments.workdir / "order" / "raster-full-seed0"
-    _run("evaluation.sweep", "--config=configs/ablations/order.py:raster-full", f"--workdir={run}", *_SWEEP)
-    for ending in (".json", ".png"):
-      (written,) = run.glob(f"sweep-*{ending}")
-      shutil.copy(written, _FOLDER / f"latents{ending}")
+      where = (f"--workdir={arguments.workdir / name}", f"--page={_FOLDER / name}")
+      _run("evaluation.ablate", f"--config=configs/ablations/{name}.py", f"--seeds={_SEEDS[name]}", *where)
+    elif name in _SWEEPS:
+      _, ablation, variant, flags = _SWEEPS[name]
+      run = arguments.workdir / ablation / f"{variant}-seed0"
+      _run("evaluation.sweep", f"--config=configs/ablations/{ablation}.py:{variant}", f"--workdir={run}", *flags)
+      for ending in (".json", ".png"):
+        (written,) = run.glob(f"sweep-*{ending}")
+        shutil.copy(written, _FOLDER / f"{name}{ending}")
   if "attention" in names:
     run = arguments.workdir / "baselines_copy" / "perceiver-ar-seed0"
     config = "--config=configs/ablations/baselines_copy.py:perceiver-ar"
@@ -62,7 +75,9 @@ def main():
     shutil.copy(run / "attention" / report["outputs"][1]["files"][0], _FOLDER / "attention.png")
     (_FOLDER / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
   sections = [_ablation(name) for name in _SEEDS if (_FOLDER / f"{name}.json").exists()]
-  sections += [write() for name, write in _OTHERS.items() if (_FOLDER / f"{name}.json").exists()]
+  sections += [_sweep(name) for name in _SWEEPS if (_FOLDER / f"{name}.json").exists()]
+  if (_FOLDER / "attention.json").exists():
+    sections.append(_attention())
   _PAGE.write_text("\n\n".join([_INTRODUCTION, *sections]) + "\n")
 
 
@@ -85,21 +100,23 @@ def _ablation(name: str) -> str:
   )
 
 
-def _latents() -> str:
-  rows = json.loads((_FOLDER / "latents.json").read_text())
+def _sweep(name: str) -> str:
+  title, ablation, variant, flags = _SWEEPS[name]
+  rows = json.loads((_FOLDER / f"{name}.json").read_text())
   unit = rows[0]["unit"]
-  lines = [f"| latents at evaluation | {unit} | FLOPs a token | s a token |", "|---|---|---|---|"]
+  lines = [f"| context | latents | {unit} | FLOPs a token | s a token |", "|---|---|---|---|---|"]
   lines += [
-    f"| {row['num_latents']:,} | {row[unit]:.4f} | {row['flops_per_token']:.3g} | {row['seconds_per_token']:.2g} |"
+    f"| {row['context']:,} | {row['num_latents']:,} | {row[unit]:.4f} | {row['flops_per_token']:.3g} |"
+    f" {row['seconds_per_token']:.2g} |"
     for row in rows
   ]
   return "\n\n".join(
     [
-      "## Compute chosen at evaluation: fewer and more latents than the 256 of training",
+      f"## {title}",
       "\n".join(lines),
-      "![the unit over FLOPs and seconds a token](results/latents.png)",
-      f"`python -m perceiver_ar_jax.evaluation.sweep --config=configs/ablations/order.py:raster-full"
-      f" {shlex.join(_SWEEP)}` on that run of the order ablation, seed 0.",
+      f"![the unit over FLOPs and seconds a token](results/{name}.png)",
+      f"`python -m perceiver_ar_jax.evaluation.sweep --config=configs/ablations/{ablation}.py:{variant}"
+      f" {shlex.join(flags)}` on that run of the ablation, seed 0.",
     ]
   )
 
@@ -120,9 +137,6 @@ def _attention() -> str:
       f" {report['outputs'][1]['output']}.",
     ]
   )
-
-
-_OTHERS = {"latents": _latents, "attention": _attention}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
   python -m perceiver_ar_jax.evaluation.ablate --config=configs/ablations/context.py --workdir=runs/context --seeds=0,1
 
-The file names its VARIANTS; `--config=configs/ablations/context.py:1024` is the config of one, for main.py. Each run
+The file names its VARIANTS; `--config=configs/ablations/context.py:512` is the config of one, for main.py. Each run
 is main.py in a process and a folder of its own, WORKDIR/<variant>-seed<seed>, so the same command goes on with what was
 stopped and skips what is done. Settings given here, such as --config.train.steps=2000, go to all runs. WORKDIR gets
 README.md (what the file's docstring says, the tables, the command), README.png and README.json; with --page=FOLDER/NAME

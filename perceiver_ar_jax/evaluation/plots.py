@@ -24,7 +24,7 @@ def curves(
     panels: the curves of each, by the names of its x and y axes.
     title: over all.
     marks: by label, words beside the points of that curve; points are then shown.
-    log_x: whether x is logarithmic.
+    log_x: whether x is logarithmic, where it spans a factor of ten.
     form: png or svg.
   """
   figure = figure_lib.Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
@@ -33,7 +33,9 @@ def curves(
       axes.plot(xs, ys, marker=marker if len(xs) < 30 else "", markersize=4, label=label)
       for x, y, word in zip(xs, ys, (marks or {}).get(label, [])):
         axes.annotate(word, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
+    values = [x for xs, _ in lines.values() for x in xs]
+    wide = log_x and bool(values) and max(values) >= 10 * min(values)
+    axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if wide else "linear")
     axes.grid(True, which="both", alpha=0.3)
     if any(lines):
       axes.legend(fontsize=8)
