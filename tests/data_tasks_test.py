@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -209,6 +210,16 @@ def test_a_fork_adds_a_task_in_a_few_lines(lines_of_a_fork):
   assert [row["events"].tolist() for row in rows] == [[2, 100, 101, 1], [2, 1], [2, 102, 1]]
   assert rows[0]["positions"].tolist() == [[1], [2], [3], [4]]
   assert [(row["words"], row["bytes"]) for row in rows] == [(1, 2), (0, 0), (1, 1)]
+
+
+def test_only_reading_midi_files_needs_mido(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, "mido", None)
+  (tmp_path / "a.mid").write_bytes(b"")
+  (tmp_path / "b.mid").write_bytes(b"")
+  task = get_task("midi_files", files=str(tmp_path))
+  assert task.decode(np.array([SOS, EOS])) == []
+  with pytest.raises(InputError, match=r"need the package mido.*pip install -e '.\[music\]'"):
+    task.source.num_input_examples("train")
 
 
 def test_a_task_with_an_unknown_unit_is_refused():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 
-from perceiver_ar_jax.data import NUM_SPECIAL, codes
+from perceiver_ar_jax.data import NUM_SPECIAL, codes, music
 from perceiver_ar_jax.data.registry import Task
 
 _GAP = 2
@@ -46,8 +46,6 @@ def picture(task: Task, events: np.ndarray, positions: np.ndarray) -> np.ndarray
     except ValueError:  # a crop, not a whole picture
       return None
   if task.modality == "music":
-    from perceiver_ar_jax.data import music
-
     roll = music.piano_roll(events)[:, :_MAX_STEPS]
     used = np.flatnonzero(roll.any(axis=1))
     roll = roll[used[0] : used[-1] + 1] if len(used) else roll

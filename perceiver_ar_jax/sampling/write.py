@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import NUM_SPECIAL, render
+from perceiver_ar_jax.data import NUM_SPECIAL, codes, music, render
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 
@@ -87,8 +87,6 @@ def _write_one(folder: epath.Path, one: Sample, name: str) -> list[str]:
   if task.modality == "text":
     put(".txt", lambda path: epath.Path(path).write_text(one.value))
   elif task.modality == "music":
-    from perceiver_ar_jax.data import music
-
     put(".mid", lambda path: epath.Path(path).write_bytes(music.to_midi(one.value)))
     if _synthesise(str(folder / f"{name}.mid"), str(folder / f"{name}.wav")):
       files.append(f"{name}.wav")
@@ -100,8 +98,6 @@ def _write_one(folder: epath.Path, one: Sample, name: str) -> list[str]:
 def _codes(one: Sample) -> np.ndarray:
   """Codes of audio [frames, levels], of video [time, height, width], values of copies [n]."""
   if one.task.modality == "video":
-    from perceiver_ar_jax.data import codes
-
     height, width = one.prompt.place(0, one.prompt.length)[:, 1:].max(axis=0) - 1
     return codes.to_video(one.events, height, width)
   return np.asarray(one.value)
