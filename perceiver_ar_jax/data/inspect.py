@@ -63,11 +63,7 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     if len(examples) < _EXAMPLES:
       examples.append((task, events, positions))
   if not lengths:
-    raise InputError(
-      f"The split {split!r} of {config.data.task} holds no document that can be read. The last reason:"
-      f" {notices.last('skipped').removeprefix('Skipped: ')}. Mend or remove such files, or hold out others"
-      " (data.validation_fraction, data.validation_files)."
-    )
+    raise records.none_readable(config, split)
   shares = histogram[histogram > 0] / histogram.sum()
   result = {
     "documents": len(lengths),

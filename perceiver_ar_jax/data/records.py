@@ -11,6 +11,7 @@ import numpy as np
 import seqio
 
 from perceiver_ar_jax.config import Config, InputError, nearest
+from perceiver_ar_jax.data import notices
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import TfdsSource
@@ -42,6 +43,15 @@ def documents(config: Config, split: str, max_sequences: int | None = None) -> I
     whole = (document for document in opened if document is not None and not document.continues)
     for document in itertools.islice(whole, max_sequences):
       yield task, document
+
+
+def none_readable(config: Config, split: str) -> InputError:
+  """What to raise where `documents` gives none."""
+  last = notices.last("skipped").removeprefix("Skipped: ") or "it is empty"
+  return InputError(
+    f"The split {split!r} of {config.data.task} holds no document that can be read. The last reason: {last}."
+    " Mend or remove such files, or hold out others (data.validation_fraction, data.validation_files)."
+  )
 
 
 def longest_crop(config: Config) -> int:

@@ -40,7 +40,7 @@ def write(config: Config, workdir: epath.PathLike, read: Callable[[Task, str], l
   """
   if config.model.architecture != "perceiver_ar":
     raise InputError(
-      f"model.architecture={config.model.architecture} has no cross-attend whose attention could be shown."
+      f"model.architecture={config.model.architecture} has no cross-attend, which --mode=attention would show."
     )
   mesh, step, params = evaluate.restore(config, workdir)
   settings, num_latents = config.attention_map, config.eval.num_latents or config.model.num_latents
@@ -108,7 +108,7 @@ def _document(config: Config, read: Callable[[Task, str], list[Document]]) -> tu
   if prompt == "data":
     for found in records.documents(config, config.eval.split, 1):
       return found
-    raise InputError(f"The split {config.eval.split!r} of {config.data.task} holds no document that can be read.")
+    raise records.none_readable(config, config.eval.split)
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
   document = read(task, prompt)[0]
   if not document.has_targets():

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import NUM_SPECIAL, codes, music, render
 from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.sampling import prompts
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 
 _UNSEEN = 128
@@ -220,7 +221,7 @@ def score(config: Config, workdir: epath.PathLike) -> dict:
   Raises:
     InputError: no checkpoint, nothing to score, or nothing that can be read.
   """
-  if config.sample.prompt is None:
+  if config.sample.prompt in (None, prompts.DATA):
     raise InputError(
       "Nothing to score: give a text or a file, --config.sample.prompt=... (--mode=eval scores a split)."
     )
