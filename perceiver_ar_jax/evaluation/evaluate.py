@@ -108,7 +108,7 @@ class Evaluator:
     config, totals = self._config, figures.Totals()
     size = config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
-    batches = pipeline.eval_batches(config, batch_size_per_host=size, rows=rows, chosen=documents)
+    batches = pipeline.eval_batches(config, rows, documents)
     with jax.set_mesh(self._mesh):
       pending = None
       for batch in batches:
