@@ -261,6 +261,12 @@ def test_more_pieces_than_the_text_has_end_in_one_paragraph(folder, tmp_path):
   assert not (tmp_path / "large.model").exists()
 
 
+def test_a_task_without_texts_is_told(tmp_path):
+  arguments = ("--config=configs/copy.py", f"--output={tmp_path / 'copy.model'}")
+  result = tiny.python("-m", "perceiver_ar_jax.data.train_sentencepiece", *arguments)
+  tiny.expect_error(result, "The task copy has no text to train on", "configs/text_files.py")
+
+
 TEXTS = [
   "bako rimu",
   "  two  spaces   and more    ",

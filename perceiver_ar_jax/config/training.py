@@ -45,6 +45,10 @@ class OptimizerConfig:
   def __post_init__(self):
     choice("train.optimizer.name", self.name, OPTIMIZERS)
     choice("train.optimizer.schedule", self.schedule, SCHEDULES)
+    require(
+      self.cosine_steps is None or self.cosine_steps >= 1,
+      f"train.optimizer.cosine_steps={self.cosine_steps} must be at least 1, or None: from the end of the warm-up.",
+    )
     for name in ("learning_rate", "end_learning_rate", "warmup_steps", "clip_norm", "weight_decay"):
       require(getattr(self, name) >= 0, f"train.optimizer.{name}={getattr(self, name)} must not be negative.")
 

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import features, heat, records, render
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.global_batch import to_global
@@ -47,10 +47,8 @@ def write(config: Config, workdir: epath.PathLike, read: Callable[[Task, str], l
   task, document = _document(config, read)
   outputs = _outputs(settings.outputs, len(document) - 1)
   folder = epath.Path(workdir) / "attention"
-  try:
+  with writing(folder, "free it, or copy the run"):
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"{folder} cannot be written ({error.strerror or error}): free it, or copy the run.") from error
   maps = compute(config, mesh, params, document, outputs)
   report = {
     "step": step,

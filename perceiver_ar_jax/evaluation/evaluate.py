@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import pipeline, records
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.global_batch import to_global
@@ -165,10 +165,8 @@ class Evaluator:
     if jax.process_index():
       return
     path = workdir / f"eval-{result['split']}-{result['step']}.json"
-    try:
+    with writing(path, "free it, or copy the run"):
       path.write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-      raise InputError(f"The evaluation could not be written to {path}: {error.strerror or error}.") from error
     print(f"Written to {path}", flush=True)
 
 

@@ -14,7 +14,7 @@ import tqdm
 from etils import epath
 from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import NUM_SPECIAL, codes, music, render
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.sampling import prompts
@@ -41,10 +41,8 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
   if stream and sampler.task.modality != "text":
     raise InputError(f"--stream prints text, which the task {sampler.task.name} does not make: leave it out.")
   if jax.process_index() == 0:  # before the work, so that a mistake costs none
-    try:
+    with writing(folder, "free it, or copy the run"):
       folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise InputError(f"{folder} cannot be written ({error.strerror or error}): free it, or copy the run.") from error
   settings = {"batch_size": 1} if stream else {}
   start = time.monotonic()
   with _Progress(stream) as progress:

@@ -182,12 +182,12 @@ class _Run:
     if not finite and train.on_nonfinite == "skip" and self._skipped_in_a_row < train.max_skipped:
       self._log.say(f"Step {step} was skipped: its loss is {values['loss']}, its gradient norm {values['grad_norm']}.")
     elif not finite:
-      times = f", for the {self._skipped_in_a_row}th time in a row" if self._skipped_in_a_row > 1 else ""
+      times = f", {self._skipped_in_a_row} steps in a row" if self._skipped_in_a_row > 1 else ""
       raise InputError(
         f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}{times}, so training"
-        " stopped."
-        " The checkpoints before it are kept as they are: go on from the newest with a lower"
-        " --config.train.optimizer.learning_rate or clip_norm (or begin anew with a longer warm-up, or in float32)."
+        " stopped. The checkpoints before it are kept as they are: go on from the newest with a lower"
+        " --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm (or begin anew with a longer"
+        " warm-up, or in float32)."
       )
     if train.on_nonfinite == "skip":
       values["skipped_steps"] = self._skipped
