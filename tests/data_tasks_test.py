@@ -69,10 +69,10 @@ def test_events_turn_back_into_the_picture(order):
     images.to_image(events[:30], 4, order)
 
 
-def test_position_tables_are_just_large_enough():
+def test_every_event_of_a_picture_has_a_position_of_its_own_in_tables_of_size_plus_2_and_5():
   for order in images.ORDERS:
     positions = images.positions(5, order)
-    assert tuple(positions.max(axis=0) + 1) == images.position_sizes(5)
+    assert tuple(positions.max(axis=0) + 1) == (7, 7, 5)
     assert len(positions) == images.num_events(5)
     assert len(np.unique(positions, axis=0)) == len(positions)
 

@@ -351,13 +351,9 @@ def _check_least_memory(config: Config, abstract: state_lib.TrainState, mesh: Me
 
   XLA's own count is exact but needs a compilation, which may crash for shapes far beyond what any machine has.
   """
-
-  def bytes_of(tree) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
   latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
-  least = bytes_of(abstract) + bytes_of(abstract.params) + model.num_layers * latents
+  least = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params) + model.num_layers * latents
   available = _memory_per_device()
   if least > available:
     raise InputError(
