@@ -75,8 +75,11 @@ def _check_name(argument: str) -> None:
   """Raises InputError for a config file that is not there or a setting that does not exist, naming the nearest."""
   name, _, value = argument.lstrip("-").partition("=")
   if name == "config" and value and not pathlib.Path(value.split(":")[0]).exists():
-    there = map(str, pathlib.Path(value).parent.glob("*.py"))
-    raise config_lib.InputError(f"--config={value} does not exist. {config_lib.nearest(value, there)}")
+    there = list(map(str, pathlib.Path(value).parent.glob("*.py")))
+    hint = (
+      config_lib.nearest(value, there) if there else "Run from the folder that holds configs/, or give a whole path."
+    )
+    raise config_lib.InputError(f"--config={value} does not exist. {hint}")
   if name.startswith("config."):
     section, path = config_lib.defaults(), name.split(".")[1:]
     for position, word in enumerate(path):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 from flax import linen as nn
 
 from configs import image_files, midi_files, text_files
@@ -163,7 +164,7 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   config = resolve(midi_files, dict(files=str(tmp_path)), dict(num_cross_heads=1, rotary_fraction=0.5))
   (one,) = sampler(config)(str(tmp_path / "a.mid"), num_samples=1, length=40)
   assert [note.pitch for note in one.value][:6] == [60, 61, 62, 63, 64, 65] and one.num_new > 0
-  files = write.write(tmp_path, [one], "made")
+  files = write.write(epath.Path(tmp_path), [one], "made")
   assert {"made-0.mid", "made-0.png"} <= set(files[0])
   assert music.read_notes((tmp_path / "made-0.mid").read_bytes())
 

@@ -85,15 +85,8 @@ class TrainConfig:
   """skip: so many updates in a row that are not finite stop the run all the same."""
 
   def __post_init__(self):
-    for name in (
-      "steps",
-      "batch_size",
-      "microbatches",
-      "log_every",
-      "checkpoint_every",
-      "keep_checkpoints",
-      "max_skipped",
-    ):
+    counts = ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints")
+    for name in (*counts, "max_skipped"):
       require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
     require(
       self.batch_size % self.microbatches == 0,

@@ -256,7 +256,7 @@ class TrainIterator:
       found = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
       raise InputError(
         f"{directory} holds no data iterator state for {self._name}"
-        + (f", only for {', '.join(found)}: set data.shards as it was." if found else ".")
+        + (f", only for {', '.join(found)}: set data.shards as it was." if found else ": start in a new workdir.")
       )
     state = json.loads(settings.read_text())
     saved = state["stream"]

@@ -101,6 +101,7 @@ def shard_records(source, split: str, seed: int, index: int, count: int) -> tf.d
 
 
 def check_vocabulary(task: Task, config: Config) -> None:
+  """Raises InputError if the model has fewer token ids than the task."""
   size = task.vocab_size
   if size > config.model.vocab_size:
     raise InputError(
@@ -128,6 +129,7 @@ def check_position_dims(task: Task, config: Config) -> None:
 
 
 def check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
+  """Raises InputError if a position lies beyond the model's tables."""
   if not config.model.positions_from_data or config.model.position_encoding in ("rotary", "relative"):
     return
   # One dimension at a time: over all at once, NumPy takes ten times as long.

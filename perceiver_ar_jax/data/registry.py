@@ -114,6 +114,7 @@ Builder = Callable[[DataConfig, int], Task]
 
 _BUILDERS: dict[str, Builder] = {}
 DEFAULT_MAX_EVENTS = 2048
+"""The longest crop of what is registered with seqio; only the length of copies depends on it."""
 
 
 def add(name: str, build: Builder) -> None:

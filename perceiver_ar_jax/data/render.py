@@ -1,6 +1,7 @@
 """Events as people look at them: pictures, piano rolls, text."""
 
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -81,9 +82,9 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
   return sheet
 
 
-def save_png(pixels: np.ndarray, path: str) -> None:
-  """Writes a picture uint8[height, width, 3]."""
-  PIL.Image.fromarray(pixels).save(path, format="PNG")
+def save_png(pixels: np.ndarray, file: BinaryIO) -> None:
+  """Writes a picture uint8[height, width, 3] into an open file."""
+  PIL.Image.fromarray(pixels).save(file, format="PNG")
 
 
 def colours(values: np.ndarray) -> np.ndarray:

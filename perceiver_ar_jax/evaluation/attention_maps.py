@@ -137,15 +137,17 @@ def _write_one(
   seen_L = mean_L[mean_L > 0]
   names = [f"{step}-{output}.png", f"{step}-{output}.npz"]
   if jax.process_index() == 0:
-    render.save_png(heat.picture(window, weights_HxL[:, -inputs:]), str(folder / names[0]))
     padding = length - inputs
-    np.savez(
-      folder / names[1],
-      weights_HxL=weights_HxL,
-      tokens_L=np.pad(window.events[:-1], (padding, 0)),
-      positions_LxP=np.pad(window.positions[:-1], ((padding, 0), (0, 0))),
-      places_L=np.pad(np.arange(start, output), (padding, 0), constant_values=-1),
-    )
+    with (folder / names[0]).open("wb") as file:
+      render.save_png(heat.picture(window, weights_HxL[:, -inputs:]), file)
+    with (folder / names[1]).open("wb") as file:
+      np.savez(
+        file,
+        weights_HxL=weights_HxL,
+        tokens_L=np.pad(window.events[:-1], (padding, 0)),
+        positions_LxP=np.pad(window.positions[:-1], ((padding, 0), (0, 0))),
+        places_L=np.pad(np.arange(start, output), (padding, 0), constant_values=-1),
+      )
   return {
     "output": output,
     "event": int(window.events[-1]),

@@ -217,14 +217,14 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
   for name in _REQUIRED:
     if name not in model_kwargs:
       raise InputError(f"The official argument {name} is missing: add it to model_kwargs.")
-  known = {*_REQUIRED, *_DEFAULTS, *_UNSUPPORTED, *_IGNORED}
+  options = {*_REQUIRED, *_DEFAULTS, *_UNSUPPORTED, *_IGNORED}
   for name, value in model_kwargs.items():
     if name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
       raise InputError(
         f"The official option {name}={value!r} is not supported; only {_UNSUPPORTED[name]!r} can be converted."
       )
-    if name not in known:
-      raise InputError(f"The official option {name}={value!r} is unknown. {nearest(name, known)}")
+    if name not in options:
+      raise InputError(f"The official option {name}={value!r} is unknown. {nearest(name, options)}")
   kwargs = _DEFAULTS | dict(model_kwargs)
   widening = kwargs["transformer_widening_factor"]
   if kwargs["cross_attend_widening_factor"] != widening:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -76,21 +77,22 @@ def write(folder: epath.Path, samples: list[Sample], name: str) -> list[list[str
 def _write_one(folder: epath.Path, one: Sample, name: str) -> list[str]:
   task, files = one.task, []
 
-  def put(suffix: str, save: Callable[[str], None]) -> None:
-    save(str(folder / (name + suffix)))
+  def put(suffix: str, save: Callable[[BinaryIO], object]) -> None:
+    with (folder / (name + suffix)).open("wb") as file:
+      save(file)
     files.append(name + suffix)
 
   shown = picture(one)
   if shown is not None:
-    put(".png", lambda path: render.save_png(shown, path))
+    put(".png", lambda file: render.save_png(shown, file))
   if task.modality == "text":
-    put(".txt", lambda path: epath.Path(path).write_text(one.value))
+    put(".txt", lambda file: file.write(one.value.encode()))
   elif task.modality == "music":
-    put(".mid", lambda path: epath.Path(path).write_bytes(music.to_midi(one.value)))
+    put(".mid", lambda file: file.write(music.to_midi(one.value)))
     if _synthesise(str(folder / f"{name}.mid"), str(folder / f"{name}.wav")):
       files.append(f"{name}.wav")
   elif task.modality != "image":
-    put(".npy", lambda path: np.save(path, _codes(one)))
+    put(".npy", lambda file: np.save(file, _codes(one)))
   return files
 
 
@@ -138,7 +140,8 @@ def _grid(folder: epath.Path, samples: list[Sample]) -> set[str]:
   pixels = grid(samples)
   if pixels is None:
     return set()
-  render.save_png(pixels, str(folder / "grid.png"))
+  with (folder / "grid.png").open("wb") as file:
+    render.save_png(pixels, file)
   return {"grid.png"}
 
 

@@ -65,7 +65,7 @@ def train(
   0: done. 128 + signal number: SIGTERM or SIGINT came, everything is saved, and the same command goes on.
 
   Raises:
-    InputError: the config fits not the data, the devices, their memory or the workdir; or the loss is no
+    InputError: the config does not fit the data, the devices, their memory or the workdir; or the loss is no
       longer finite. Checkpoints stay as they are.
   """
   workdir, startup = epath.Path(workdir), _Startup()
