@@ -37,7 +37,7 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
   """
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  batch = _random_batch(config)
+  batch = random_batch(config)
   batch = jax.device_put(batch, sharding.batch_shardings(mesh, {name: x.shape for name, x in batch.items()}))
   with jax.set_mesh(mesh):
     state = state_lib.init_state(config, optimizer, mesh)
@@ -80,7 +80,8 @@ def at_context(config: Config, context: int | None) -> Config:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, max_context=context, position_sizes=sizes))
 
 
-def _random_batch(config: Config) -> dict[str, np.ndarray]:
+def random_batch(config: Config) -> dict[str, np.ndarray]:
+  """A batch of random tokens, every target of which is scored; positions fit the config's tables."""
   model, rows = config.model, config.train.batch_size
   rng = np.random.default_rng(0)
   dimensions = len(model.position_sizes) or 1

@@ -17,9 +17,8 @@ _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # what a config fi
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file such as configs/photos32.py.")
 flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
-
-
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of this project, Python and JAX, and exit.")
+_EXAMPLES = {"config": "configs/photos32.py", "workdir": "/tmp/run"}
 
 
 def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) -> None:
@@ -52,7 +51,8 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
     raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
   for name in ("config", *required):
     if flags.FLAGS[name].value is None:
-      raise config_lib.InputError(f"--{name} is missing. For example: --config=configs/photos32.py --workdir=/tmp/run")
+      example = " ".join(f"--{each}={_EXAMPLES.get(each, '...')}" for each in ("config", *required))
+      raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help} For example: {example}")
   try:
     return config_lib.resolve(_CONFIG.value)
   except _UNLOADABLE as error:  # raised at the first look into the config
@@ -75,8 +75,11 @@ def _check_name(argument: str) -> None:
   """Raises InputError for a config file that is not there or a setting that does not exist, naming the nearest."""
   name, _, value = argument.lstrip("-").partition("=")
   if name == "config" and value and not pathlib.Path(value.split(":")[0]).exists():
-    there = map(str, pathlib.Path(value).parent.glob("*.py"))
-    raise config_lib.InputError(f"--config={value} does not exist. {config_lib.nearest(value, there)}")
+    there = list(map(str, pathlib.Path(value).parent.glob("*.py")))
+    hint = (
+      config_lib.nearest(value, there) if there else "Run from the folder that holds configs/, or give a whole path."
+    )
+    raise config_lib.InputError(f"--config={value} does not exist. {hint}")
   if name.startswith("config."):
     section, path = config_lib.defaults(), name.split(".")[1:]
     for position, word in enumerate(path):

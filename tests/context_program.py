@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 
-from benchmarks.step import _random_batch, at_context
+from benchmarks.step import at_context, random_batch
 from perceiver_ar_jax.config import MeshConfig
 from perceiver_ar_jax.evaluation.evaluate import make_eval_step
 from perceiver_ar_jax.parallel import sharding
@@ -31,7 +31,7 @@ def measure(kernel: str, num_devices: int, **overrides) -> dict:
   config = at_context(tiny.config(**{**shape, **schedule, **overrides}), CONTEXT)
   mesh = make_mesh(MeshConfig(**mesh_sizes), jax.devices()[:num_devices])
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  batch = _random_batch(config)
+  batch = random_batch(config)
   batch["positions"] = np.where(
     np.arange(CONTEXT)[None, :, None] < [[[3000]], [[0]], [[0]], [[8190]]], 0, batch["positions"]
   )

@@ -8,20 +8,19 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import sentencepiece
 import seqio
 
-from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import music, notices, pipeline, records, registry, sources, tasks, texts
 from perceiver_ar_jax.data.music import Note
 from perceiver_ar_jax.data.tf_cpu import tf
-from tests import tiny
-from tests.data_own_files_test import npy, write
+from tests import batches, tiny
+from tests.batches import evaluate, take, write
+from tests.data_own_files_test import npy
 
 SHARDS = 4
 WORDS = "tick tock the clock struck one and down they run again".split()
@@ -79,25 +78,11 @@ def get_task(data):
   return task
 
 
-def settings(data, *, context=100, seed=0, **more):
+def settings(data, *, context=100, **more):
   task = get_task(dataclasses.replace(data, cache_dir=None))
-  return config_lib.Config(
-    seed=seed,
-    model=config_lib.ModelConfig(
-      vocab_size=task.vocab_size,
-      max_context=context,
-      num_latents=8,
-      num_layers=1,
-      latent_width=8,
-      num_cross_heads=1,
-      num_self_heads=1,
-      position_encoding="learned",
-      position_sizes=(200,) * task.position_dims,
-    ),
-    data=dataclasses.replace(data, **more),
-    train=config_lib.TrainConfig(steps=1, batch_size=4),
-    eval=config_lib.EvalConfig(batch_size=4),
-  )
+  sizes = (200,) * task.position_dims
+  data = dataclasses.replace(data, **more)
+  return batches.config(data, context=context, latents=8, sizes=sizes, vocab_size=task.vocab_size)
 
 
 def store(data, output):
@@ -143,10 +128,6 @@ def data(request, folder):
   return data_of(folder, request.param)
 
 
-def take(iterator, count):
-  return [next(iterator) for _ in range(count)]
-
-
 def whole_documents(config, split):
   """Everything about each document of a split, in an order that does not depend on the files."""
   found = [
@@ -176,13 +157,9 @@ def test_the_documents_are_those_of_the_task(split, data, stored):
 @pytest.mark.parametrize("hosts", [1, 3])
 def test_evaluation_scores_the_same_events_words_and_bytes(hosts, data, stored):
   def totals(config, hosts):
-    batches = [
-      batch
-      for host in range(hosts)
-      for batch in pipeline.eval_batches(config, batch_size_per_host=2, host_index=host, host_count=hosts, stride=3)
-    ]
-    targets = np.sort(np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])).tolist()
-    return targets, [sum(batch[name].sum() for batch in batches) for name in ("words", "bytes") if name in batches[0]]
+    found = [batch for of_host in evaluate(config, hosts, 2, stride=3) for batch in of_host]
+    targets = np.sort(np.concatenate([batch["targets"][batch["weights"] == 1] for batch in found])).tolist()
+    return targets, [sum(batch[name].sum() for batch in found) for name in ("words", "bytes") if name in found[0]]
 
   targets, counts = totals(settings(data, cache_dir=str(stored)), hosts)
   assert (targets, counts) == totals(settings(data), 1)
@@ -218,9 +195,7 @@ def test_a_restored_iterator_goes_on_as_if_nothing_had_happened(step, data, stor
   restored = pipeline.TrainIterator(config, 3)
   take(restored, 2)  # What it did before must not matter.
   restored.restore(tmp_path)
-  for number, (one, other) in enumerate(zip(take(restored, 8), expected)):
-    for name in one:
-      np.testing.assert_array_equal(one[name], other[name], err_msg=f"{name} of batch {number}")
+  batches.assert_equal(take(restored, 8), expected)
 
 
 def test_music_from_a_cache_is_augmented_as_ever(folder, stored):
@@ -234,7 +209,7 @@ def read(config):
   """Training and evaluation, each to be called."""
   return (
     lambda: next(pipeline.TrainIterator(config, 2)),
-    lambda: next(pipeline.eval_batches(config, batch_size_per_host=2)),
+    lambda: evaluate(config),
   )
 
 
@@ -273,26 +248,14 @@ def test_a_cache_that_is_not_finished_or_not_there_is_refused(data, stored, tmp_
 
 def test_a_split_that_is_not_stored_names_those_that_are(data, stored):
   with pytest.raises(InputError, match=f"{data.task} has no split 'test'.*train, validation"):
-    next(pipeline.eval_batches(settings(data, cache_dir=str(stored)), split="test", batch_size_per_host=2))
+    evaluate(settings(data, cache_dir=str(stored)), split="test")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Beam is installed")
 def test_caching_without_beam_says_where_to_get_it(folder, tmp_path):
-  result = subprocess.run(
-    [
-      *(sys.executable, "-m", "perceiver_ar_jax.data.cache", "--config=configs/text_files.py"),
-      *(f"--config.data.files={folder / 'text'}", f"--output={tmp_path / 'cache'}"),
-    ],
-    cwd=tiny.ROOT,
-    env=tiny.environment(),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert result.returncode == 1, result.stderr
-  errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-  assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
-  assert "apache_beam" in errors[0] and "launch/cache_tasks.sh" in errors[0]
+  settings = (f"--config.data.files={folder / 'text'}", f"--output={tmp_path / 'cache'}")
+  result = tiny.python("-m", "perceiver_ar_jax.data.cache", "--config=configs/text_files.py", *settings)
+  tiny.expect_error(result, "apache_beam", "launch/cache_tasks.sh")
   assert not (tmp_path / "cache").exists(), "something was written"
 
 

@@ -46,7 +46,7 @@ def test_batches_are_the_same_on_any_hosts_and_go_on_on_others(shards, tmp_path)
     np.testing.assert_array_equal(_batch(resumed), expected[2])
 
 
-def test_a_host_makes_only_rows_of_its_own(monkeypatch):
+def test_a_host_makes_only_rows_of_its_own():
   host = HostBatches(tiny.config(data__shards=4), [[0, 1], [2, 3], [4, 5], [6, 7]], 2)
   assert next(host)["inputs"].shape == (2, 32)
   assert host.spec["inputs"].shape == (8, 32)

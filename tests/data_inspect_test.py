@@ -1,19 +1,17 @@
 """--mode=data: its figures are right where a person can count, and its examples show what the model will see."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import sentencepiece
 
-from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, SOS, codes, documents, images, inspect, music, notices, render, tasks
 from perceiver_ar_jax.data.music import Note
-from tests import tiny
+from tests import batches, tiny
+from tests.batches import write
 
 DARK = [20, 20, 60]
 """The colour of 0 where values are shown as shades."""
@@ -27,30 +25,8 @@ def quick_and_fresh(monkeypatch):
 
 def settings(folder, *, vocab_size=259, dims=1, **data):
   """Settings that train on the files in folder/train and hold out those in folder/validation."""
-  return config_lib.Config(
-    model=config_lib.ModelConfig(
-      vocab_size=vocab_size,
-      max_context=10,
-      num_latents=4,
-      num_layers=1,
-      latent_width=8,
-      num_cross_heads=1,
-      num_self_heads=1,
-      position_encoding="learned",
-      position_sizes=(100,) * dims,
-    ),
-    data=DataConfig(files=str(folder / "train"), validation_files=str(folder / "validation"), **data),
-    train=config_lib.TrainConfig(steps=1, batch_size=3),
-    eval=config_lib.EvalConfig(batch_size=3),
-  )
-
-
-def write(folder, contents):
-  for name, content in contents.items():
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  return folder
+  data = DataConfig(files=str(folder / "train"), validation_files=str(folder / "validation"), **data)
+  return batches.config(data, context=10, latents=4, sizes=(100,) * dims, vocab_size=vocab_size, batch_size=3)
 
 
 def look(config, workdir):
@@ -187,17 +163,10 @@ def test_a_split_without_documents_is_an_error(tmp_path):
 
 def test_the_command_line_shows_texts(tmp_path):
   write(tmp_path, {"train/a.txt": "tick tock " * 500, "validation/b.txt": "no road goes on for ever"})
-  result = subprocess.run(
-    [
-      *(sys.executable, "-m", "perceiver_ar_jax.main", "--mode=data", "--config=configs/text_files.py"),
-      *(f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=2"),
-      *(f"--config.data.files={tmp_path / 'train'}", f"--config.data.validation_files={tmp_path / 'validation'}"),
-    ],
-    cwd=tiny.ROOT,
-    env=tiny.environment(),
-    capture_output=True,
-    text=True,
-    timeout=300,
+  result = tiny.python(
+    *("-m", "perceiver_ar_jax.main", "--mode=data", "--config=configs/text_files.py"),
+    *(f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=2"),
+    *(f"--config.data.files={tmp_path / 'train'}", f"--config.data.validation_files={tmp_path / 'validation'}"),
   )
   assert result.returncode == 0, result.stderr
   assert "train: 1 documents, 0 skipped, 5,002 events" in result.stdout
@@ -280,8 +249,7 @@ def test_a_text_has_no_picture_and_reads_as_it_is():
   assert render.text(task, events) == "hi"
 
 
-def test_inspect_counts_what_training_has_met_already(tmp_path, monkeypatch):
-  monkeypatch.setattr(inspect, "_SECONDS", 0.02)
+def test_inspect_counts_what_training_has_met_already(tmp_path):
   write(tmp_path, {"train/a.txt": "a", "train/b.txt": "", "validation/c.txt": "c"})
   report, *_ = look(settings(tmp_path, task="text_files"), tmp_path / "run")
   assert (report["train"]["documents"], report["train"]["skipped"]) == (1, 1)

@@ -12,10 +12,11 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, images, music, notices, pipeline, sources, texts
 from perceiver_ar_jax.data.music import Note
+from tests import batches
+from tests.batches import evaluate, take, write
 
 HOSTS = 3
 
@@ -70,15 +71,6 @@ def of_text(content):
 def text_case(contents, **data):
   usable = {split: [one.encode() for one in some if one] for split, some in contents.items()}
   return Case(data, {split: [of_text(one) for one in some] for split, some in usable.items()}, contents=usable)
-
-
-def write(folder, contents):
-  """Writes {name: bytes} and returns the folder."""
-  for name, content in contents.items():
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-  return folder
 
 
 def named(contents, suffix):
@@ -278,35 +270,10 @@ def nothing_said_so_far():
   notices._SEEN.clear()
 
 
-def settings(case, *, context=40, latents=8, seed=0, **more):
-  return config_lib.Config(
-    seed=seed,
-    model=config_lib.ModelConfig(
-      vocab_size=case.vocab_size,
-      max_context=context,
-      num_latents=latents,
-      num_layers=1,
-      latent_width=8,
-      num_cross_heads=1,
-      num_self_heads=1,
-      position_encoding="learned",
-      position_sizes=(300,) * case.position_dims,
-    ),
-    data=DataConfig(**(case.data | more)),
-    train=config_lib.TrainConfig(steps=1, batch_size=4),
-    eval=config_lib.EvalConfig(batch_size=4),
-  )
-
-
-def take(iterator, count):
-  return [next(iterator) for _ in range(count)]
-
-
-def assert_equal_batches(ones, others):
-  assert len(ones) == len(others)
-  for number, (one, other) in enumerate(zip(ones, others)):
-    for name in one:
-      np.testing.assert_array_equal(one[name], other[name], err_msg=f"{name} of batch {number}")
+def settings(case, *, context=40, latents=8, **more):
+  sizes = (300,) * case.position_dims
+  data = DataConfig(**(case.data | more))
+  return batches.config(data, context=context, latents=latents, sizes=sizes, vocab_size=case.vocab_size)
 
 
 def as_string(events):
@@ -324,11 +291,8 @@ def crops(batch):
 
 def rows(config, hosts=1, batch=4, **more):
   """Rows of all hosts' evaluation batches, in the order of the split."""
-  found = [
-    list(pipeline.eval_batches(config, batch_size_per_host=batch, host_index=host, host_count=hosts, **more))
-    for host in range(hosts)
-  ]
-  assert len({len(batches) for batches in found}) == 1, "hosts would wait for each other for ever"
+  found = evaluate(config, hosts, batch, **more)
+  assert len({len(each) for each in found}) == 1, "hosts would wait for each other for ever"
   return [
     {name: value[row] for name, value in one.items()} for step in zip(*found) for one in step for row in range(batch)
   ]
@@ -432,7 +396,7 @@ def test_a_restored_iterator_goes_on_as_if_nothing_had_happened(variant, cases, 
   restored = pipeline.TrainIterator(config, 3)
   take(restored, 2)  # What it did before must not matter.
   restored.restore(tmp_path)
-  assert_equal_batches(take(restored, 8), expected)
+  batches.assert_equal(take(restored, 8), expected)
   other = pipeline.TrainIterator(dataclasses.replace(config, seed=1), 3)
   assert not all(np.array_equal(one["inputs"], two["inputs"]) for one, two in zip(take(other, 8), expected))
 
@@ -557,7 +521,7 @@ def both(case, **more):
   """Training and evaluation under the same settings, each to be called."""
   return (
     lambda: next(pipeline.TrainIterator(settings(case, **more), 2)),
-    lambda: next(pipeline.eval_batches(settings(case, **more), batch_size_per_host=2)),
+    lambda: evaluate(settings(case, **more)),
   )
 
 
@@ -573,7 +537,7 @@ def test_files_that_are_not_given_or_not_there_are_asked_for(name, cases, tmp_pa
       ):
         read()
   with pytest.raises(InputError, match="'nothing_here' does not exist"):
-    next(pipeline.eval_batches(settings(cases[name], validation_files="nothing_here"), batch_size_per_host=2))
+    evaluate(settings(cases[name], validation_files="nothing_here"))
 
 
 @pytest.mark.parametrize(
@@ -603,13 +567,13 @@ def test_books_that_are_not_prepared_are_asked_for(cases, tmp_path):
 def test_a_table_without_a_split_is_told(cases, tmp_path):
   write(tmp_path, {"maestro-v3.0.0.csv": b"split,midi_filename\ntrain,a.midi\n"})
   with pytest.raises(InputError, match="lists no file in the split 'validation': is it complete"):
-    next(pipeline.eval_batches(settings(cases["maestro_v3"], data_dir=str(tmp_path)), batch_size_per_host=2))
+    evaluate(settings(cases["maestro_v3"], data_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", OWN_FILES)
 def test_a_split_that_own_files_have_not_names_those_they_have(name, cases):
   with pytest.raises(InputError, match=f"{name} has no split 'test'.*train, validation"):
-    next(pipeline.eval_batches(settings(cases[name]), split="test", batch_size_per_host=2))
+    evaluate(settings(cases[name]), split="test")
   with pytest.raises(InputError, match=f"{name} has no split 'trian'. Did you mean 'train'"):
     pipeline.TrainIterator(settings(cases[name], train_split="trian"), 2)
 
@@ -677,11 +641,11 @@ def test_what_cannot_be_used_is_named_once_and_replaced_by_other_crops(bad, case
   case, message = good_and_bad(cases, bad, tmp_path)
   (document,) = map(as_string, case.documents["train"])
   iterator = pipeline.TrainIterator(settings(case), 8)
-  batches = take(iterator, 4)
-  drawn = [crop for batch in batches for crop in crops(batch)]
+  taken = take(iterator, 4)
+  drawn = [crop for batch in taken for crop in crops(batch)]
   assert all(len(crop) > 1 and crop in document for crop in drawn), "a row is empty or made of something else"
   assert len(set(drawn)) > 8, "the rows of unreadable records repeat those of others"
-  assert_equal_batches(take(pipeline.TrainIterator(settings(case), 8), 4), batches)
+  batches.assert_equal(take(pipeline.TrainIterator(settings(case), 8), 4), taken)
   (line,) = skipped(capsys)
   assert str(tmp_path / "train") in line and line.endswith("(1 skipped so far).")
   assert re.search(message, line), line
@@ -766,19 +730,18 @@ def test_a_mixture_with_an_unreadable_task_goes_on(cases, tmp_path):
     None,
     391,
   )
-  next(pipeline.TrainIterator(settings(case), 2))
+  assert next(pipeline.TrainIterator(settings(case), 2))["weights"].any(axis=1).all(), "a row is empty"
 
 
-def test_a_name_that_is_not_utf8(tmp_path):
+def test_a_file_whose_name_is_not_utf8_is_left_out_and_told(tmp_path, capsys):
   write(tmp_path, {"t/b.txt": b"some", "v/c.txt": b"some"})
   with open(os.fsencode(tmp_path / "t") + b"/\xff.txt", "wb") as file:
     file.write(b"text")
-  next(
-    pipeline.TrainIterator(
-      settings(Case({"task": "text_files", "files": str(tmp_path / "t"), "validation_files": str(tmp_path / "v")}, {})),
-      8,
-    )
-  )
+  case = Case({"task": "text_files", "files": str(tmp_path / "t"), "validation_files": str(tmp_path / "v")}, {})
+  batch = next(pipeline.TrainIterator(settings(case), 8))
+  assert all(crop in as_string(of_text(b"some")) for crop in crops(batch))
+  (line,) = skipped(capsys)
+  assert "is not UTF-8" in line
 
 
 def test_sixteen_bit_pictures_keep_their_shades():

@@ -2,38 +2,21 @@
 
 import collections
 import dataclasses
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from perceiver_ar_jax import config as config_lib
-from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import images, pipeline, records
+from tests import batches, tiny
+from tests.batches import evaluate, take
 from tests.tiny_imagenet import NUM_TRAIN, NUM_VALIDATION
 
 
 def settings(task, data_dir=None, *, context=3072, latents=16, sizes=(34, 34, 5), encoding="learned", seed=0, **data):
-  return config_lib.Config(
-    seed=seed,
-    model=config_lib.ModelConfig(
-      vocab_size=259,
-      max_context=context,
-      num_latents=latents,
-      num_layers=1,
-      latent_width=8,
-      num_cross_heads=1,
-      num_self_heads=1,
-      position_encoding=encoding,
-      position_sizes=sizes,
-    ),
-    data=config_lib.DataConfig(task=task, data_dir=None if data_dir is None else str(data_dir), **data),
-    train=config_lib.TrainConfig(steps=1, batch_size=4),
-    eval=config_lib.EvalConfig(batch_size=4),
-  )
+  data = DataConfig(task=task, data_dir=None if data_dir is None else str(data_dir), **data)
+  return batches.config(data, context=context, latents=latents, sizes=sizes, encoding=encoding, seed=seed)
 
 
 def numbers(batch):
@@ -44,17 +27,6 @@ def numbers(batch):
 def whole(data_dir, **more):
   """Settings under which each row is one whole picture."""
   return settings("imagenet32", data_dir, min_crop=3073, **more)
-
-
-def assert_equal_batches(ones, others):
-  assert len(ones) == len(others)
-  for number, (one, other) in enumerate(zip(ones, others)):
-    for name in one:
-      np.testing.assert_array_equal(one[name], other[name], err_msg=f"{name} of batch {number}")
-
-
-def take(iterator, count):
-  return [next(iterator) for _ in range(count)]
 
 
 def test_plain_tfds_reads_the_tiny_dataset(data_dir):
@@ -96,7 +68,7 @@ def test_each_epoch_sees_each_record_once_in_a_new_order(data_dir):
 
 def test_the_seed_fixes_the_stream(data_dir):
   first, again, other = (take(pipeline.TrainIterator(whole(data_dir, seed=seed), 4), 4) for seed in (1, 1, 2))
-  assert_equal_batches(first, again)
+  batches.assert_equal(first, again)
   assert numbers(first[0]) != numbers(other[0])
 
 
@@ -121,7 +93,7 @@ def test_a_restored_iterator_goes_on_as_if_nothing_had_happened(case, step, data
   restored = pipeline.TrainIterator(config, 4)
   take(restored, 2)  # What it did before must not matter.
   restored.restore(tmp_path / "state")
-  assert_equal_batches(take(restored, 8), expected)
+  batches.assert_equal(take(restored, 8), expected)
 
 
 def test_a_second_save_replaces_the_first(tmp_path):
@@ -132,7 +104,7 @@ def test_a_second_save_replaces_the_first(tmp_path):
   expected = take(iterator, 2)
   restored = pipeline.TrainIterator(settings(**CASES["copy"]), 2)
   restored.restore(tmp_path)
-  assert_equal_batches(take(restored, 2), expected)
+  batches.assert_equal(take(restored, 2), expected)
 
 
 RESUME = """
@@ -153,8 +125,8 @@ def test_another_process_goes_on_with_the_same_batches(data_dir, tmp_path):
   take(iterator, 7)
   iterator.save(tmp_path / "state")
   (tmp_path / "config.json").write_text(config.to_json())
-  root = pathlib.Path(__file__).parent.parent
-  subprocess.run([sys.executable, "-c", RESUME, str(tmp_path)], cwd=root, check=True)
+  result = tiny.python("-c", RESUME, str(tmp_path))
+  assert result.returncode == 0, result.stderr
   with np.load(tmp_path / "after.npz") as after:
     for name in sorted(after.files):
       np.testing.assert_array_equal(after[name], next(iterator)["inputs"], err_msg=name)
@@ -206,25 +178,17 @@ def test_hosts_crop_differently():
   assert ends[0] != ends[1]
 
 
-def evaluate(config, hosts=1, batch=4, **more):
-  """All batches of all hosts: [hosts][batches]."""
-  return [
-    list(pipeline.eval_batches(config, batch_size_per_host=batch, host_index=host, host_count=hosts, **more))
-    for host in range(hosts)
-  ]
-
-
 @pytest.mark.parametrize("stride, latents, context", [(1, 1, 30), (5, 8, 20), (8, 8, 64), (31, 31, 31)])
 def test_evaluation_scores_every_token_of_a_split_once(stride, latents, context):
   config = settings("copy", context=context, latents=latents, sizes=(65,))
-  (batches,) = evaluate(config, stride=stride, num_latents=latents, max_sequences=10)
+  (found,) = evaluate(config, stride=stride, num_latents=latents, max_sequences=10)
   scored = context + 1 - 1 - context // 2  # The mirrored half and EOS.
-  assert sum(batch["weights"].sum() for batch in batches) == 10 * scored
-  assert {batch["inputs"].shape for batch in batches} == {(4, context)}
-  assert {batch["targets"].shape for batch in batches} == {(4, latents)}
+  assert sum(batch["weights"].sum() for batch in found) == 10 * scored
+  assert {batch["inputs"].shape for batch in found} == {(4, context)}
+  assert {batch["targets"].shape for batch in found} == {(4, latents)}
   # Each scored target's place in its sequence is its input's position, the latent's slot; each comes 10 times.
   places = collections.Counter()
-  for batch in batches:
+  for batch in found:
     slots = batch["positions"][:, -latents:, 0]
     places.update(slots[batch["weights"] == 1].tolist())
   assert places == {place: 10 for place in range(context + 1 - scored, context + 1)}
@@ -232,10 +196,10 @@ def test_evaluation_scores_every_token_of_a_split_once(stride, latents, context)
 
 def test_evaluation_scores_all_of_a_picture(data_dir):
   config = settings("imagenet32", data_dir, context=3072, latents=700)
-  (batches,) = evaluate(config, split="validation")
-  weights = np.concatenate([batch["weights"] for batch in batches])
+  (found,) = evaluate(config)
+  weights = np.concatenate([batch["weights"] for batch in found])
   assert weights.sum() == NUM_VALIDATION * 3072
-  targets = np.concatenate([batch["targets"] for batch in batches])
+  targets = np.concatenate([batch["targets"] for batch in found])
   stored = np.stack(
     [
       row["image"]
@@ -251,14 +215,14 @@ def test_hosts_share_an_evaluation_row_by_row(hosts, batch, data_dir):
   (alone,) = evaluate(config, batch=1)
   shared = evaluate(config, hosts=hosts, batch=batch)
   steps = -(-len(alone) // (hosts * batch))
-  assert [len(batches) for batches in shared] == [steps] * hosts, "hosts would wait for each other for ever"
+  assert [len(each) for each in shared] == [steps] * hosts, "hosts would wait for each other for ever"
   in_order = [
     {name: value[row] for name, value in shared[host][step].items()}
     for step in range(steps)
     for host in range(hosts)
     for row in range(batch)
   ]
-  assert_equal_batches([{name: value[0] for name, value in one.items()} for one in alone], in_order[: len(alone)])
+  batches.assert_equal([{name: value[0] for name, value in one.items()} for one in alone], in_order[: len(alone)])
   filler = in_order[len(alone) :]
   assert all(row.pop("document") == -1 for row in filler)
   assert not any(value.any() for row in filler for value in row.values()), "the filler is not empty"
@@ -267,21 +231,21 @@ def test_hosts_share_an_evaluation_row_by_row(hosts, batch, data_dir):
 def test_evaluation_is_the_same_each_time_and_can_be_cut_short():
   config = settings("photos32", latents=1024)
   first, again = evaluate(config, max_sequences=3), evaluate(config, max_sequences=3)
-  assert_equal_batches(first[0], again[0])
+  batches.assert_equal(first[0], again[0])
   assert sum(batch["weights"].sum() for batch in first[0]) == 3 * 3072
   shorter = dataclasses.replace(
     config, eval=dataclasses.replace(config.eval, max_sequences=2, num_latents=2048, stride=512)
   )
-  (batches,) = evaluate(shorter)
-  assert batches[0]["targets"].shape == (4, 2048)
-  assert sum(batch["weights"].sum() for batch in batches) == 2 * 3072
-  assert sum((batch["weights"].sum(axis=1) > 0).sum() for batch in batches) == 2 * 3072 / 512
+  (found,) = evaluate(shorter)
+  assert found[0]["targets"].shape == (4, 2048)
+  assert sum(batch["weights"].sum() for batch in found) == 2 * 3072
+  assert sum((batch["weights"].sum(axis=1) > 0).sum() for batch in found) == 2 * 3072 / 512
 
 
 def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_get_it(tmp_path):
   for read in (
     lambda: pipeline.TrainIterator(settings("imagenet64", tmp_path), 2),
-    lambda: next(pipeline.eval_batches(settings("imagenet64", tmp_path), batch_size_per_host=2)),
+    lambda: evaluate(settings("imagenet64", tmp_path)),
   ):
     with pytest.raises(InputError) as error:
       read()
@@ -294,7 +258,7 @@ def test_unknown_splits_name_the_known_ones(data_dir):
   with pytest.raises(InputError, match="no split 'trian'. Did you mean 'train'.*validation"):
     pipeline.TrainIterator(settings("imagenet32", data_dir, train_split="trian"), 2)
   with pytest.raises(InputError, match="no split 'test'. .*Known: train, validation"):
-    next(pipeline.eval_batches(settings("photos32"), split="test", batch_size_per_host=2))
+    evaluate(settings("photos32"), split="test")
 
 
 def test_parts_of_a_split_can_be_named(data_dir):
@@ -311,12 +275,7 @@ def test_more_hosts_than_records_is_an_error(data_dir):
 
 def test_an_endless_split_needs_a_limit():
   with pytest.raises(InputError, match="never ends: set eval.max_sequences"):
-    next(pipeline.eval_batches(settings("copy", context=31, sizes=(32,)), split="train", batch_size_per_host=2))
-
-
-def test_a_stride_beyond_the_latents_is_an_error():
-  with pytest.raises(InputError, match="stride of 9 with 8 latents"):
-    next(pipeline.eval_batches(settings("photos32"), stride=9, num_latents=8, batch_size_per_host=2))
+    evaluate(settings("copy", context=31, sizes=(32,)), split="train")
 
 
 def test_a_vocabulary_that_is_too_small_is_an_error():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -68,10 +69,10 @@ def test_events_turn_back_into_the_picture(order):
     images.to_image(events[:30], 4, order)
 
 
-def test_position_tables_are_just_large_enough():
+def test_every_event_of_a_picture_has_a_position_of_its_own_in_tables_of_size_plus_2_and_5():
   for order in images.ORDERS:
     positions = images.positions(5, order)
-    assert tuple(positions.max(axis=0) + 1) == images.position_sizes(5)
+    assert tuple(positions.max(axis=0) + 1) == (7, 7, 5)
     assert len(positions) == images.num_events(5)
     assert len(np.unique(positions, axis=0)) == len(positions)
 
@@ -209,6 +210,16 @@ def test_a_fork_adds_a_task_in_a_few_lines(lines_of_a_fork):
   assert [row["events"].tolist() for row in rows] == [[2, 100, 101, 1], [2, 1], [2, 102, 1]]
   assert rows[0]["positions"].tolist() == [[1], [2], [3], [4]]
   assert [(row["words"], row["bytes"]) for row in rows] == [(1, 2), (0, 0), (1, 1)]
+
+
+def test_only_reading_midi_files_needs_mido(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, "mido", None)
+  (tmp_path / "a.mid").write_bytes(b"")
+  (tmp_path / "b.mid").write_bytes(b"")
+  task = get_task("midi_files", files=str(tmp_path))
+  assert task.decode(np.array([SOS, EOS])) == []
+  with pytest.raises(InputError, match=r"need the package mido.*pip install -e '.\[music\]'"):
+    task.source.num_input_examples("train")
 
 
 def test_a_task_with_an_unknown_unit_is_refused():

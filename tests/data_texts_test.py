@@ -1,8 +1,6 @@
 """Text: bytes and pieces written out, any stretch as a slice of the whole, and a SentencePiece model of its own."""
 
 import re
-import subprocess
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -212,14 +210,7 @@ def train(folder, output, vocab_size):
   """The finished process of the command that trains a model on the texts of a folder."""
   program = "-m perceiver_ar_jax.data.train_sentencepiece --config=configs/text_files.py".split()
   settings = [f"--config.data.files={folder}", f"--output={output}", f"--vocab_size={vocab_size}"]
-  return subprocess.run(
-    [sys.executable, *program, *settings],
-    cwd=tiny.ROOT,
-    env=tiny.environment(),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  return tiny.python(*program, *settings)
 
 
 @pytest.fixture(scope="module")
@@ -266,11 +257,14 @@ def test_training_again_gives_the_same_model(trained, folder, tmp_path):
 
 def test_more_pieces_than_the_text_has_end_in_one_paragraph(folder, tmp_path):
   result = train(folder, tmp_path / "large.model", 30_000)
-  assert result.returncode == 1, result.stderr
-  errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-  assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
-  assert "--vocab_size=30000" in errors[0] and re.search(r"value <= \d+", errors[0]), errors[0]
+  tiny.expect_error(result, "--vocab_size=30000", "value <= ")
   assert not (tmp_path / "large.model").exists()
+
+
+def test_a_task_without_texts_is_told(tmp_path):
+  arguments = ("--config=configs/copy.py", f"--output={tmp_path / 'copy.model'}")
+  result = tiny.python("-m", "perceiver_ar_jax.data.train_sentencepiece", *arguments)
+  tiny.expect_error(result, "The task copy has no text to train on", "configs/text_files.py")
 
 
 TEXTS = [

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import pickle
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -166,9 +165,9 @@ def test_the_cross_attend_is_as_wide_as_the_option_says():
 
 
 def _convert(checkpoint, workdir):
-  command = tiny.command(workdir, f"--checkpoint={checkpoint}", model__num_layers=1)
+  _, *command = tiny.command(workdir, f"--checkpoint={checkpoint}", model__num_layers=1)
   command[command.index("perceiver_ar_jax.main")] = "perceiver_ar_jax.interop.haiku"
-  return subprocess.run(command, cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True, timeout=300)
+  return tiny.python(*command)
 
 
 def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
@@ -187,15 +186,12 @@ def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
   # A fresh model starts at log(259), since its logits are zero; this one goes on from what it was given.
   assert tiny.losses(workdir)[1] > 5.6
 
-  again = _convert(file, workdir)
-  assert again.returncode == 1 and "holds a run already" in again.stderr
+  tiny.expect_error(_convert(file, workdir), "holds a run already")
 
 
 def test_a_config_of_another_shape_is_refused(tmp_path):
   file = _write(tmp_path / "checkpoint.dill", params=_official_params(width=8))
-  result = _convert(file, tmp_path / "run")
-  assert result.returncode == 1
-  assert "has shape (8,), and --config makes it (16,)" in result.stderr, result.stderr
+  tiny.expect_error(_convert(file, tmp_path / "run"), "has shape (8,), and --config makes it (16,)")
   assert not (tmp_path / "run").exists()
 
 
@@ -203,8 +199,7 @@ def test_parameters_without_a_place_are_named(tmp_path):
   params = _official_params()
   params |= {path.replace("self_attention", "self_attention_1"): value for path, value in params.items()}
   result = _convert(_write(tmp_path / "checkpoint.dill", params=params), tmp_path / "run")
-  assert result.returncode == 1
-  assert "no place for: self_attention_1/attention/linear/b" in result.stderr, result.stderr
+  tiny.expect_error(result, "no place for: self_attention_1/attention/linear/b")
 
 
 @pytest.mark.parametrize("name", ["a_abs_sinusoidal", "b_rotary_half", "d_abs_random_image_idxs"])

@@ -242,10 +242,9 @@ def test_local_runs_processes_that_know_their_number(local):
 
 
 def test_local_ends_the_others_when_one_fails(local):
-  start = time.monotonic()
   process = local("3", "--mode=fail")
   output, _ = process.communicate(timeout=30)
-  assert process.returncode == 7 and time.monotonic() - start < 20
+  assert process.returncode == 7
   assert "Process 1 ended with code 7; ending the other 2." in output
   assert {"[0] TERM", "[2] TERM"} <= set(output.splitlines())
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -26,15 +24,8 @@ SHRUNK = [
 ]
 
 
-def _main(*arguments, cwd=tiny.ROOT):
-  return subprocess.run(
-    [sys.executable, "-m", "perceiver_ar_jax.main", *arguments],
-    cwd=cwd,
-    env=tiny.environment(),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+def _main(*arguments):
+  return tiny.python("-m", "perceiver_ar_jax.main", *arguments)
 
 
 def test_the_papers_config_trains_resumes_and_evaluates_on_prepared_data(data_dir, tmp_path):
@@ -53,15 +44,6 @@ def test_the_papers_config_trains_resumes_and_evaluates_on_prepared_data(data_di
   assert result["bits_per_dim"] == result["bits_per_token"] > 0
 
 
-def _expect(result, *words):
-  """One paragraph on stderr that holds all `words`, exit code 1, no traceback."""
-  assert result.returncode == 1, result.stderr
-  errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-  assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
-  for word in words:
-    assert word in errors[0]
-
-
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
@@ -72,7 +54,8 @@ def _expect(result, *words):
       ["num_latents=64", "max_context=32"],
     ),
     (["--config=configs/copy.py", "--config.train.steps=many", "--workdir=x"], ["train.steps", "many"]),
-    (["--config=configs/cpoy.py", "--workdir=x"], ["configs/cpoy.py"]),
+    (["--config=configs/cpoy.py", "--workdir=x"], ["configs/cpoy.py", "Did you mean 'configs/copy.py'"]),
+    (["--config=nowhere/copy.py", "--workdir=x"], ["nowhere/copy.py does not exist", "the folder that holds configs/"]),
     (["--config=configs/copy.py"], ["--workdir is missing"]),
     (["--config=configs/copy.py", "--wrokdir=x"], ["wrokdir", "workdir"]),
     (["--config=configs/copy.py", "--workdir=x", "--mode=trian"], ["trian", "train"]),
@@ -83,7 +66,7 @@ def _expect(result, *words):
 )
 def test_mistakes_end_in_one_paragraph(arguments, words, tmp_path):
   arguments = [argument.replace("--workdir=x", f"--workdir={tmp_path / 'run'}") for argument in arguments]
-  _expect(_main(*arguments), *words)
+  tiny.expect_error(_main(*arguments), *words)
   assert not (tmp_path / "run").exists()
 
 
@@ -91,18 +74,18 @@ def test_a_missing_dataset_says_where_it_was_looked_for_and_what_needs_nothing(t
   result = _main(
     "--config=configs/imagenet64.py", f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={tmp_path}", *SHRUNK
   )
-  _expect(result, str(tmp_path), "downsampled_imagenet", "photos32")
+  tiny.expect_error(result, str(tmp_path), "downsampled_imagenet", "photos32")
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
-  _expect(tiny.run(tmp_path / "file" / "run"), "cannot be written", str(tmp_path / "file" / "run"))
+  tiny.expect_error(tiny.run(tmp_path / "file" / "run"), "cannot be written", str(tmp_path / "file" / "run"))
 
 
 def test_a_workdir_of_another_config_is_left_alone(tmp_path):
   assert tiny.run(tmp_path, train__steps=3).returncode == 0
   before = sorted(os.listdir(tmp_path / "checkpoints"))
-  _expect(
+  tiny.expect_error(
     tiny.run(tmp_path, model__num_layers=3),
     "holds the checkpoints of another config",
     "model.num_layers is 2 there and 3 here",
@@ -116,12 +99,7 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
     model__latent_width=2**16,
     model__num_layers=1000,
   )
-  _expect(result, "GiB on each device", "model.remat=full", "mesh.fsdp")
-
-
-def test_help_names_the_flags():
-  result = _main("--help")
-  assert "--workdir" in result.stdout and "--mode" in result.stdout
+  tiny.expect_error(result, "GiB on each device", "model.remat=full", "mesh.fsdp")
 
 
 def test_help_and_version_are_there_for_newcomers():
@@ -138,7 +116,5 @@ assert {"PerceiverAR", "ModelConfig", "Sampler", "load_checkpoint", "tasks"} <= 
 assert "tensorflow" not in sys.modules
 assert "copy" in perceiver_ar_jax.tasks.names() and perceiver_ar_jax.Sampler.from_workdir
 """
-  result = subprocess.run(
-    [sys.executable, "-c", program], cwd=tiny.ROOT, env=os.environ, capture_output=True, text=True
-  )
+  result = tiny.python("-c", program)
   assert result.returncode == 0, result.stderr

@@ -1,8 +1,6 @@
 """The slots of a long context spread over devices: the same figures, less memory each, and only latents travel."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,14 +11,7 @@ from tests.context_program import CONTEXT
 
 @pytest.fixture(scope="module")
 def measured():
-  result = subprocess.run(
-    [sys.executable, "-m", "tests.context_program"],
-    cwd=tiny.ROOT,
-    env=tiny.environment(8),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  result = tiny.python("-m", "tests.context_program", num_devices=8)
   assert result.returncode == 0, result.stderr
   return json.loads(result.stdout.splitlines()[-1])
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 from flax import linen as nn
 
 from configs import image_files, midi_files, text_files
@@ -47,9 +46,12 @@ def sampler(config) -> Sampler:
 
 
 @pytest.fixture(scope="module")
-def text():
-  """A model of bytes."""
-  return sampler(resolve(text_files))
+def text(tmp_path_factory):
+  """A model of bytes, whose own data are a text to train on and an empty one to hold out."""
+  folder = tmp_path_factory.mktemp("texts")
+  for name, content in (("a", "some"), ("b", "")):
+    (folder / f"{name}.txt").write_text(content)
+  return sampler(resolve(text_files, dict(files=str(folder), validation_files=str(folder / "b.txt"))))
 
 
 def test_a_text_goes_on_through_many_contexts_and_compiles_once(text):
@@ -100,6 +102,15 @@ def test_likelihoods_of_given_texts(text):
   assert text.score("What is the likelihood of this?") == result
 
 
+def test_a_file_without_a_text_is_told_and_one_of_spaces_scored(text, tmp_path):
+  (tmp_path / "empty").write_text("")
+  with pytest.raises(InputError, match="empty is empty"):
+    text.score(str(tmp_path / "empty"))
+  (tmp_path / "spaces").write_text(" \n")
+  result = text.score(str(tmp_path / "spaces"))
+  assert result["bits_per_byte"] == pytest.approx(result["bits_per_token"] * 3 / 2)  # EOS is a token
+
+
 @pytest.mark.parametrize(
   ("prompt", "settings", "words"),
   [
@@ -110,8 +121,9 @@ def test_likelihoods_of_given_texts(text):
     ("x", {"top_k": -1}, "top_k=-1"),
     ("x", {"length": 0}, "length=0 must be at least 1"),
     ("x", {"prompt_tokens": 0}, "prompt_tokens=0 must be at least 1"),
-    ("x", {"temprature": 1}, "Unknown setting 'temprature'.*temperature"),
+    ("x", {"temprature": 1}, "Unknown setting 'temprature'.*Did you mean 'temperature'"),
     ("  ", {}, "prompt is empty"),
+    ("data", {}, "'validation' of text_files holds no document that can be read. The last reason: .*b.txt is empty"),
     (np.array([], np.int32), {}, "no events"),
     (np.array([2, 999]), {}, "unknown token 999"),
   ],
@@ -134,7 +146,7 @@ def test_a_picture_is_completed_from_its_top_half(tmp_path):
   rng = np.random.default_rng(0)
   for index in range(4):
     PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
-  model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned")
+  model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned", positions_from_data=True)
   config = resolve(image_files, dict(files=str(tmp_path), image_size=8), model)
   made = sampler(config)(str(tmp_path / "*.png"), num_samples=5, batch_size=5)
   assert [len(one.events) for one in made] == [193] * 5
@@ -152,7 +164,7 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   config = resolve(midi_files, dict(files=str(tmp_path)), dict(num_cross_heads=1, rotary_fraction=0.5))
   (one,) = sampler(config)(str(tmp_path / "a.mid"), num_samples=1, length=40)
   assert [note.pitch for note in one.value][:6] == [60, 61, 62, 63, 64, 65] and one.num_new > 0
-  files = write.write(tmp_path, [one], "made")
+  files = write.write(epath.Path(tmp_path), [one], "made")
   assert {"made-0.mid", "made-0.png"} <= set(files[0])
   assert music.read_notes((tmp_path / "made-0.mid").read_bytes())
 
@@ -211,19 +223,10 @@ def test_eight_devices_draw_what_one_draws(trained, tmp_path):
   one = Sampler.from_workdir(trained)("data", num_samples=6, batch_size=6, temperature=0.7)
   expected = [made.events.tolist() for made in one]
   config = json.loads((trained / "config.json").read_text())
-  for name in ("checkpoints", "config.json"):
-    (tmp_path / name).symlink_to(trained / name)
-  (tmp_path / "config.json").unlink()
+  (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
   config["mesh"] = {"data": 2, "fsdp": 2, "tensor": 1, "context": 2}
   (tmp_path / "config.json").write_text(json.dumps(config))
-  result = subprocess.run(
-    [sys.executable, "-c", CHECK, str(tmp_path)],
-    cwd=tiny.ROOT,
-    env=tiny.environment(8),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  result = tiny.python("-c", CHECK, str(tmp_path), num_devices=8)
   assert result.returncode == 0, result.stderr
   (line,) = [line for line in result.stdout.splitlines() if line.startswith("EVENTS ")]
   assert json.loads(line.removeprefix("EVENTS ")) == expected

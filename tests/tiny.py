@@ -63,15 +63,25 @@ def environment(num_devices: int = 1) -> dict[str, str]:
 
 
 def run(workdir, *arguments: str, num_devices: int = 1, **overrides) -> subprocess.CompletedProcess:
-  """The finished process of `command`, its output captured as text."""
+  """The finished process of `command`."""
+  _, *rest = command(workdir, *arguments, **overrides)
+  return python(*rest, num_devices=num_devices)
+
+
+def python(*arguments: str, num_devices: int = 1) -> subprocess.CompletedProcess:
+  """The finished process of Python with these arguments, run in the project's folder, its output captured as text."""
   return subprocess.run(
-    command(workdir, *arguments, **overrides),
-    cwd=ROOT,
-    env=environment(num_devices),
-    capture_output=True,
-    text=True,
-    timeout=300,
+    [sys.executable, *arguments], cwd=ROOT, env=environment(num_devices), capture_output=True, text=True, timeout=300
   )
+
+
+def expect_error(result: subprocess.CompletedProcess, *words: str) -> None:
+  """Fails unless the process ended with code 1 and one paragraph that holds all `words`, without a traceback."""
+  assert result.returncode == 1, result.stderr
+  errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+  assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
+  for word in words:
+    assert word in errors[0]
 
 
 def losses(workdir) -> dict[int, float]:

@@ -61,6 +61,7 @@ def test_a_run_logs_every_step_and_its_settings(uninterrupted):
   step_flops = flops.train_step(tiny.config()).useful
   assert line["model_flops_per_second"] == pytest.approx(step_flops / line["seconds"])
   assert "model_flops_utilization" not in line, "nobody knows what a CPU could do"
+  assert line["data_wait_seconds"] in (0, line["data_seconds"])
   assert json.loads((uninterrupted / "eval-validation-12.json").read_text())["step"] == 12
 
 
@@ -224,7 +225,7 @@ def test_updates_that_are_not_finite_are_skipped_but_not_for_ever(tmp_path, capf
     train__on_nonfinite="skip",
     train__max_skipped=4,
   )
-  with pytest.raises(InputError, match="At step [67] the loss is .* for the 4th time in a row"):
+  with pytest.raises(InputError, match="At step [67] the loss is .*, 4 steps in a row, so training stopped"):
     loop.train(config, tmp_path, evaluate.Evaluator)
   assert "was skipped: its loss is" in capfd.readouterr().out
   skipped = [json.loads(line)["skipped_steps"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -250,10 +251,3 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
   assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"3"}
   assert loop.train(tiny.config(), tmp_path, evaluate.Evaluator) == 0
   assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)
-
-
-def test_the_log_tells_what_the_data_takes(uninterrupted):
-  for line in (uninterrupted / "metrics.jsonl").read_text().splitlines():
-    entry = json.loads(line)
-    if "loss" in entry:
-      assert 0 <= entry["data_wait_seconds"] <= entry["data_seconds"] < 60

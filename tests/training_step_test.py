@@ -1,5 +1,6 @@
 """The update against the reference's training loop, and its own properties."""
 
+import functools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from perceiver_ar_jax.config import Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig, TrainConfig
+from perceiver_ar_jax.config import OPTIMIZERS, Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig, TrainConfig
 from perceiver_ar_jax.data.global_batch import HostBatches
 from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.parallel.mesh import make_mesh
@@ -129,7 +130,8 @@ def test_cosine_reaches_its_end_at_the_last_step():
   np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
 
 
-def test_lamb_scales_each_stacked_layer_by_itself():
+@pytest.mark.parametrize("outer", [(), ("segments",)], ids=["perceiver_ar", "transformer_xl"])
+def test_lamb_scales_each_stacked_layer_by_itself(outer):
   config = OptimizerConfig(name="lamb", learning_rate=0.1, clip_norm=0.0)
   rng = np.random.default_rng(0)
   weights, gradients = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 3, 4))
@@ -139,13 +141,16 @@ def test_lamb_scales_each_stacked_layer_by_itself():
     optimizer = optimizer_lib.make_optimizer(config, steps=10)
     return optimizer.update(grads, optimizer.init(params), params)[0]
 
-  stacked = updates({"layers": {"kernel": weights}}, {"layers": {"kernel": gradients}})["layers"]["kernel"]
+  def layers(kernel):
+    return functools.reduce(lambda tree, name: {name: tree}, reversed([*outer, "layers"]), {"kernel": kernel})
+
+  (stacked,) = jax.tree.leaves(updates(layers(weights), layers(gradients)))
   for index in range(2):
     alone = updates({"one": {"kernel": weights[index]}}, {"one": {"kernel": gradients[index]}})["one"]["kernel"]
     np.testing.assert_allclose(stacked[index], alone, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "adafactor", "lamb", "sgd", "sm3"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_a_quadratic(name):
   config = OptimizerConfig(name=name, learning_rate=0.02, weight_decay=1e-3 if name == "adamw" else 0.0)
   optimizer = optimizer_lib.make_optimizer(config, steps=60)

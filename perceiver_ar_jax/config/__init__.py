@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from perceiver_ar_jax.config.checks import InputError, nearest, require
+from perceiver_ar_jax.config.checks import InputError, nearest, require, writing
 from perceiver_ar_jax.config.data import IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ATTENTION_KERNELS, REMAT_POLICIES, ModelConfig
@@ -40,6 +40,7 @@ __all__ = [
   "defaults",
   "nearest",
   "resolve",
+  "writing",
 ]
 
 
@@ -77,7 +78,7 @@ class Config:
       kept is None or 1 <= kept <= self.model.num_latents,
       f"sample.kept_latents={kept} must lie in 1..{self.model.num_latents}, the model's latents.",
     )
-    cross_attends = 1 + len(set(self.model.cross_attend_after))
+    cross_attends = self.model.num_cross_attends
     require(
       0 <= self.attention_map.cross_attend < cross_attends,
       f"attention_map.cross_attend={self.attention_map.cross_attend} must lie in 0..{cross_attends - 1}: the model has"
@@ -101,7 +102,7 @@ class Config:
 
   @classmethod
   def from_json(cls, text: str) -> "Config":
-    """The inverse of `to_json`; raises InputError for unknown or wrong settings."""
+    """The inverse of `to_json`; raises InputError for unknown or wrong settings, ValueError for what is no JSON."""
     return _build(cls, json.loads(text), prefix="")
 
 

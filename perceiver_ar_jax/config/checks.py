@@ -1,7 +1,8 @@
 """What checks of settings share: the error that users see, and how it is put."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
@@ -19,6 +20,15 @@ def require(condition: bool, message: str) -> None:
   """Raises InputError with the message unless the condition holds."""
   if not condition:
     raise InputError(message)
+
+
+@contextlib.contextmanager
+def writing(place: object, fix: str) -> Iterator[None]:
+  """A context that writes to a place of the user's: an OSError in it becomes an InputError that names place and fix."""
+  try:
+    yield
+  except OSError as error:
+    raise InputError(f"{place} cannot be written ({error.strerror or error}): {fix}.") from error
 
 
 def choice(field: str, value: str, known: tuple[str, ...]) -> None:

@@ -52,14 +52,7 @@ class DataConfig:
   """How many encoded records the shuffle holds at most, and 32 MiB of them; they travel in every checkpoint."""
 
   def __post_init__(self):
-    for name in (
-      "min_crop",
-      "shards",
-      "shuffle_buffer",
-      "image_size",
-      "codebook_size",
-      "code_levels",
-    ):
+    for name in ("min_crop", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels"):
       require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1.")
     require(
       0 < self.validation_fraction < 1,

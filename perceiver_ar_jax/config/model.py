@@ -79,13 +79,9 @@ class ModelConfig:
   """Compute type; weights, softmax, norms and loss stay float32."""
 
   def __post_init__(self):
-    for name in ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads"):
+    counts = ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads")
+    for name in (*counts, "mlp_widening", "attention_chunk"):
       require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1.")
-    for name in ("mlp_widening", "attention_chunk"):
-      require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1.")
-    require(
-      self.logits_chunk is None or self.logits_chunk >= 1, f"model.logits_chunk={self.logits_chunk} must be at least 1."
-    )
     require(self.num_layers >= 0, f"model.num_layers={self.num_layers} must not be negative.")
     require(self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS.")
     require(
@@ -100,7 +96,7 @@ class ModelConfig:
         f"model.{width}={getattr(self, width)} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
         " width that is a multiple of the number of heads.",
       )
-    for name in ("embed_width", "cross_attend_width", "rotary_max_wavelength"):
+    for name in ("embed_width", "cross_attend_width", "rotary_max_wavelength", "logits_chunk"):
       value = getattr(self, name)
       require(value is None or value >= 1, f"model.{name}={value} must be at least 1, or None.")
     require(
@@ -109,7 +105,8 @@ class ModelConfig:
     )
     require(
       self.position_encoding != "fourier" or self.input_width % 2 == 0,
-      f"Fourier positions need an even embedding width, not {self.input_width}: change model.embed_width.",
+      f"model.position_encoding=fourier needs an even embedding width, not {self.input_width}: change"
+      " model.embed_width.",
     )
     choice("model.architecture", self.architecture, ARCHITECTURES)
     choice("model.activation", self.activation, ACTIVATIONS)
@@ -125,8 +122,9 @@ class ModelConfig:
     )
     require(0 <= self.rotary_fraction <= 1, f"model.rotary_fraction={self.rotary_fraction} must lie in [0, 1].")
     require(
-      all(0 <= layer < self.num_layers for layer in self.cross_attend_after),
-      f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}.",
+      all(layer in range(self.num_layers) for layer in self.cross_attend_after),
+      f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}, those that"
+      f" model.num_layers={self.num_layers} makes.",
     )
     if self.architecture == "transformer_xl":
       self._check_transformer_xl()
@@ -175,7 +173,8 @@ class ModelConfig:
       )
     require(
       self.attention in ("auto", "reference"),
-      f"model.attention={self.attention} is no way of transformer_xl, whose scores depend on distances: take auto.",
+      f"model.attention={self.attention} cannot be had with transformer_xl, whose scores depend on distances: set"
+      " --config.model.attention=auto.",
     )
 
   @property
@@ -198,6 +197,11 @@ class ModelConfig:
   def input_width(self) -> int:
     """E: width of the input embedding."""
     return self.embed_width or self.latent_width
+
+  @property
+  def num_cross_attends(self) -> int:
+    """Cross-attends: the first, and one after each layer that `cross_attend_after` names."""
+    return 1 + len(set(self.cross_attend_after))
 
   @property
   def cross_width(self) -> int:

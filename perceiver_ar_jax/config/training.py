@@ -45,6 +45,10 @@ class OptimizerConfig:
   def __post_init__(self):
     choice("train.optimizer.name", self.name, OPTIMIZERS)
     choice("train.optimizer.schedule", self.schedule, SCHEDULES)
+    require(
+      self.cosine_steps is None or self.cosine_steps >= 1,
+      f"train.optimizer.cosine_steps={self.cosine_steps} must be at least 1, or None: from the end of the warm-up.",
+    )
     for name in ("learning_rate", "end_learning_rate", "warmup_steps", "clip_norm", "weight_decay"):
       require(getattr(self, name) >= 0, f"train.optimizer.{name}={getattr(self, name)} must not be negative.")
 
@@ -81,15 +85,8 @@ class TrainConfig:
   """skip: so many updates in a row that are not finite stop the run all the same."""
 
   def __post_init__(self):
-    for name in (
-      "steps",
-      "batch_size",
-      "microbatches",
-      "log_every",
-      "checkpoint_every",
-      "keep_checkpoints",
-      "max_skipped",
-    ):
+    counts = ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints")
+    for name in (*counts, "max_skipped"):
       require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
     require(
       self.batch_size % self.microbatches == 0,

@@ -12,10 +12,6 @@ This module imports no library, so that the parts without TensorFlow (images.py)
 is imported in one place only, tf_cpu.py.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow loads: fewer notes (2.21 prints some)
-
 PAD = 0
 EOS = 1
 SOS = 2

@@ -21,7 +21,9 @@ from perceiver_ar_jax.data import sources, tasks
 from perceiver_ar_jax.data.tf_cpu import tf
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of caches; each task gets a folder in it.")
-_SHARDS = flags.DEFINE_integer("shards", 16, "Files for each split; a multiple of the hosts that will read them.")
+_SHARDS = flags.DEFINE_integer(
+  "shards", 16, "Files for each split; a multiple of the hosts that will read them.", lower_bound=1
+)
 _BEAM_OPTIONS = flags.DEFINE_list(
   "beam_options", ["--runner=FnApiRunner"], "Options of the Beam pipeline: where and with how many workers it runs."
 )

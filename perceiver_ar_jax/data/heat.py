@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from perceiver_ar_jax.data import NUM_SPECIAL, render
+from perceiver_ar_jax.data import NUM_SPECIAL, music, render
 from perceiver_ar_jax.data.registry import Task
 
 _MARK = (255, 40, 40)
@@ -86,8 +86,6 @@ def _image(window: Window, weights_N: np.ndarray) -> np.ndarray:
 
 def _roll(window: Window, weights_N: np.ndarray) -> np.ndarray:
   """The piano roll, notes hot by their beginning and end; below, the weights of all events over time."""
-  from perceiver_ar_jax.data import music
-
   inputs_N, output = window.events[:-1], window.events[-1:]
   steps_N = music.steps(inputs_N)
   column_N = steps_N * (_WIDTH - 1) // max(steps_N[-1], 1)

@@ -26,11 +26,6 @@ def num_events(size: int) -> int:
   return 1 + size * size * 3
 
 
-def position_sizes(size: int) -> tuple[int, int, int]:
-  """Rows that the (x, y, channel) position tables need: the largest position + 1."""
-  return (size + 2, size + 2, 5)
-
-
 def document(image_SxSxC: np.ndarray, order: str) -> Document:
   """The document of a picture uint8[size, size, 3]."""
   size = len(image_SxSxC)

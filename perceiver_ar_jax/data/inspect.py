@@ -6,7 +6,7 @@ import time
 import numpy as np
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, writing
 from perceiver_ar_jax.data import NUM_SPECIAL, notices, pipeline, records, render
 
 _MAX_DOCUMENTS = 1000
@@ -18,12 +18,14 @@ _MAX_EVENTS = 2**20
 
 
 def inspect(config: Config, workdir: epath.PathLike) -> dict:
-  """Prints the report, writes WORKDIR/data/ (report.json, examples.txt, examples.png) and returns the report."""
+  """Prints the report, writes WORKDIR/data/ (report.json, examples.txt, examples.png) and returns the report.
+
+  Raises:
+    InputError: as pipeline.TrainIterator; a split without documents, or a folder that cannot be written.
+  """
   folder = epath.Path(workdir) / "data"
-  try:
+  with writing(f"--workdir={workdir}", "give another"):
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"--workdir={workdir} cannot be written ({error.strerror or error}): give another.") from error
   train = pipeline.TrainIterator(config, config.train.batch_size)
   report = {
     "task": config.data.task,
@@ -63,11 +65,7 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     if len(examples) < _EXAMPLES:
       examples.append((task, events, positions))
   if not lengths:
-    raise InputError(
-      f"The split {split!r} of {config.data.task} holds no document that can be read. The last reason:"
-      f" {notices.last('skipped').removeprefix('Skipped: ')}. Mend or remove such files, or hold out others"
-      " (data.validation_fraction, data.validation_files)."
-    )
+    raise records.none_readable(config, split)
   shares = histogram[histogram > 0] / histogram.sum()
   result = {
     "documents": len(lengths),

@@ -1,4 +1,4 @@
-"""How played music is laid out as events (Perceiver AR and Music Transformer on MAESTRO); NumPy and mido only.
+"""How played music is laid out as events (Perceiver AR and Music Transformer on MAESTRO); NumPy, and mido for files.
 
 A piece is a list of `Note`s, times in seconds. Its events are 388 values in this order:
 
@@ -18,12 +18,15 @@ import collections
 import io
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import mido
 import numpy as np
 
+from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import NUM_SPECIAL
+
+if TYPE_CHECKING:
+  import mido
 
 NUM_PITCHES = 128
 STEPS_PER_SECOND = 100
@@ -55,6 +58,15 @@ class Note(NamedTuple):
   offset: float
 
 
+def load_mido():
+  """The package that reads and writes MIDI files, an extra; raises InputError where it is not installed."""
+  try:
+    import mido
+  except ImportError as error:
+    raise InputError("MIDI files need the package mido, which is not installed: pip install -e '.[music]'.") from error
+  return mido
+
+
 def read_notes(midi: bytes) -> list[Note]:
   """Notes of a MIDI file's bytes, sorted by onset, pitch and offset; an empty list if it holds none.
 
@@ -64,6 +76,7 @@ def read_notes(midi: bytes) -> list[Note]:
   with the file.
 
   Raises:
+    InputError: mido is not installed.
     ValueError: the bytes are no intact MIDI file, its tracks do not play together (type 2), its time is in frames
       (SMPTE) rather than beats, or it claims to last more than a day.
   """
@@ -184,8 +197,10 @@ def to_midi(notes: Sequence[Note]) -> bytes:
   change places.
 
   Raises:
+    InputError: mido is not installed.
     ValueError: a pitch, a velocity or a time out of range.
   """
+  mido = load_mido()
   _check(notes)
   events = []
   for pitch, velocity, onset, offset in notes:
@@ -255,11 +270,12 @@ def piano_roll(ids_N: Sequence[int]) -> np.ndarray:
   return roll_PxT
 
 
-def _timed_messages(midi: bytes) -> tuple[list[tuple[float, mido.Message]], float]:
+def _timed_messages(midi: bytes) -> tuple[list[tuple[float, "mido.Message"]], float]:
   """Note and pedal messages of all tracks as (seconds, message) in order of time, and the end of the file in seconds.
 
   mido can merge tracks itself, but copies every message three times over on the way.
   """
+  mido = load_mido()
   try:
     file = mido.MidiFile(file=io.BytesIO(midi), clip=True)
   except EOFError as error:
@@ -301,7 +317,7 @@ def _timed_messages(midi: bytes) -> tuple[list[tuple[float, mido.Message]], floa
   return messages, elapsed / ticks_to_seconds
 
 
-def _is_heard(message: mido.Message) -> bool:
+def _is_heard(message: "mido.Message") -> bool:
   """Whether the message begins or ends a note or moves the sustain pedal, on a channel that has pitches."""
   if message.type in ("note_on", "note_off"):
     return message.channel != _PERCUSSION_CHANNEL

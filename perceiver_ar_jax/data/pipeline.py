@@ -256,7 +256,7 @@ class TrainIterator:
       found = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
       raise InputError(
         f"{directory} holds no data iterator state for {self._name}"
-        + (f", only for {', '.join(found)}: set data.shards as it was." if found else ".")
+        + (f", only for {', '.join(found)}: set data.shards as it was." if found else ": start in a new workdir.")
       )
     state = json.loads(settings.read_text())
     saved = state["stream"]
@@ -281,63 +281,46 @@ class TrainIterator:
 
 
 def eval_batches(
-  config: Config,
-  *,
-  split: str | None = None,
-  num_latents: int | None = None,
-  stride: int | None = None,
-  batch_size_per_host: int,
-  host_index: int = 0,
-  host_count: int = 1,
-  rows: Sequence[int] | None = None,
-  max_sequences: int | None = None,
-  chosen: Iterable[tuple[Task, Document]] | None = None,
+  config: Config, rows: Sequence[int] | None = None, chosen: Iterable[tuple[Task, Document]] | None = None
 ) -> Iterator[Batch]:
-  """Batches of sliding windows over a split, in order, in which every scored event weighs 1 just once.
+  """Batches of sliding windows over `config.eval.split`, in order, in which every scored event weighs 1 just once.
 
-  Arguments that are None come from `config.eval`; `chosen` documents are read instead of the split. The windows of all
-  documents form one list; a step of all hosts takes host_count * batch_size_per_host of them, this host its share. So
-  all hosts yield equally many batches, of one shape, and together the same rows however many they are. The end is
-  filled up with rows of PAD and weight 0. Of its share this host makes only `rows`, if they are given.
+  The windows of all documents form one list, and each batch takes the next `config.eval.batch_size` of them; the last
+  one is filled up with rows of PAD and weight 0. So hosts that make some of the rows each yield equally many batches.
 
   Batches have two arrays more than training's, int32[B]: `document`, the number of the row's document, -1 for rows of
   PAD; and `end`, the number of events of it up to the row's last target. Batches of text have yet two: `words` and
   `bytes` of the original text, each document's in its first row and 0 in the others.
 
+  Args:
+    config: `eval` says what is scored, and in what windows.
+    rows: the rows of each batch to make, in order; None: all.
+    chosen: documents to score instead of the split's.
+
   Raises:
-    InputError: as TrainIterator; or a stride beyond the latents; or an endless split without `max_sequences`.
+    InputError: as TrainIterator; or an endless split without `eval.max_sequences`.
   """
-  split = split or config.eval.split
-  num_latents = num_latents or config.eval.num_latents or config.model.num_latents
-  stride = stride or config.eval.stride or num_latents
-  max_sequences = max_sequences or config.eval.max_sequences
-  if not stride <= num_latents <= config.model.max_context:
-    raise InputError(
-      f"A stride of {stride} with {num_latents} latents and a context of {config.model.max_context} cannot score every"
-      " token: make eval.stride at most eval.num_latents, and that at most model.max_context."
-    )
+  settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
   task, _ = get_tasks(config.data, records_lib.longest_crop(config))[0]
   counted = ("words", "bytes") if task.modality == "text" else ()
-  rows = range(batch_size_per_host) if rows is None else rows
-  rows_per_step = batch_size_per_host * host_count
+  rows = range(settings.batch_size) if rows is None else rows
 
   def blocks() -> Iterator[tuple[int, Document, int, int, bool]]:
-    read = records_lib.documents(config, split, max_sequences) if chosen is None else chosen
+    read = records_lib.documents(config, settings.split, settings.max_sequences) if chosen is None else chosen
     for number, (_, document) in enumerate(read):
-      for block, (end, num_new) in enumerate(features.eval_blocks(len(document), stride)):
+      for block, (end, num_new) in enumerate(features.eval_blocks(len(document), settings.stride or num_latents)):
         yield number, document, end, num_new, block == 0
 
-  first = host_index * batch_size_per_host
-  for step in _batched(blocks(), rows_per_step):
+  for windows in _batched(blocks(), settings.batch_size):
     batch = features.empty_batch(
       len(rows), context=config.model.max_context, latents=num_latents, position_dims=task.position_dims
     )
     batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *counted)}
     batch["document"] = np.full(len(rows), -1, np.int32)
     for index, row in enumerate(rows):
-      if first + row >= len(step):
+      if row >= len(windows):
         break
-      number, document, end, num_new, is_first = step[first + row]
+      number, document, end, num_new, is_first = windows[row]
       batch["document"][index], batch["end"][index] = number, end
       features.eval_window(features.row_of(batch, index), document, end, num_new)
       for name in counted if is_first else ():

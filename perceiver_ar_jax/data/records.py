@@ -11,6 +11,7 @@ import numpy as np
 import seqio
 
 from perceiver_ar_jax.config import Config, InputError, nearest
+from perceiver_ar_jax.data import notices
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import TfdsSource
@@ -42,6 +43,15 @@ def documents(config: Config, split: str, max_sequences: int | None = None) -> I
     whole = (document for document in opened if document is not None and not document.continues)
     for document in itertools.islice(whole, max_sequences):
       yield task, document
+
+
+def none_readable(config: Config, split: str) -> InputError:
+  """What to raise where `documents` gives none."""
+  last = notices.last("skipped").removeprefix("Skipped: ") or "it is empty"
+  return InputError(
+    f"The split {split!r} of {config.data.task} holds no document that can be read. The last reason: {last}."
+    " Mend or remove such files, or hold out others (data.validation_fraction, data.validation_files)."
+  )
 
 
 def longest_crop(config: Config) -> int:
@@ -91,6 +101,7 @@ def shard_records(source, split: str, seed: int, index: int, count: int) -> tf.d
 
 
 def check_vocabulary(task: Task, config: Config) -> None:
+  """Raises InputError if the model has fewer token ids than the task."""
   size = task.vocab_size
   if size > config.model.vocab_size:
     raise InputError(
@@ -118,6 +129,7 @@ def check_position_dims(task: Task, config: Config) -> None:
 
 
 def check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
+  """Raises InputError if a position lies beyond the model's tables."""
   if not config.model.positions_from_data or config.model.position_encoding in ("rotary", "relative"):
     return
   # One dimension at a time: over all at once, NumPy takes ten times as long.

@@ -71,9 +71,9 @@ class Task:
   """The document of a user's own text or path, for prompts and scores; None: there is no such thing."""
   length: int | None = None
   """Events of every document; None: they vary."""
-  place: Callable[[int, int], np.ndarray] = lambda start, end: count_positions(end - start)
+  place: Callable[[int, int], np.ndarray] | None = lambda start, end: count_positions(end - start)
   """(start, end) -> positions int32[end - start, P] of these events in a window from `start` on of a document in the
-  making."""
+  making; None: only the document itself knows."""
   groups: Callable[[], np.ndarray] | None = None
   """-> bool[G, V]: events that may stand on places of each group; None: one group, of all but PAD and SOS."""
   group: Callable[[np.ndarray], np.ndarray] = np.zeros_like
@@ -114,6 +114,7 @@ Builder = Callable[[DataConfig, int], Task]
 
 _BUILDERS: dict[str, Builder] = {}
 DEFAULT_MAX_EVENTS = 2048
+"""The longest crop of what is registered with seqio; only the length of copies depends on it."""
 
 
 def add(name: str, build: Builder) -> None:

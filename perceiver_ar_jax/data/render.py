@@ -1,11 +1,12 @@
 """Events as people look at them: pictures, piano rolls, text."""
 
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
 
-from perceiver_ar_jax.data import NUM_SPECIAL, codes
+from perceiver_ar_jax.data import NUM_SPECIAL, codes, music
 from perceiver_ar_jax.data.registry import Task
 
 _GAP = 2
@@ -46,8 +47,6 @@ def picture(task: Task, events: np.ndarray, positions: np.ndarray) -> np.ndarray
     except ValueError:  # a crop, not a whole picture
       return None
   if task.modality == "music":
-    from perceiver_ar_jax.data import music
-
     roll = music.piano_roll(events)[:, :_MAX_STEPS]
     used = np.flatnonzero(roll.any(axis=1))
     roll = roll[used[0] : used[-1] + 1] if len(used) else roll
@@ -83,9 +82,9 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
   return sheet
 
 
-def save_png(pixels: np.ndarray, path: str) -> None:
-  """Writes a picture uint8[height, width, 3]."""
-  PIL.Image.fromarray(pixels).save(path, format="PNG")
+def save_png(pixels: np.ndarray, file: BinaryIO) -> None:
+  """Writes a picture uint8[height, width, 3] into an open file."""
+  PIL.Image.fromarray(pixels).save(file, format="PNG")
 
 
 def colours(values: np.ndarray) -> np.ndarray:

@@ -19,13 +19,14 @@ import csv
 import functools
 import io
 import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, photos, registry, texts
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, registry, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.registry import Record, Task, add, get_tasks, names
 from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource, own_files, read_bytes, split_files
@@ -39,9 +40,13 @@ _OWN_SPLITS = ("train", "validation")
 _RELEASE_SPLITS = ("train", "validation", "test")
 
 
-def _files(data: DataConfig, suffixes: tuple[str, ...]) -> ListSource:
+def _list_files(data: DataConfig, suffixes: tuple[str, ...], split: str) -> list[Record]:
   """The user's own files, a record {"path"} each."""
-  return ListSource(lambda split: [{"path": path} for path in split_files(data, split, suffixes)], _OWN_SPLITS)
+  return [{"path": path} for path in split_files(data, split, suffixes)]
+
+
+def _files(data: DataConfig, suffixes: tuple[str, ...]) -> ListSource:
+  return ListSource(functools.partial(_list_files, data, suffixes), _OWN_SPLITS)
 
 
 def _content(path: str) -> bytes:
@@ -119,6 +124,13 @@ def _image_files(data: DataConfig, max_events: int) -> Task:
 
 def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig, document=None) -> Task:
   tokens = texts.tokenizer(data.sentencepiece)
+
+  def read(text):
+    content = _content(text) if os.path.isfile(text) else text.encode()
+    if not content:
+      raise InputError(f"{text} is empty: give a file with a text in it, or a text.")
+    return tokens.document(texts.Text(content))
+
   return Task(
     name=name,
     source=source,
@@ -128,7 +140,7 @@ def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig,
     vocab_size=tokens.vocab_size,
     decode=tokens.decode,
     unknown=tokens.unknown,
-    read=lambda text: tokens.document(texts.Text(_content(text) if os.path.isfile(text) else text.encode())),
+    read=read,
     groups=lambda: registry.allow(tokens.vocab_size, tokens.drawable, [EOS]),
   )
 
@@ -217,20 +229,19 @@ def _release(data: DataConfig, name: str, content: str) -> str:
 # Symbolic music
 
 
-def _music_task(name: str, source: seqio.DataSource, data: DataConfig) -> Task:
-  try:
-    from perceiver_ar_jax.data import music
-  except ImportError as error:
-    raise InputError(
-      f"The task {name} needs the package {error.name}: pip install 'perceiver_ar_jax[music]'."
-    ) from error
+def _music_task(data: DataConfig, list_files: Callable[[str], Sequence[Record]], splits: tuple[str, ...]) -> Task:
   performances: dict[str, np.ndarray] = {}
+
+  def records(split):
+    music.load_mido()  # now, rather than at the first batch
+    return list_files(split)
 
   def events(path: str) -> np.ndarray:
     # Parsing takes up to a second, and a whole release fits into 100 MB: each file is parsed once.
     if path not in performances:
+      content = read_bytes(path)
       try:
-        notes = music.read_notes(read_bytes(path))
+        notes = music.read_notes(content)
       except ValueError as error:
         raise Unreadable(f"{path} is no MIDI file that can be read ({error})") from error
       performances[path] = music.encode(notes).astype(np.int16)
@@ -250,8 +261,8 @@ def _music_task(name: str, source: seqio.DataSource, data: DataConfig) -> Task:
     return events
 
   return Task(
-    name=name,
-    source=source,
+    name=data.task,
+    source=ListSource(records, splits),
     document=document,
     modality="music",
     unit="nats_per_token",
@@ -274,11 +285,11 @@ def _maestro(version: str, data: DataConfig, max_events: int) -> Task:
       raise InputError(f"{table} lists no file in the split {split!r}: is it complete?")
     return found
 
-  return _music_task(data.task, ListSource(records, _RELEASE_SPLITS), data)
+  return _music_task(data, records, _RELEASE_SPLITS)
 
 
 def _midi_files(data: DataConfig, max_events: int) -> Task:
-  return _music_task(data.task, _files(data, (".mid", ".midi")), data)
+  return _music_task(data, functools.partial(_list_files, data, (".mid", ".midi")), _OWN_SPLITS)
 
 
 # Codes of neural codecs

@@ -16,8 +16,8 @@ from absl import flags
 from etils import epath
 
 from perceiver_ar_jax import command_line
-from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import records, texts
+from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.data import records, tasks, texts
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
 _VOCAB_SIZE = flags.DEFINE_integer(
@@ -34,6 +34,12 @@ def main(config: Config) -> int:
   import sentencepiece
 
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece=None, cache_dir=None))
+  for task, _ in tasks.get_tasks(config.data, records.longest_crop(config)):
+    if task.modality != "text":
+      raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")
+  path = epath.Path(_OUTPUT.value)
+  with writing(f"--output={path}", "give another"):  # now, rather than after the training
+    path.parent.mkdir(parents=True, exist_ok=True)
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=_lines(config, _MAX_MEGABYTES.value * 10**6),
@@ -55,9 +61,8 @@ def main(config: Config) -> int:
     raise InputError(
       f"SentencePiece cannot make --vocab_size={_VOCAB_SIZE.value} pieces of this text: {error}"
     ) from error
-  path = epath.Path(_OUTPUT.value)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(content.value)
+  with writing(f"--output={path}", "give another"):
+    path.write_bytes(content.value)
   size = texts.Pieces(_OUTPUT.value).vocab_size
   print(f"Wrote {path}. Train with --config.data.sentencepiece={path} --config.model.vocab_size={size}")
   return 0

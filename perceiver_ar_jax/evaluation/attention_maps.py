@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import features, heat, records, render
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.global_batch import to_global
@@ -40,17 +40,15 @@ def write(config: Config, workdir: epath.PathLike, read: Callable[[Task, str], l
   """
   if config.model.architecture != "perceiver_ar":
     raise InputError(
-      f"model.architecture={config.model.architecture} has no cross-attend whose attention could be shown."
+      f"model.architecture={config.model.architecture} has no cross-attend, which --mode=attention would show."
     )
   mesh, step, params = evaluate.restore(config, workdir)
   settings, num_latents = config.attention_map, config.eval.num_latents or config.model.num_latents
   task, document = _document(config, read)
   outputs = _outputs(settings.outputs, len(document) - 1)
   folder = epath.Path(workdir) / "attention"
-  try:
+  with writing(folder, "free it, or copy the run"):
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"{folder} cannot be written ({error.strerror or error}): free it, or copy the run.") from error
   maps = compute(config, mesh, params, document, outputs)
   report = {
     "step": step,
@@ -108,7 +106,7 @@ def _document(config: Config, read: Callable[[Task, str], list[Document]]) -> tu
   if prompt == "data":
     for found in records.documents(config, config.eval.split, 1):
       return found
-    raise InputError(f"The split {config.eval.split!r} of {config.data.task} holds no document that can be read.")
+    raise records.none_readable(config, config.eval.split)
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
   document = read(task, prompt)[0]
   if not document.has_targets():
@@ -139,15 +137,17 @@ def _write_one(
   seen_L = mean_L[mean_L > 0]
   names = [f"{step}-{output}.png", f"{step}-{output}.npz"]
   if jax.process_index() == 0:
-    render.save_png(heat.picture(window, weights_HxL[:, -inputs:]), str(folder / names[0]))
     padding = length - inputs
-    np.savez(
-      folder / names[1],
-      weights_HxL=weights_HxL,
-      tokens_L=np.pad(window.events[:-1], (padding, 0)),
-      positions_LxP=np.pad(window.positions[:-1], ((padding, 0), (0, 0))),
-      places_L=np.pad(np.arange(start, output), (padding, 0), constant_values=-1),
-    )
+    with (folder / names[0]).open("wb") as file:
+      render.save_png(heat.picture(window, weights_HxL[:, -inputs:]), file)
+    with (folder / names[1]).open("wb") as file:
+      np.savez(
+        file,
+        weights_HxL=weights_HxL,
+        tokens_L=np.pad(window.events[:-1], (padding, 0)),
+        positions_LxP=np.pad(window.positions[:-1], ((padding, 0), (0, 0))),
+        places_L=np.pad(np.arange(start, output), (padding, 0), constant_values=-1),
+      )
   return {
     "output": output,
     "event": int(window.events[-1]),

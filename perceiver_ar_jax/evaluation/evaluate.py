@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import pipeline
+from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.data import pipeline, records
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
@@ -74,7 +74,11 @@ def make_eval_step(config: Config):
 
 
 class Evaluator:
-  """Scores one split of the config's task with any parameters; compiled once."""
+  """Scores one split of the config's task with any parameters; compiled once.
+
+  Raises:
+    InputError: the mesh does not divide `eval.batch_size`.
+  """
 
   def __init__(self, config: Config, mesh: Mesh):
     check_batch(config.eval.batch_size, "eval.batch_size", mesh)
@@ -97,11 +101,14 @@ class Evaluator:
     `interval_95` holds the ends of each figure's 95% interval, documents being what is drawn at random; None for one
     document. `by_position` and `by_context` divide the tokens by their place in the document (from 0), and by
     how many inputs they were predicted from.
+
+    Raises:
+      InputError: as pipeline.eval_batches, or no document of the split can be read.
     """
     config, totals = self._config, figures.Totals()
     size = config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
-    batches = pipeline.eval_batches(config, batch_size_per_host=size, rows=rows, chosen=documents)
+    batches = pipeline.eval_batches(config, rows, documents)
     with jax.set_mesh(self._mesh):
       pending = None
       for batch in batches:
@@ -113,7 +120,7 @@ class Evaluator:
         totals.add(sums)
       totals.add(pending)
     if not totals.num_tokens:
-      raise InputError(f"The split {config.eval.split!r} of {config.data.task} holds no tokens to score.")
+      raise records.none_readable(config, config.eval.split)
     num_latents = config.eval.num_latents or config.model.num_latents
     task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
     return {
@@ -158,10 +165,8 @@ class Evaluator:
     if jax.process_index():
       return
     path = workdir / f"eval-{result['split']}-{result['step']}.json"
-    try:
+    with writing(path, "free it, or copy the run"):
       path.write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-      raise InputError(f"The evaluation could not be written to {path}: {error.strerror or error}.") from error
     print(f"Written to {path}", flush=True)
 
 

@@ -63,7 +63,7 @@ class Totals:
       "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
       "interval_95": None,
     }
-    if self._sums["words"] and self._sums["bytes"]:
+    if self._sums["bytes"]:
       result |= {"num_words": int(self._sums["words"]), "num_bytes": int(self._sums["bytes"])}
     if nats.error is not None:
       ends = [self._in_units(nats.value + sign * nats.error, unit) for sign in (-1, 1)]
@@ -77,10 +77,10 @@ class Totals:
     if unit == "bits_per_dim":
       result["bits_per_dim"] = result["bits_per_token"]  # a token is one sub-pixel
     words, num_bytes = self._sums["words"], self._sums["bytes"]
-    if words and num_bytes:  # of the text itself, so that figures of all vocabularies compare
+    if num_bytes:  # of the text itself, so that figures of all vocabularies compare
       nats = nats_per_token * self.num_tokens
-      result["word_perplexity"] = math.exp(min(nats / words, 700.0))
       result["bits_per_byte"] = float(nats / math.log(2) / num_bytes)
+      result["word_perplexity"] = math.exp(min(nats / max(words, 1), 700.0))  # a text of spaces counts as a word
     return result
 
   def _buckets(self, name: str) -> list[dict]:

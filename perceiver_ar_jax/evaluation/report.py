@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.evaluation import plots
 from perceiver_ar_jax.parallel import flops
 from perceiver_ar_jax.training import workdir as workdir_lib
@@ -49,10 +49,8 @@ def write(workdir: epath.PathLike) -> epath.Path:
   title = html.escape(f"{workdir.name} ({config.data.task})")
   head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
   path = workdir / "report.html"
-  try:
+  with writing(path, "free it, or copy the run"):
     path.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(sections)}</body></html>\n')
-  except OSError as error:
-    raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
   return path
 
 
@@ -80,8 +78,9 @@ def _summary(config: Config, steps: Sequence[dict]) -> dict[str, str]:
     "speed": f"{seconds:.3g} s a step, {speed:,.0f} tokens/s (medians of the logged steps)",
     "model FLOPs": f"{flops.train_step(config).useful:.3g} a step",
   }
-  if "model_flops_utilization" in last:
-    result["utilization"] = f"{statistics.median(line['model_flops_utilization'] for line in steps):.1%} of peak"
+  shares = [line["model_flops_utilization"] for line in steps if "model_flops_utilization" in line]
+  if shares:  # of the steps on devices whose peak is known
+    result["utilization"] = f"{statistics.median(shares):.1%} of peak"
   return result
 
 

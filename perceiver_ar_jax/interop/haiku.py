@@ -16,9 +16,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from perceiver_ar_jax.config import InputError, ModelConfig
+from perceiver_ar_jax.config import InputError, ModelConfig, nearest
 from perceiver_ar_jax.interop import unpickle
-from perceiver_ar_jax.models import positions
+from perceiver_ar_jax.models import perceiver_ar, positions
 
 _ACTIVATIONS = {"sq_relu": "squared_relu", "gelu": "gelu"}
 _ENCODINGS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
@@ -135,7 +135,9 @@ def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: Mode
     try:
       return np.asarray(modules[path][name])
     except KeyError as error:
-      raise InputError(f"The checkpoint lacks the parameter {path}/{name}, which this model needs.") from error
+      raise InputError(
+        f"The checkpoint lacks the parameter {path}/{name}: set the model to what the checkpoint was trained with."
+      ) from error
 
   def dense(path):
     return {"kernel": get(path, "w"), "bias": get(path, "b")}
@@ -182,11 +184,11 @@ def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: Mode
     "to_logits": dense("logits"),
   }
   start = 0
-  for run, end in enumerate(sorted({after + 1 for after in config.cross_attend_after}) + [config.num_layers]):
+  for run, length in enumerate(perceiver_ar.runs(config)):
     params[f"cross_attend_{run}"] = cross_attend(run)
-    if end > start:
-      params[f"layers_{run}"] = _stack([layer(index) for index in range(start, end)])
-    start = end
+    if length:
+      params[f"layers_{run}"] = _stack([layer(index) for index in range(start, start + length)])
+    start += length
   if config.position_encoding in positions.ABSOLUTE:
     for dimension, size in enumerate(config.position_sizes):
       path = f"embed_{dimension + 1}"
@@ -214,14 +216,15 @@ def _stack(trees: list[dict]) -> dict:
 def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
   for name in _REQUIRED:
     if name not in model_kwargs:
-      raise InputError(f"The official argument {name} is missing.")
+      raise InputError(f"The official argument {name} is missing: add it to model_kwargs.")
+  options = {*_REQUIRED, *_DEFAULTS, *_UNSUPPORTED, *_IGNORED}
   for name, value in model_kwargs.items():
     if name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
       raise InputError(
         f"The official option {name}={value!r} is not supported; only {_UNSUPPORTED[name]!r} can be converted."
       )
-    if name not in (*_REQUIRED, *_DEFAULTS, *_UNSUPPORTED, *_IGNORED):
-      raise InputError(f"The official model has no option {name}={value!r} that is known here.")
+    if name not in options:
+      raise InputError(f"The official option {name}={value!r} is unknown. {nearest(name, options)}")
   kwargs = _DEFAULTS | dict(model_kwargs)
   widening = kwargs["transformer_widening_factor"]
   if kwargs["cross_attend_widening_factor"] != widening:

@@ -24,9 +24,8 @@ SAVED = "saved"
 """Checkpoint name of what a layer should keep for its backward pass: small, and dear to compute again."""
 
 _MASKED = -1e30  # finite, so that a row with every key masked does not become NaN
-_LARGE = (
-  2**15
-)  # scores of one head from which walking over the context is at least as fast, and smaller; measured on CPU
+# Scores of one head from which walking over the context is at least as fast, and smaller; measured on CPU.
+_LARGE = 2**15
 _LANES = 128  # the TPU's vector width: splash wants lengths to be multiples of it
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

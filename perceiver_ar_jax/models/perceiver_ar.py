@@ -61,7 +61,7 @@ class PerceiverAR(nn.Module):
       deterministic: False applies dropout of every kind and needs the "dropout" random key.
 
     Raises:
-      ValueError: more latents than inputs, or positions that do not fit the position tables.
+      ValueError: more latents than inputs, or positions of other dimensions than the config's tables.
     """
     return self.logits(self.latents(tokens_BxL, positions_BxLxP, num_latents=num_latents, deterministic=deterministic))
 

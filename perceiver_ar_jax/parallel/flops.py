@@ -57,7 +57,7 @@ def _forward(model: ModelConfig, rows: int, length: int, latents: int) -> dict[s
   """FLOPs of a forward pass over `rows` sequences of `length` inputs, by kind of product."""
   d, e, c = model.latent_width, model.input_width, model.cross_width
   f = model.mlp_widening * d
-  n, crosses = model.num_layers, num_cross_attends(model)
+  n, crosses = model.num_layers, model.num_cross_attends
   # With rotary positions, keys and values are projected once for each token id where there are more inputs than ids.
   by_id = model.position_encoding == "rotary" and model.vocab_size <= length
   projected = model.vocab_size if by_id else rows * length
@@ -115,17 +115,12 @@ def num_params(model: ModelConfig) -> int:
   if model.architecture == "transformer_xl":
     blocks = model.num_layers * (layer + d * d + 2 * d)  # projection of distances, u and v
   else:
-    blocks = num_cross_attends(model) * cross + model.num_layers * layer
+    blocks = model.num_cross_attends * cross + model.num_layers * layer
   return tables + _dense(e, d) + blocks + norm * d + _dense(d, v)
 
 
 def _dense(inputs: int, outputs: int) -> int:
   return (inputs + 1) * outputs
-
-
-def num_cross_attends(model: ModelConfig) -> int:
-  """Cross-attends of the model: the first, and one after each layer that `cross_attend_after` names."""
-  return 1 + len(set(model.cross_attend_after))
 
 
 def walks(model: ModelConfig, queries: int, keys: int) -> bool:

@@ -10,19 +10,9 @@ import functools
 import re
 
 _BYTES = {
-  "pred": 1,
-  "s4": 0.5,
-  "u4": 0.5,
-  "s8": 1,
-  "u8": 1,
-  "s16": 2,
-  "u16": 2,
-  "bf16": 2,
-  "f16": 2,
-  "s32": 4,
-  "u32": 4,
-}
-_BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+  "s4": 0.5, "u4": 0.5, "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+  "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+}  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]+\d*|pred)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.-]+)")
 # Bytes that a device sends, in multiples of what the collective makes, over groups of n.
@@ -38,6 +28,7 @@ _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota",
   "broadcast", "async-update", "optimization-barrier",
 }  # fmt: skip
+_NUM_LARGEST = 8
 _FREE_CALLS = ("AllocateBuffer", "Bitcast", "AssumeGatherIndicesInBound")
 
 
@@ -69,12 +60,12 @@ class Traffic:
   """The largest arrays in HBM that the program makes: (bytes, shape and what made it)."""
 
 
-def traffic(text: str, num_largest: int = 8) -> Traffic:
+def traffic(text: str) -> Traffic:
   """What the module `text`, as a compiled jax program's `as_text` gives it, moves on each device."""
   module = _Module(text)
   sent = collections.Counter()
   hbm = module.count(module.entry, 1, sent)
-  return Traffic(hbm, sum(sent.values()), dict(sent), module.largest(num_largest))
+  return Traffic(hbm, sum(sent.values()), dict(sent), module.largest(_NUM_LARGEST))
 
 
 class _Module:
@@ -175,12 +166,8 @@ class _Module:
 
   def _fusion(self, fusion: _Instruction, shapes: list[str]) -> float:
     """A fusion reads of each operand what it uses, and writes its results, in place where it updates a slice."""
-    body = self.computations[fusion.called[0]]
-    table = {instruction.name: instruction for instruction in body}
-    users = collections.defaultdict(list)
-    for instruction in body:
-      for name in instruction.operands:
-        users[name].append(instruction)
+    body, table = self.computations[fusion.called[0]], self._table(fusion.called[0])
+    users = _users(body)
     parameters = {
       int(match[1]): instruction
       for instruction in body
@@ -213,16 +200,9 @@ class _Module:
       elif user.op == "dynamic-update-slice" and user.operands[0] == value.name:
         continue  # what stays is not touched
       elif user.op == "fusion":
-        inner = next(
-          i
-          for i in self.computations[user.called[0]]
-          if i.op == "parameter" and i.rest.startswith(f"({user.operands.index(value.name)})")
-        )
-        below = collections.defaultdict(list)
-        for instruction in self.computations[user.called[0]]:
-          for name in instruction.operands:
-            below[name].append(instruction)
-        total += self._read(inner, below, shape)
+        body, number = self.computations[user.called[0]], user.operands.index(value.name)
+        inner = next(i for i in body if i.op == "parameter" and i.rest.startswith(f"({number})"))
+        total += self._read(inner, _users(body), shape)
       else:
         return _bytes(shape)
     return total
@@ -242,6 +222,15 @@ class _Module:
           found.setdefault((int(size), shape), operation[1] if operation else instruction.op)
     ordered = sorted(found.items(), reverse=True)[:count]
     return tuple((size, f"{shape} of {_short(operation)}") for (size, shape), operation in ordered)
+
+
+def _users(body: list[_Instruction]) -> dict[str, list[_Instruction]]:
+  """By name of an instruction those that it is an operand of."""
+  users = collections.defaultdict(list)
+  for instruction in body:
+    for name in instruction.operands:
+      users[name].append(instruction)
+  return users
 
 
 def _parse(line: str) -> _Instruction:

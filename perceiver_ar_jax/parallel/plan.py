@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.parallel import chips, flops, plan_search
 from perceiver_ar_jax.parallel.plan_search import BOUNDS, size_of
 
@@ -39,11 +39,9 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
     print(f"Compiling the train step for {topology} ({topology.num_chips} chips): about a minute.", flush=True)
     result = compile_plan(config, topology)
   path = pathlib.Path(workdir) / "plan.json"
-  try:
+  with writing(path, "give another --workdir"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-  except OSError as error:
-    raise InputError(f"{path} cannot be written ({error.strerror or error}): give another --workdir.") from error
   print(describe(result), flush=True)
   print(f"Written to {path}", flush=True)
   if not result["fits"]:

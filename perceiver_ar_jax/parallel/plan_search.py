@@ -67,6 +67,10 @@ def candidates(config: Config, topology: chips.Topology) -> list[Candidate]:
   """
   model, train = config.model, config.train
   context = max(config.mesh.context, 1)
+  if topology.num_chips % context:
+    raise InputError(
+      f"mesh.context={context} does not divide the {topology.num_chips} chips of {topology}: choose a divisor."
+    )
   found, least = [], None
   for tensor in (1, 2, 4, 8):
     if topology.num_chips % (context * tensor) or model.num_cross_heads % tensor or model.num_self_heads % tensor:

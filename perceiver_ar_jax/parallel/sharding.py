@@ -76,6 +76,11 @@ def shardings(boxed_shapes, mesh: Mesh):
   return jax.tree.map(one, boxed_shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
+def bytes_per_device(tree) -> int:
+  """What each device holds of a tree of arrays, or of their shapes with shardings."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 BATCH_AXES: dict[str, tuple[str | None, ...]] = {
   "inputs": ("batch", "slots"),
   "positions": ("batch", "slots", None),

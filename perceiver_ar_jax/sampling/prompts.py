@@ -36,14 +36,15 @@ def find(config: Config, task: Task, text: str | None, count: int, prompt_tokens
   """Prompts for `count` samples, at least one: as config.SampleConfig.prompt says of `text`.
 
   Raises:
-    InputError: an empty text, a file that is not there or cannot be read, a task without such prompts.
+    InputError: an empty text, a file that is not there or cannot be read, a task without such prompts, a split without
+      documents.
   """
-  if prompt_tokens is not None and prompt_tokens < 1:
-    raise InputError(f"prompt_tokens={prompt_tokens} must be at least 1.")
   if text is None and task.place is not None:
     return [Prompt(task, np.array([SOS], np.int32), task.place, task.length)]
   if text is None or text == DATA:
-    found = itertools.islice(records.documents(config, config.eval.split, count), count)
+    found = list(itertools.islice(records.documents(config, config.eval.split, count), count))
+    if not found:
+      raise records.none_readable(config, config.eval.split)
     if text is None:  # of a video, even the grid is the document's
       prompt_tokens = 1
     return [_beginning(config, task, document, prompt_tokens) for task, document in found]
@@ -59,7 +60,9 @@ def read(task: Task, text: str) -> list[Document]:
   if not text.strip():
     raise InputError("The prompt is empty: give a text or a file, or none at all to begin from nothing.")
   if task.read is None:
-    raise InputError(f"The task {task.name} has no files, so {text!r} cannot be read: take its data, prompt={DATA}.")
+    raise InputError(
+      f"The task {task.name} has no files, so {text!r} cannot be read: its own documents are the prompt {DATA!r}."
+    )
   files = sorted(path for path in glob.glob(os.path.expanduser(text), recursive=True) if os.path.isfile(path))
   return [_told(task, task.read(path)) for path in files or [text]]
 

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from perceiver_ar_jax.config import Config, InputError, SampleConfig
+from perceiver_ar_jax.config import Config, InputError, SampleConfig, nearest
 from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
@@ -157,7 +157,11 @@ class Sampler:
     return result
 
   def score(self, text: str) -> dict:
-    """How likely a text or a file is: nats per token and the task's own unit, as --mode=eval has them."""
+    """How likely a text or a file is: nats per token and the task's own unit, as --mode=eval has them.
+
+    Raises:
+      InputError: an empty text, or a file that cannot be read.
+    """
     documents = [(self.task, document) for document in prompts.read(self.task, text)]
     result = evaluate.Evaluator(self.config, self.mesh)(self.params, self.step, documents=documents)
     assert result is not None  # nothing asks it to stop
@@ -167,7 +171,7 @@ class Sampler:
     known = {field.name for field in dataclasses.fields(SampleConfig)} - {"cache", "kept_latents", "prompt"}
     unknown = sorted(set(changes) - known)
     if unknown:
-      raise InputError(f"Unknown setting {unknown[0]!r} of a sample. Known: {', '.join(sorted(known))}.")
+      raise InputError(f"Unknown setting {unknown[0]!r} of a sample. {nearest(unknown[0], known)}")
     return dataclasses.replace(self.config.sample, **changes)
 
   def _own_events(self, events: np.ndarray) -> Prompt:
@@ -178,7 +182,7 @@ class Sampler:
       wrong = events[(events < 1) | (events >= size)][0]
       raise InputError(f"The prompt holds the unknown token {wrong}: ids of {self.task.name} are 1..{size - 1}.")
     if self.task.place is None:
-      raise InputError(f"Events alone do not say on which grid a {self.task.modality} lies: take a file or data.")
+      raise InputError(f"Events alone do not say on which grid a {self.task.modality} lies: give a file, or 'data'.")
     return Prompt(self.task, events.astype(np.int32), self.task.place, self.task.length)
 
   def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int, on_tokens, should_stop) -> None:
@@ -189,19 +193,14 @@ class Sampler:
     rows = rows + [_Row.ended(rows[0]) for _ in range(size - len(rows))]
     drawing = generate.Settings(np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
     randomness = np.uint32(settings.seed % 2**32), np.arange(first, first + size, dtype=np.int32)
-    allowed_GxV = np.zeros((len(self.task.allowed()), self.config.model.vocab_size), bool)
-    allowed_GxV[:, : self.task.vocab_size] = self.task.allowed()
+    allowed_GxV = np.pad(self.task.allowed(), ((0, 0), (0, self.config.model.vocab_size - self.task.vocab_size)))
     state, used, done = None, 0, 0
     with jax.set_mesh(self.mesh):
       while needed := max(row.needed() for row in rows):
-        if (
-          state is None or used + min(new, needed) - 1 > context
-        ):  # no room: begin a context anew, of the newest tokens
-          lengths = [len(row.events) for row in rows]
-          longest = max(lengths)
-          if longest + min(new, needed) - 1 > context:
-            longest = max(context - max(context // 8, new - 1), 1)
-          used = min(longest, max(lengths))
+        if state is None or used + min(new, needed) - 1 > context:  # no room: begin anew, with the newest tokens
+          used = max(len(row.events) for row in rows)
+          if used + min(new, needed) - 1 > context:
+            used = min(used, max(context - max(context // 8, new - 1), 1))
           state = self._start(rows, used, done)
         plan = generate.Plan(
           np.stack([self._positions(row, len(row.events), len(row.events) + new) for row in rows]),

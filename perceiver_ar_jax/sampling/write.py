@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -14,9 +15,10 @@ import tqdm
 from etils import epath
 from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import NUM_SPECIAL, render
+from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.data import NUM_SPECIAL, codes, music, render
 from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.sampling import prompts
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 
 _UNSEEN = 128
@@ -40,10 +42,8 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
   if stream and sampler.task.modality != "text":
     raise InputError(f"--stream prints text, which the task {sampler.task.name} does not make: leave it out.")
   if jax.process_index() == 0:  # before the work, so that a mistake costs none
-    try:
+    with writing(folder, "free it, or copy the run"):
       folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise InputError(f"{folder} cannot be written ({error.strerror or error}): free it, or copy the run.") from error
   settings = {"batch_size": 1} if stream else {}
   start = time.monotonic()
   with _Progress(stream) as progress:
@@ -77,31 +77,28 @@ def write(folder: epath.Path, samples: list[Sample], name: str) -> list[list[str
 def _write_one(folder: epath.Path, one: Sample, name: str) -> list[str]:
   task, files = one.task, []
 
-  def put(suffix: str, save: Callable[[str], None]) -> None:
-    save(str(folder / (name + suffix)))
+  def put(suffix: str, save: Callable[[BinaryIO], object]) -> None:
+    with (folder / (name + suffix)).open("wb") as file:
+      save(file)
     files.append(name + suffix)
 
   shown = picture(one)
   if shown is not None:
-    put(".png", lambda path: render.save_png(shown, path))
+    put(".png", lambda file: render.save_png(shown, file))
   if task.modality == "text":
-    put(".txt", lambda path: epath.Path(path).write_text(one.value))
+    put(".txt", lambda file: file.write(one.value.encode()))
   elif task.modality == "music":
-    from perceiver_ar_jax.data import music
-
-    put(".mid", lambda path: epath.Path(path).write_bytes(music.to_midi(one.value)))
+    put(".mid", lambda file: file.write(music.to_midi(one.value)))
     if _synthesise(str(folder / f"{name}.mid"), str(folder / f"{name}.wav")):
       files.append(f"{name}.wav")
   elif task.modality != "image":
-    put(".npy", lambda path: np.save(path, _codes(one)))
+    put(".npy", lambda file: np.save(file, _codes(one)))
   return files
 
 
 def _codes(one: Sample) -> np.ndarray:
   """Codes of audio [frames, levels], of video [time, height, width], values of copies [n]."""
   if one.task.modality == "video":
-    from perceiver_ar_jax.data import codes
-
     height, width = one.prompt.place(0, one.prompt.length)[:, 1:].max(axis=0) - 1
     return codes.to_video(one.events, height, width)
   return np.asarray(one.value)
@@ -143,7 +140,8 @@ def _grid(folder: epath.Path, samples: list[Sample]) -> set[str]:
   pixels = grid(samples)
   if pixels is None:
     return set()
-  render.save_png(pixels, str(folder / "grid.png"))
+  with (folder / "grid.png").open("wb") as file:
+    render.save_png(pixels, file)
   return {"grid.png"}
 
 
@@ -224,7 +222,7 @@ def score(config: Config, workdir: epath.PathLike) -> dict:
   Raises:
     InputError: no checkpoint, nothing to score, or nothing that can be read.
   """
-  if config.sample.prompt is None:
+  if config.sample.prompt in (None, prompts.DATA):
     raise InputError(
       "Nothing to score: give a text or a file, --config.sample.prompt=... (--mode=eval scores a split)."
     )

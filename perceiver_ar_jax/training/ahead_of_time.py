@@ -15,7 +15,6 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -54,9 +53,9 @@ def measure(config: Config, topology: chips.Topology) -> dict:
   figures = {
     "mesh": dict(mesh.shape),
     "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)),
-    "weight_bytes": _bytes_per_device(abstract.params),
-    "optimizer_bytes": _bytes_per_device(abstract.opt_state),
-    "batch_bytes": _bytes_per_device(batch),
+    "weight_bytes": sharding.bytes_per_device(abstract.params),
+    "optimizer_bytes": sharding.bytes_per_device(abstract.opt_state),
+    "batch_bytes": sharding.bytes_per_device(batch),
   }
   start = time.monotonic()
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
@@ -111,12 +110,9 @@ def _devices(topology: chips.Topology) -> list:
     return topologies.get_topology_desc(platform=platform, topology_name=topology.shape_name, **options).devices
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).split("\n")[0]
-    raise InputError(f"plan.topology={topology} is not known to the installed compiler: {reason}") from error
-
-
-def _bytes_per_device(tree) -> int:
-  leaves = jax.tree.leaves(tree)
-  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    raise InputError(
+      f"plan.topology={topology} is not known to the installed compiler ({reason}): take another shape."
+    ) from error
 
 
 def _dumped(folder: str) -> str:

@@ -79,12 +79,16 @@ class DataHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(DataHandler, for_save=True)
 @dataclasses.dataclass
 class DataSave(ocp.args.CheckpointArgs):
+  """A data iterator whose position to save."""
+
   iterator: Saveable
 
 
 @ocp.args.register_with_handler(DataHandler, for_restore=True)
 @dataclasses.dataclass
 class DataRestore(ocp.args.CheckpointArgs):
+  """A data iterator to move to the saved position."""
+
   iterator: Saveable
 
 
@@ -129,6 +133,9 @@ class Checkpointer:
 
     Without `data` (weights from elsewhere), training on from here begins the data anew. `metrics` holds
     `nats_per_token` if this state was evaluated. A step that is saved already is left alone.
+
+    Raises:
+      InputError: it, or the checkpoint before it, could not be written.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -191,7 +198,8 @@ class Checkpointer:
       values, error = self._attempt(step, items)
       worst = distributed.largest(_SEVERITY.get(type(error), 1))  # the same on all processes
       if worst == _SEVERITY[InputError]:
-        raise error if isinstance(error, InputError) else InputError(f"Another process cannot go on from step {step}.")
+        elsewhere = InputError(f"Another process cannot go on from step {step}: its own message says why.")
+        raise error if isinstance(error, InputError) else elsewhere
       if worst:
         reason = " ".join(str(error or "another process cannot read it").split())[:300]
         print(f"The checkpoint of step {step} in {self._directory} is damaged: {reason}", file=sys.stderr)

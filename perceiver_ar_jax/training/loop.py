@@ -65,7 +65,7 @@ def train(
   0: done. 128 + signal number: SIGTERM or SIGINT came, everything is saved, and the same command goes on.
 
   Raises:
-    InputError: the config fits not the data, the devices, their memory or the workdir; or the loss is no
+    InputError: the config does not fit the data, the devices, their memory or the workdir; or the loss is no
       longer finite. Checkpoints stay as they are.
   """
   workdir, startup = epath.Path(workdir), _Startup()
@@ -182,12 +182,12 @@ class _Run:
     if not finite and train.on_nonfinite == "skip" and self._skipped_in_a_row < train.max_skipped:
       self._log.say(f"Step {step} was skipped: its loss is {values['loss']}, its gradient norm {values['grad_norm']}.")
     elif not finite:
-      times = f", for the {self._skipped_in_a_row}th time in a row" if self._skipped_in_a_row > 1 else ""
+      times = f", {self._skipped_in_a_row} steps in a row" if self._skipped_in_a_row > 1 else ""
       raise InputError(
         f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}{times}, so training"
-        " stopped."
-        " The checkpoints before it are kept as they are: go on from the newest with a lower"
-        " --config.train.optimizer.learning_rate or clip_norm (or begin anew with a longer warm-up, or in float32)."
+        " stopped. The checkpoints before it are kept as they are: go on from the newest with a lower"
+        " --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm (or begin anew with a longer"
+        " warm-up, or in float32)."
       )
     if train.on_nonfinite == "skip":
       values["skipped_steps"] = self._skipped
@@ -351,13 +351,9 @@ def _check_least_memory(config: Config, abstract: state_lib.TrainState, mesh: Me
 
   XLA's own count is exact but needs a compilation, which may crash for shapes far beyond what any machine has.
   """
-
-  def bytes_of(tree) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
   latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
-  least = bytes_of(abstract) + bytes_of(abstract.params) + model.num_layers * latents
+  least = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params) + model.num_layers * latents
   available = _memory_per_device()
   if least > available:
     raise InputError(

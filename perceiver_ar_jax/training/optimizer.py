@@ -71,7 +71,7 @@ def _is_kernel(params):
 
 
 def _trust_ratio_per_layer() -> optax.GradientTransformation:
-  """LAMB's trust ratio of every weight by itself, also of those that stand stacked under "layers..."."""
+  """LAMB's trust ratio of every weight by itself, also of those that stand stacked below "layers..."."""
   ratio = optax.scale_by_trust_ratio()
 
   def update(updates, state, params):
@@ -79,7 +79,7 @@ def _trust_ratio_per_layer() -> optax.GradientTransformation:
       def scale(update, param):
         return ratio.update(update, state, param)[0]
 
-      stacked = str(path[0].key).startswith("layers")
+      stacked = any(str(part.key).startswith("layers") for part in path)
       return jax.vmap(scale)(update, param) if stacked else scale(update, param)
 
     return jax.tree.map_with_path(one, updates, params), state

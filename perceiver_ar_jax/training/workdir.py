@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, writing
 
 # A run may go on with other values of these; anything else would make it another experiment.
 RESUMABLE = (
@@ -69,15 +69,11 @@ def prepare(config: Config, workdir: epath.Path) -> None:
     InputError: it cannot be written, or holds checkpoints of another experiment.
   """
   path = workdir / "config.json"
-  try:
+  with writing(f"--workdir={workdir}", "give a folder that you may write to"):
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
-  except OSError as error:
-    raise InputError(
-      f"--workdir={workdir} cannot be written ({error.strerror or error}): give a folder that you may write to."
-    ) from error
   checkpoints = workdir / "checkpoints"
   if path.exists() and checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
     changed = _differences(config, load_config(workdir), ignored=RESUMABLE)
@@ -102,14 +98,14 @@ def check_model(config: Config, workdir: epath.Path) -> None:
 
 
 def load_config(workdir: epath.Path) -> Config:
-  """The config that a run wrote; raises InputError where there is none."""
+  """The config that a run wrote; raises InputError where there is none, or none that can be read."""
   path = workdir / "config.json"
   if not path.exists():
     raise InputError(f"--workdir={workdir} holds no run (no config.json): train first, or check the path.")
   try:
     return Config.from_json(path.read_text())
   except (ValueError, TypeError, AttributeError) as error:
-    raise InputError(f"{path} cannot be read: {error} Restore it, or use another --workdir.") from error
+    raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
 
 
 def _differences(config: Config, saved: Config, ignored: tuple[str, ...]) -> list[str]:
