@@ -4,7 +4,8 @@ Paper (section 5 and appendix): on WikiText-103 test perplexity falls from 18.52
 1,024 to 4,096 tokens, on the Books corpus from 14.88 to 14.56 between 1,024 and 16,384, with 1,024 latents each.
 
 Here: the source code of Python's standard library in 2,000 SentencePiece pieces, whole files held out, 64 latents, the
-same targets and equally many steps for each context; in evaluation windows move by 32 tokens. (The pieces, python.model, were trained by `python -m perceiver_ar_jax.data.train_sentencepiece
+same targets and equally many steps for each context; in evaluation windows move by 32 tokens. Each run had one core.
+(The pieces, python.model, were trained by `python -m perceiver_ar_jax.data.train_sentencepiece
 --config=configs/text_files.py --vocab_size=2000 --output=python.model`.) At full scale: configs/pg19.py or
 configs/wikitext103.py with --config.model.max_context.
 
@@ -32,7 +33,7 @@ def get_config(variant="512"):
 
 
 def text(max_context, steps):
-  """The text, the model and its training that all ablations on text share; they have 256 latents, but for this file's."""
+  """The text, the model and its training that all ablations on text share; the others have 256 latents."""
   config = text_files.get_config()
   config.model.update(vocab_size=2003, max_context=max_context, rotary_max_wavelength=4096)
   config.data.update(sentencepiece=str(pathlib.Path(__file__).with_name("python.model")), min_crop=257)

@@ -5,12 +5,12 @@ red, then all green, then all blue) 3.53; with a context of 1,024 of the 12,289 
 plane needs to know of the same pixel in the plane before lies thousands of sub-pixels back.
 
 Here: photographs of 32x32 pixels from installed packages (configs/photos32.py), a plane being 1,024 sub-pixels, 256
-latents, the paper's learned tables of row, column and channel. The full scale is configs/imagenet64.py beside configs/imagenet64_rgb_planes.py with
---config.model.max_context=1024 and without.
+latents, the paper's learned tables of row, column and channel. The full scale is configs/imagenet64.py beside
+configs/imagenet64_rgb_planes.py with --config.model.max_context=1024 and without.
 
 Found: the paper's direction is not seen at this scale: planes are ahead with either context, and the full context gains
-them little. Rotary distances, as in configs/photos32.py, learn far sooner and keep that direction: raster 5.090 with the
-full context and 5.251 with 512, planes 4.503 and 4.520 bits/dim (same steps, one seed, by the flags
+them little. Rotary distances, as in configs/photos32.py, learn far sooner and keep that direction: raster 5.090 with
+the full context and 5.251 with 512, planes 4.503 and 4.520 bits/dim (same steps, one seed, by the flags
 --config.model.position_encoding=rotary --config.model.position_sizes="()" --config.model.rotary_max_wavelength=3072
 --config.model.positions_from_data=False). But they cannot be scored with more latents than they were trained with.
 """
