@@ -19,7 +19,7 @@ from perceiver_ar_jax.evaluation import ablate
 _ROOT = pathlib.Path(__file__).parent.parent
 _PAGE, _FOLDER = _ROOT / "docs" / "results.md", _ROOT / "docs" / "results"
 _SEEDS = {
-  "context": "0",
+  "context": "0,1",
   "baselines_text": "0,1",
   "baselines_copy": "0,1",
   "order": "0",

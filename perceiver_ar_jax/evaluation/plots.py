@@ -35,7 +35,11 @@ def curves(
         axes.annotate(word, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     values = [x for xs, _ in lines.values() for x in xs]
     wide = log_x and bool(values) and max(values) >= 10 * min(values)
-    axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if wide else "linear")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    if wide:
+      axes.set_xscale("log")
+    else:
+      axes.ticklabel_format(axis="x", scilimits=(-3, 5))
     axes.grid(True, which="both", alpha=0.3)
     if any(lines):
       axes.legend(fontsize=8)
