@@ -8,13 +8,17 @@ from collections.abc import Callable
 
 import jax
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_dict, config_flags
 
 import perceiver_ar_jax
 from perceiver_ar_jax import config as config_lib
 
 _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # what a config file that cannot be run raises
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file such as configs/photos32.py.")
+_OF_RUN = pathlib.Path(__file__).parent / "training" / "of_run.py"
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", help_string="The experiment: a file such as configs/photos32.py. Left out: that of the run in --workdir."
+)
 flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of this project, Python and JAX, and exit.")
@@ -66,9 +70,21 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     for argument in argv[1:]:
       _check_name(argument)
-    return flags.FLAGS(argv)
+    return flags.FLAGS([argv[0], *_config_of_run(argv[1:]), *argv[1:]])
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, *_UNLOADABLE) as error:
     return _fail(error)
+
+
+def _config_of_run(arguments: list[str]) -> list[str]:
+  """The flag --config that stands for the run in --workdir, where there is one and no --config is given."""
+  given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
+  workdir = given.get("workdir")
+  if "config" in given or not workdir or not (epath.Path(workdir) / "config.json").exists():
+    return []
+  from perceiver_ar_jax.training import workdir as workdir_lib
+
+  workdir_lib.load_config(epath.Path(workdir))  # says in one paragraph what is wrong with it
+  return [f"--config={_OF_RUN}:{workdir}"]
 
 
 def _check_name(argument: str) -> None:

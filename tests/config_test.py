@@ -6,11 +6,14 @@ import pathlib
 
 import jax
 import pytest
+from etils import epath
 
 from perceiver_ar_jax import PerceiverAR
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import tasks
+from perceiver_ar_jax.training import of_run, workdir
+from tests import tiny
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -25,10 +28,27 @@ def _config(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_resolves_and_names_a_task_that_fits(name):
   config = config_lib.resolve(_config(name))
-  assert config_lib.Config.from_json(config.to_json()) == config
   data = dataclasses.replace(config.data, sentencepiece=None)  # a model that the user trains
   for task, _ in tasks.get_tasks(data, config.model.max_context + 1):
     assert task.vocab_size <= config.model.vocab_size
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_comes_back_from_its_run(name, tmp_path):
+  config = config_lib.resolve(_config(name))
+  (tmp_path / "config.json").write_text(config.to_json())
+  assert config_lib.resolve(of_run.get_config(str(tmp_path))) == config
+
+
+def test_data_that_are_not_the_runs_own_are_told_of(tmp_path, capsys):
+  config = tiny.config()
+  workdir.prepare(config, epath.Path(tmp_path))
+  capsys.readouterr()
+  workdir.check_model(config, epath.Path(tmp_path))
+  assert capsys.readouterr().out == ""
+  other = dataclasses.replace(config, data=dataclasses.replace(config.data, files="elsewhere"))
+  workdir.check_model(other, epath.Path(tmp_path))
+  assert "data.files differ" in capsys.readouterr().out
 
 
 def test_the_imagenet_model_has_the_papers_size():

@@ -93,6 +93,23 @@ def test_a_workdir_of_another_config_is_left_alone(tmp_path):
   assert sorted(os.listdir(tmp_path / "checkpoints")) == before
 
 
+def test_without_a_config_the_runs_own_is_taken(tmp_path):
+  assert tiny.run(tmp_path, train__steps=3).returncode == 0
+  workdir = f"--workdir={tmp_path}"
+  result = _main(workdir, "--mode=eval", "--config.eval.max_sequences=5")
+  assert result.returncode == 0, result.stderr
+  assert json.loads((tmp_path / "eval-validation-3.json").read_text())["num_documents"] == 5
+
+  result = _main(workdir, "--config.train.steps=4")
+  assert result.returncode == 0 and "Going on from the checkpoint of step 3" in result.stdout, result.stderr
+  assert max(tiny.losses(tmp_path)) == 4
+
+  (tmp_path / "config.json").write_text("{")
+  tiny.expect_error(_main(workdir, "--mode=eval"), f"{tmp_path / 'config.json'} cannot be read", "restore it")
+  (tmp_path / "config.json").unlink()
+  tiny.expect_error(_main(workdir, "--mode=eval"), "--config is missing", "configs/photos32.py")
+
+
 def test_a_model_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
   result = tiny.run(
     tmp_path,

@@ -145,7 +145,7 @@ class Evaluator:
       "nats_per_token": lambda value: f"{value:.3f} nats/token",
       "accuracy": lambda value: bits,
     }[result["unit"]](result[result["unit"]])
-    interval = ""
+    interval = " of one document"
     if result["interval_95"]:
       low, high = result["interval_95"][result["unit"]]
       interval = f" of {result['num_documents']:,} documents ({result['unit']} {low:.4g} to {high:.4g} with 95%)"

@@ -36,7 +36,7 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
     best, tried = plan_search.search(config, topology, compile_plan)
     result = best | {"candidates": tried}
   else:
-    print(f"Compiling the train step for {topology} ({topology.num_chips} chips): about a minute.", flush=True)
+    print(f"Compiling the train step for {topology} ({topology.num_chips} chips): one minute to several.", flush=True)
     result = compile_plan(config, topology)
   path = pathlib.Path(workdir) / "plan.json"
   with writing(path, "give another --workdir"):

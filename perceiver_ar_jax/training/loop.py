@@ -109,8 +109,8 @@ def train(
   result = result or evaluator(state.params, int(state.step), lambda: False)
   evaluator.write(result, workdir)
   distributed.say(
-    f"Done. {evaluator.describe(result)}\nCurves: tensorboard --logdir={workdir}   Figures: {workdir}/metrics.jsonl  "
-    " Score again: the same command with --mode=eval"
+    f"Done. {evaluator.describe(result)}\nCurves: {epath.Path(sys.executable).with_name('tensorboard')}"
+    f" --logdir={workdir}   Figures: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
   )
   return 0
 

@@ -60,6 +60,7 @@ SAME_WEIGHTS = (
   "plan.",
   "seed",
 )
+_DATA = ("data.task", "data.files", "data.split_by", "data.validation_files", "data.validation_fraction")
 
 
 def prepare(config: Config, workdir: epath.Path) -> None:
@@ -89,8 +90,17 @@ def prepare(config: Config, workdir: epath.Path) -> None:
 
 
 def check_model(config: Config, workdir: epath.Path) -> None:
-  """Raises InputError unless `workdir` was trained with a model whose weights mean the same in `config`."""
-  changed = _differences(config, load_config(workdir), ignored=SAME_WEIGHTS)
+  """Raises InputError unless `workdir` was trained with a model whose weights mean the same in `config`.
+
+  Says so, if the data are not those that it was trained on.
+  """
+  saved = load_config(workdir)
+  others = [name for name, value in flatten(config).items() if name in _DATA and flatten(saved)[name] != value]
+  if others and jax.process_index() == 0:
+    print(
+      f"Not the data that {workdir} was trained on: {', '.join(others)} differ. (Without --config they are its own.)"
+    )
+  changed = _differences(config, saved, ignored=SAME_WEIGHTS)
   if changed:
     raise InputError(
       f"--workdir={workdir} holds another model: {'; '.join(changed)}. Use the config it was trained with."
