@@ -229,6 +229,7 @@ def score(config: Config, workdir: epath.PathLike) -> dict:
   sampler = Sampler.from_workdir(workdir, config)
   result = sampler.score(config.sample.prompt) | {"split": "given", "data": config.sample.prompt}
   if jax.process_index() == 0:
-    (epath.Path(workdir) / "score.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(evaluate.Evaluator.describe(result), flush=True)
+    path = epath.Path(workdir) / "score.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{evaluate.Evaluator.describe(result)}\nWritten to {path}", flush=True)
   return result

@@ -34,7 +34,7 @@ from perceiver_ar_jax.training import workdir as workdir_lib
 
 _LESS_MEMORY = (
   "Lower train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
-  " model.attention=streamed (a long context), spread weights with mesh.fsdp, or make the model smaller (latent_width,"
+  " model.attention=streamed (a long context), spread weights over more devices with mesh.fsdp, or make the model smaller (latent_width,"
   " num_layers, num_latents)."
 )
 _PROFILED_STEPS = 3
@@ -218,6 +218,7 @@ class _Run:
       figures = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
       self._log.write(step, figures)
       if self._exhibit:
+        self._log.say("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
         self._log.write_samples(step, self._exhibit(params, stopped))
     self._last_report = time.monotonic()
     return result
