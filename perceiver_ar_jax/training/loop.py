@@ -34,8 +34,8 @@ from perceiver_ar_jax.training import workdir as workdir_lib
 
 _LESS_MEMORY = (
   "Lower train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
-  " model.attention=streamed (a long context), spread weights over more devices with mesh.fsdp, or make the model smaller (latent_width,"
-  " num_layers, num_latents)."
+  " model.attention=streamed (a long context), spread weights over more devices with mesh.fsdp, or make"
+  " the model smaller (latent_width, num_layers, num_latents)."
 )
 _PROFILED_STEPS = 3
 
