@@ -10,10 +10,10 @@ same targets and equally many steps for each context; in evaluation windows move
 configs/wikitext103.py with --config.model.max_context.
 
 Found: trained with 512 inputs the model ends 0.9% below that with 64 (0.8% and 1.0% with the two seeds); 256 inputs are
-0.2% above. One model, trained with 512 and given less at evaluation, loses 4.4% with 64 inputs, 1.4% with 128 and 0.4%
-with 256 ("One model..." in results.md). What a context gains comes late: after 500 steps it was 0.1%. So a context much
-longer than the training can pay for gains nothing: with 256 latents, 3,000 steps and one seed, 256, 1,024 and 4,096
-inputs gave 1.556, 1.550 and 1.577 bits a byte.
+0.2% above. One model, trained with 512 and given less at evaluation, loses 4.6% with 64 inputs, 1.4% with 128 and 0.4%
+with 256 ("One model..." in results.md). What a context gains comes late: 0.3% after 500 steps, 0.5% after 1,000. So a
+context much longer than the training can pay for gains nothing: with 256 latents, 3,000 steps and one seed, 256, 1,024
+and 4,096 inputs gave 1.556, 1.550 and 1.577 bits a byte.
 """
 
 import pathlib
