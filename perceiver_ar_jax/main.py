@@ -70,10 +70,9 @@ def _on_devices(config: Config) -> int:
   if _MODE.value == "eval":
     evaluate.evaluate(config, command_line.WORKDIR.value)
     return 0
-  from perceiver_ar_jax.sampling import write
   from perceiver_ar_jax.training import loop
 
-  return loop.train(config, command_line.WORKDIR.value, evaluate.Evaluator, write.Exhibit)
+  return loop.train(config, command_line.WORKDIR.value)
 
 
 if __name__ == "__main__":

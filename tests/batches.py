@@ -57,7 +57,8 @@ def evaluate(config: config_lib.Config, hosts: int = 1, batch: int = 4, **settin
   """Evaluation batches, `batch` rows on each of some hosts: [hosts][batches]; `settings` are others of config.eval."""
   changed = dataclasses.replace(config.eval, batch_size=hosts * batch, **settings)
   config = dataclasses.replace(config, eval=changed)
-  return [list(pipeline.eval_batches(config, range(host * batch, (host + 1) * batch))) for host in range(hosts)]
+  shares = [range(host * batch, (host + 1) * batch) for host in range(hosts)]
+  return [list(pipeline.eval_batches(config, pipeline.eval_documents(config), rows)) for rows in shares]
 
 
 def assert_equal(ones: list, others: list) -> None:

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from perceiver_ar_jax.config import InputError, resolve
-from perceiver_ar_jax.evaluation import ablate, evaluate
+from perceiver_ar_jax.evaluation import ablate
 from perceiver_ar_jax.parallel import flops
 from perceiver_ar_jax.training import loop
 
@@ -47,7 +47,7 @@ class _Runs:
       return subprocess.CompletedProcess(command, 1)
     config = runpy.run_path(path)["get_config"](variant)
     config.seed = int(settings["config.seed"])
-    return subprocess.CompletedProcess(command, loop.train(resolve(config), settings["workdir"], evaluate.Evaluator))
+    return subprocess.CompletedProcess(command, loop.train(resolve(config), settings["workdir"]))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(config, tmp_path_factory):
   workdir = epath.Path(tmp_path_factory.mktemp("run"))
-  assert loop.train(config, workdir, evaluate.Evaluator) == 0
+  assert loop.train(config, workdir) == 0
   return workdir
 
 

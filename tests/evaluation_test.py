@@ -125,7 +125,7 @@ def test_the_interval_treats_documents_as_what_was_drawn():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
-  assert loop.train(tiny.config(), workdir, evaluate.Evaluator) == 0
+  assert loop.train(tiny.config(), workdir) == 0
   return workdir
 
 

@@ -42,7 +42,7 @@ class _Killer:
 def uninterrupted(tmp_path_factory):
   """A finished run of 12 steps."""
   workdir = tmp_path_factory.mktemp("uninterrupted")
-  assert loop.train(tiny.config(), workdir, evaluate.Evaluator) == 0
+  assert loop.train(tiny.config(), workdir) == 0
   return workdir
 
 
@@ -86,12 +86,12 @@ def test_signals_save_and_the_run_goes_on_exactly(number, uninterrupted, tmp_pat
   config = tiny.config(eval__every=4)
   assert loop.train(config, tmp_path, lambda config, mesh: _Killer(number)) == 128 + number
   assert 4 <= max(tiny.losses(tmp_path)) <= 5
-  assert loop.train(tiny.config(), tmp_path, evaluate.Evaluator) == 0
+  assert loop.train(tiny.config(), tmp_path) == 0
   assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)
 
 
 def test_other_seeds_give_other_losses(uninterrupted, tmp_path):
-  loop.train(tiny.config(seed=1), tmp_path, evaluate.Evaluator)
+  loop.train(tiny.config(seed=1), tmp_path)
   assert tiny.losses(tmp_path)[12] != tiny.losses(uninterrupted)[12]
 
 
@@ -123,7 +123,7 @@ def _garble_data_position(step: pathlib.Path):
 @pytest.mark.parametrize("damage", [_flip_a_byte, _truncate_optimizer, _lose_weights, _garble_data_position])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, finished, uninterrupted, capfd):
   damage(finished / "checkpoints" / "12")
-  assert loop.train(tiny.config(), finished, evaluate.Evaluator) == 0
+  assert loop.train(tiny.config(), finished) == 0
   captured = capfd.readouterr()
   assert "checkpoint of step 12" in captured.err and "damaged" in captured.err
   assert "Going on from the checkpoint of step 9" in captured.out
@@ -137,7 +137,7 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(fini
   logged = (finished / "metrics.jsonl").read_text()
   for _ in range(2):  # a restart loop must not begin anew either
     with pytest.raises(InputError, match="None of the checkpoints"):
-      loop.train(tiny.config(), finished, evaluate.Evaluator)
+      loop.train(tiny.config(), finished)
   assert len(list((finished / "checkpoints").iterdir())) == 3
   assert (finished / "metrics.jsonl").read_text() == logged
 
@@ -146,12 +146,12 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(fini
 def test_every_optimizer_trains_and_resumes(name, tmp_path):
   settings = {"train__optimizer__name": name, "train__optimizer__schedule": "constant"}
   for steps in (3, 4):
-    assert loop.train(tiny.config(train__steps=steps, **settings), tmp_path, evaluate.Evaluator) == 0
+    assert loop.train(tiny.config(train__steps=steps, **settings), tmp_path) == 0
   assert sorted(tiny.losses(tmp_path)) == [1, 2, 3, 4]
 
 
 def test_a_longer_run_continues_a_finished_one(finished):
-  assert loop.train(tiny.config(train__steps=14), finished, evaluate.Evaluator) == 0
+  assert loop.train(tiny.config(train__steps=14), finished) == 0
   assert sorted(tiny.losses(finished)) == list(range(1, 15))
 
 
@@ -176,12 +176,12 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   config = tiny.config(train__optimizer__learning_rate=1e30, train__optimizer__clip_norm=0.0)
   with pytest.raises(InputError, match="At step [34] the loss is .* so training stopped"):
-    loop.train(config, tmp_path, evaluate.Evaluator)
+    loop.train(config, tmp_path)
   assert all(int(path.name) < 3 for path in (tmp_path / "checkpoints").iterdir())
 
 
 def test_a_profile_is_written_on_request(tmp_path):
-  assert loop.train(tiny.config(train__profile_at=2, train__steps=6), tmp_path, evaluate.Evaluator) == 0
+  assert loop.train(tiny.config(train__profile_at=2, train__steps=6), tmp_path) == 0
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -226,7 +226,7 @@ def test_updates_that_are_not_finite_are_skipped_but_not_for_ever(tmp_path, capf
     train__max_skipped=4,
   )
   with pytest.raises(InputError, match="At step [67] the loss is .*, 4 steps in a row, so training stopped"):
-    loop.train(config, tmp_path, evaluate.Evaluator)
+    loop.train(config, tmp_path)
   assert "was skipped: its loss is" in capfd.readouterr().out
   skipped = [json.loads(line)["skipped_steps"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert skipped[0] == 0 and skipped[-1] == 3
@@ -249,5 +249,5 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"3"}
-  assert loop.train(tiny.config(), tmp_path, evaluate.Evaluator) == 0
+  assert loop.train(tiny.config(), tmp_path) == 0
   assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)

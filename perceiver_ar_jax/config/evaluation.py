@@ -1,4 +1,4 @@
-"""What is done with a trained model."""
+"""Evaluation, sampling and attention maps of a trained model."""
 
 import dataclasses
 
@@ -20,15 +20,21 @@ class EvalConfig:
   batch_size: int
   """Windows per step over all devices."""
   max_sequences: int | None = None
-  """Score only the first so many sequences; None: all."""
-  num_samples: int = 2
-  """Samples that training makes at each evaluation, by the settings of `sample`, for TensorBoard; 0: none."""
+  """Score only the first sequences, at most this many (of each task of a mixture); None: all."""
+  max_tokens: int | None = None
+  """Score at most this many tokens (of each task of a mixture), the first ones of the split; the last sequence is cut,
+  and words and bytes are those of the scored part. A text of subword tokens is cut between words. None: all."""
+  num_samples: int | None = None
+  """Samples that training draws at each evaluation, by the settings of `sample`, for TensorBoard; 0: none. None: 2 on a
+  single device, otherwise none: weights that are sharded over devices are gathered for each token."""
 
   def __post_init__(self):
     require(self.every >= 1, f"eval.every={self.every} must be at least 1.")
-    require(self.num_samples >= 0, f"eval.num_samples={self.num_samples} must not be negative.")
+    require(
+      self.num_samples is None or self.num_samples >= 0, f"eval.num_samples={self.num_samples} must not be negative."
+    )
     require(self.batch_size >= 1, f"eval.batch_size={self.batch_size} must be at least 1.")
-    for name in ("stride", "num_latents", "max_sequences"):
+    for name in ("stride", "num_latents", "max_sequences", "max_tokens"):
       value = getattr(self, name)
       require(value is None or value >= 1, f"eval.{name}={value} must be at least 1.")
 

@@ -44,6 +44,9 @@ class Document:
     """Whether there is anything to predict."""
     return len(self) > 1
 
+  def check_readable(self) -> None:
+    """Raises Unreadable if the document is read only when needed and cannot be read."""
+
   def read(self, start: int, end: int) -> np.ndarray:
     """Events start..end-1: int32[end - start]."""
     return self._events[start:end]
@@ -60,6 +63,23 @@ class Document:
     """What evaluation divides by beside tokens, for the whole document: words and bytes of a text."""
     return self._counts
 
+  @property
+  def num_scored(self) -> int:
+    """Events that are predicted and count in evaluation."""
+    return int(self.scored(1, max(len(self), 1)).sum())
+
+  def head(self, num_scored: int) -> "Document | None":
+    """Returns the document up to its `num_scored`-th scored event, a longer one cut there; the counts are of that part.
+
+    Returns None where the counts of a part are unknown: the words of a text that is stored as subword tokens.
+    """
+    if self.num_scored <= num_scored:
+      return self
+    if self._counts:
+      return None
+    last = 1 + np.flatnonzero(self.scored(1, len(self)))[num_scored - 1]
+    return Head(self, int(last) + 1, {})
+
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
     """A training crop: (events int32[n], positions int32[n, P]), n <= `longest`.
 
@@ -71,6 +91,26 @@ class Document:
     end = first + int(draw * (last - first + 1))
     start = max(end - longest, 0)
     return self.read(start, end), self.positions(start, end)
+
+
+class Head(Document):
+  """The first `length` events of a document, with the counts of that part."""
+
+  def __init__(self, document: Document, length: int, counts: Mapping[str, int]):
+    super().__init__(np.zeros(0, np.int32), counts=counts)
+    self._document, self._length = document, length
+
+  def __len__(self) -> int:
+    return self._length
+
+  def read(self, start: int, end: int) -> np.ndarray:
+    return self._document.read(start, end)
+
+  def positions(self, start: int, end: int) -> np.ndarray:
+    return self._document.positions(start, end)
+
+  def scored(self, start: int, end: int) -> np.ndarray:
+    return self._document.scored(start, end)
 
 
 def count_positions(length: int) -> np.ndarray:

@@ -11,7 +11,7 @@ A batch is a dict of arrays that begin as padding, `empty_batch`; each row of it
 here is NumPy and depends on its arguments alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -74,15 +74,15 @@ def eval_window(row: Batch, document: Document, end: int, num_new: int) -> None:
   _fill(row, document.read(start, end), document.positions(start, end), document.scored(start, end), num_new)
 
 
-def eval_blocks(num_events: int, stride: int) -> list[tuple[int, int]]:
-  """(end, num_new) pairs: blocks of `stride` targets that together cover each target of a document just once.
+def eval_blocks(num_events: int, stride: int) -> Iterator[tuple[int, int]]:
+  """Yields (end, num_new): blocks of `stride` targets that together cover each target of a document exactly once.
 
-  The first block is the short one when `stride` does not divide the number of targets, so that all the later ones
-  have as much context as can be.
+  The first block is the short one when `stride` does not divide the number of targets, so that all later ones have as
+  much context as possible.
   """
   num_targets = max(num_events - 1, 0)
   ends = range(num_targets, 0, -stride)
-  return [(1 + end, min(stride, end)) for end in reversed(ends)]
+  return ((1 + end, min(stride, end)) for end in reversed(ends))
 
 
 def _fill(row: Batch, events: np.ndarray, positions: np.ndarray, scored: np.ndarray, num_new: int) -> None:

@@ -23,6 +23,11 @@ def last(kind: str) -> str:
   return next(reversed(_SEEN[kind]), "")
 
 
+def newest(kind: str, limit: int) -> list[str]:
+  """Returns the newest messages of a kind, at most `limit` of them."""
+  return list(_SEEN[kind])[-limit:]
+
+
 def count(kind: str) -> int:
   """How often something of a kind was noticed, repetitions included."""
   return _TIMES[kind]

@@ -280,25 +280,37 @@ class TrainIterator:
     return tf.train.Checkpoint(**{f"records_{index}": records for index, records in enumerate(self._records)})
 
 
+def eval_documents(config: Config) -> Iterator[tuple[Task, Document]]:
+  """Yields the documents that `config.eval` scores; raises InputError as records.documents."""
+  settings = config.eval
+  return records_lib.documents(config, settings.split, settings.max_sequences, settings.max_tokens)
+
+
+def check_held_out(config: Config) -> None:
+  """Raises InputError if `eval_documents` fails or yields nothing; stops at the first document that can be read."""
+  if next(eval_documents(config), None) is None:
+    raise records_lib.none_readable(config, config.eval.split)
+
+
 def eval_batches(
-  config: Config, rows: Sequence[int] | None = None, chosen: Iterable[tuple[Task, Document]] | None = None
+  config: Config, documents: Iterable[tuple[Task, Document]], rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-  """Batches of sliding windows over `config.eval.split`, in order, in which every scored event weighs 1 just once.
+  """Yields batches of sliding windows over documents, in order, in which every scored event has weight 1 exactly once.
 
   The windows of all documents form one list, and each batch takes the next `config.eval.batch_size` of them; the last
   one is filled up with rows of PAD and weight 0. So hosts that make some of the rows each yield equally many batches.
 
-  Batches have two arrays more than training's, int32[B]: `document`, the number of the row's document, -1 for rows of
-  PAD; and `end`, the number of events of it up to the row's last target. Batches of text have yet two: `words` and
-  `bytes` of the original text, each document's in its first row and 0 in the others.
+  Batches have two more arrays than those of training, int32[B]: `document`, the number of the row's document, -1 for
+  rows of PAD; and `end`, the number of events of it up to the row's last target. Batches of text have two further ones:
+  `words` and `bytes` of the original text, those of each document in its first row and 0 in the others.
 
   Args:
-    config: `eval` says what is scored, and in what windows.
+    config: `eval` determines the windows.
+    documents: such as `eval_documents`.
     rows: the rows of each batch to make, in order; None: all.
-    chosen: documents to score instead of the split's.
 
   Raises:
-    InputError: as TrainIterator; or an endless split without `eval.max_sequences`.
+    InputError: as TrainIterator, or as `documents`.
   """
   settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
   task, _ = get_tasks(config.data, records_lib.longest_crop(config))[0]
@@ -306,8 +318,7 @@ def eval_batches(
   rows = range(settings.batch_size) if rows is None else rows
 
   def blocks() -> Iterator[tuple[int, Document, int, int, bool]]:
-    read = records_lib.documents(config, settings.split, settings.max_sequences) if chosen is None else chosen
-    for number, (_, document) in enumerate(read):
+    for number, (_, document) in enumerate(documents):
       for block, (end, num_new) in enumerate(features.eval_blocks(len(document), settings.stride or num_latents)):
         yield number, document, end, num_new, block == 0
 

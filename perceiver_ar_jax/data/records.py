@@ -5,16 +5,16 @@ bounded buffers, since all that a stage has ready belongs to a saved state. pipe
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import seqio
 
 from perceiver_ar_jax.config import Config, InputError, nearest
 from perceiver_ar_jax.data import notices
-from perceiver_ar_jax.data.documents import Document
+from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.registry import Record, Task
-from perceiver_ar_jax.data.sources import TfdsSource
+from perceiver_ar_jax.data.sources import ListSource, TfdsSource
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
 
@@ -24,33 +24,86 @@ _TF_THREADS = 8
 """Threads that read and decode records, in TensorFlow."""
 
 
-def documents(config: Config, split: str, max_sequences: int | None = None) -> Iterator[tuple[Task, Document]]:
-  """The documents of a split in order, one task of a mixture after the other, unreadable ones left out.
+def documents(
+  config: Config, split: str, max_sequences: int | None = None, max_tokens: int | None = None
+) -> Iterator[tuple[Task, Document]]:
+  """Yields the documents of a split in order, one task of a mixture after the other; unreadable ones are left out.
+
+  Args:
+    config: the experiment.
+    split: its name.
+    max_sequences: only the first documents of each task; None: all.
+    max_tokens: only documents up to this many scored events of each task, the last document cut; None: all.
 
   Raises:
-    InputError: as TrainIterator; or an endless split without `max_sequences`.
+    InputError: as TrainIterator; an endless split without a limit; or `max_tokens` is too small for any part of the
+      first document.
   """
   for task, _ in get_tasks(config.data, longest_crop(config)):
     check_vocabulary(task, config)
     check_position_dims(task, config)
     num_records(task, split)
     records = task.source.get_dataset(split=split, shuffle=False)
-    if max_sequences is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
-      raise InputError(
-        f"The split {split!r} of {task.name} never ends: set eval.max_sequences to how many sequences to score."
-      )
-    opened = (task.open(record) for batch in preprocess(task, records).batch(1) for record in to_records(batch))
+    if max_sequences is None and max_tokens is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
+      raise InputError(f"The split {split!r} of {task.name} never ends: set eval.max_sequences or eval.max_tokens.")
+    opened = (_open(task, record) for batch in preprocess(task, records).batch(1) for record in to_records(batch))
     whole = (document for document in opened if document is not None and not document.continues)
-    for document in itertools.islice(whole, max_sequences):
+    for document in _bounded(itertools.islice(whole, max_sequences), max_tokens):
       yield task, document
 
 
+def num_documents(config: Config, split: str, max_sequences: int | None = None) -> int | None:
+  """Returns how many documents `documents` yields at most; None where that is unknown."""
+  total = 0
+  for task, _ in get_tasks(config.data, longest_crop(config)):
+    count = num_records(task, split)
+    if isinstance(task.source, ListSource):
+      count = task.source.num_documents(split)
+    counts = [limit for limit in (count, max_sequences) if limit is not None]
+    if not counts:
+      return None
+    total += min(counts)
+  return total
+
+
+def _open(task: Task, record: Record) -> Document | None:
+  """As Task.open; None as well for a document that is read only when needed and cannot be read."""
+  document = task.open(record)
+  try:
+    if document is not None and not document.continues:
+      document.check_readable()
+    return document
+  except Unreadable as error:
+    notices.notice("skipped", f"Skipped: {error}")
+    return None
+
+
+def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
+  """Yields documents until `max_tokens` events are scored, the last one cut; see Document.head."""
+  left, num_yielded = max_tokens, 0
+  for document in documents:
+    head = document if left is None else document.head(left)
+    if head is None or not head.num_scored:
+      if not num_yielded:
+        raise InputError(
+          f"eval.max_tokens={max_tokens} ends within the first document, and words and bytes of so small a part, or of"
+          " a part of cached subword tokens, are unknown: raise it, or set eval.max_sequences instead."
+        )
+      return
+    yield head
+    num_yielded += 1
+    if left is not None:
+      left -= head.num_scored
+      if left <= 0:
+        return
+
+
 def none_readable(config: Config, split: str) -> InputError:
-  """What to raise where `documents` gives none."""
-  last = notices.last("skipped").removeprefix("Skipped: ") or "it is empty"
+  """Returns the error to raise where `documents` yields nothing."""
+  reasons = [message.removeprefix("Skipped: ") for message in notices.newest("skipped", 3)] or ["it is empty"]
   return InputError(
-    f"The split {split!r} of {config.data.task} holds no document that can be read. The last reason: {last}."
-    " Mend or remove such files, or hold out others (data.validation_fraction, data.validation_files)."
+    f"The split {split!r} of {config.data.task} contains no document that can be read: {'; '.join(reasons)}. Fix or"
+    " remove such files, or hold out others (data.validation_fraction, data.validation_files)."
   )
 
 

@@ -109,6 +109,10 @@ class ListSource(seqio.FunctionDataSource):
     """Records of the split."""
     return len(self._list(split))
 
+  def num_documents(self, split: str) -> int:
+    """Documents of the split: a large text has several records, its parts."""
+    return sum(not record.get("part") for record in self._list(split))
+
   def fingerprint(self, split: str) -> str:
     """Changes with the names of the files and how they are cut into records, but not with their folder."""
     records = [{**record, "path": pathlib.PurePath(record["path"]).name} for record in self._list(split)]

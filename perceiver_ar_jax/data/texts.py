@@ -10,7 +10,7 @@ import numpy as np
 
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS
-from perceiver_ar_jax.data.documents import Document, Unreadable
+from perceiver_ar_jax.data.documents import Document, Head, Unreadable
 from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.sources import read_bytes
 
@@ -118,6 +118,10 @@ class Text:
     """Bytes start..end-1, as far as they exist."""
     return self._content[max(start, 0) : end]
 
+  def head(self, size: int) -> "Text":
+    """The first `size` bytes."""
+    return Text(self._content[:size], self.name)
+
 
 class FileText(Text):
   """Bytes offset..offset+size-1 of a file, read when asked for."""
@@ -131,6 +135,9 @@ class FileText(Text):
   def read(self, start: int, end: int) -> bytes:
     start, end = max(start, 0), min(end, self._size)
     return read_bytes(self.name, self._offset + start, max(end - start, 0))
+
+  def head(self, size: int) -> "FileText":
+    return FileText(self.name, self._offset, min(size, self._size))
 
 
 class ByteDocument(Document):
@@ -151,6 +158,9 @@ class ByteDocument(Document):
   def __len__(self) -> int:
     return len(self.text) + 2
 
+  def check_readable(self) -> None:
+    self.text.read(0, 1)
+
   def read(self, start: int, end: int) -> np.ndarray:
     events = np.empty(end - start, np.int32)
     first, last = int(start == 0), int(end == len(self))
@@ -161,6 +171,15 @@ class ByteDocument(Document):
 
   def counts(self) -> dict[str, int]:
     return count(self.text)
+
+  @property
+  def num_scored(self) -> int:
+    return len(self) - 1
+
+  def head(self, num_scored: int) -> Document:
+    if self.num_scored <= num_scored:
+      return self
+    return Head(self, 1 + num_scored, count(self.text.head(num_scored)))
 
 
 class PieceDocument(Document):
@@ -193,8 +212,24 @@ class PieceDocument(Document):
   def has_targets(self) -> bool:
     return len(self.text) > 0  # without encoding it
 
+  def check_readable(self) -> None:
+    self.text.read(0, 1)
+
   def counts(self) -> dict[str, int]:
     return count(self.text)
+
+  def head(self, num_scored: int) -> Document:
+    """As Document.head, but cut between words, so that a few events may be missing: only the part is encoded."""
+    num_bytes = num_scored * _BYTES_PER_PIECE
+    if num_bytes >= len(self.text) and self.num_scored <= num_scored:
+      return self
+    while True:
+      num_bytes = _previous_boundary(self.text, num_bytes)
+      part = PieceDocument(self.text.head(num_bytes), self._pieces)
+      num_pieces = len(part) - 2
+      if num_pieces <= num_scored:
+        return Head(part, 1 + num_pieces, part.counts())  # the part's EOS is not the text's
+      num_bytes = min(num_bytes * num_scored // num_pieces, num_bytes - 1)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
     """As Document.crop, but drawn in bytes, `shortest` being about `_TYPICAL_BYTES_PER_PIECE` of them each, and cut
@@ -220,6 +255,19 @@ def _next_boundary(text: bytes) -> int:
   if space:
     return space.start()
   return next((place for place, byte in enumerate(text) if byte & 0xC0 != 0x80), 0)
+
+
+def _previous_boundary(text: Text, end: int) -> int:
+  """Where the last whole word before byte `end` ends; where a character begins if no space is near."""
+  if end >= len(text):
+    return len(text)
+  start = max(end - _LONGEST_WORD_BYTES, 0)
+  tail = text.read(start, end + 1)
+  spaces = [space.start() for space in _WHITESPACE.finditer(tail)]
+  if spaces and start + spaces[-1] > 0:
+    return start + spaces[-1]
+  characters = [place for place, byte in enumerate(tail) if byte & 0xC0 != 0x80]
+  return start + (characters[-1] if characters else len(tail) - 1)
 
 
 def count(text: Text) -> dict[str, int]:

@@ -1,22 +1,26 @@
 """Scores held-out sequences: every token once, in blocks of `stride` new tokens with as much context as fits.
 
-This is how the paper measures likelihood: a smaller stride gives each token more context and costs
-more windows. Windows come from data/pipeline.py; this room turns logits into figures.
+This is how the paper measures likelihood: a smaller stride gives each token more context and needs more windows.
+data/pipeline.py makes the windows; this module computes metrics from logits.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import tqdm
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import pipeline, records
 from perceiver_ar_jax.data.documents import Document
+from perceiver_ar_jax.data.features import Batch
 from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
@@ -29,9 +33,11 @@ from perceiver_ar_jax.training import checkpoint, loss
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
+_SILENT_SECONDS = 5
+
 
 def make_eval_step(config: Config):
-  """The pure function (params, batch) -> sums of its rows, and over its rows; batches are pipeline.eval_batches's.
+  """Returns the pure function (params, batch) -> sums, for batches of pipeline.eval_batches.
 
   By row: `document` int32[B], and float32[B] `nats`, `right` and `tokens`. By row and bucket, float32[B, K] each:
   `nats_by_position` and `tokens_by_position` of the targets by their place in the document, `nats_by_context` and
@@ -73,6 +79,64 @@ def make_eval_step(config: Config):
   return eval_step
 
 
+class _Progress:
+  """A progress bar over scored tokens, shown once an evaluation has taken 5 seconds.
+
+  The total is extrapolated from the documents opened so far to all of them: exact for a single document and for
+  documents of one length, an estimate for others.
+  """
+
+  def __init__(self, num_documents: int | None):
+    self._num_documents = num_documents
+    self._bar = tqdm.tqdm(
+      desc="Evaluating",
+      unit="token",
+      unit_scale=True,
+      delay=_SILENT_SECONDS,
+      mininterval=0.5 if sys.stderr.isatty() else _SILENT_SECONDS,
+      dynamic_ncols=True,
+      leave=False,
+      disable=jax.process_index() > 0,
+    )
+
+  def __enter__(self) -> "_Progress":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self._bar.close()
+
+  def watch(self, documents: Iterable[tuple[Task, Document]]) -> Iterator[tuple[Task, Document]]:
+    """Yields the documents and updates the total."""
+    num_opened = num_tokens = 0
+    for task, document in documents:
+      num_opened, num_tokens = num_opened + 1, num_tokens + document.num_scored
+      if self._num_documents:
+        self._bar.total = max(round(num_tokens * self._num_documents / num_opened), num_tokens)
+      yield task, document
+
+  def update(self, num_tokens: float) -> None:
+    """Moves the bar to this number of tokens."""
+    self._bar.update(num_tokens - self._bar.n)
+
+
+def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
+  """Returns the next batch, None at the end; raises InputError on all processes if one of them cannot read its rows.
+
+  A process that raised alone would leave the others waiting for it in a computation.
+  """
+  batch, error = None, None
+  try:
+    batch = next(batches, None)
+  except InputError as input_error:
+    error = input_error
+  except Exception as any_error:  # of whatever library reads the data
+    traceback.print_exc()
+    error = InputError(f"Held-out data cannot be read ({type(any_error).__name__}: {any_error}).")
+  if distributed.largest(error is not None):
+    raise error or InputError("Another process cannot read held-out data: its own message gives the reason.")
+  return batch
+
+
 class Evaluator:
   """Scores one split of the config's task with any parameters; compiled once.
 
@@ -91,33 +155,45 @@ class Evaluator:
     params,
     step: int,
     should_stop: Callable[[], bool] = lambda: False,
-    documents: Iterable[tuple[Task, Document]] | None = None,
+    documents: Sequence[tuple[Task, Document]] | None = None,
   ) -> dict | None:
-    """Nats, bits and the task's own unit per token over the whole split; None if `should_stop` says so on the way.
+    """Returns nats, bits and the task's own unit per token over the whole split; None if `should_stop` returned True.
 
-    `documents`: score these instead of a split.
+    A progress bar appears after 5 seconds.
 
-    `histogram_entropy_bits` is what a model would pay that knows only how often each token occurs in the split.
-    `interval_95` holds the ends of each figure's 95% interval, documents being what is drawn at random; None for one
-    document. `by_position` and `by_context` divide the tokens by their place in the document (from 0), and by
-    how many inputs they were predicted from.
+    `histogram_entropy_bits` is the cost of a model that knows only how often each token occurs in the split.
+    `interval_95` has the ends of each metric's 95% interval, documents being the random sample; None for one document.
+    `by_position` and `by_context` divide the tokens by their place in the document (from 0), and by how many inputs
+    they were predicted from.
+
+    Args:
+      params: the weights.
+      step: their step, for the result.
+      should_stop: called once per batch, by all processes.
+      documents: score these instead of a split.
 
     Raises:
-      InputError: as pipeline.eval_batches, or no document of the split can be read.
+      InputError: as pipeline.eval_documents and eval_batches, or no document can be read. All processes raise it,
+        whichever of them the cause occurred in.
     """
     config, totals = self._config, figures.Totals()
     size = config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
-    batches = pipeline.eval_batches(config, rows, documents)
-    with jax.set_mesh(self._mesh):
-      pending = None
-      for batch in batches:
+    if documents is None:
+      num_documents = records.num_documents(config, config.eval.split, config.eval.max_sequences)
+      documents = pipeline.eval_documents(config)
+    else:
+      num_documents = len(documents)
+    with jax.set_mesh(self._mesh), _Progress(num_documents) as progress:
+      batches, pending = pipeline.eval_batches(config, progress.watch(documents), rows), None
+      while (batch := _next_on_all(batches)) is not None:
         if should_stop():
           return None
         # Fetched one step late, so that the device works while the host reads the next batch.
         layout = sharding.batch_shardings(self._mesh, {name: (size, *x.shape[1:]) for name, x in batch.items()})
         sums, pending = pending, self._step(params, to_global(batch, rows, size, layout))
         totals.add(sums)
+        progress.update(totals.num_tokens)
       totals.add(pending)
     if not totals.num_tokens:
       raise records.none_readable(config, config.eval.split)
@@ -135,13 +211,13 @@ class Evaluator:
 
   @staticmethod
   def describe(result: dict) -> str:
-    """One line for people: the split's figures, and what they are to be compared with."""
+    """Returns one line: the metrics of the split, and the entropy of its tokens for comparison."""
     bits, nats = f"{result['bits_per_token']:.3f} bits/token", result["unit"] == "nats_per_token"
     entropy = result["histogram_entropy_bits"] * (math.log(2) if nats else 1)
     own = {
       "bits_per_dim": lambda value: f"{value:.3f} bits/dim",
       "bits_per_byte": lambda value: f"{value:.3f} bits/byte, {bits}",
-      "word_perplexity": lambda value: f"perplexity {value:.4g} a word, {bits}",
+      "word_perplexity": lambda value: f"perplexity {value:.4g} per word, {bits}",
       "nats_per_token": lambda value: f"{value:.3f} nats/token",
       "accuracy": lambda value: bits,
     }[result["unit"]](result[result["unit"]])
@@ -171,10 +247,10 @@ class Evaluator:
 
 
 def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
-  """(the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, which stays as it is.
+  """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`; changes nothing there.
 
   Raises:
-    InputError: the workdir holds no readable checkpoint, or one of another model; or the devices do not fit the config.
+    InputError: the workdir has no readable checkpoint, or one of another model; or the devices do not fit the config.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)
@@ -183,26 +259,26 @@ def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
     restored = checkpointer.restore_params(state_lib.abstract_params(config, mesh))
   if restored is None:
-    raise InputError(f"--workdir={workdir} holds no checkpoint: train first, with the same --workdir.")
+    raise InputError(f"--workdir={workdir} contains no checkpoint: train first, with the same --workdir.")
   return mesh, *restored
 
 
 class Checkpoint(NamedTuple):
-  """What a run has trained."""
+  """The trained weights of a run."""
 
   config: Config
   step: int
   params: dict
-  """Its weights, on the config's mesh."""
+  """On the config's mesh."""
 
 
 def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:
-  """The newest good checkpoint of a run, which stays as it is.
+  """Returns the newest good checkpoint of a run, which is only read.
 
   `PerceiverAR(checkpoint.config.model).apply({"params": checkpoint.params}, tokens_BxL, positions_BxLxP)` gives logits.
 
   Raises:
-    InputError: there is no run, or no readable checkpoint; or the devices do not fit the run's config.
+    InputError: no run, or no readable checkpoint; or the devices do not fit the run's config.
   """
   config = workdir_lib.load_config(epath.Path(workdir))
   _, step, params = restore(config, workdir)
@@ -210,10 +286,10 @@ def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:
 
 
 def evaluate(config: Config, workdir: epath.PathLike) -> dict:
-  """Scores the newest good checkpoint of `workdir` and writes eval-<split>-<step>.json there.
+  """Scores the newest good checkpoint of `workdir`, prints the result, and writes eval-<split>-<step>.json there.
 
   Raises:
-    InputError: the workdir holds no readable checkpoint, or one of another model, or cannot be written.
+    InputError: the workdir has no readable checkpoint, or one of another model, or cannot be written.
   """
   workdir = epath.Path(workdir)
   mesh, step, params = restore(config, workdir)

@@ -119,7 +119,7 @@ def first_layers(model: ModelConfig, params: Mapping) -> dict:
 def _score(config: Config, mesh, params, step: int) -> dict:
   """The figures of one point, and what they cost."""
   evaluator = evaluate.Evaluator(config, mesh)
-  evaluator(params, step, documents=itertools.islice(records.documents(config, config.eval.split, 1), 1))  # compiles
+  evaluator(params, step, documents=list(records.documents(config, config.eval.split, 1))[:1])  # compiles
   start = time.monotonic()
   result = evaluator(params, step)
   seconds = time.monotonic() - start

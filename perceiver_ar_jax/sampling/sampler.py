@@ -28,6 +28,7 @@ from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
 from perceiver_ar_jax.sampling.prompts import Prompt
+from perceiver_ar_jax.training import memory
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 
@@ -188,12 +189,8 @@ class Sampler:
   def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int, on_tokens, should_stop) -> None:
     """Adds events to the rows until each has all that it is to have."""
     context, new = self.config.model.max_context, self._block_tokens
-    mesh_rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    size = -(-max(settings.batch_size, len(rows)) // mesh_rows) * mesh_rows
-    rows = rows + [_Row.ended(rows[0]) for _ in range(size - len(rows))]
-    drawing = generate.Settings(np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
-    randomness = np.uint32(settings.seed % 2**32), np.arange(first, first + size, dtype=np.int32)
-    allowed_GxV = np.pad(self.task.allowed(), ((0, 0), (0, self.config.model.vocab_size - self.task.vocab_size)))
+    rows = self._padded(rows, settings.batch_size)
+    draws = _draw_arguments(settings, first, len(rows))
     state, used, done = None, 0, 0
     with jax.set_mesh(self.mesh):
       while needed := max(row.needed() for row in rows):
@@ -202,12 +199,7 @@ class Sampler:
           if used + min(new, needed) - 1 > context:
             used = min(used, max(context - max(context // 8, new - 1), 1))
           state = self._start(rows, used, done)
-        plan = generate.Plan(
-          np.stack([self._positions(row, len(row.events), len(row.events) + new) for row in rows]),
-          np.stack([row.prompt.task.group(len(row.events) + np.arange(new)) for row in rows]).astype(np.int32),
-          allowed_GxV,
-        )
-        state, tokens_BxT = self._run("block", self._block, state, plan, drawing, *randomness, donate=1)
+        state, tokens_BxT = self._run("block", self._block, state, self._plan(rows), *draws, donate=1)
         used, done = used + new, done + new
         for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
           row.add(tokens_T)
@@ -216,8 +208,46 @@ class Sampler:
         if should_stop():
           return
 
+  def bytes_per_device(self, params, num_samples: int) -> int:
+    """Compiles what a call with `num_samples` rows runs; returns the bytes it needs on each device beside `params`.
+
+    Args:
+      params: the weights, or their shapes and shardings.
+      num_samples: rows that are drawn at a time.
+    """
+    chosen = self.config.sample
+    (prompt, *_) = prompts.find(self.config, self.task, chosen.prompt, 1, chosen.prompt_tokens)
+    rows = self._padded([_Row(prompt, None, self.config.model.max_context)], num_samples)
+    with jax.set_mesh(self.mesh):
+      begin_arguments = (params, *self._place(self._start_arguments(rows, 1, 0)))
+      begin = self._compile_ahead("begin", self._begin, begin_arguments)
+      state = self._abstract(self._begin, begin_arguments)
+      block_arguments = (self._plan(rows), *_draw_arguments(chosen, 0, len(rows)))
+      block = self._compile_ahead("block", self._block, (params, state, *self._place(block_arguments)), donate=1)
+    return max(
+      memory.bytes_beside_arguments(begin), sharding.bytes_per_device(state) + memory.bytes_beside_arguments(block)
+    )
+
+  def _padded(self, rows: list["_Row"], batch_size: int) -> list["_Row"]:
+    """The rows, filled up to a batch that the mesh divides."""
+    mesh_rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    size = -(-max(batch_size, len(rows)) // mesh_rows) * mesh_rows
+    return rows + [_Row.ended(rows[0]) for _ in range(size - len(rows))]
+
+  def _plan(self, rows: list["_Row"]) -> generate.Plan:
+    """Positions and allowed events of the next block."""
+    new = self._block_tokens
+    return generate.Plan(
+      np.stack([self._positions(row, len(row.events), len(row.events) + new) for row in rows]),
+      np.stack([row.prompt.task.group(len(row.events) + np.arange(new)) for row in rows]).astype(np.int32),
+      np.pad(self.task.allowed(), ((0, 0), (0, self.config.model.vocab_size - self.task.vocab_size))),
+    )
+
   def _start(self, rows: list["_Row"], window: int, done: int) -> generate.State:
     """The state of sequences of which the newest `window` events are seen."""
+    return self._run("begin", self._begin, *self._start_arguments(rows, window, done))
+
+  def _start_arguments(self, rows: list["_Row"], window: int, done: int) -> tuple:
     context = self.config.model.max_context
     dims = self.task.position_dims if self.config.model.positions_from_data else 1
     tokens_BxL = np.zeros((len(rows), context), np.int32)
@@ -228,7 +258,7 @@ class Sampler:
       tokens_BxL[index, context - (end - row.start) :] = row.events[row.start :]
       positions_BxLxP[index, context - (end - row.start) :] = self._positions(row, row.start, end)
     ended_B = np.array([row.is_ended for row in rows])
-    return self._run("begin", self._begin, tokens_BxL, positions_BxLxP, ended_B, np.int32(done))
+    return tokens_BxL, positions_BxLxP, ended_B, np.int32(done)
 
   def _positions(self, row: "_Row", start: int, end: int) -> np.ndarray:
     """Positions int32[end - start, P] of events in the row's window, existing ones or such as are to come."""
@@ -244,11 +274,27 @@ class Sampler:
   def _run(self, name: str, function: Callable, *arguments, donate: int | None = None):
     """The function's result on the mesh; compiled once for each shape."""
     arguments = (self.params, *self._place(arguments))
-    shapes = (name, *(leaf.shape for leaf in jax.tree.leaves(arguments[1:])))
-    if shapes not in self._compiled:
-      result = self._layout(jax.eval_shape(function, *arguments))
-      self._compiled[shapes] = jax.jit(function, out_shardings=result, donate_argnums=() if donate is None else donate)
-    return self._compiled[shapes](*arguments)
+    key = _compile_key(name, arguments)
+    if key not in self._compiled:
+      self._compiled[key] = self._jit(function, arguments, donate)
+    return self._compiled[key](*arguments)
+
+  def _compile_ahead(self, name: str, function: Callable, arguments: tuple, donate: int | None = None):
+    """Compiles a function for arguments on the mesh, or their shapes and shardings; `_run` uses the result."""
+    compiled = self._jit(function, arguments, donate).lower(*arguments).compile()
+    self._compiled[_compile_key(name, arguments)] = compiled
+    return compiled
+
+  def _jit(self, function: Callable, arguments: tuple, donate: int | None):
+    layout = self._layout(jax.eval_shape(function, *arguments))
+    return jax.jit(function, out_shardings=layout, donate_argnums=() if donate is None else donate)
+
+  def _abstract(self, function: Callable, arguments: tuple):
+    """Shapes and shardings of what a function returns."""
+    result = jax.eval_shape(function, *arguments)
+    return jax.tree.map(
+      lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), result, self._layout(result)
+    )
 
   def _layout(self, result):
     """Shardings of what a function returns: keys and values as a cache wants them, all else split by rows."""
@@ -276,6 +322,17 @@ class Sampler:
       return jax.make_array_from_callback(np.shape(leaf), whole, lambda index: np.asarray(leaf)[index])
 
     return jax.tree.map(place, tree)
+
+
+def _compile_key(name: str, arguments: tuple) -> tuple:
+  """Identifies a compiled function: weights, the first argument, always have the same shapes."""
+  return (name, *(leaf.shape for leaf in jax.tree.leaves(arguments[1:])))
+
+
+def _draw_arguments(settings: SampleConfig, first: int, size: int) -> tuple:
+  """How tokens are drawn: settings, seed, and the number of each of `size` samples from `first` on."""
+  drawing = generate.Settings(np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
+  return drawing, np.uint32(settings.seed % 2**32), np.arange(first, first + size, dtype=np.int32)
 
 
 class _Row:

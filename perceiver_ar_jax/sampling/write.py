@@ -203,24 +203,32 @@ def _say(samples: list[Sample], report: dict, folder: epath.Path, stream: bool) 
 
 
 class Exhibit:
-  """A few samples of a model in training: pictures, or texts of what has none."""
+  """Draws a few samples of a model during training: pictures, or texts where the modality has no picture."""
 
-  def __init__(self, config: Config, mesh: Mesh):
-    self._sampler, self._count = Sampler(config, mesh=mesh), config.eval.num_samples
+  def __init__(self, config: Config, mesh: Mesh, num_samples: int):
+    self._sampler, self._num_samples = Sampler(config, mesh=mesh), num_samples
+
+  def compile(self, params) -> int:
+    """Compiles for weights of these shapes; returns the bytes that sampling needs on each device beside them."""
+    return self._sampler.bytes_per_device(params, self._num_samples)
 
   def __call__(self, params, should_stop: Callable[[], bool]) -> list[str | np.ndarray]:
     self._sampler.params = params
-    samples = self._sampler(num_samples=self._count, batch_size=self._count, should_stop=should_stop)
-    self._sampler.params = None  # the next update takes their memory
-    shown = [picture(one) for one in samples]
-    return [render.text(one.task, one.events) if pixels is None else pixels for one, pixels in zip(samples, shown)]
+    try:
+      samples = self._sampler(num_samples=self._num_samples, batch_size=self._num_samples, should_stop=should_stop)
+    finally:
+      self._sampler.params = None  # the next update reuses their memory
+    pictures = [picture(sample) for sample in samples]
+    return [
+      render.text(sample.task, sample.events) if pixels is None else pixels for sample, pixels in zip(samples, pictures)
+    ]
 
 
 def score(config: Config, workdir: epath.PathLike) -> dict:
-  """Prints how likely the newest checkpoint finds `sample.prompt`, and writes WORKDIR/score.json.
+  """Prints how likely the newest checkpoint finds `sample.prompt`, then writes WORKDIR/score.json.
 
   Raises:
-    InputError: no checkpoint, nothing to score, or nothing that can be read.
+    InputError: no checkpoint, nothing to score, nothing that can be read, or a file that cannot be written.
   """
   if config.sample.prompt in (None, prompts.DATA):
     raise InputError(
@@ -230,6 +238,8 @@ def score(config: Config, workdir: epath.PathLike) -> dict:
   result = sampler.score(config.sample.prompt) | {"split": "given", "data": config.sample.prompt}
   if jax.process_index() == 0:
     path = epath.Path(workdir) / "score.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{evaluate.Evaluator.describe(result)}\nWritten to {path}", flush=True)
+    print(evaluate.Evaluator.describe(result), flush=True)  # first: they are known even if the run is read-only
+    with writing(path, "free it, or copy the run"):
+      path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"Written to {path}", flush=True)
   return result

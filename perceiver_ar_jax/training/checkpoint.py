@@ -6,6 +6,7 @@ the newest good one and moves the damaged ones aside, deleting nothing. Where no
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -128,11 +129,11 @@ class Checkpointer:
   def __exit__(self, *unused) -> None:
     self._written(self._manager.close)  # waits for a save under way
 
-  def save(self, state: TrainState, data: Saveable | None, metrics: dict[str, float] | None = None) -> None:
+  def save(self, state: TrainState, data: Saveable | None) -> None:
     """Starts to save `state` and the position of `data`; returns once both may change again.
 
-    Without `data` (weights from elsewhere), training on from here begins the data anew. `metrics` holds
-    `nats_per_token` if this state was evaluated. A step that is saved already is left alone.
+    Without `data` (weights from elsewhere), training resumed from here starts over with the data. A step that is saved
+    already is left alone.
 
     Raises:
       InputError: it, or the checkpoint before it, could not be written.
@@ -148,7 +149,7 @@ class Checkpointer:
     }
     if data is not None:
       items["data"] = DataSave(data)
-    self._written(lambda: self._manager.save(step, metrics=metrics, args=ocp.args.Composite(**items)))
+    self._written(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
   def _written(self, write: Callable[[], None]) -> None:
     """Calls `write`; raises InputError if a checkpoint, this one or the one before, could not be written."""
@@ -162,8 +163,30 @@ class Checkpointer:
         " are as they were: make room, and the same command goes on from the newest."
       ) from error
 
-  def evaluated(self, step: int) -> bool:
-    """Whether the checkpoint of `step` was saved with the figures of an evaluation."""
+  def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds the metrics of an evaluation, `nats_per_token` among them, to the saved `step`; they decide on the best.
+
+    Waits for the save of `step`. The file is written in the place and format of Orbax's own metrics, and atomically: a
+    half-written one would keep Orbax from opening the directory.
+
+    Raises:
+      InputError: the checkpoint or the file could not be written.
+    """
+    self._written(self._manager.wait_until_finished)
+    if jax.process_index() == 0:
+      self._written(lambda: self._write_metrics(step, metrics))
+    distributed.wait_for_all(f"metrics of step {step}")
+    self._manager.reload()
+
+  def _write_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    path = self._directory / str(step) / "metrics" / "metrics"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(metrics))
+    temporary.replace(path)
+
+  def has_metrics(self, step: int) -> bool:
+    """Returns whether the saved `step` has the metrics of an evaluation."""
     return bool(self._manager.metrics(step))
 
   def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:

@@ -1,72 +1,48 @@
 """The training run: from a config and a workdir to trained weights, through stops of every kind.
 
-The same command starts a run and goes on with it. What makes resuming exact: batches, random keys and
-updates are functions of the seed, the data position and the step, and these are saved together.
+The same command starts a run and resumes it. Resuming is exact because batches, random keys and updates are functions
+of the seed, the data position and the step, and these are saved together. A step is saved before it is evaluated and
+before samples are drawn, so that neither can cost a step.
 """
 
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import traceback
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import psutil
+import tqdm
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.data import pipeline
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
+from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.parallel import chips, distributed, flops, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
-from perceiver_ar_jax.training import checkpoint, metrics_log
+from perceiver_ar_jax.sampling import write
+from perceiver_ar_jax.training import checkpoint, memory, metrics_log, signals
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
-from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
-_LESS_MEMORY = (
-  "Lower train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
-  " model.attention=streamed (a long context), spread weights over more devices with mesh.fsdp, or make"
-  " the model smaller (latent_width, num_layers, num_latents)."
-)
 _PROFILED_STEPS = 3
+_SAMPLES_ON_ONE_DEVICE = 2
 
 
-class Evaluator(Protocol):
-  """Scores held-out data; evaluation/evaluate.py has the real one."""
+def train(config: Config, workdir: epath.PathLike) -> int:
+  """Trains to `config.train.steps`, resuming from the newest good checkpoint; returns the exit code.
 
-  def __call__(self, params, step: int, should_stop: Callable[[], bool]) -> dict | None: ...
-
-  def describe(self, result: dict) -> str: ...
-
-  def write(self, result: dict, workdir: epath.Path) -> None: ...
-
-
-Exhibit = Callable[[dict, Callable[[], bool]], Sequence[str | np.ndarray]]
-"""(params, should_stop) -> samples of the model to look at; sampling/write.py has the real one."""
-
-
-def train(
-  config: Config,
-  workdir: epath.PathLike,
-  make_evaluator: Callable[[Config, Mesh], Evaluator],
-  make_exhibit: Callable[[Config, Mesh], Exhibit] | None = None,
-) -> int:
-  """Trains to `config.train.steps`, going on from the newest good checkpoint; returns the exit code.
-
-  0: done. 128 + signal number: SIGTERM or SIGINT came, everything is saved, and the same command goes on.
+  0: done. 128 + signal number: a signal of training/signals.py arrived, everything is saved, and the same command
+  resumes the run.
 
   Raises:
-    InputError: the config does not fit the data, the devices, their memory or the workdir; or the loss is no
-      longer finite. Checkpoints stay as they are.
+    InputError: the config does not fit the data, the devices, their memory or the workdir; the loss is no longer
+      finite; or the final evaluation failed. Checkpoints are kept as they are.
   """
   workdir, startup = epath.Path(workdir), _Startup()
   mesh = make_mesh(config.mesh)
@@ -75,79 +51,87 @@ def train(
   if config.train.microbatches > 1:
     check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   check_batch(config.train.batch_size, "train.batch_size", mesh)
-  evaluator = make_evaluator(config, mesh)
-  exhibit = make_exhibit(config, mesh) if make_exhibit and config.eval.num_samples else None
+  evaluator = evaluate.Evaluator(config, mesh)
+  num_samples = config.eval.num_samples
+  if num_samples is None:
+    num_samples = _SAMPLES_ON_ONE_DEVICE if mesh.size == 1 else 0
+  exhibit = write.Exhibit(config, mesh, num_samples) if num_samples else None
   data = HostBatches(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
+  pipeline.check_held_out(config)
   workdir_lib.prepare(config, workdir)
   startup.done("data")
 
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
   distributed.say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
-  with _Signals() as signals, jax.set_mesh(mesh):
-    _check_least_memory(config, abstract, mesh)
-    train_step = _compile(config, optimizer, abstract, data.spec, mesh)
+  with signals.Signals() as stop_signals, jax.set_mesh(mesh):
+    train_step = memory.compile_step(config, optimizer, abstract, data.spec, mesh)
+    if exhibit:
+      memory.check_samples(num_samples, abstract, exhibit.compile)
     startup.done("compilation")
     with checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
       state = checkpointer.restore(abstract, data)
       if state is None:
         state = state_lib.init_state(config, optimizer, mesh)
       else:
-        distributed.say(f"Going on from the checkpoint of step {int(state.step)}.")
+        distributed.say(f"Resuming from the checkpoint of step {int(state.step)}.")
       jax.block_until_ready(state)
       startup.done("weights")
       distributed.say(startup.describe())
-      if signals.wait_and_agree():
-        distributed.say(f"{signals.name}: stopped at step {int(state.step)}, where it began.")
-        return 128 + signals.agreed
-      with _make_log(config, workdir, int(state.step), data.task) as log:
-        run = _Run(config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log)
+      if stop_signals.wait_and_agree():
+        distributed.say(f"{stop_signals.name}: stopped at step {int(state.step)}, before the first update.")
+        return 128 + stop_signals.agreed
+      with (
+        _make_log(config, workdir, int(state.step), data.task) as log,
+        _Profile(config.train.profile_at, workdir / "profile") as profile,
+      ):
+        run = _Run(config, mesh, train_step, evaluator, exhibit, checkpointer, stop_signals, log, profile)
         state, result = run(state, data)
-  if signals.agreed:
-    distributed.say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
-    return 128 + signals.agreed
-  result = result or evaluator(state.params, int(state.step), lambda: False)
+  if stop_signals.agreed:
+    distributed.say(f"{stop_signals.name}: saved at step {int(state.step)}; the same command resumes from there.")
+    return 128 + stop_signals.agreed
   evaluator.write(result, workdir)
   distributed.say(
     f"Done. {evaluator.describe(result)}\nCurves: {epath.Path(sys.executable).with_name('tensorboard')}"
-    f" --logdir={workdir}   Figures: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
+    f" --logdir={workdir}   Metrics: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
   )
   return 0
 
 
 class _Run:
-  """The loop proper, with all that a step touches."""
+  """The loop over steps, with everything that a step uses."""
 
-  def __init__(self, config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log):
+  def __init__(self, config, mesh, train_step, evaluator, exhibit, checkpointer, stop_signals, log, profile):
     self._config = config
     self._mesh = mesh
     self._train_step = train_step
-    self._schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
     self._evaluator = evaluator
     self._exhibit = exhibit
     self._checkpointer = checkpointer
-    self._signals = signals
+    self._signals = stop_signals
     self._log = log
-    self._profile = _Profile(config.train.profile_at, workdir / "profile")
-    self._key = jax.random.fold_in(jax.random.key(config.seed), 1)  # weights are drawn from the key itself
-    self._skipped = self._skipped_in_a_row = 0
+    self._profile = profile
+    self._key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the key itself initialises the weights
+    self._skipped_in_a_row = 0
     self._step_flops = flops.train_step(config).useful
     self._chip = chips.of_device(mesh.devices.flat[0].device_kind)
 
   def __call__(self, state: state_lib.TrainState, data: HostBatches):
-    """(the last state, the evaluation at the last step or None), after the last step or a signal."""
+    """Returns (the last state, the result of the evaluation at the last step, None after a signal).
+
+    Raises:
+      InputError: the loss is not finite, or the evaluation at the last step failed, which is saved by then.
+    """
     train, first = self._config.train, int(state.step) + 1
     result, pending, self._last_report = None, None, time.monotonic()
     shardings = sharding.batch_shardings(self._mesh, {name: array.shape for name, array in data.spec.items()})
-    if (
-      1 < first <= train.steps
-      and (first - 1) % self._config.eval.every == 0
-      and not self._checkpointer.evaluated(first - 1)
-    ):
-      self._evaluate(state.params, first - 1)  # owed: a signal had cut it short
+    if self._is_evaluated_at(first - 1) and (first > train.steps or not self._checkpointer.has_metrics(first - 1)):
+      result = self._evaluate(state.params, first - 1)  # a signal or a failure came before its end
     for step in range(first, train.steps + 1):
-      # Dispatch is asynchronous: while the device works on a step, the host reads, checks and transfers the next
-      # batch. Nothing is drawn ahead of its step, so `data` always stands where `state` does.
+      if self._signals.agreed:
+        break
+      # Dispatch is asynchronous: while the device computes a step, the host reads, checks and transfers the next
+      # batch. No batch is drawn before its step, so the position of `data` always matches `state`.
       self._profile.before(step)
       begin = time.monotonic()
       batch = to_global(next(data), data.rows, train.batch_size, shardings)
@@ -156,28 +140,26 @@ class _Run:
       state, metrics = self._train_step(state, batch, jax.random.fold_in(self._key, step))
       self._profile.after(step, metrics)
       if pending:
-        self._report(*pending)  # a step late: the device never waits for the host
+        self._report(*pending)  # one step late: the device never waits for the host
       pending = step, metrics, {"data_seconds": data_seconds, "data_wait_seconds": data_seconds * waited}
-      last, stop = step == train.steps, bool(self._signals.agree())
-      evaluate = last or step % self._config.eval.every == 0
-      if evaluate or stop or step % train.checkpoint_every == 0:
-        self._report(*pending)  # before saving: what is not finite is never saved
-        pending, result = None, None
-        if evaluate:
+      stop, evaluates = bool(self._signals.agree()), self._is_evaluated_at(step)
+      if evaluates or stop or step % train.checkpoint_every == 0:
+        self._report(*pending)  # before saving: a loss that is not finite is never saved
+        pending = None
+        self._checkpointer.save(state, data)
+        if evaluates and not stop:
           result = self._evaluate(state.params, step)
-          stop = bool(self._signals.agreed)
-        self._checkpointer.save(state, data, result and {"nats_per_token": result["nats_per_token"]})
-      if stop:
-        break
     return state, result
 
+  def _is_evaluated_at(self, step: int) -> bool:
+    return step > 0 and (step >= self._config.train.steps or step % self._config.eval.every == 0)
+
   def _report(self, step: int, metrics: dict[str, jax.Array], host_seconds: dict[str, float]) -> None:
-    """Shows a finished step, and writes it if it is one to be logged; raises InputError for loss that is not finite."""
+    """Shows a finished step and logs it every `log_every` steps; raises InputError if its loss is not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     now = time.monotonic()
     seconds, self._last_report = now - self._last_report, now
     train, finite = self._config.train, math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-    self._skipped += not finite
     self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
     if not finite and train.on_nonfinite == "skip" and self._skipped_in_a_row < train.max_skipped:
       self._log.say(f"Step {step} was skipped: its loss is {values['loss']}, its gradient norm {values['grad_norm']}.")
@@ -185,18 +167,15 @@ class _Run:
       times = f", {self._skipped_in_a_row} steps in a row" if self._skipped_in_a_row > 1 else ""
       raise InputError(
         f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}{times}, so training"
-        " stopped. The checkpoints before it are kept as they are: go on from the newest with a lower"
-        " --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm (or begin anew with a longer"
+        " stopped. The checkpoints before it are kept as they are: resume from the newest with a lower"
+        " --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm (or start over with a longer"
         " warm-up, or in float32)."
       )
-    if train.on_nonfinite == "skip":
-      values["skipped_steps"] = self._skipped
     tokens_per_second = values["num_tokens"] / seconds
     self._log.progress(values["loss"], tokens_per_second)
     if step % self._config.train.log_every == 0:
-      rate = float(self._schedule(step - 1))
-      figures = {"seconds": seconds, **host_seconds, **values, **self._utilization(seconds)}
-      self._log.write(step, {**figures, "learning_rate": rate, "tokens_per_second": tokens_per_second})
+      speed = {"tokens_per_second": tokens_per_second, **self._utilization(seconds)}
+      self._log.write(step, {"seconds": seconds, **host_seconds, **values, **speed})
 
   def _utilization(self, seconds: float) -> dict[str, float]:
     """FLOP/s of all devices at a step of this duration, and their share of the peak where that is known."""
@@ -207,21 +186,68 @@ class _Run:
     return result
 
   def _evaluate(self, params, step: int) -> dict | None:
-    """The evaluation's figures, shown and logged, with some samples; None if a signal came meanwhile."""
+    """Scores the saved `step`, logs the metrics, and draws samples; returns None after a signal or a failure.
 
-    def stopped():
-      return bool(self._signals.agree())
+    A failure is reported and training continues, since a run that ended here would end here again after every restart.
+    At the last step there is nothing to continue.
 
-    result = self._evaluator(params, step, stopped)
+    Raises:
+      InputError: the evaluation of the last step failed.
+    """
+    last = step >= self._config.train.steps
+    try:
+      result = self._evaluator(params, step, self._should_stop)
+    except Exception as error:
+      self._check_is_common(error)
+      if last:
+        raise InputError(
+          f"Training is complete and step {step} is saved, but its evaluation failed: {_describe(error)} Score it with"
+          " --mode=eval, or run the same command again."
+        ) from error
+      self._warn(f"The evaluation of step {step} failed, and training continues without it: {_describe(error)}")
+      result = None
     if result:
       self._log.say(self._evaluator.describe(result))
-      figures = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
-      self._log.write(step, figures)
-      if self._exhibit:
-        self._log.say("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
-        self._log.write_samples(step, self._exhibit(params, stopped))
+      if not self._checkpointer.has_metrics(step):
+        metrics = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
+        self._log.write(step, metrics)
+        self._checkpointer.add_metrics(step, {"nats_per_token": result["nats_per_token"]})
+        self._draw_samples(params, step)
     self._last_report = time.monotonic()
     return result
+
+  def _draw_samples(self, params, step: int) -> None:
+    if not self._exhibit or self._signals.agreed:
+      return
+    self._log.say("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
+    try:
+      self._log.write_samples(step, self._exhibit(params, self._should_stop))
+    except Exception as error:
+      self._check_is_common(error)
+      self._warn(f"No samples of step {step} were drawn: {_describe(error)}")
+
+  def _should_stop(self) -> bool:
+    return bool(self._signals.agree())
+
+  def _check_is_common(self, error: Exception) -> None:
+    """Raises `error` again unless every process has it: the others would wait for this one in a computation.
+
+    Evaluation raises its InputErrors on all processes.
+    """
+    if jax.process_count() > 1 and not isinstance(error, InputError):
+      raise error
+
+  def _warn(self, message: str) -> None:
+    # From all processes: the cause may be known to one of them alone.
+    tqdm.tqdm.write(f"Warning: {message}", file=sys.stderr)
+
+
+def _describe(error: Exception) -> str:
+  """Returns the message of an error on one line; for one that is not the user's, its traceback goes to stderr."""
+  if isinstance(error, InputError):
+    return str(error)
+  traceback.print_exception(error)
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (see the traceback above)."
 
 
 class _Startup:
@@ -242,7 +268,7 @@ class _Startup:
 
 
 def _make_log(config: Config, workdir: epath.Path, first_step: int, task: Task):
-  """Where this process's figures go: one of the processes writes them."""
+  """Returns the log of this process: one of the processes writes."""
   if jax.process_index():
     return metrics_log.NoLog()
   bits_name = "bits/dim" if task.unit == "bits_per_dim" else "bits/token"
@@ -257,7 +283,7 @@ def _make_log(config: Config, workdir: epath.Path, first_step: int, task: Task):
 
 
 class _Profile:
-  """A jax.profiler trace of a few steps, if the config asks for one."""
+  """A jax.profiler trace of a few steps, if the config asks for one; it ends with the context at the latest."""
 
   def __init__(self, first: int | None, directory: epath.Path):
     self._first, self._directory, self._active = first, directory, False
@@ -270,103 +296,16 @@ class _Profile:
   def after(self, step: int, metrics) -> None:
     if self._active and step >= self._first + _PROFILED_STEPS - 1:
       jax.block_until_ready(metrics)
-      jax.profiler.stop_trace()
-      self._active = False
+      self._stop()
 
-
-class _Signals:
-  """Remembers the first SIGTERM or SIGINT (Ctrl-C); a second one acts as it always does."""
-
-  def __init__(self):
-    self.received = 0
-    """The signal that came to this process."""
-    self.agreed = 0
-    """The signal that came to any process, as of the last time that all of them looked together."""
-    self._largest = distributed.LargestSoFar()
-
-  def agree(self) -> int:
-    """`agreed`, brought up to date; all processes call it at the same steps, so they stop at the same one."""
-    self.agreed = self.agreed or self._largest(self.received)
-    return self.agreed
-
-  def wait_and_agree(self) -> int:
-    """The same, up to this moment."""
-    self.agreed = distributed.largest(self.received)
-    return self.agreed
-
-  @property
-  def name(self) -> str:
-    return signal.Signals(self.agreed or self.received).name
-
-  def __enter__(self) -> "_Signals":
-    self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+  def __enter__(self) -> "_Profile":
     return self
 
   def __exit__(self, *unused) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+    if self._active:
+      self._stop()
 
-  def _remember(self, number: int, frame) -> None:
-    del frame
-    self.received = number
-    signal.signal(number, self._before[number])
-    note = f"\n{self.name}: stopping. Once more: at once, without saving.\n"
-    os.write(sys.stderr.fileno(), note.encode())  # print may not run inside itself, and a handler runs anywhere
-
-
-def _compile(config: Config, optimizer, abstract: state_lib.TrainState, batch_spec: dict, mesh: Mesh):
-  """The compiled update for these shapes, the state donated; says what memory it takes.
-
-  Raises:
-    InputError: it does not fit into the devices' memory.
-  """
-  shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
-  batch = {
-    name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in batch_spec.items()
-  }
-  start = time.monotonic()
-  try:
-    compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
-  except jax.errors.JaxRuntimeError as error:  # the TPU's compiler refuses by itself what cannot fit
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise InputError(f"The train step does not fit into the devices' memory. {_LESS_MEMORY}") from error
-  memory = compiled.memory_analysis()
-  new_outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-  needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
-  available = _memory_per_device()
-  distributed.say(
-    f"Compiled the train step in {time.monotonic() - start:.1f} s. Each of {mesh.size} devices holds"
-    f" {_size(memory.argument_size_in_bytes)} of weights, optimizer state and batch, and works in"
-    f" {_size(memory.temp_size_in_bytes)}; it has {_size(available)}."
-  )
-  if needed > available:
-    raise InputError(
-      f"The train step needs {_size(needed)} on each device, and each has {_size(available)}. {_LESS_MEMORY}"
-    )
-  return compiled
-
-
-def _check_least_memory(config: Config, abstract: state_lib.TrainState, mesh: Mesh) -> None:
-  """Raises InputError if not even weights, optimizer state, gradients and what each layer reads would fit.
-
-  XLA's own count is exact but needs a compilation, which may crash for shapes far beyond what any machine has.
-  """
-  model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
-  latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
-  least = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params) + model.num_layers * latents
-  available = _memory_per_device()
-  if least > available:
-    raise InputError(
-      f"The train step needs at least {_size(least)} on each device, and each has {_size(available)}. {_LESS_MEMORY}"
-    )
-
-
-def _size(num_bytes: int) -> str:
-  return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _memory_per_device() -> int:
-  """Bytes that a local device may use; CPU devices share what the machine has left."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()
+  def _stop(self) -> None:
+    self._active = False
+    with writing(self._directory, "make room, or train without --config.train.profile_at"):
+      jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard and the terminal."""
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and the terminal."""
 
 import html
 import json
@@ -17,11 +17,11 @@ _CHARTS = {
   "optimizer": [("learning_rate",), ("grad_norm",)],
   "speed": [("tokens_per_second",), ("model_flops_per_second",)],
 }
-"""What TensorBoard's custom scalars show: in each category the curves of each chart."""
+"""TensorBoard's custom scalars: the curves of each chart of each category."""
 
 
 class NoLog:
-  """What the processes use that have nothing to write."""
+  """The log of processes that write nothing."""
 
   def progress(self, loss: float, tokens_per_second: float) -> None: ...
 
@@ -38,14 +38,14 @@ class NoLog:
 
 
 class MetricsLog:
-  """Writes the metrics of one run; a resumed run goes on where its checkpoint was, leaving no step twice.
+  """Writes the metrics of one run; a resumed run continues from its checkpoint, so that no step is logged twice.
 
   Args:
-    workdir: gets metrics.jsonl (one object a line) and TensorBoard event files.
+    workdir: for metrics.jsonl (one object per line) and TensorBoard event files.
     first_step: lines of later steps, from a run that died after its checkpoint, are dropped.
     total_steps: end of the progress bar.
-    bits_name: what nats / ln 2 is called here, such as "bits/dim".
-    settings: by which TensorBoard's HParams tab compares runs: numbers and words.
+    bits_name: the name of nats / ln 2, such as "bits/dim".
+    settings: numbers and words by which TensorBoard's HParams tab compares runs.
   """
 
   def __init__(
@@ -82,7 +82,7 @@ class MetricsLog:
     )
 
   def progress(self, loss: float, tokens_per_second: float) -> None:
-    """One step further on the progress bar."""
+    """Advances the progress bar by one step."""
     bits = loss / math.log(2)
     self._bar.set_postfix_str(
       f"loss {loss:.4f}, {bits:.3f} {self._bits_name}, {tokens_per_second:,.0f} tokens/s", refresh=False
@@ -91,21 +91,21 @@ class MetricsLog:
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Appends {"step": step, **metrics} to metrics.jsonl and the scalars to TensorBoard."""
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no other numbers
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN or infinity
     self._file.write(json.dumps({"step": step, **finite}) + "\n")
     self._file.flush()
     self._tensorboard.write_scalars(step, finite)
 
   def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None:
-    """Texts and pictures uint8[height, width, 3] to TensorBoard."""
-    for index, one in enumerate(samples):
-      if isinstance(one, str):
-        self._tensorboard.write_texts(step, {f"sample/{index}": f"<pre>{html.escape(one)}</pre>"})
+    """Writes texts and pictures uint8[height, width, 3] to TensorBoard."""
+    for index, sample in enumerate(samples):
+      if isinstance(sample, str):
+        self._tensorboard.write_texts(step, {f"sample/{index}": f"<pre>{html.escape(sample)}</pre>"})
       else:
-        self._tensorboard.write_images(step, {f"sample/{index}": one[None]})
+        self._tensorboard.write_images(step, {f"sample/{index}": sample[None]})
 
   def say(self, message: str) -> None:
-    """A line to standard output that leaves the progress bar in one piece."""
+    """Prints a line to standard output without breaking the progress bar."""
     with self._bar.external_write_mode(file=sys.stdout):
       print(message, flush=True)
 
@@ -119,7 +119,7 @@ class MetricsLog:
 
 
 def _layout() -> layout_pb2.Layout:
-  """`_CHARTS` as TensorBoard reads it; names of curves are regular expressions there."""
+  """Returns `_CHARTS` in TensorBoard's format, in which names of curves are regular expressions."""
   result = layout_pb2.Layout()
   for title, charts in _CHARTS.items():
     category = result.category.add(title=title)
@@ -130,7 +130,7 @@ def _layout() -> layout_pb2.Layout:
 
 
 def _step_of(line: str) -> float:
-  """The step of a line; infinite for one that a kill cut short."""
+  """Returns the step of a line; infinity for a line that a kill cut short."""
   try:
     return json.loads(line)["step"]
   except (ValueError, KeyError, TypeError):

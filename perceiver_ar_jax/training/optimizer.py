@@ -30,6 +30,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   return optax.chain(*clip, rule, optax.scale_by_learning_rate(schedule))
 
 
+def num_updates(opt_state: optax.OptState) -> jax.Array:
+  """int32: updates applied so far by an optimizer of `make_optimizer`; its schedule is at this index."""
+  return opt_state[-1].count
+
+
 def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
   del steps
   return optax.constant_schedule(config.learning_rate)

@@ -12,6 +12,7 @@ from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel.sharding import batch_axes, constrain
 from perceiver_ar_jax.training import loss as loss_lib
+from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -21,12 +22,14 @@ Batch = dict[str, jax.Array]
 def make_train_step(
   config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-  """The update for `config`; jit it with the state donated.
+  """Returns the update for `config`; jit it with the state donated.
 
-  Its metrics are float32 scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens`
-  scored, and `grad_norm`, the global norm of what the optimizer receives, before clipping. With
-  train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step.
+  Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`,
+  the global norm of the gradients that the optimizer receives, before clipping, and `learning_rate`. With
+  train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step, and
+  `skipped_steps` is the number of such updates since the start of the run.
   """
+  schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
   model = make_model(config.model)
   deterministic = not (config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout)
 
@@ -63,11 +66,13 @@ def make_train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     metrics = {name: sums[name] / num_tokens for name in ("loss", "z_loss", "accuracy")}
     metrics |= {"num_tokens": sums["num_tokens"], "grad_norm": optax.global_norm(gradients)}
+    metrics["learning_rate"] = schedule(optimizer_lib.num_updates(state.opt_state))
     params = optax.apply_updates(state.params, updates)
     if config.train.on_nonfinite == "skip":
       finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
       kept = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
       params, opt_state = kept(params, state.params), kept(opt_state, state.opt_state)
+      metrics["skipped_steps"] = state.step + 1 - optimizer_lib.num_updates(opt_state)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step
