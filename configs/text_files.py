@@ -25,5 +25,5 @@ def get_config():
   config.data.update(task="text_files", files=f"{sysconfig.get_path('stdlib')}/*.py", min_crop=256)
   config.train.update(steps=1000, batch_size=8, log_every=10, checkpoint_every=250)
   config.train.optimizer.update(learning_rate=3e-3, warmup_steps=100, schedule="cosine")
-  config.eval.update(batch_size=8, every=250, max_sequences=8)
+  config.eval.update(batch_size=8, every=250, max_sequences=8, max_tokens=2_000_000)
   return config

@@ -306,6 +306,21 @@ def test_a_document_of_pieces_is_start_pieces_end(trained):
   assert document.counts() == {"words": 3000, "bytes": len(LONG_TEXT.encode())}
 
 
+@pytest.mark.parametrize("num_scored", [1, 2, 5, 100, 1000, 10**6])
+def test_the_head_of_a_text_of_pieces_is_a_stretch_of_whole_words_with_its_own_counts(num_scored, trained):
+  text = CountingText(LONG_TEXT.encode())
+  head = PieceDocument(text, trained.tokens).head(num_scored)
+  shown = trained.tokens.decode(head.read(0, len(head)))
+  assert LONG_TEXT.startswith(shown) and head.counts() == texts.count(Text(shown.encode()))
+  assert head.num_scored <= num_scored
+  if num_scored > len(LONG_TEXT):
+    assert shown == LONG_TEXT and head.read(len(head) - 1, len(head)).tolist() == [EOS]
+  else:
+    assert head.num_scored >= num_scored - 30, "more words would fit"
+    assert text.num_read < 30 * (num_scored + 10), "a part was asked for"
+    assert num_scored < 100 or LONG_TEXT[len(shown)].isspace()
+
+
 def test_a_crop_of_pieces_is_a_full_stretch_of_the_text_that_ends_with_a_word(trained):
   document = PieceDocument(Text(LONG_TEXT.encode()), trained.tokens)
   at_start = 0

@@ -1,17 +1,26 @@
 """Evaluation against the reference's, and its independence of how windows are batched."""
 
+import json
 import math
+import pathlib
+import re
+import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.data import pipeline, records, texts
+from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.evaluation import evaluate, figures
 from perceiver_ar_jax.interop import haiku
+from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.parallel.mesh import make_mesh
+from perceiver_ar_jax.sampling import write
 from perceiver_ar_jax.training import loop, state
-from tests import golden, tiny
+from tests import batches, golden, tiny
 
 
 def _golden_model():
@@ -160,11 +169,7 @@ def test_the_entropy_of_the_histogram_is_that_of_its_frequencies(trained):
 
 
 def test_a_fresh_model_costs_the_logarithm_of_the_vocabulary():
-  config = tiny.config()
-  mesh = make_mesh(config.mesh)
-  shapes = state.abstract_params(config, mesh)
-  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  assert evaluate.Evaluator(config, mesh)(params, 0)["nats_per_token"] == pytest.approx(np.log(259), rel=1e-6)
+  assert _fresh_result(tiny.config())["nats_per_token"] == pytest.approx(np.log(259), rel=1e-6)
 
 
 def test_another_model_and_an_empty_workdir_are_explained(trained, tmp_path):
@@ -172,3 +177,118 @@ def test_another_model_and_an_empty_workdir_are_explained(trained, tmp_path):
     evaluate.evaluate(tiny.config(model__num_layers=3), trained)
   with pytest.raises(InputError, match="holds no run"):
     evaluate.evaluate(tiny.config(), tmp_path)
+
+
+def test_results_are_printed_before_a_file_that_cannot_be_written(trained, tmp_path, capfd, monkeypatch):
+  run = shutil.copytree(trained, tmp_path / "run")
+  (run / "eval-validation-12.json").unlink()
+  for name in ("eval-validation-12.json", "score.json"):
+    (run / name).mkdir()  # as a read-only folder: an OSError, also for root
+  with pytest.raises(InputError, match="eval-validation-12.json cannot be written"):
+    evaluate.evaluate(tiny.config(), run)
+  assert "validation at step 12: " in capfd.readouterr().out
+
+  result = json.loads((trained / "eval-validation-12.json").read_text())
+  sampler = types.SimpleNamespace(score=lambda text: result)
+  monkeypatch.setattr(write.Sampler, "from_workdir", lambda workdir, config: sampler)
+  with pytest.raises(InputError, match="score.json cannot be written"):
+    write.score(tiny.config(sample__prompt="a text"), run)
+  assert "given at step 12: " in capfd.readouterr().out
+
+
+def _texts(folder: pathlib.Path, contents: list[str], **overrides):
+  """A config of text_files whose held-out files have these contents."""
+  batches.write(folder, {"train.txt": "a text", **{f"held-out/{i}.txt": text for i, text in enumerate(contents)}})
+  return tiny.config(
+    data__task="text_files",
+    data__files=str(folder / "train.txt"),
+    data__validation_files=str(folder / "held-out"),
+    model__position_encoding="rotary",
+    model__position_sizes=(),
+    eval__max_sequences=None,
+    **overrides,
+  )
+
+
+def _fresh_result(config, **arguments):
+  """The evaluation of a model that finds every token equally likely."""
+  mesh = make_mesh(config.mesh)
+  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.abstract_params(config, mesh))
+  return evaluate.Evaluator(config, mesh)(params, 0, **arguments)
+
+
+@pytest.mark.parametrize(
+  ("contents", "max_tokens", "num_tokens", "num_bytes", "num_words"),
+  [
+    (["one two  three four"], 6, 6, 6, 2),  # "one tw"
+    (["one two  three four"], 19, 19, 19, 4),  # all but EOS
+    (["one two  three four"], 20, 20, 19, 4),
+    (["one two  three four"], 999, 20, 19, 4),
+    (["one two", "three", "four"], 13, 13, 12, 3),  # "one two" and EOS, "three"
+    (["one two", "three", "four"], 14, 14, 12, 3),  # and its EOS
+    (["one two", "three", "four"], 15, 15, 13, 4),  # "f"
+  ],
+)
+def test_a_bound_in_tokens_cuts_documents_and_counts_only_what_is_scored(
+  contents, max_tokens, num_tokens, num_bytes, num_words, tmp_path
+):
+  result = _fresh_result(_texts(tmp_path, contents, eval__max_tokens=max_tokens, eval__batch_size=2, eval__stride=3))
+  assert (result["num_tokens"], result["num_bytes"], result["num_words"]) == (num_tokens, num_bytes, num_words)
+  nats = num_tokens * math.log(259)
+  assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
+  assert result["word_perplexity"] == pytest.approx(math.exp(nats / num_words), rel=1e-5)
+
+
+def test_a_bound_in_tokens_counts_scored_events_alone():
+  result = _fresh_result(tiny.config(eval__max_sequences=None, eval__max_tokens=20))
+  assert (result["num_tokens"], result["num_documents"]) == (20, 2)  # 16 of each copy are scored
+
+
+def test_parts_of_documents_with_unknown_counts_are_not_scored():
+  events = np.arange(3, 13, dtype=np.int32)
+  whole = Document(events, counts={"words": 2, "bytes": 9})
+  assert whole.head(9) is whole and whole.head(8) is None
+  masked = Document(events, scored=np.arange(10) % 2 == 0)  # events 2, 4, 6 and 8
+  head = masked.head(3)
+  assert (len(head), head.num_scored, head.read(5, 7).tolist()) == (7, 3, [8, 9]) and masked.head(4) is masked
+
+
+def test_a_bound_below_the_first_document_is_explained():
+  stored = Document(np.arange(3, 13, dtype=np.int32), counts={"words": 2, "bytes": 9})
+  with pytest.raises(InputError, match="eval.max_tokens=3 ends within the first document"):
+    next(records._bounded([stored], 3))
+  assert list(records._bounded([stored, stored], 12)) == [stored]
+
+
+def test_progress_has_a_total(tmp_path, capfd, monkeypatch):
+  monkeypatch.setattr(evaluate, "_SILENT_SECONDS", 0)
+  _fresh_result(_texts(tmp_path, ["x" * 999], eval__batch_size=1, eval__max_tokens=100))
+  assert re.search(r"Evaluating: +\d+%.* \d+\.?\d*/100 ", capfd.readouterr().err)
+
+
+def test_a_held_out_file_that_cannot_be_read_is_left_out(tmp_path, capfd, monkeypatch):
+  read_bytes = texts.read_bytes
+
+  def refuse(path, *arguments):
+    if path.endswith("1.txt"):
+      raise Unreadable(f"{path} cannot be read: Permission denied")
+    return read_bytes(path, *arguments)
+
+  monkeypatch.setattr(texts, "read_bytes", refuse)
+  assert _fresh_result(_texts(tmp_path, ["one", "two", "three"]))["num_documents"] == 2
+  assert "1.txt cannot be read: Permission denied" in capfd.readouterr().err
+
+
+def test_data_that_fails_to_be_read_fails_on_all_processes(capfd, monkeypatch):
+  def batches_of_a_bad_disk(config, documents, rows):
+    raise OSError("Input/output error")
+    yield
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pipeline, "eval_batches", batches_of_a_bad_disk)
+    with pytest.raises(InputError, match=r"cannot be read \(OSError: Input/output error\)"):
+      _fresh_result(tiny.config())
+    assert "Traceback" in capfd.readouterr().err
+  monkeypatch.setattr(distributed, "largest", lambda value: 1)  # another process fails
+  with pytest.raises(InputError, match="Another process cannot read held-out data"):
+    _fresh_result(tiny.config())

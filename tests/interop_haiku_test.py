@@ -182,7 +182,7 @@ def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
   assert scores["nats_per_token"] > 5.6  # random weights know less than nothing: log(259) = 5.56
 
   result = tiny.run(workdir, model__num_layers=1)
-  assert result.returncode == 0 and "Going on from the checkpoint of step 0" in result.stdout, result.stderr
+  assert result.returncode == 0 and "Resuming from the checkpoint of step 0" in result.stdout, result.stderr
   # A fresh model starts at log(259), since its logits are zero; this one goes on from what it was given.
   assert tiny.losses(workdir)[1] > 5.6
 

@@ -35,7 +35,7 @@ def test_the_papers_config_trains_resumes_and_evaluates_on_prepared_data(data_di
   assert "bits/dim" in first.stdout and "Compiled the train step" in first.stdout
   second = _main(*base, "--config.train.steps=4")
   assert second.returncode == 0, second.stderr
-  assert "Going on from the checkpoint of step 2" in second.stdout
+  assert "Resuming from the checkpoint of step 2" in second.stdout
   assert sorted(tiny.losses(tmp_path)) == [1, 2, 3, 4]
   third = _main(*base, "--mode=eval", "--config.train.steps=4", "--config.eval.stride=128")
   assert third.returncode == 0, third.stderr
@@ -101,7 +101,7 @@ def test_without_a_config_the_runs_own_is_taken(tmp_path):
   assert json.loads((tmp_path / "eval-validation-3.json").read_text())["num_documents"] == 5
 
   result = _main(workdir, "--config.train.steps=4")
-  assert result.returncode == 0 and "Going on from the checkpoint of step 3" in result.stdout, result.stderr
+  assert result.returncode == 0 and "Resuming from the checkpoint of step 3" in result.stdout, result.stderr
   assert max(tiny.losses(tmp_path)) == 4
 
   (tmp_path / "config.json").write_text("{")

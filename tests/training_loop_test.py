@@ -1,41 +1,40 @@
-"""Runs that stop, die and find damaged files go on as if nothing had happened."""
+"""Runs that stop, die or meet damaged files resume exactly; nothing that follows a saved step can cost it."""
 
 import json
 import os
 import pathlib
+import pty
 import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 from perceiver_ar_jax.config import OPTIMIZERS, InputError
+from perceiver_ar_jax.data.global_batch import HostBatches
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.parallel import flops
-from perceiver_ar_jax.training import loop
+from perceiver_ar_jax.sampling import write
+from perceiver_ar_jax.training import checkpoint, loop, metrics_log, optimizer
 from tests import tiny
 
 
-class _Killer:
-  """An evaluator that sends this process a signal when it is called."""
+def _replace_evaluation(monkeypatch, evaluate_step):
+  """Replaces what an evaluator does by `evaluate_step(step, should_stop)`."""
 
-  def __init__(self, number: int):
-    self.number = number
+  def call(self, params, step, should_stop=lambda: False, documents=None):
+    return evaluate_step(step, should_stop)
 
-  def __call__(self, params, step, should_stop):
-    os.kill(os.getpid(), self.number)
-    time.sleep(0.1)
-    assert should_stop()
-
-  def describe(self, result):
-    raise AssertionError("there is no result")
+  monkeypatch.setattr(evaluate.Evaluator, "__call__", call)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_a_run_logs_every_step_and_its_settings(uninterrupted):
   line = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[3])
   step_flops = flops.train_step(tiny.config()).useful
   assert line["model_flops_per_second"] == pytest.approx(step_flops / line["seconds"])
-  assert "model_flops_utilization" not in line, "nobody knows what a CPU could do"
+  assert "model_flops_utilization" not in line, "the peak of a CPU is unknown"
   assert line["data_wait_seconds"] in (0, line["data_seconds"])
   assert json.loads((uninterrupted / "eval-validation-12.json").read_text())["step"] == 12
 
@@ -81,13 +80,87 @@ def test_tensorboard_compares_settings_and_groups_curves(uninterrupted):
   assert all(any(re.search(tag, name) for name in there) for tag in tags), (tags, there)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_the_run_goes_on_exactly(number, uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_save_and_the_run_resumes_exactly(number, uninterrupted, tmp_path, monkeypatch):
+  """The signal comes during the evaluation of step 4, which the restart makes up for."""
+
+  def kill(step, should_stop):
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)
+    assert should_stop()
+
   config = tiny.config(eval__every=4)
-  assert loop.train(config, tmp_path, lambda config, mesh: _Killer(number)) == 128 + number
-  assert 4 <= max(tiny.losses(tmp_path)) <= 5
-  assert loop.train(tiny.config(), tmp_path) == 0
+  with monkeypatch.context() as patch:
+    _replace_evaluation(patch, kill)
+    assert loop.train(config, tmp_path) == 128 + number
+  assert max(tiny.losses(tmp_path)) == 4 and (tmp_path / "checkpoints" / "4").is_dir()
+  assert loop.train(config, tmp_path) == 0
   assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)
+  assert _evaluated_steps(tmp_path) == [4, 8, 12]
+
+
+def _evaluated_steps(workdir) -> list[int]:
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [line["step"] for line in lines if "eval_nats_per_token" in line]
+
+
+@pytest.mark.parametrize("error", [InputError("held-out.txt is gone"), ZeroDivisionError("a bug"), MemoryError()])
+def test_a_failing_evaluation_costs_no_step_and_no_restart(error, uninterrupted, tmp_path, monkeypatch, capfd):
+  def fail(step, should_stop):
+    raise error
+
+  with monkeypatch.context() as patch:
+    _replace_evaluation(patch, fail)
+    with pytest.raises(InputError, match="Training is complete and step 12 is saved, but its evaluation failed"):
+      loop.train(tiny.config(eval__every=4), tmp_path)
+    messages = capfd.readouterr().err
+    assert "The evaluation of step 4 failed, and training continues" in messages
+    assert "The evaluation of step 8 failed, and training continues" in messages
+    assert str(error) in messages and ("Traceback" in messages) == (not isinstance(error, InputError))
+    assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)
+    with pytest.raises(InputError, match="its evaluation failed"):  # a restart neither trains nor loses anything
+      loop.train(tiny.config(eval__every=4), tmp_path)
+    with pytest.raises(InputError, match="step 14 is saved"):  # the evaluation owed at step 12 fails, and that is all
+      loop.train(tiny.config(eval__every=4, train__steps=14), tmp_path)
+  assert (tmp_path / "checkpoints" / "14").is_dir()
+  assert loop.train(tiny.config(eval__every=4, train__steps=14), tmp_path) == 0
+  assert _evaluated_steps(tmp_path) == [14]
+
+
+def test_failing_samples_cost_no_step(tmp_path, monkeypatch, capfd):
+  def fail(self, params, should_stop):
+    assert (tmp_path / "checkpoints" / "4" / "metrics").is_dir(), "the step and its metrics were to be saved first"
+    raise ValueError("a bug in sampling")
+
+  monkeypatch.setattr(write.Exhibit, "__call__", fail)
+  assert loop.train(tiny.config(eval__every=4, eval__num_samples=1), tmp_path) == 0
+  messages = capfd.readouterr().err
+  assert "No samples of step 4 were drawn: ValueError: a bug in sampling" in messages and "Traceback" in messages
+  assert _evaluated_steps(tmp_path) == [4, 8, 12]
+
+
+def test_samples_are_drawn_for_one_device_and_fit_its_memory(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(metrics_log.MetricsLog, "write_samples", lambda self, step, samples: drawn.append(len(samples)))
+  assert loop.train(tiny.config(eval__num_samples=None, train__steps=3), tmp_path / "default") == 0
+  assert drawn == [2]
+  monkeypatch.setattr(write.Exhibit, "compile", lambda self, params: 2**60)
+  with pytest.raises(InputError, match="3 samples .* needs 1073741824.0 GiB on each device.*eval.num_samples=0"):
+    loop.train(tiny.config(eval__num_samples=3, train__steps=3), tmp_path / "large")
+  assert not (tmp_path / "large" / "checkpoints").exists()
+
+
+def test_an_unreadable_held_out_file_is_found_before_anything_else(tmp_path):
+  files = tmp_path / "files"
+  for name in ("train/a.txt", "held-out/empty.txt"):
+    (files / name).parent.mkdir(parents=True, exist_ok=True)
+    (files / name).write_text("text " * 100 if "train" in name else "")
+  data = {"data__task": "text_files", "data__files": f"{files}/train", "data__validation_files": f"{files}/held-out"}
+  model = {"model__position_encoding": "rotary", "model__position_sizes": ()}
+  config = tiny.config(**data, **model)
+  with pytest.raises(InputError, match=r"'validation' of text_files contains no document.*empty\.txt is empty"):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_other_seeds_give_other_losses(uninterrupted, tmp_path):
@@ -126,7 +199,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, finished, unin
   assert loop.train(tiny.config(), finished) == 0
   captured = capfd.readouterr()
   assert "checkpoint of step 12" in captured.err and "damaged" in captured.err
-  assert "Going on from the checkpoint of step 9" in captured.out
+  assert "Resuming from the checkpoint of step 9" in captured.out
   assert (finished / "damaged" / "12").is_dir()
   assert tiny.losses(finished) == tiny.losses(uninterrupted)
 
@@ -135,7 +208,7 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(fini
   for step in (finished / "checkpoints").iterdir():
     _flip_a_byte(step)
   logged = (finished / "metrics.jsonl").read_text()
-  for _ in range(2):  # a restart loop must not begin anew either
+  for _ in range(2):  # a restart loop must not start over either
     with pytest.raises(InputError, match="None of the checkpoints"):
       loop.train(tiny.config(), finished)
   assert len(list((finished / "checkpoints").iterdir())) == 3
@@ -155,22 +228,26 @@ def test_a_longer_run_continues_a_finished_one(finished):
   assert sorted(tiny.losses(finished)) == list(range(1, 15))
 
 
-def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
-  class Scores:
-    """Evaluations that get worse."""
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
+  """The best evaluation is one that a restart made up for."""
+  scores = {2: 5.0, 4: 1.0, 6: 2.0, 8: 3.0, 10: 4.0, 12: 6.0}
 
-    def __call__(self, params, step, should_stop):
-      return {"nats_per_token": float(step)}
+  def score(step, should_stop):
+    if step == 4 and not restarted:
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert should_stop()
+      return None
+    return {"nats_per_token": scores[step]}
 
-    def describe(self, result):
-      return str(result)
-
-    def write(self, result, workdir):
-      assert result == {"nats_per_token": 12.0}
-
+  _replace_evaluation(monkeypatch, score)
+  monkeypatch.setattr(evaluate.Evaluator, "describe", str)
+  monkeypatch.setattr(evaluate.Evaluator, "write", lambda self, result, workdir: None)
   config = tiny.config(eval__every=2, train__checkpoint_every=1, train__keep_checkpoints=2)
-  assert loop.train(config, tmp_path, lambda config, mesh: Scores()) == 0
-  assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "11", "12"}
+  restarted = False
+  assert loop.train(config, tmp_path) == 128 + signal.SIGTERM
+  restarted = True
+  assert loop.train(config, tmp_path) == 0
+  assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "11", "12"}
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
@@ -180,8 +257,26 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   assert all(int(path.name) < 3 for path in (tmp_path / "checkpoints").iterdir())
 
 
-def test_a_profile_is_written_on_request(tmp_path):
-  assert loop.train(tiny.config(train__profile_at=2, train__steps=6), tmp_path) == 0
+@pytest.mark.parametrize("end", ["window", "last step", "signal", "error"])
+def test_a_profile_is_kept_however_the_run_ends(end, tmp_path, monkeypatch):
+  """The trace covers 3 steps; the run may end within them."""
+  config = tiny.config(train__profile_at=5 if end == "last step" else 2, train__steps=6)
+  draw, drawn = HostBatches.__next__, []
+
+  def disturb(self):
+    drawn.append(None)
+    if len(drawn) == 3 and end == "signal":
+      os.kill(os.getpid(), signal.SIGTERM)
+    if len(drawn) == 3 and end == "error":
+      raise InputError("no more data")
+    return draw(self)
+
+  monkeypatch.setattr(HostBatches, "__next__", disturb)
+  if end == "error":
+    with pytest.raises(InputError, match="no more data"):
+      loop.train(config, tmp_path)
+  else:
+    assert loop.train(config, tmp_path) == (128 + signal.SIGTERM if end == "signal" else 0)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -228,26 +323,90 @@ def test_updates_that_are_not_finite_are_skipped_but_not_for_ever(tmp_path, capf
   with pytest.raises(InputError, match="At step [67] the loss is .*, 4 steps in a row, so training stopped"):
     loop.train(config, tmp_path)
   assert "was skipped: its loss is" in capfd.readouterr().out
-  skipped = [json.loads(line)["skipped_steps"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert skipped[0] == 0 and skipped[-1] == 3
+  assert [line["skipped_steps"] for line in _lines(tmp_path)][-1] == 3
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
-  """Files may not grow beyond what metrics take, so that checkpoints fail to be written, by the kernel's own word."""
+def _lines(workdir) -> list[dict]:
+  return list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
 
-  class Full:
-    def __call__(self, params, step, should_stop):
-      while not (tmp_path / "checkpoints" / "3").exists():  # it is written while training goes on
+
+def test_skipped_updates_are_counted_through_a_restart_and_leave_the_learning_rate(tmp_path, monkeypatch):
+  """Batches 4 and 5 hold no number; the schedule does not advance there."""
+  from_array, num_batches = loop.to_global, 0
+
+  def spoil(batch, *arguments):
+    nonlocal num_batches
+    num_batches += 1
+    return from_array(
+      batch | {"weights": batch["weights"] * np.float32(np.nan if num_batches in (4, 5) else 1)}, *arguments
+    )
+
+  monkeypatch.setattr(loop, "to_global", spoil)
+  settings = {"train__on_nonfinite": "skip", "train__optimizer__schedule": "t5"}
+  loop.train(tiny.config(train__steps=6, **settings), tmp_path)
+  loop.train(tiny.config(train__steps=8, **settings), tmp_path)
+  lines = [line for line in _lines(tmp_path) if "skipped_steps" in line]
+  assert [line["step"] for line in lines] == list(range(1, 9))
+  assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 2, 2, 2, 2]
+  schedule = optimizer.make_schedule(tiny.config(**settings).train.optimizer, 12)
+  updates_before = [0, 1, 2, 3, 3, 3, 4, 5]
+  np.testing.assert_allclose([line["learning_rate"] for line in lines], [schedule(index) for index in updates_before])
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(uninterrupted, tmp_path, monkeypatch):
+  """Files may not exceed the size of metrics, so that the kernel itself refuses to write checkpoints."""
+
+  def fill(self, state, data):
+    if int(state.step) == 6:
+      while not (tmp_path / "checkpoints" / "3").exists():  # it is written while training continues
         time.sleep(0.05)
       resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    save(self, state, data)
 
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  config = tiny.config(eval__every=5)
+  before, save = resource.getrlimit(resource.RLIMIT_FSIZE), checkpoint.Checkpointer.save
   try:
-    with pytest.raises(InputError, match="could not be written"):
-      loop.train(config, tmp_path, lambda config, mesh: Full())
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="could not be written"):
+      patch.setattr(checkpoint.Checkpointer, "save", fill)
+      loop.train(tiny.config(), tmp_path)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"3"}
   assert loop.train(tiny.config(), tmp_path) == 0
   assert tiny.losses(tmp_path) == tiny.losses(uninterrupted)
+
+
+_WAITS_FOR_A_SIGNAL = """
+import os, sys, time
+from perceiver_ar_jax.training import signals
+with signals.Signals() as stop_signals:
+  os.write(3, b"ready")
+  while not stop_signals.received:
+    time.sleep(0.01)
+  time.sleep(0.3)  # for the second SIGHUP, of the shell
+  print("saved", flush=True)
+  print("saved", file=sys.stderr, flush=True)
+  os.write(3, stop_signals.name.encode())
+"""
+
+
+def test_a_terminal_that_closes_neither_kills_nor_breaks_output():
+  """The kernel sends SIGHUP, and writing to the terminal fails from then on."""
+  terminal, reader = pty.openpty(), os.pipe()
+  code = f"import os; os.dup2({reader[1]}, 3)\n{_WAITS_FOR_A_SIGNAL}"
+  process = subprocess.Popen(
+    [sys.executable, "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{code}"],
+    cwd=tiny.ROOT,
+    stdin=terminal[1],
+    stdout=terminal[1],
+    stderr=terminal[1],
+    pass_fds=[reader[1]],
+    start_new_session=True,
+  )
+  os.close(terminal[1])
+  os.close(reader[1])
+  assert os.read(reader[0], 5) == b"ready"
+  os.close(terminal[0])
+  process.send_signal(signal.SIGHUP)
+  assert os.read(reader[0], 10) == b"SIGHUP"
+  assert process.wait() == 0
+  os.close(reader[0])
