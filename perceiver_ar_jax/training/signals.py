@@ -6,10 +6,10 @@ SIGHUP from a terminal that closes.
 
 import os
 import signal
-import sys
 
 from perceiver_ar_jax.parallel import distributed
 
+_STDOUT, _STDERR = 1, 2
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -43,7 +43,7 @@ class Signals:
     return signal.Signals(self.agreed or self.received).name
 
   def __enter__(self) -> "Signals":
-    self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+    self._terminals = [stream for stream in (_STDOUT, _STDERR) if os.isatty(stream)]
     self._handlers_before = {
       number: signal.signal(number, self._remember)
       for number in _HANDLED
@@ -61,7 +61,7 @@ class Signals:
     signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else self._handlers_before[number])
     again = "" if number == signal.SIGHUP else " A second one ends the run at once, without saving."
     # print is not reentrant, and a handler runs anywhere.
-    _write(sys.stderr.fileno(), f"\n{self.name}: stopping after this step.{again}\n")
+    _write(_STDERR, f"\n{self.name}: stopping after this step.{again}\n")
     if number == signal.SIGHUP:
       _silence_closed(self._terminals)
 
