@@ -316,7 +316,7 @@ def test_the_head_of_a_text_of_pieces_is_a_stretch_of_whole_words_with_its_own_c
   if num_scored > len(LONG_TEXT):
     assert shown == LONG_TEXT and head.read(len(head) - 1, len(head)).tolist() == [EOS]
   else:
-    assert head.num_scored >= num_scored - 30, "more words would fit"
+    assert head.num_scored >= 0.9 * num_scored - 30, "more words would fit"
     assert text.num_read < 30 * (num_scored + 10), "a part was asked for"
     assert num_scored < 100 or LONG_TEXT[len(shown)].isspace()
 

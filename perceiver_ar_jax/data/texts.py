@@ -219,7 +219,7 @@ class PieceDocument(Document):
     return count(self.text)
 
   def head(self, num_scored: int) -> Document:
-    """As Document.head, but cut between words, so that a few events may be missing: only the part is encoded."""
+    """As Document.head, but cut between words and with up to some percent fewer events: only the part is encoded."""
     num_bytes = num_scored * _BYTES_PER_PIECE
     if num_bytes >= len(self.text) and self.num_scored <= num_scored:
       return self
