@@ -44,6 +44,8 @@ _DEFAULTS: dict[str, Any] = {
   "max_wavelength": 8192,
   "use_positions_from_data": False,
 }
+_MAX_PARAMETERS = 100_000
+"""Arrays that a checkpoint may have; the largest published model has some hundreds."""
 _REQUIRED = ("num_classes", "input_idx_size", "max_context_length", "position_encoding_type")
 # Options that this model does not have, with the one value that can be converted.
 _UNSUPPORTED = {
@@ -102,18 +104,21 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
     raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
   except Exception as error:  # whatever a damaged or foreign file makes the reader raise
     raise InputError(
-      f"--checkpoint={path} is no readable pickle: {error}. Give an official checkpoint.dill."
+      f"--checkpoint={path} is not a readable pickle: {error}. Give an official checkpoint.dill."
     ) from error
   state = state if isinstance(state, dict) else {}
   params: Any = state.get("params")
   step = state.get("global_step", 0)
-  arrays = isinstance(params, dict) and all(
-    isinstance(module, dict) and all(isinstance(value, np.ndarray) for value in module.values())
-    for module in params.values()
+  modules = list(params.values()) if isinstance(params, dict) else [None]
+  are_arrays = (
+    all(isinstance(module, dict) for module in modules)
+    and sum(map(len, modules)) <= _MAX_PARAMETERS  # modules may be one and the same, so a small file can have many
+    and all(isinstance(value, np.ndarray) for module in modules for value in module.values())
   )
-  if not arrays or not isinstance(step, (int, np.integer)):
+  if not are_arrays or not isinstance(step, (int, np.integer)):
     raise InputError(
-      f"--checkpoint={path} is no official checkpoint: it should hold 'params', a mapping from module paths to arrays."
+      f"--checkpoint={path} is not an official checkpoint, which contains 'params': a mapping from module paths to"
+      " arrays."
     )
   return params, int(step)
 
