@@ -63,7 +63,7 @@ def _on_devices(config: Config) -> int:
     from perceiver_ar_jax.evaluation import attention_maps
     from perceiver_ar_jax.sampling import prompts
 
-    attention_maps.write(config, command_line.WORKDIR.value, prompts.read)
+    attention_maps.write(config, command_line.WORKDIR.value, prompts.read_setting)
     return 0
   from perceiver_ar_jax.evaluation import evaluate
 

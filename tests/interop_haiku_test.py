@@ -161,10 +161,10 @@ def test_names_stand_for_nothing_and_cannot_be_changed():
   assert _load(b"cbuiltins\neval\n") is None
   assert _load(b"cbuiltins\neval\n", _string(b"1+1"), b"\x85R") is None
   attributes = b"}" + _string(b"a") + b"K\x01s"
-  for state in (attributes, b"N" + attributes + b"\x86"):
+  for changes in (attributes, b"N" + attributes + b"\x86"):
     for target in (FROM_BYTES, b"cnumpy\n_reconstruct\n", b"cx\nFlatMapping\n", b"}", b"]", b"K\x01"):
       with pytest.raises(pickle.UnpicklingError, match="sets the state of"):
-        _load(target, state, b"b")
+        _load(target, changes, b"b")
   assert not hasattr(unpickle._array_from_bytes, "a") and not hasattr(unpickle._Array, "a")
 
 

@@ -105,9 +105,9 @@ def test_likelihoods_of_given_texts(text):
 def test_a_file_without_a_text_is_told_and_one_of_spaces_scored(text, tmp_path):
   (tmp_path / "empty").write_text("")
   with pytest.raises(InputError, match="empty is empty"):
-    text.score(str(tmp_path / "empty"))
+    text.score(tmp_path / "empty")
   (tmp_path / "spaces").write_text(" \n")
-  result = text.score(str(tmp_path / "spaces"))
+  result = text.score(tmp_path / "spaces")
   assert result["bits_per_byte"] == pytest.approx(result["bits_per_token"] * 3 / 2)  # EOS is a token
 
 
@@ -148,7 +148,7 @@ def test_a_picture_is_completed_from_its_top_half(tmp_path):
     PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
   model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned", positions_from_data=True)
   config = resolve(image_files, dict(files=str(tmp_path), image_size=8), model)
-  made = sampler(config)(str(tmp_path / "*.png"), num_samples=5, batch_size=5)
+  made = sampler(config)(tmp_path / "*.png", num_samples=5, batch_size=5)
   assert [len(one.events) for one in made] == [193] * 5
   given = np.asarray(PIL.Image.open(tmp_path / "1.png"))
   np.testing.assert_array_equal(made[1].value[:4], given[:4])
@@ -162,7 +162,7 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   notes = [music.Note(60 + index, 64, 0.1 * index, 0.1 * index + 0.1) for index in range(6)]
   (tmp_path / "a.mid").write_bytes(music.to_midi(notes))
   config = resolve(midi_files, dict(files=str(tmp_path)), dict(num_cross_heads=1, rotary_fraction=0.5))
-  (one,) = sampler(config)(str(tmp_path / "a.mid"), num_samples=1, length=40)
+  (one,) = sampler(config)(tmp_path / "a.mid", num_samples=1, length=40)
   assert [note.pitch for note in one.value][:6] == [60, 61, 62, 63, 64, 65] and one.num_new > 0
   files = write.write(epath.Path(tmp_path), [one], "made")
   assert {"made-0.mid", "made-0.png"} <= set(files[0])
@@ -173,7 +173,7 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   np.save(tmp_path / "a.npy", np.arange(20).reshape(10, 2) % 8)
   data = dict(files=str(tmp_path), codebook_size=8, code_levels=2, min_crop=1)
   config = resolve(audio_codes, data, dict(max_context=30, vocab_size=19))
-  (one,) = sampler(config)(str(tmp_path / "a.npy"), num_samples=1, length=50, prompt_tokens=8)
+  (one,) = sampler(config)(tmp_path / "a.npy", num_samples=1, length=50, prompt_tokens=8)
   levels = (one.events[1:] - NUM_SPECIAL) // 8
   np.testing.assert_array_equal(levels, np.arange(57) % 2)
   assert one.value.shape == (28, 2)

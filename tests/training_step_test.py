@@ -141,7 +141,8 @@ def _after_three_updates(optimizer, weights, gradients, path) -> dict[str, jax.A
     params = nest(weights)
     state = optimizer.init(params)
     for step in range(3):
-      updates, state = optimizer.update(nest(jax.tree.map(lambda array: array[step], gradients)), state, params)
+      gradient = {key: array[step] for key, array in gradients.items()}
+      updates, state = optimizer.update(nest(gradient), state, params)
       params = optax.apply_updates(params, updates)
     return functools.reduce(lambda tree, key: tree[key], path, params)
 

@@ -1,6 +1,7 @@
 """The data."""
 
 import dataclasses
+import os
 
 from perceiver_ar_jax.config.checks import choice, require
 
@@ -52,6 +53,9 @@ class DataConfig:
   """How many encoded records the shuffle holds at most, and 32 MiB of them; they travel in every checkpoint."""
 
   def __post_init__(self):
+    for name in ("data_dir", "cache_dir", "files", "validation_files", "sentencepiece"):
+      if getattr(self, name) is not None:
+        object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
     for name in ("min_crop", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels"):
       require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1.")
     require(

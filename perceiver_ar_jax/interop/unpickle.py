@@ -131,7 +131,7 @@ def _construct(function: Any, arguments: Any) -> Any:
 
 
 def _set_items(target: Any, items: list) -> None:
-  """Adds keys and values, in turn; keys that are not strings are left out, as hashing nested tuples can take for ever."""
+  """Adds keys and values, in turn; leaves out keys that are not strings, as hashing nested tuples can take for ever."""
   if isinstance(target, _Mapping):
     target.mapping = {} if target.mapping is None else target.mapping
     target = target.mapping
