@@ -4,6 +4,7 @@ Nothing here imports JAX or TensorFlow, so that --help and mistakes are answered
 """
 
 import contextlib
+import glob
 import importlib.metadata
 import io
 import os
@@ -71,7 +72,7 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
 
 @contextlib.contextmanager
 def _tolerant_stdout() -> Iterator[None]:
-  """A context in which stdout replaces what it cannot encode, and which exits quietly once the reader is gone (| head)."""
+  """A context in which stdout replaces what it cannot encode, and a reader that is gone (| head) ends the program."""
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")
   try:
@@ -174,6 +175,9 @@ def _check(argument: str) -> None:
       else "Run from the folder that contains configs/, or give an absolute path."
     )
     raise config_lib.InputError(f"--config={value} does not exist. {hint}")
+  if name.removeprefix("config.data.") in config_lib.DATA_PATHS and value not in ("", "None"):
+    if "://" not in value and not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
+      raise config_lib.InputError(f"--{name}={value} does not exist: give the path of an existing file or folder.")
   if name.startswith("config."):
     section, path = config_lib.defaults(), name.split(".")[1:]
     for position, word in enumerate(path):

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from perceiver_ar_jax.config.checks import InputError, nearest, require, require_seed, writing
-from perceiver_ar_jax.config.data import IMAGE_ORDERS, DataConfig
+from perceiver_ar_jax.config.data import DATA_PATHS, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ATTENTION_KERNELS, REMAT_POLICIES, ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, OPTIMIZERS, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
@@ -24,6 +24,7 @@ __all__ = [
   "ATTENTION_KERNELS",
   "AttentionMapConfig",
   "Config",
+  "DATA_PATHS",
   "DataConfig",
   "EvalConfig",
   "IMAGE_ORDERS",
@@ -158,7 +159,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
       missing = field.default is dataclasses.MISSING
       require(not missing, f"config.{prefix}{name} is not set: add --config.{prefix}{name}=... or set it in the file.")
       require(optional or name not in values, f"config.{prefix}{name} must not be None.")
-      arguments[name] = field.default
+      arguments[name] = None if name in values else field.default
     else:
       arguments[name] = _convert(kind, value, prefix + name)
   return cls(**arguments)
