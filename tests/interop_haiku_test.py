@@ -274,12 +274,12 @@ def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
   # A fresh model starts at log(259), since its logits are zero; this one goes on from what it was given.
   assert tiny.losses(workdir)[1] > 5.6
 
-  tiny.expect_error(_convert(file, workdir), "holds a run already")
+  tiny.expect_error(_convert(file, workdir), "already contains a run")
 
 
 def test_a_config_of_another_shape_is_refused(tmp_path):
   file = _write(tmp_path / "checkpoint.dill", params=_official_params(width=8))
-  tiny.expect_error(_convert(file, tmp_path / "run"), "has shape (8,), and --config makes it (16,)")
+  tiny.expect_error(_convert(file, tmp_path / "run"), "has shape (8,), and with --config it has (16,)")
   assert not (tmp_path / "run").exists()
 
 
@@ -287,7 +287,7 @@ def test_parameters_without_a_place_are_named(tmp_path):
   params = _official_params()
   params |= {path.replace("self_attention", "self_attention_1"): value for path, value in params.items()}
   result = _convert(_write(tmp_path / "checkpoint.dill", params=params), tmp_path / "run")
-  tiny.expect_error(result, "no place for: self_attention_1/attention/linear/b")
+  tiny.expect_error(result, "does not have: self_attention_1/attention/linear/b")
 
 
 @pytest.mark.parametrize("name", ["a_abs_sinusoidal", "b_rotary_half", "d_abs_random_image_idxs"])
