@@ -2,8 +2,8 @@
 
 PerceiverAR, ModelConfig      the model, a flax.linen module, and its settings
 load_checkpoint(workdir)      the config, step and weights of a trained run
-Sampler.from_workdir(workdir) generates and scores with them
-tasks                         the registry of datasets: names(), get_tasks(), add() for one's own
+Sampler.from_workdir(workdir) generates and scores with a trained run
+tasks                         the registry of datasets: names(), get_tasks(), and add() for new ones
 """
 
 import importlib
@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads, whoever loads it first
 
 from perceiver_ar_jax.config import ModelConfig
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 
 if TYPE_CHECKING:
   from perceiver_ar_jax.data import tasks
   from perceiver_ar_jax.evaluation.evaluate import load_checkpoint
+  from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
   from perceiver_ar_jax.sampling.sampler import Sampler
 
 __all__ = ["ModelConfig", "PerceiverAR", "Sampler", "load_checkpoint", "tasks"]
 __version__ = "0.1.0"
 
-# Loaded when first asked for: they bring TensorFlow, which the model alone does not need.
-_LATE = {"Sampler": "sampling.sampler", "load_checkpoint": "evaluation.evaluate"}
+# Imported on first use: the model needs no TensorFlow, and a command that only prints help needs no JAX.
+_LATE = {
+  "PerceiverAR": "models.perceiver_ar",
+  "Sampler": "sampling.sampler",
+  "load_checkpoint": "evaluation.evaluate",
+}
 
 
 def __getattr__(name: str):

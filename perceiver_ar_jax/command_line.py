@@ -1,12 +1,20 @@
-"""What every command shares: --config and --workdir, and mistakes that end in one paragraph with exit code 1."""
+"""What every command shares: --config and --workdir, and errors that end in one paragraph with exit code 1.
 
+Nothing here imports JAX or TensorFlow, so that --help and mistakes are answered at once.
+"""
+
+import contextlib
+import glob
+import importlib.metadata
+import io
+import os
 import pathlib
 import platform
+import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_dict, config_flags
@@ -14,10 +22,11 @@ from ml_collections import config_dict, config_flags
 import perceiver_ar_jax
 from perceiver_ar_jax import config as config_lib
 
-_UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # what a config file that cannot be run raises
+_UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # raised by a config file that cannot be run
 _OF_RUN = pathlib.Path(__file__).parent / "training" / "of_run.py"
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="The experiment: a file such as configs/photos32.py. Left out: that of the run in --workdir."
+  "config",
+  help_string="The experiment: a file such as configs/photos32.py. Default: the config of the run in --workdir.",
 )
 flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
@@ -25,12 +34,26 @@ _VERSION = flags.DEFINE_bool("version", False, "Print the versions of this proje
 _EXAMPLES = {"config": "configs/photos32.py", "workdir": "/tmp/run"}
 
 
+class _OrNone(flags.ArgumentParser):
+  """Parses "None" as None and everything else as `parser` does; resolving the config refuses None where it must."""
+
+  def __init__(self, parser: flags.ArgumentParser):
+    self._parser = parser
+
+  def parse(self, argument):
+    return None if argument == "None" else self._parser.parse(argument)
+
+
+for _kind, _parser in ((int, flags.IntegerParser()), (float, flags.FloatParser()), (str, flags.ArgumentParser())):
+  config_flags.register_flag_parser_for_type(_kind, _OrNone(_parser))
+
+
 def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) -> None:
-  """Parses the flags and exits with what `command` returns for the resolved config.
+  """Parses the flags and exits with the code that `command` returns for the resolved config.
 
   Args:
-    command: returns the exit code; an InputError it raises becomes the message and code 1.
-    required: names of flags that must be given, next to --config.
+    command: returns the exit code; an InputError that it raises becomes the message and code 1.
+    required: names of the flags that must be given, besides --config.
   """
 
   def main(argv: list[str]) -> int:
@@ -43,13 +66,34 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
     except KeyboardInterrupt:
       return 128 + signal.SIGINT
 
-  app.run(main, flags_parser=_parse)
+  with _tolerant_stdout():
+    app.run(main, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def _tolerant_stdout() -> Iterator[None]:
+  """A context in which stdout replaces what it cannot encode, and a reader that is gone (| head) ends the program."""
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")
+  try:
+    try:
+      yield
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError:
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    if not stdout.poll(0):  # it has a reader, so another pipe is broken
+      raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it ends
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
   if _VERSION.value:
     versions = {"perceiver_ar_jax": perceiver_ar_jax.__version__, "Python": platform.python_version()}
-    print(", ".join(f"{name} {version}" for name, version in (versions | {"JAX": jax.__version__}).items()))
+    versions["JAX"] = importlib.metadata.version("jax")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
     sys.exit(0)
   if len(argv) > 1:
     raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
@@ -59,43 +103,81 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
       raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help} For example: {example}")
   try:
     return config_lib.resolve(_CONFIG.value)
-  except _UNLOADABLE as error:  # raised at the first look into the config
+  except _UNLOADABLE as error:  # raised when the config is first read
     raise config_lib.InputError(
-      f"The file given as --config cannot be loaded: {error}. (Run from the folder that holds configs/.)"
+      f"The file given as --config cannot be loaded: {error}. (Run from the folder that contains configs/.)"
     ) from error
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """The arguments that are no flags; a mistake in the flags ends in one paragraph."""
+  """Parses the flags and returns the other arguments; a mistake in a flag ends in one paragraph."""
   try:
-    for argument in argv[1:]:
-      _check_name(argument)
-    return flags.FLAGS([argv[0], *_config_of_run(argv[1:]), *argv[1:]])
+    arguments = _normalise(argv[1:])
+    for argument in arguments:
+      _check(argument)
+    sys.argv = [argv[0], *_config_of_run(arguments), *arguments]  # config_flags looks for overrides there
+    return flags.FLAGS(sys.argv)
+  except BrokenPipeError:  # --help | head
+    raise
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, *_UNLOADABLE) as error:
     return _fail(error)
 
 
+def _normalise(arguments: list[str]) -> list[str]:
+  """Rewrites `--name value` as --name=value, and ~/ at the beginning of a value as the home folder.
+
+  Settings of the config expand ~ by themselves, where they are paths.
+  """
+  result, rest = [], iter(arguments)
+  for argument in rest:
+    if argument == "--":
+      return [*result, argument, *rest]
+    name, equals, value = argument.lstrip("-").partition("=")
+    if argument.startswith("-") and not equals and _takes_value(name):
+      value = next(rest, None)
+      if value is not None:
+        argument = f"--{name}={value}"
+    if argument.startswith("-") and value and value.startswith("~") and not name.startswith("config."):
+      argument = f"--{name}={os.path.expanduser(value)}"
+    result.append(argument)
+  return result
+
+
+def _takes_value(name: str) -> bool:
+  if not name.startswith("config."):
+    return name in flags.FLAGS and not flags.FLAGS[name].boolean
+  value = config_lib.defaults()
+  for word in name.split(".")[1:]:
+    value = value.get(word) if isinstance(value, config_dict.ConfigDict) else None
+  return not isinstance(value, bool)
+
+
 def _config_of_run(arguments: list[str]) -> list[str]:
-  """The flag --config that stands for the run in --workdir, where there is one and no --config is given."""
+  """Returns the flag --config for the run in --workdir, if there is one and --config is not given."""
   given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
   workdir = given.get("workdir")
   if "config" in given or not workdir or not (epath.Path(workdir) / "config.json").exists():
     return []
   from perceiver_ar_jax.training import workdir as workdir_lib
 
-  workdir_lib.load_config(epath.Path(workdir))  # says in one paragraph what is wrong with it
+  workdir_lib.load_config(epath.Path(workdir))  # raises InputError if it cannot be read
   return [f"--config={_OF_RUN}:{workdir}"]
 
 
-def _check_name(argument: str) -> None:
-  """Raises InputError for a config file that is not there or a setting that does not exist, naming the nearest."""
+def _check(argument: str) -> None:
+  """Raises InputError for a path that does not exist or a setting that is unknown, with the nearest known one."""
   name, _, value = argument.lstrip("-").partition("=")
   if name == "config" and value and not pathlib.Path(value.split(":")[0]).exists():
-    there = list(map(str, pathlib.Path(value).parent.glob("*.py")))
+    siblings = list(map(str, pathlib.Path(value).parent.glob("*.py")))
     hint = (
-      config_lib.nearest(value, there) if there else "Run from the folder that holds configs/, or give a whole path."
+      config_lib.nearest(value, siblings)
+      if siblings
+      else "Run from the folder that contains configs/, or give an absolute path."
     )
     raise config_lib.InputError(f"--config={value} does not exist. {hint}")
+  if name.removeprefix("config.data.") in config_lib.DATA_PATHS and value not in ("", "None"):
+    if "://" not in value and not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
+      raise config_lib.InputError(f"--{name}={value} does not exist: give the path of an existing file or folder.")
   if name.startswith("config."):
     section, path = config_lib.defaults(), name.split(".")[1:]
     for position, word in enumerate(path):

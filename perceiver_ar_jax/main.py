@@ -1,13 +1,13 @@
-"""Train, evaluate and sample Perceiver AR, look at the data first, and plan for TPUs that are not here.
+"""Trains, evaluates and samples Perceiver AR, inspects its data, and plans for chips of another machine.
 
   python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=MODE]
 
-MODE is train (the default), eval (score a split), sample (generate), score (how likely a text or file is), attention
-(pictures of what the cross-attend takes from), report (one HTML file about the run), data (a look at it), or plan
-(compile the step for chips that are not here: what a pod would take).
+MODE is train (the default), eval (score a split), sample (generate), score (the likelihood of a text or file),
+attention (pictures of what the cross-attention attends to), report (one HTML file about the run), data (inspect the
+data), or plan (compile the step for the chips of a pod: does it fit, and what does it need).
 
---config names an experiment of configs/; perceiver_ar_jax/config tells of every setting, and each can be
-overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
+--config names an experiment of configs/; perceiver_ar_jax/config documents every setting, and each can be
+overridden: --config.train.steps=100 --config.model.num_layers=6. The same command resumes a run that was stopped.
 """
 
 from absl import flags
@@ -18,16 +18,16 @@ from perceiver_ar_jax.config import Config
 flags.adopt_module_key_flags(command_line)
 _MODES = ["train", "eval", "sample", "score", "attention", "report", "data", "plan"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
-_STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it comes.")
+_STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it is generated.")
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "Several processes: host:port of process 0. TPU pods and Slurm steps need none of these three."
+  "coordinator", None, "Several processes: host:port of process 0. Not needed on TPU pods and in Slurm steps."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: the number of this one, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: their number.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: the index of this one, from 0.")
 
 
 def main(config: Config) -> int:
-  # Imported late, so that a misspelt flag is answered at once.
+  # Each mode imports what it needs, so that a misspelt flag is answered before JAX and TensorFlow are imported.
   if _MODE.value == "data":
     from perceiver_ar_jax.data import inspect
 
@@ -63,7 +63,7 @@ def _on_devices(config: Config) -> int:
     from perceiver_ar_jax.evaluation import attention_maps
     from perceiver_ar_jax.sampling import prompts
 
-    attention_maps.write(config, command_line.WORKDIR.value, prompts.read)
+    attention_maps.write(config, command_line.WORKDIR.value, prompts.read_setting)
     return 0
   from perceiver_ar_jax.evaluation import evaluate
 

@@ -1,5 +1,6 @@
 """Official checkpoints: the file is read without running it, its options are understood or refused, weights arrive."""
 
+import io
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.interop import haiku
+from perceiver_ar_jax.interop import haiku, unpickle
 from perceiver_ar_jax.training import state
 from tests import golden, tiny
 
@@ -67,12 +68,13 @@ class Malicious:
     return os.system, (f"touch {self.path}",)
 
 
-def _write(path: pathlib.Path, **state) -> pathlib.Path:
-  path.write_bytes(pickle.dumps(state))
+def _write(path: pathlib.Path, protocol: int = pickle.DEFAULT_PROTOCOL, **state) -> pathlib.Path:
+  path.write_bytes(pickle.dumps(state, protocol))
   return path
 
 
-def test_a_checkpoint_file_is_read_and_nothing_in_it_is_run(tmp_path):
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_a_checkpoint_file_is_read_and_nothing_in_it_is_run(protocol, tmp_path):
   arrays = {
     "numpy": np.arange(6.0).reshape(2, 3),
     "jax": jnp.arange(4, dtype=jnp.float32),
@@ -83,6 +85,7 @@ def test_a_checkpoint_file_is_read_and_nothing_in_it_is_run(tmp_path):
     params=FlatMapping({"a/b": FlatMapping(arrays)}),
     opt_state=(Optimizer(), Malicious(tmp_path / "harm")),
     global_step=np.int64(7),
+    protocol=protocol,
   )
   params, step = haiku.load(str(file))
   assert step == 7
@@ -101,17 +104,102 @@ class ForgedArray:
 @pytest.mark.parametrize(
   ("content", "words"),
   [
-    (b"not a pickle", "no readable pickle"),
-    (pickle.dumps({"params": 3}), "should hold 'params'"),
-    (pickle.dumps({"params": {"a": {"b": ForgedArray()}}}), "should hold 'params'"),
+    (b"not a pickle", "not a readable pickle"),
+    (pickle.dumps({"params": 3}), "which contains 'params'"),
+    (pickle.dumps({"params": {"a": {"b": ForgedArray()}}}), "which contains 'params'"),
     (pickle.dumps({"params": {"a": {"b": np.array([{}])}}}), "arrays of type 'O8' are not numbers"),
-    (pickle.dumps({"params": {"a": {"b": np.ones(1)}}, "global_step": "x"}), "no official checkpoint"),
+    (pickle.dumps({"params": {"a": {"b": np.ones(1)}}, "global_step": "x"}), "not an official checkpoint"),
   ],
 )
 def test_other_files_are_refused(content, words, tmp_path):
   (tmp_path / "file").write_bytes(content)
   with pytest.raises(InputError, match=words):
     haiku.load(str(tmp_path / "file"))
+
+
+def _load(*program: bytes):
+  return unpickle.load(io.BytesIO(b"".join(program) + b"."))
+
+
+def _string(text: bytes) -> bytes:
+  return b"X" + len(text).to_bytes(4, "little") + text
+
+
+def _nested(innermost: bytes, depth: int) -> bytes:
+  """A tuple of twice the same tuple of twice the same ..., `depth` times: 2^depth visits for who visits all."""
+  return innermost + b"".join(b"q%ch%c\x86" % (index, index) for index in range(depth))
+
+
+FROM_BYTES, DTYPE = b"cnumpy\n_frombuffer\n", b"cnumpy\ndtype\n" + _string(b"f4") + b"\x85R"
+
+
+def test_shared_references_are_visited_once():
+  tree = _load(_nested(b"]", 40))
+  assert tree[0] is tree[1]
+  assert _load(_nested(b"N", 40))[0][0][0][0]  # None
+  own_item = _load(b"]q\0h\0a")
+  assert own_item == [None]
+
+
+def test_nothing_nested_is_hashed_or_printed():
+  deep = _nested(b")", 60)
+  assert _load(b"}", deep, b"Ns") == {}
+  assert _load(b"}(", deep, b"N", _string(b"a"), b"K\x01u") == {"a": 1}
+  assert _load(b"\x8f(", deep, b"\x90") is None  # a set
+  assert _load(b"(", deep, b"\x91") is None  # a frozenset
+  for program in (
+    [b"cnumpy\ndtype\n", deep, b"\x85R"],  # the code of a type
+    [DTYPE, b"K\x03", deep, b"\x86b"],  # its byte order
+    [deep, _string(b"a"), b"\x93"],  # the module of a name
+  ):
+    with pytest.raises(pickle.UnpicklingError, match="has a tuple where a string belongs"):
+      _load(*program)
+
+
+def test_names_stand_for_nothing_and_cannot_be_changed():
+  assert _load(FROM_BYTES) is None
+  assert _load(b"cbuiltins\neval\n") is None
+  assert _load(b"cbuiltins\neval\n", _string(b"1+1"), b"\x85R") is None
+  attributes = b"}" + _string(b"a") + b"K\x01s"
+  for changes in (attributes, b"N" + attributes + b"\x86"):
+    for target in (FROM_BYTES, b"cnumpy\n_reconstruct\n", b"cx\nFlatMapping\n", b"}", b"]", b"K\x01"):
+      with pytest.raises(pickle.UnpicklingError, match="sets the state of"):
+        _load(target, changes, b"b")
+  assert not hasattr(unpickle._array_from_bytes, "a") and not hasattr(unpickle._Array, "a")
+
+
+@pytest.mark.parametrize(
+  ("program", "words"),
+  [
+    ([b"cnumpy\n_reconstruct\n(", b"N" * 9, b"tR"], "calls _reconstruct with 9 arguments"),
+    ([b"K\x01Na"], "appends to a int"),
+    ([b"K\x01NNs"], "sets items of a int"),
+    ([b"N" * 11], "more than 10 instructions"),
+    ([b"P1\n"], "PERSID, which is not supported"),
+    ([b"R"], "stack is empty"),
+  ],
+)
+def test_other_programs_are_refused(program, words, monkeypatch):
+  if "instructions" in words:
+    monkeypatch.setattr(unpickle, "MAX_INSTRUCTIONS", 10)
+  with pytest.raises(Exception, match=words):
+    _load(*program)
+
+
+def test_arrays_take_no_more_bytes_than_the_file():
+  raw = b"B" + (4000).to_bytes(4, "little") + bytes(4000)
+  array = FROM_BYTES + b"(h\0" + DTYPE + b"M\xe8\x03\x85" + _string(b"C") + b"tR"  # of the bytes at place 0 of the memo
+  (value,) = _load(raw, b"q\x000(", array, b"l")
+  np.testing.assert_array_equal(value, np.zeros(1000, np.float32))
+  with pytest.raises(pickle.UnpicklingError, match="larger than the file"):
+    _load(raw, b"q\x000(", array * 3, b"l")
+
+
+def test_a_small_file_cannot_name_many_parameters(tmp_path):
+  shared = {str(index): np.ones(1, np.float32) for index in range(1000)}
+  file = _write(tmp_path / "file", params={str(index): shared for index in range(1000)})
+  with pytest.raises(InputError, match="not an official checkpoint"):
+    haiku.load(str(file))
 
 
 def test_a_missing_file_is_named():
@@ -186,12 +274,12 @@ def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
   # A fresh model starts at log(259), since its logits are zero; this one goes on from what it was given.
   assert tiny.losses(workdir)[1] > 5.6
 
-  tiny.expect_error(_convert(file, workdir), "holds a run already")
+  tiny.expect_error(_convert(file, workdir), "already contains a run")
 
 
 def test_a_config_of_another_shape_is_refused(tmp_path):
   file = _write(tmp_path / "checkpoint.dill", params=_official_params(width=8))
-  tiny.expect_error(_convert(file, tmp_path / "run"), "has shape (8,), and --config makes it (16,)")
+  tiny.expect_error(_convert(file, tmp_path / "run"), "has shape (8,), and with --config it has (16,)")
   assert not (tmp_path / "run").exists()
 
 
@@ -199,7 +287,7 @@ def test_parameters_without_a_place_are_named(tmp_path):
   params = _official_params()
   params |= {path.replace("self_attention", "self_attention_1"): value for path, value in params.items()}
   result = _convert(_write(tmp_path / "checkpoint.dill", params=params), tmp_path / "run")
-  tiny.expect_error(result, "no place for: self_attention_1/attention/linear/b")
+  tiny.expect_error(result, "does not have: self_attention_1/attention/linear/b")
 
 
 @pytest.mark.parametrize("name", ["a_abs_sinusoidal", "b_rotary_half", "d_abs_random_image_idxs"])

@@ -1,10 +1,16 @@
-"""The command line as people meet it: one command from data to figures, and a paragraph for every mistake."""
+"""The command line: one command from data to metrics, flags of every form, and one paragraph for every mistake."""
 
+import io
 import json
 import os
+import subprocess
+import sys
 
 import pytest
+from absl import app
+from absl.testing import flagsaver
 
+from perceiver_ar_jax import command_line, main
 from tests import tiny
 
 SHRUNK = [
@@ -26,6 +32,29 @@ SHRUNK = [
 
 def _main(*arguments):
   return tiny.python("-m", "perceiver_ar_jax.main", *arguments)
+
+
+app.define_help_flags()  # once per process, so before flagsaver restores the flags
+
+
+def _run(monkeypatch, *arguments, command=main.main, required=("workdir",)) -> int:
+  """The exit code of a command in this process."""
+  monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit:
+    command_line.run(command, required)
+  return exit.value.code
+
+
+def _config(monkeypatch, *arguments):
+  """The config that a command line resolves to, and the workdir."""
+  results = []
+
+  def command(config):
+    results.append((config, command_line.WORKDIR.value))
+    return 0
+
+  assert _run(monkeypatch, *arguments, command=command) == 0
+  return results[0]
 
 
 def test_the_papers_config_trains_resumes_and_evaluates_on_prepared_data(data_dir, tmp_path):
@@ -55,19 +84,109 @@ def test_the_papers_config_trains_resumes_and_evaluates_on_prepared_data(data_di
     ),
     (["--config=configs/copy.py", "--config.train.steps=many", "--workdir=x"], ["train.steps", "many"]),
     (["--config=configs/cpoy.py", "--workdir=x"], ["configs/cpoy.py", "Did you mean 'configs/copy.py'"]),
-    (["--config=nowhere/copy.py", "--workdir=x"], ["nowhere/copy.py does not exist", "the folder that holds configs/"]),
+    (
+      ["--config=nowhere/copy.py", "--workdir=x"],
+      ["nowhere/copy.py does not exist", "the folder that contains configs/"],
+    ),
     (["--config=configs/copy.py"], ["--workdir is missing"]),
     (["--config=configs/copy.py", "--wrokdir=x"], ["wrokdir", "workdir"]),
     (["--config=configs/copy.py", "--workdir=x", "--mode=trian"], ["trian", "train"]),
     (["--config=configs/copy.py", "--workdir=x", "train"], ["Unexpected argument 'train'"]),
     (["--config=configs/copy.py", "--config.data.task=coyp", "--workdir=x"], ["coyp", "Did you mean 'copy'"]),
+    (["--config=configs/copy.py", "--config.data.files=~/nowhere", "--workdir=x"], ["data.files=~/nowhere", "exist"]),
+    (["--config=configs/copy.py", "--config.train.steps=None", "--workdir=x"], ["config.train.steps is not set"]),
+    (["--config=configs/copy.py", "--config.model.dropout=None", "--workdir=x"], ["model.dropout must not be None"]),
+    (["--config=configs/copy.py", "--config.model.position_sizes=None", "--workdir=x"], ["must not be None"]),
+    (["--config=configs/copy.py", "--config.seed=4294967296", "--workdir=x"], ["seed=4294967296 must lie in 0.."]),
+    (["--config=configs/copy.py", "--config.seed=-1", "--workdir=x"], ["seed=-1 must lie in 0..4294967295"]),
+    (["--config=configs/copy.py", "--config.sample.seed=4294967296", "--workdir=x"], ["sample.seed=4294967296"]),
   ],
   ids=lambda value: "_".join(value)[-30:] if isinstance(value, list) else None,
 )
-def test_mistakes_end_in_one_paragraph(arguments, words, tmp_path):
+def test_mistakes_end_in_one_paragraph(arguments, words, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
   arguments = [argument.replace("--workdir=x", f"--workdir={tmp_path / 'run'}") for argument in arguments]
-  tiny.expect_error(_main(*arguments), *words)
+  code = _run(monkeypatch, *arguments)
+  tiny.expect_error(subprocess.CompletedProcess([], code, "", capsys.readouterr().err), *words)
   assert not (tmp_path / "run").exists()
+
+
+def test_every_optional_setting_can_be_none(monkeypatch):
+  base = ["--config=configs/copy.py", "--workdir=x"]
+  names = [
+    "eval.stride",
+    "eval.max_sequences",
+    "model.logits_chunk",
+    "model.rotary_max_wavelength",
+    "model.embed_width",
+  ]
+  names += ["train.profile_at", "sample.length", "sample.prompt", "data.sentencepiece", "compilation_cache"]
+  config, _ = _config(monkeypatch, *base, *(f"--config.{name}=None" for name in names))
+  for name in names:
+    section, _, setting = name.rpartition(".")
+    assert getattr(getattr(config, section) if section else config, setting) is None
+  config, _ = _config(monkeypatch, *base, "--config.eval.stride=None", "--config.eval.stride=8")
+  assert config.eval.stride == 8
+
+
+def test_a_flag_and_its_value_may_be_two_arguments(monkeypatch, tmp_path):
+  config = tiny.config(train__steps=77)
+  (tmp_path / "config.json").write_text(config.to_json())
+  assert _config(monkeypatch, "--workdir", tmp_path) == (config, str(tmp_path))
+  arguments = ["--config", "configs/copy.py", "-workdir", tmp_path, "--config.train.steps", "123", "--mode", "eval"]
+  assert _config(monkeypatch, *arguments)[0].train.steps == 123
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.json").write_text(tiny.config(train__steps=77).to_json())
+  config, workdir = _config(monkeypatch, "--workdir=~/run")
+  assert workdir == str(tmp_path / "run") and config.train.steps == 77
+  (tmp_path / "copy.py").write_text("from configs.copy import get_config")
+  names = ("data_dir", "cache_dir", "files", "validation_files", "sentencepiece")
+  arguments = ["--config", "~/copy.py", "--workdir", "~/new", *(f"--config.data.{name}=~/run" for name in names)]
+  config, workdir = _config(monkeypatch, *arguments)
+  assert workdir == str(tmp_path / "new") and not (tmp_path / "new").exists()
+  assert {getattr(config.data, name) for name in names} == {str(tmp_path / "run")}
+
+
+def test_output_that_nobody_reads_ends_the_program_quietly(monkeypatch, tmp_path, capsys):
+  arguments = ["--config=configs/copy.py", "--workdir=x"]
+
+  def command(config):
+    print("first line")
+    return 0
+
+  for printing in ([*arguments], [*arguments, "--help"], ["--version"]):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as broken:
+      monkeypatch.setattr(sys, "stdout", broken)
+      assert _run(monkeypatch, *printing, command=command) == 128 + 13
+      print("for the flush at the end, which must not fail")
+  with open(tmp_path / "out", "w") as file:
+    monkeypatch.setattr(sys, "stdout", file)
+
+    def other_pipe(config):
+      raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    with flagsaver.flagsaver(), pytest.raises(BrokenPipeError):
+      command_line.run(other_pipe, ())
+  assert capsys.readouterr().err == ""
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(monkeypatch):
+  content = io.BytesIO()
+  monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii"))
+
+  def command(config):
+    print("caf\u00e9 \udc80")
+    return 0
+
+  assert _run(monkeypatch, "--config=configs/copy.py", command=command, required=()) == 0
+  assert content.getvalue() == b"caf? ?\n"
 
 
 def test_a_missing_dataset_says_where_it_was_looked_for_and_what_needs_nothing(tmp_path):
@@ -124,6 +243,21 @@ def test_help_and_version_are_there_for_newcomers():
   assert all(f"{name}: " in shown.stdout for name in ("--config", "--workdir", "--mode", "version")), shown.stdout
   shown = _main("--version")
   assert shown.returncode == 0 and shown.stdout.startswith("perceiver_ar_jax 0."), shown.stderr
+
+
+def test_help_and_mistakes_need_neither_jax_nor_tensorflow():
+  program = """
+import sys
+from perceiver_ar_jax import command_line, main
+sys.argv[1:] = ["--config=configs/copy.py", "--wrokdir=x"]
+try:
+  command_line.run(main.main, ())
+except SystemExit as exit:
+  assert exit.code == 1
+assert not {"jax", "tensorflow"} & set(sys.modules), "imported before the flags were parsed"
+"""
+  result = tiny.python("-c", program)
+  assert result.returncode == 0, result.stderr
 
 
 def test_the_package_offers_its_nouns_without_loading_tensorflow():

@@ -129,8 +129,8 @@ def test_evaluation_and_samples_of_two_processes_are_those_of_one_and_written_by
   figures = json.loads((evaluated / "eval-validation-60.json").read_text())
   logged = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
   np.testing.assert_allclose(figures["nats_per_token"], logged["eval_nats_per_token"], rtol=1e-6)
-  names = [f"samples/60-0-{number}.npy" for number in range(3)]
-  assert _files(sampled) - there == {*names, "samples/samples.json"}
+  names = [f"samples/60-0/sample-{number}.npy" for number in range(3)]
+  assert _files(sampled) - there == {*names, "samples/60-0/samples.json", "samples/samples.json"}
   for name, one in zip(names, expected, strict=True):
     np.testing.assert_array_equal(np.load(sampled / name), one.value)
   assert _files(f"{evaluated}-of-1") == there - {"eval-validation-60.json"}

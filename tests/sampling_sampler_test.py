@@ -1,7 +1,9 @@
 """Samples in Python and by command: prompts of every kind, contexts that begin anew, devices, mistakes."""
 
+import concurrent.futures
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -13,7 +15,8 @@ from flax import linen as nn
 from configs import image_files, midi_files, text_files
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, tasks
+from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.sampling import prompts, write
 from perceiver_ar_jax.sampling.sampler import Sampler
@@ -105,10 +108,140 @@ def test_likelihoods_of_given_texts(text):
 def test_a_file_without_a_text_is_told_and_one_of_spaces_scored(text, tmp_path):
   (tmp_path / "empty").write_text("")
   with pytest.raises(InputError, match="empty is empty"):
-    text.score(str(tmp_path / "empty"))
+    text.score(tmp_path / "empty")
   (tmp_path / "spaces").write_text(" \n")
-  result = text.score(str(tmp_path / "spaces"))
+  result = text.score(tmp_path / "spaces")
   assert result["bits_per_byte"] == pytest.approx(result["bits_per_token"] * 3 / 2)  # EOS is a token
+
+
+def test_scores_of_one_sampler_compile_once(text, monkeypatch):
+  traces = []
+  make_eval_step = evaluate.make_eval_step
+
+  def counting(config):
+    step = make_eval_step(config)
+
+    def eval_step(params, batch):
+      traces.append({name: x.shape for name, x in batch.items()})
+      return step(params, batch)
+
+    return eval_step
+
+  monkeypatch.setattr(evaluate, "make_eval_step", counting)
+  fresh = Sampler(text.config, text.params)
+  results = [fresh.score(prompt) for prompt in ("One text.", "Another text.", "A third, of two windows" * 3)]
+  assert len({result["bits_per_byte"] for result in results}) == 3
+  assert len(traces) == 1
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """The current folder, with some files."""
+  (tmp_path / "sub folder").mkdir()
+  for name in ("a.txt", "b.txt", "README", "data", "sub folder/c"):
+    (tmp_path / name).write_text(f"content of {name}")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  return tmp_path
+
+
+def _contents(task, documents):
+  return [task.decode(document.read(0, len(document))) for document in documents]
+
+
+def test_in_python_a_str_is_a_text_and_a_path_is_a_file(text, folder):
+  for prompt in ("a.txt", str(folder / "a.txt"), "/etc/passwd", "**", "*.txt", "~/a.txt", "@a.txt", "README"):
+    assert _contents(text.task, prompts.read(text.task, prompt)) == [prompt]
+    assert text.score(prompt)["num_bytes"] == len(prompt)
+  assert text("a.txt", length=3, num_samples=3, batch_size=3)[0].value.startswith("a.txt")
+  for path, names in (("a.txt", ["a.txt"]), ("~/README", ["README"]), ("*.txt", ["a.txt", "b.txt"])):
+    expected = [f"content of {name}" for name in names]
+    assert _contents(text.task, prompts.read(text.task, pathlib.Path(path))) == expected
+  assert text.score(pathlib.Path("a.txt"))["num_bytes"] == len("content of a.txt")
+  assert text(pathlib.Path("README"), length=3, num_samples=3, batch_size=3)[0].value.startswith("content of README")
+  for path, problem in (("missing.txt", "does not exist"), ("sub folder", "is a folder"), ("*.mid", "matches no file")):
+    for use in (text.score, text):
+      with pytest.raises(InputError, match=problem):
+        use(pathlib.Path(path))
+
+
+def test_a_str_for_a_task_that_reads_files_is_an_error_with_the_fix(folder):
+  task = tasks.get_tasks(config_lib.DataConfig(task="midi_files"), 100)[0][0]
+  with pytest.raises(InputError, match=r"'a.mid' is a str, .* midi_files reads files: give pathlib.Path\('a.mid'\)"):
+    prompts.read(task, "a.mid")
+
+
+@pytest.mark.parametrize(
+  ("setting", "contents"),
+  [
+    ("Once upon a time", ["Once upon a time"]),
+    ("README", ["README"]),
+    ("**", ["**"]),
+    ("1/2 of it", ["1/2 of it"]),
+    ("def f(a, b):\n  return a/b", ["def f(a, b):\n  return a/b"]),
+    ("a.txt", ["content of a.txt"]),
+    ("./README", ["content of README"]),
+    ("~/README", ["content of README"]),
+    ("@README", ["content of README"]),
+    ("@data", ["content of data"]),
+    ("@sub folder/c", ["content of sub folder/c"]),
+    ("*.txt", ["content of a.txt", "content of b.txt"]),
+    ("missing.txt", None),
+    ("my missing file.TXT", None),
+    ("missing/file", None),
+    ("/missing file", None),
+    ("../missing file", None),
+    ("@missing", None),
+    ("*.md", None),
+  ],
+)
+def test_on_the_command_line_what_looks_like_a_path_is_a_file_that_must_exist(setting, contents, text, folder):
+  if contents is None:
+    with pytest.raises(InputError, match="does not exist|matches no file"):
+      prompts.read_setting(text.task, setting)
+  else:
+    assert _contents(text.task, prompts.read_setting(text.task, setting)) == contents
+
+
+def test_the_prompt_of_the_config_follows_the_rule_of_the_command_line(text, folder, monkeypatch):
+  def with_prompt(prompt):
+    return dataclasses.replace(text.config, sample=dataclasses.replace(text.config.sample, prompt=prompt, length=1))
+
+  monkeypatch.setattr(Sampler, "from_workdir", lambda workdir, config: Sampler(config, text.params))
+  with pytest.raises(InputError, match="missing.txt does not exist"):
+    write.score(with_prompt("missing.txt"), folder)
+  assert not (folder / "score.json").exists()
+  assert write.score(with_prompt("a.txt"), folder)["num_bytes"] == len("content of a.txt")
+  assert write.score(with_prompt("a text"), folder)["num_bytes"] == len("a text")
+  with pytest.raises(InputError, match="missing.txt does not exist"):
+    write.sample(with_prompt("missing.txt"), folder)
+  assert not list((folder / "samples").iterdir())
+  assert write.sample(with_prompt("@README"), folder)[0].value.startswith("content of README")
+
+
+def test_every_call_writes_samples_of_its_own(text, tmp_path, monkeypatch):
+  monkeypatch.setattr(Sampler, "from_workdir", lambda workdir, config: text)
+  values = []
+  for temperature in (0.0, 1.0):
+    monkeypatch.setattr(text, "config", resolve(text_files, sample=dict(length=20, temperature=temperature)))
+    values.append([sample.value for sample in write.sample(text.config, tmp_path)])
+  assert values[0] != values[1]
+  assert {path.name for path in (tmp_path / "samples").iterdir()} == {"0-0", "0-1", "samples.json"}
+  for number in (0, 1):
+    folder = tmp_path / "samples" / f"0-{number}"
+    report = json.loads((folder / "samples.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {*report["files"], "samples.json"}
+    assert [(folder / name).read_text() for name in report["files"]] == values[number]
+    assert report["settings"]["temperature"] == number
+  latest = json.loads((tmp_path / "samples" / "samples.json").read_text())
+  assert latest["folder"] == "0-1" and latest["files"] == [f"0-1/{name}" for name in report["files"]]
+  assert [sample["files"] for sample in latest["samples"]] == [[name] for name in latest["files"]]
+
+
+def test_calls_at_the_same_time_get_different_folders(tmp_path):
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    folders = list(pool.map(lambda _: write._new_folder(epath.Path(tmp_path) / "samples", 7), range(32)))
+  assert sorted(folder.name for folder in folders) == sorted(f"7-{number}" for number in range(32))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +254,8 @@ def test_a_file_without_a_text_is_told_and_one_of_spaces_scored(text, tmp_path):
     ("x", {"top_k": -1}, "top_k=-1"),
     ("x", {"length": 0}, "length=0 must be at least 1"),
     ("x", {"prompt_tokens": 0}, "prompt_tokens=0 must be at least 1"),
+    ("x", {"seed": 2**32}, "sample.seed=4294967296 must lie in"),
+    ("x", {"seed": -1}, "sample.seed=-1 must lie in"),
     ("x", {"temprature": 1}, "Unknown setting 'temprature'.*Did you mean 'temperature'"),
     ("  ", {}, "prompt is empty"),
     ("data", {}, "'validation' of text_files holds no document that can be read. The last reason: .*b.txt is empty"),
@@ -148,7 +283,7 @@ def test_a_picture_is_completed_from_its_top_half(tmp_path):
     PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
   model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned", positions_from_data=True)
   config = resolve(image_files, dict(files=str(tmp_path), image_size=8), model)
-  made = sampler(config)(str(tmp_path / "*.png"), num_samples=5, batch_size=5)
+  made = sampler(config)(tmp_path / "*.png", num_samples=5, batch_size=5)
   assert [len(one.events) for one in made] == [193] * 5
   given = np.asarray(PIL.Image.open(tmp_path / "1.png"))
   np.testing.assert_array_equal(made[1].value[:4], given[:4])
@@ -162,7 +297,7 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   notes = [music.Note(60 + index, 64, 0.1 * index, 0.1 * index + 0.1) for index in range(6)]
   (tmp_path / "a.mid").write_bytes(music.to_midi(notes))
   config = resolve(midi_files, dict(files=str(tmp_path)), dict(num_cross_heads=1, rotary_fraction=0.5))
-  (one,) = sampler(config)(str(tmp_path / "a.mid"), num_samples=1, length=40)
+  (one,) = sampler(config)(tmp_path / "a.mid", num_samples=1, length=40)
   assert [note.pitch for note in one.value][:6] == [60, 61, 62, 63, 64, 65] and one.num_new > 0
   files = write.write(epath.Path(tmp_path), [one], "made")
   assert {"made-0.mid", "made-0.png"} <= set(files[0])
@@ -173,7 +308,7 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   np.save(tmp_path / "a.npy", np.arange(20).reshape(10, 2) % 8)
   data = dict(files=str(tmp_path), codebook_size=8, code_levels=2, min_crop=1)
   config = resolve(audio_codes, data, dict(max_context=30, vocab_size=19))
-  (one,) = sampler(config)(str(tmp_path / "a.npy"), num_samples=1, length=50, prompt_tokens=8)
+  (one,) = sampler(config)(tmp_path / "a.npy", num_samples=1, length=50, prompt_tokens=8)
   levels = (one.events[1:] - NUM_SPECIAL) // 8
   np.testing.assert_array_equal(levels, np.arange(57) % 2)
   assert one.value.shape == (28, 2)

@@ -130,24 +130,58 @@ def test_cosine_reaches_its_end_at_the_last_step():
   np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
 
 
-@pytest.mark.parametrize("outer", [(), ("segments",)], ids=["perceiver_ar", "transformer_xl"])
-def test_lamb_scales_each_stacked_layer_by_itself(outer):
-  config = OptimizerConfig(name="lamb", learning_rate=0.1, clip_norm=0.0)
+def _after_three_updates(optimizer, weights, gradients, path) -> dict[str, jax.Array]:
+  """`weights` at `path` of a tree of parameters, after one update for each leading index of `gradients`."""
+
+  def nest(tree):
+    return functools.reduce(lambda tree, key: {key: tree}, reversed(path), tree)
+
+  @jax.jit
+  def train(weights, gradients):
+    params = nest(weights)
+    state = optimizer.init(params)
+    for step in range(3):
+      gradient = {key: array[step] for key, array in gradients.items()}
+      updates, state = optimizer.update(nest(gradient), state, params)
+      params = optax.apply_updates(params, updates)
+    return functools.reduce(lambda tree, key: tree[key], path, params)
+
+  return train(weights, gradients)
+
+
+@pytest.mark.parametrize("path", [("layers_0",), ("segments", "layers")], ids=["perceiver_ar", "transformer_xl"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stacked_layers_are_updated_as_optax_updates_them_unstacked(name, path, monkeypatch):
+  config = OptimizerConfig(name=name, learning_rate=0.1, clip_norm=0.0, weight_decay=0.01)
+  optimizer = optimizer_lib.make_optimizer(config, steps=10)
+  monkeypatch.setattr(optimizer_lib, "_per_layer", lambda rule: rule)
+  plain = optimizer_lib.make_optimizer(config, steps=10)
   rng = np.random.default_rng(0)
-  weights, gradients = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 3, 4))
-  weights[1] *= 100
+  shapes = {"kernel": (128, 130), "bias": (4,)}  # Adafactor factors the second moment of matrices from 128 x 128 on
+  weights = {key: rng.normal(size=(2, *shape)).astype(np.float32) for key, shape in shapes.items()}
+  gradients = {key: rng.normal(size=(3, 2, *shape)).astype(np.float32) for key, shape in shapes.items()}
+  for key in shapes:  # two layers of different scales
+    weights[key][1] *= 100
+    gradients[key][:, 1] *= 10
+  stacked = _after_three_updates(optimizer, weights, gradients, path)
+  for layer in range(2):
+    alone = [{key: array[layer] for key, array in weights.items()}, {k: a[:, layer] for k, a in gradients.items()}]
+    expected = _after_three_updates(plain, *alone, ("to_latents",))
+    for key in shapes:
+      np.testing.assert_allclose(stacked[key][layer], expected[key], rtol=1e-5, atol=1e-6, err_msg=f"{key} {layer}")
 
-  def updates(params, grads):
-    optimizer = optimizer_lib.make_optimizer(config, steps=10)
-    return optimizer.update(grads, optimizer.init(params), params)[0]
 
-  def layers(kernel):
-    return functools.reduce(lambda tree, name: {name: tree}, reversed([*outer, "layers"]), {"kernel": kernel})
-
-  (stacked,) = jax.tree.leaves(updates(layers(weights), layers(gradients)))
-  for index in range(2):
-    alone = updates({"one": {"kernel": weights[index]}}, {"one": {"kernel": gradients[index]}})["one"]["kernel"]
-    np.testing.assert_allclose(stacked[index], alone, rtol=1e-5)
+def test_factored_second_moments_have_the_shapes_of_one_layer_and_whole_ones_the_sharding_of_their_weight():
+  config = tiny.config(
+    train__optimizer__name="adafactor", model__latent_width=128, model__embed_width=64, mesh__fsdp=1, mesh__data=-1
+  )
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  abstract = state_lib.abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+  rule = abstract.opt_state[1][0]["layers_0"]["mlp"]["up"]
+  assert rule["kernel"].v_row.shape == (2, 128) and rule["kernel"].v_col.shape == (2, 512)
+  assert rule["kernel"].v.shape == (2, 1)
+  assert rule["bias"].v.shape == (2, 512) and rule["bias"].count.shape == (2,)
+  assert rule["bias"].v.sharding == abstract.params["layers_0"]["mlp"]["up"]["bias"].sharding
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

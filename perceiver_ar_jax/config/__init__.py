@@ -1,9 +1,9 @@
 """The experiment's settings: frozen, documented, validated dataclasses.
 
 A config file builds an `ml_collections.ConfigDict` from `defaults()`, so that every field below can be
-overridden on the command line (`--config.train.steps=100`); `resolve` turns it into a `Config`. This room
-owns names, types, defaults and every check that needs the settings alone. What depends on the machine (how
-many devices there are, which data is on disk) is checked where it is first known.
+overridden on the command line (`--config.train.steps=100`); `resolve` turns it into a `Config`. This package
+owns names, types, defaults and every check that needs only the settings. What depends on the machine (the
+number of devices, the data on disk) is checked where it is first known.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from perceiver_ar_jax.config.checks import InputError, nearest, require, writing
-from perceiver_ar_jax.config.data import IMAGE_ORDERS, DataConfig
+from perceiver_ar_jax.config.checks import InputError, nearest, require, require_seed, writing
+from perceiver_ar_jax.config.data import DATA_PATHS, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ATTENTION_KERNELS, REMAT_POLICIES, ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, OPTIMIZERS, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
@@ -24,6 +24,7 @@ __all__ = [
   "ATTENTION_KERNELS",
   "AttentionMapConfig",
   "Config",
+  "DATA_PATHS",
   "DataConfig",
   "EvalConfig",
   "IMAGE_ORDERS",
@@ -49,10 +50,10 @@ class Config:
   """One experiment."""
 
   seed: int = 0
-  """Seed of weights, dropout, shuffling and crops."""
+  """Seed of weights, dropout, shuffling and crops: 0..2^32-1."""
   compilation_cache: str | None = "~/.cache/perceiver_ar_jax"
-  """Folder in which compiled programs wait for the next start, of any run; JAX_COMPILATION_CACHE_DIR precedes it. None:
-  every start compiles."""
+  """Folder of compiled programs, for later starts of any run; JAX_COMPILATION_CACHE_DIR takes precedence. None: every
+  start compiles."""
   model: ModelConfig
   data: DataConfig
   train: TrainConfig
@@ -63,20 +64,22 @@ class Config:
   plan: PlanConfig = PlanConfig()
 
   def __post_init__(self):
+    require_seed("seed", self.seed)
     require(
       self.train.batch_size % self.data.shards == 0,
-      f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each of the parts of"
-      " the data gives equally many rows of a batch, so choose a divisor.",
+      f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each shard of the data"
+      " provides the same number of rows of a batch, so choose a divisor.",
     )
     require(
       self.model.architecture != "transformer_xl" or self.mesh.context == 1,
       f"mesh.context={self.mesh.context} splits the cross-attend's inputs, and transformer_xl has no cross-attend: set"
-      " --config.mesh.context=1, and spread rows over data or fsdp.",
+      " --config.mesh.context=1, and shard rows over data or fsdp.",
     )
     kept = self.sample.kept_latents
     require(
       kept is None or 1 <= kept <= self.model.num_latents,
-      f"sample.kept_latents={kept} must lie in 1..{self.model.num_latents}, the model's latents.",
+      f"sample.kept_latents={kept} must lie in 1..{self.model.num_latents}, as the model has {self.model.num_latents}"
+      " latents.",
     )
     cross_attends = self.model.num_cross_attends
     require(
@@ -92,32 +95,32 @@ class Config:
     )
     require(
       stride <= latents,
-      f"eval.stride={stride} exceeds the {latents} latents at evaluation, so tokens would be left out: lower"
+      f"eval.stride={stride} exceeds the {latents} latents at evaluation, so tokens would not be scored: lower"
       " eval.stride or raise eval.num_latents.",
     )
 
   def to_json(self) -> str:
-    """The resolved settings as indented JSON, keys in the order of declaration."""
+    """Returns the settings as indented JSON, with keys in the order of declaration."""
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
   @classmethod
   def from_json(cls, text: str) -> "Config":
-    """The inverse of `to_json`; raises InputError for unknown or wrong settings, ValueError for what is no JSON."""
+    """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
     return _build(cls, json.loads(text), prefix="")
 
 
 def defaults() -> config_dict.ConfigDict:
-  """A ConfigDict with every field at its default; those without one are None, for the config file to fill."""
+  """Returns a ConfigDict of all defaults; settings without a default are None, for the config file to fill."""
   return _defaults(Config)
 
 
 def resolve(config: config_dict.ConfigDict) -> Config:
-  """The validated, frozen `Config` of a filled `ConfigDict`; raises InputError for what cannot work."""
+  """Returns the validated, frozen `Config` of a filled `ConfigDict`; raises InputError for invalid settings."""
   return _build(Config, config.to_dict(preserve_field_references=False), prefix="")
 
 
 def _field_type(hint: Any) -> tuple[type, bool]:
-  """(the plain type, whether None is allowed) of a field's annotation."""
+  """Returns (the plain type, whether None is allowed) of a field's annotation."""
   optional = isinstance(hint, types.UnionType)
   if optional:
     (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
@@ -139,7 +142,7 @@ def _defaults(cls: type) -> config_dict.ConfigDict:
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-  """A `cls` of the plain `values`, recursively; unknown and missing keys are named with their full path."""
+  """Builds a `cls` from plain `values`, recursively; errors name unknown and missing keys with their full path."""
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for name in values:
@@ -148,7 +151,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
   for name, field in fields.items():
     kind, optional = _field_type(hints[name])
     value = values.get(name)
-    if value == "None" and optional:  # what a flag makes of --config.data.sentencepiece=None
+    if kind is tuple and value == (None,):  # parsed from the flag --config...=None
       value = None
     if dataclasses.is_dataclass(kind):
       arguments[name] = _build(kind, value or {}, f"{prefix}{name}.")
@@ -156,7 +159,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
       missing = field.default is dataclasses.MISSING
       require(not missing, f"config.{prefix}{name} is not set: add --config.{prefix}{name}=... or set it in the file.")
       require(optional or name not in values, f"config.{prefix}{name} must not be None.")
-      arguments[name] = field.default
+      arguments[name] = None if name in values else field.default
     else:
       arguments[name] = _convert(kind, value, prefix + name)
   return cls(**arguments)

@@ -22,6 +22,11 @@ def require(condition: bool, message: str) -> None:
     raise InputError(message)
 
 
+def require_seed(field: str, value: int) -> None:
+  """Raises InputError unless the field's value is a seed that random keys and generators tell apart."""
+  require(0 <= value < 2**32, f"{field}={value} must lie in 0..4294967295 (2^32-1).")
+
+
 @contextlib.contextmanager
 def writing(place: object, fix: str) -> Iterator[None]:
   """A context that writes to a place of the user's: an OSError in it becomes an InputError that names place and fix."""

@@ -1,9 +1,11 @@
 """The data."""
 
 import dataclasses
+import os
 
 from perceiver_ar_jax.config.checks import choice, require
 
+DATA_PATHS = ("data_dir", "cache_dir", "files", "validation_files", "sentencepiece")
 TEXT_SPLITS = ("file", "position")
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
 
@@ -52,6 +54,9 @@ class DataConfig:
   """How many encoded records the shuffle holds at most, and 32 MiB of them; they travel in every checkpoint."""
 
   def __post_init__(self):
+    for name in DATA_PATHS:
+      if getattr(self, name) is not None:
+        object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
     for name in ("min_crop", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels"):
       require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1.")
     require(

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from perceiver_ar_jax.config.checks import require
+from perceiver_ar_jax.config.checks import require, require_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,34 +44,37 @@ class SampleConfig:
   """Generation, with --mode=sample and at evaluations in training; and what --mode=score scores."""
 
   prompt: str | None = None
-  """What samples begin with: a file (or a glob of several) of the task's kind, a text for tasks of text, or "data": the
-  first documents of eval.split. None: nothing."""
+  """How samples begin. "data": with the first documents of eval.split. @FILE, or a pattern such as @folder/*.mid: with
+  files of the task's kind. Any other value is such a path too, except for tasks of text: there it is the text itself
+  unless it looks like a path, that is, begins with /, ./, ../ or ~/, contains a / but no space, or ends in a usual
+  suffix such as .txt. None: with nothing."""
   prompt_tokens: int | None = None
-  """Use only the first so many tokens of each prompt; None: half of a picture or a copy, of other data half a context,
-  and all of one's own text, music or codes."""
+  """Use only the first tokens of each prompt, at most this many; None: half of a picture or a copy, half a context of
+  other documents of the split, and all of the user's own text, music or codes."""
   length: int | None = None
   """New tokens of each sample; None: a whole picture, or else as many as fill the context."""
   num_samples: int = 4
-  """How many samples; several prompts take turns."""
+  """Number of samples; several prompts take turns."""
   batch_size: int = 4
-  """Samples made at a time."""
+  """Samples drawn at a time."""
   temperature: float = 1.0
-  """Logits are divided by it; below 1 is safer, above 1 wilder, and 0 always takes the likeliest token."""
+  """Divides the logits: below 1 favours likely tokens, above 1 unlikely ones, and 0 always takes the likeliest."""
   top_k: int = 0
-  """Draw from the so many likeliest tokens only; 0: from all."""
+  """Draw only from the k likeliest tokens; 0: from all."""
   top_p: float = 1.0
   """Draw from the likeliest tokens that together have this probability."""
   kept_latents: int | None = None
-  """Latents kept when there is no room for another; None: 7/8 of them. Fewer is faster, and each token sees fewer."""
+  """Latents kept when the cache is full; None: 7/8 of them. Fewer is faster, and each token attends to fewer."""
   cache: bool = True
-  """False: a whole pass for every token, which is exact and very slow."""
+  """False: a full pass for every token, which is exact and very slow."""
   seed: int = 0
-  """The same seed gives the same samples, however many are made at a time."""
+  """The same seed gives the same samples, whatever the batch size: 0..2^32-1."""
 
   def __post_init__(self):
     require(
       self.prompt is None or bool(self.prompt), "sample.prompt is empty: leave it out to sample without a prompt."
     )
+    require_seed("sample.seed", self.seed)
     for name in ("prompt_tokens", "length", "num_samples", "batch_size"):
       value = getattr(self, name)
       require(value is None or value >= 1, f"sample.{name}={value} must be at least 1.")
@@ -88,8 +91,7 @@ class AttentionMapConfig:
   """What --mode=attention shows: which inputs a cross-attend takes from for some outputs of one document."""
 
   prompt: str = "data"
-  """The document: a file of the task's kind, a text for tasks of text, or "data": the first document of eval.split. Of
-  several files the first."""
+  """The document, as in sample.prompt; of several the first."""
   outputs: tuple[int, ...] = ()
   """The outputs: 1 is the first event that is predicted, the document's second. Empty: a few, spread evenly."""
   cross_attend: int = 0

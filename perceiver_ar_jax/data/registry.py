@@ -67,8 +67,9 @@ class Task:
   """(events, positions or None where they count, counts) -> the document as it was before it was cached."""
   unknown: int | None = None
   """The event that stands for what the vocabulary lacks."""
-  read: Callable[[str], Document] | None = None
-  """The document of a user's own text or path, for prompts and scores; None: there is no such thing."""
+  read: Callable[[Any], Document] | None = None
+  """Returns the document of a prompt, given the bytes of a text or, for other modalities, the path (str) of a file;
+  None: the task has no prompts but its own documents."""
   length: int | None = None
   """Events of every document; None: they vary."""
   place: Callable[[int, int], np.ndarray] | None = lambda start, end: count_positions(end - start)

@@ -125,12 +125,6 @@ def _image_files(data: DataConfig, max_events: int) -> Task:
 def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig, document=None) -> Task:
   tokens = texts.tokenizer(data.sentencepiece)
 
-  def read(text):
-    content = _content(text) if os.path.isfile(text) else text.encode()
-    if not content:
-      raise InputError(f"{text} is empty: give a file with a text in it, or a text.")
-    return tokens.document(texts.Text(content))
-
   return Task(
     name=name,
     source=source,
@@ -140,7 +134,7 @@ def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig,
     vocab_size=tokens.vocab_size,
     decode=tokens.decode,
     unknown=tokens.unknown,
-    read=read,
+    read=lambda content: tokens.document(texts.Text(content)),
     groups=lambda: registry.allow(tokens.vocab_size, tokens.drawable, [EOS]),
   )
 

@@ -280,7 +280,8 @@ def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:
   Raises:
     InputError: no run, or no readable checkpoint; or the devices do not fit the run's config.
   """
-  config = workdir_lib.load_config(epath.Path(workdir))
+  workdir = epath.Path(workdir).expanduser()
+  config = workdir_lib.load_config(workdir)
   _, step, params = restore(config, workdir)
   return Checkpoint(config, step, params)
 

@@ -1,9 +1,9 @@
-"""Official Perceiver AR checkpoints (Haiku) as this project's parameters and checkpoints.
+"""Converts official Perceiver AR checkpoints (Haiku) to this project's parameters and checkpoints.
 
   python -m perceiver_ar_jax.interop.haiku --checkpoint=checkpoint.dill --config=configs/imagenet64.py --workdir=DIR
 
-writes the weights as step 0 of a run in DIR, which evaluation reads and training goes on from (fine-tuning). The file
-holds no architecture, so --config must describe the model it was trained with.
+writes the weights as step 0 of a run in DIR, which can be evaluated and trained further (fine-tuning). The file does
+not contain the architecture, so --config must describe the model it was trained with.
 
 A .dill file is a pickle, and a pickle is a program: read with dill, it can run anything. Here unpickle.py reads it,
 which rebuilds arrays and runs nothing.
@@ -44,8 +44,10 @@ _DEFAULTS: dict[str, Any] = {
   "max_wavelength": 8192,
   "use_positions_from_data": False,
 }
+_MAX_PARAMETERS = 100_000
+"""Arrays that a checkpoint may have; the largest published model has some hundreds."""
 _REQUIRED = ("num_classes", "input_idx_size", "max_context_length", "position_encoding_type")
-# Options that this model does not have, with the one value that can be converted.
+# Options that are not supported, with the one value that can be converted.
 _UNSUPPORTED = {
   "num_latents_per_position": 1,
   "initial_query_embed_style": "none",
@@ -57,7 +59,7 @@ _UNSUPPORTED = {
   "use_negative_rotary_positions": False,
   "train_input_positions": 0,
 }
-# Options that change only the order of computation, fresh weights, or what an unsupported option would do.
+# Options that change only the order of computation, initial weights, or the effect of an unsupported option.
 _IGNORED = (
   "cross_attention_head_group_size",
   "chunked_cross_attention",
@@ -76,53 +78,56 @@ _IGNORED = (
 def convert(
   haiku_params: Mapping[str, Mapping[str, np.ndarray]], model_kwargs: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict]:
-  """(config, parameters) of an official model.
+  """Returns (config, parameters) of an official model.
 
   Args:
     haiku_params: {module path: {name: array}} as in an official checkpoint; Dense weights `w` are [in, out].
     model_kwargs: the official constructor's arguments, num_classes, input_idx_size and max_context_length included.
 
   Raises:
-    InputError: an option that this model does not have, or a parameter that is missing.
+    InputError: an option is not supported, or a parameter is missing.
   """
   config = _config(model_kwargs)
   return config, params_of(haiku_params, config)[0]
 
 
 def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
-  """(parameters by module path, training step) of an official checkpoint.dill, without running what is in it.
+  """Returns (parameters by module path, training step) of an official checkpoint.dill, running nothing in it.
 
   Raises:
-    InputError: the file cannot be read, or is no such checkpoint.
+    InputError: the file cannot be read, or is not such a checkpoint.
   """
   try:
     with pathlib.Path(path).open("rb") as file:
       state = unpickle.load(file)
   except OSError as error:
     raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
-  except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+  except Exception as error:  # whatever a damaged or foreign file causes
     raise InputError(
-      f"--checkpoint={path} is no readable pickle: {error}. Give an official checkpoint.dill."
+      f"--checkpoint={path} is not a readable pickle: {error}. Give an official checkpoint.dill."
     ) from error
   state = state if isinstance(state, dict) else {}
   params: Any = state.get("params")
   step = state.get("global_step", 0)
-  arrays = isinstance(params, dict) and all(
-    isinstance(module, dict) and all(isinstance(value, np.ndarray) for value in module.values())
-    for module in params.values()
+  modules = list(params.values()) if isinstance(params, dict) else [None]
+  are_arrays = (
+    all(isinstance(module, dict) for module in modules)
+    and sum(map(len, modules)) <= _MAX_PARAMETERS  # modules may be one and the same, so a small file can have many
+    and all(isinstance(value, np.ndarray) for module in modules for value in module.values())
   )
-  if not arrays or not isinstance(step, (int, np.integer)):
+  if not are_arrays or not isinstance(step, (int, np.integer)):
     raise InputError(
-      f"--checkpoint={path} is no official checkpoint: it should hold 'params', a mapping from module paths to arrays."
+      f"--checkpoint={path} is not an official checkpoint, which contains 'params': a mapping from module paths to"
+      " arrays."
     )
   return params, int(step)
 
 
 def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> tuple[dict, list[str]]:
-  """(the parameters of `config`, official parameters that it has no place for).
+  """Returns (the parameters of `config`, names of official parameters that it does not use).
 
-  By meaning, one line a module; self-attention layers are stacked for nn.scan. Constant position tables, which official
-  checkpoints hold too, are left out if they are the config's.
+  Self-attention layers are stacked for nn.scan. Constant position tables, which official checkpoints contain as well,
+  are ignored if they equal those of `config`.
 
   Raises:
     InputError: a parameter is missing.
@@ -136,7 +141,7 @@ def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: Mode
       return np.asarray(modules[path][name])
     except KeyError as error:
       raise InputError(
-        f"The checkpoint lacks the parameter {path}/{name}: set the model to what the checkpoint was trained with."
+        f"The checkpoint lacks the parameter {path}/{name}: give the config of the model that it was trained with."
       ) from error
 
   def dense(path):
@@ -197,8 +202,8 @@ def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: Mode
       stored = modules.get(path, {}).get("embeddings")
       if stored is not None and stored.shape == table.shape and np.allclose(stored, table, atol=1e-3):
         used.add(f"{path}/embeddings")
-  found = [f"{path}/{name}" for path, module in modules.items() for name in module]
-  return params, sorted(set(found) - used)
+  names = {f"{path}/{name}" for path, module in modules.items() for name in module}
+  return params, sorted(names - used)
 
 
 def _numbered(name: str, index: int) -> str:
@@ -206,7 +211,7 @@ def _numbered(name: str, index: int) -> str:
 
 
 def _stack(trees: list[dict]) -> dict:
-  """One tree whose leaves are those of `trees` stacked on a new first axis."""
+  """Stacks the leaves of `trees` on a new first axis."""
   first = trees[0]
   if not isinstance(first, dict):
     return np.stack(trees)
@@ -268,6 +273,6 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
 
 
 if __name__ == "__main__":
-  from perceiver_ar_jax.interop import haiku_command  # apart, so that importing this module defines no flags
+  from perceiver_ar_jax.interop import haiku_command  # separate, so that importing this module defines no flags
 
   haiku_command.run()

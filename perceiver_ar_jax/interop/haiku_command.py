@@ -1,4 +1,4 @@
-"""The command that makes a run of an official checkpoint; haiku.py says how to call it."""
+"""The command that converts an official checkpoint to a run; haiku.py documents it."""
 
 from collections.abc import Mapping
 
@@ -29,21 +29,21 @@ def _main(config: Config) -> int:
   workdir = command_line.WORKDIR.value
   count = write_checkpoint(config, haiku_params, workdir)
   print(
-    f"Wrote {count:,} parameters, trained for {trained_steps:,} steps, as step 0 of {workdir}. Score them:"
-    " python -m perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without that, train on."
+    f"Wrote {count:,} parameters, trained for {trained_steps:,} steps, as step 0 of {workdir}. To evaluate them, run"
+    " python -m perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without --mode, it trains them."
   )
   return 0
 
 
 def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.ndarray]], workdir: str) -> int:
-  """Writes converted weights as step 0 of a run of `config` in `workdir`; returns how many there are.
+  """Writes converted weights as step 0 of a run of `config` in `workdir`; returns their number.
 
   Raises:
-    InputError: the weights are not those of `config.model`, or the workdir is in use.
+    InputError: the weights do not fit `config.model`, or the workdir contains a run.
   """
   if config.model.architecture != "perceiver_ar":
     raise InputError(
-      f"Official checkpoints are Perceiver AR's, not of model.architecture={config.model.architecture}: leave it out."
+      f"Official checkpoints are of Perceiver AR, not of model.architecture={config.model.architecture}: leave it out."
     )
   workdir, mesh = epath.Path(workdir), make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
@@ -51,12 +51,12 @@ def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.
   params, unused = haiku.params_of(haiku_params, config.model)
   if unused:
     raise InputError(
-      f"The checkpoint holds parameters that the model of --config has no place for: {', '.join(unused[:5])}"
-      f"{' and others' if len(unused) > 5 else ''}. Set its model to what the checkpoint was trained with."
+      f"The checkpoint contains parameters that the model of --config does not have: {', '.join(unused[:5])}"
+      f"{' and others' if len(unused) > 5 else ''}. Give the config of the model that it was trained with."
     )
   _check_shapes(params, abstract.params)
   if (workdir / "checkpoints").exists():
-    raise InputError(f"--workdir={workdir} holds a run already: give a new folder.")
+    raise InputError(f"--workdir={workdir} already contains a run: give a new folder.")
   workdir_lib.prepare(config, workdir)
   with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir) as checkpointer:
     params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
@@ -73,10 +73,10 @@ def _check_shapes(params: dict, expected: dict) -> None:
       for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
-  found = shapes(params)
+  given = shapes(params)
   for name, shape in shapes(expected).items():
-    if found[name] != shape:
+    if given[name] != shape:
       raise InputError(
-        f"The checkpoint's parameter {name} has shape {found[name]}, and --config makes it {shape}: set its"
-        " model to what the checkpoint was trained with."
+        f"The checkpoint's parameter {name} has shape {given[name]}, and with --config it has {shape}: give the config"
+        " of the model that it was trained with."
       )

@@ -1,12 +1,17 @@
-"""What samples begin with: texts, files, and documents of a dataset become prompts."""
+"""How samples begin: texts, files and documents of a dataset become prompts.
+
+In Python a str is a text and a path object is a file, always. On the command line `parse` decides.
+"""
 
 import glob
 import itertools
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import EOS, SOS, records
@@ -16,10 +21,12 @@ from perceiver_ar_jax.data.registry import Task
 
 DATA = "data"
 """The prompt that stands for documents of the split that is evaluated."""
+_SUFFIXES = "csv gz html json jsonl log md mid midi npy npz py rst tex text tsv txt xml".split()
+_PATH = re.compile(rf"(/|\./|\.\./|~/).*|[^\s]*/[^\s]*|.*\.({'|'.join(_SUFFIXES)})", re.IGNORECASE)
 
 
 class Prompt(NamedTuple):
-  """How a sample begins, and what is known of its further course."""
+  """The beginning of a sample, and what is known about the rest of it."""
 
   task: Task
   events: np.ndarray
@@ -27,64 +34,130 @@ class Prompt(NamedTuple):
   place: Callable[[int, int], np.ndarray]
   """Positions, as Task.place."""
   length: int | None = None
-  """Events of the whole sample; None: any."""
+  """Events of the whole sample; None: any number."""
   original: np.ndarray | None = None
-  """All events of the document that the prompt is the beginning of, if it is one."""
+  """All events of the document that the prompt is the beginning of, if there is one."""
 
 
-def find(config: Config, task: Task, text: str | None, count: int, prompt_tokens: int | None = None) -> list[Prompt]:
-  """Prompts for `count` samples, at least one: as config.SampleConfig.prompt says of `text`.
+def parse(task: Task, setting: str | None) -> str | epath.Path | None:
+  """Returns the prompt of a setting of the command line, such as sample.prompt, in the form that Python takes.
+
+  "data" and None stay as they are. @PATH is a path, and so is every other value for a task that reads files. For a task
+  of text, a value is a path if it begins with /, ./, ../ or ~/, contains a / but no space, or ends in a usual suffix
+  such as .txt; any other value is the text itself.
+  """
+  if setting is None or setting == DATA:
+    return setting
+  if setting.startswith("@"):
+    return epath.Path(setting[1:])
+  return epath.Path(setting) if task.modality != "text" or _PATH.fullmatch(setting) else setting
+
+
+def find(
+  config: Config, task: Task, prompt: str | os.PathLike | None, count: int, prompt_tokens: int | None = None
+) -> list[Prompt]:
+  """Returns prompts for `count` samples, at least one.
+
+  Args:
+    config: `eval.split` has the documents of the prompt "data", and of None for a task whose positions only a document
+      knows.
+    task: the task.
+    prompt: None, "data", or as `read`.
+    count: the number of samples.
+    prompt_tokens: as SampleConfig.prompt_tokens.
 
   Raises:
-    InputError: an empty text, a file that is not there or cannot be read, a task without such prompts, a split without
-      documents.
+    InputError: as `read`, or the split has no readable document.
   """
-  if text is None and task.place is not None:
+  if prompt is None and task.place is not None:
     return [Prompt(task, np.array([SOS], np.int32), task.place, task.length)]
-  if text is None or text == DATA:
-    found = list(itertools.islice(records.documents(config, config.eval.split, count), count))
-    if not found:
+  if prompt is None or prompt == DATA:
+    documents = list(itertools.islice(records.documents(config, config.eval.split, count), count))
+    if not documents:
       raise records.none_readable(config, config.eval.split)
-    if text is None:  # of a video, even the grid is the document's
+    if prompt is None:  # of a video, even the grid is the document's
       prompt_tokens = 1
-    return [_beginning(config, task, document, prompt_tokens) for task, document in found]
-  return [_beginning(config, task, document, prompt_tokens, own=True) for document in read(task, text)]
+    return [_beginning(config, task, document, prompt_tokens) for task, document in documents]
+  return [_beginning(config, task, document, prompt_tokens, is_own=True) for document in read(task, prompt)]
 
 
-def read(task: Task, text: str) -> list[Document]:
-  """The documents of a user's own text, or of the files that it names.
+def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
+  """Returns the document of a text, given as a str, or the documents of files, given as a path or a pattern of paths.
 
   Raises:
-    InputError: as `find`.
+    InputError: an empty text, a text for a task that reads files, no such file, or one that cannot be read.
   """
-  if not text.strip():
-    raise InputError("The prompt is empty: give a text or a file, or none at all to begin from nothing.")
   if task.read is None:
     raise InputError(
-      f"The task {task.name} has no files, so {text!r} cannot be read: its own documents are the prompt {DATA!r}."
+      f"The task {task.name} has no files, so {os.fspath(prompt)!r} cannot be read: its own documents are the prompt"
+      f" {DATA!r}."
     )
-  files = sorted(path for path in glob.glob(os.path.expanduser(text), recursive=True) if os.path.isfile(path))
-  return [_told(task, task.read(path)) for path in files or [text]]
+  if isinstance(prompt, str):
+    if not prompt.strip():
+      raise InputError("The prompt is empty: give a text or a file, or no prompt at all to begin from nothing.")
+    if task.modality != "text":
+      raise InputError(
+        f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files: give"
+        f" pathlib.Path({prompt!r}), or {DATA!r} for documents of the task."
+      )
+    return [_check_vocabulary(task, task.read(prompt.encode()))]
+  return [_check_vocabulary(task, _read_file(task, path)) for path in _files(epath.Path(prompt).expanduser())]
 
 
-def _told(task: Task, document: Document) -> Document:
-  """The document; tells of what its vocabulary lacks."""
+def read_setting(task: Task, setting: str) -> list[Document]:
+  """Returns the documents of a setting of the command line; see `parse` and `read`."""
+  return read(task, parse(task, setting))
+
+
+def _files(path: epath.Path) -> list[epath.Path]:
+  """Returns the file at `path`, or else the files that match it as a pattern."""
+  if path.is_file():
+    return [path]
+  matches = [epath.Path(name) for name in sorted(glob.glob(os.fspath(path), recursive=True))]
+  files = [match for match in matches if match.is_file()]
+  if not files:
+    problem = "is a folder" if path.is_dir() else "does not exist"
+    if glob.has_magic(os.fspath(path)):
+      problem = "matches no file"
+    raise InputError(
+      f"The prompt {path} {problem}: give the path of a file, or a pattern such as 'folder/**/*.txt'. (On the command"
+      " line, a text that looks like a path has to be in a file: docs/sampling.md.)"
+    )
+  return files
+
+
+def _read_file(task: Task, path: epath.Path) -> Document:
+  if task.modality != "text":
+    return task.read(os.fspath(path))
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise InputError(f"The prompt {path} cannot be read ({error.strerror or error}): check its permissions.") from error
+  if not content:
+    raise InputError(f"The prompt {path} is empty: give a file with a text in it.")
+  return task.read(content)
+
+
+def _check_vocabulary(task: Task, document: Document) -> Document:
+  """Returns the document; warns if parts of it are missing in the vocabulary."""
   if task.unknown is not None:
-    lacking = int((document.read(0, len(document)) == task.unknown).sum())
-    if lacking:
-      notice("unknown", f"{lacking} pieces of the text are unknown to the vocabulary: the model sees a gap there")
+    num_unknown = int((document.read(0, len(document)) == task.unknown).sum())
+    if num_unknown:
+      notice("unknown", f"{num_unknown} tokens of the text are not in the vocabulary: the model sees a gap there")
   return document
 
 
-def _beginning(config: Config, task: Task, document: Document, prompt_tokens: int | None, own: bool = False) -> Prompt:
+def _beginning(
+  config: Config, task: Task, document: Document, prompt_tokens: int | None, is_own: bool = False
+) -> Prompt:
   length = len(document)
-  whole = task.length is not None or task.place is None
-  if prompt_tokens is None and whole:
+  has_end = task.length is not None or task.place is None
+  if prompt_tokens is None and has_end:
     prompt_tokens = -(-length // 2)
-  elif prompt_tokens is None and not own:
+  elif prompt_tokens is None and not is_own:
     prompt_tokens = min(-(-length // 2), max(config.model.max_context // 2, 1))
-  original = document.read(0, length) if whole else None
+  original = document.read(0, length) if has_end else None
   events = document.read(0, min(prompt_tokens or length, length))
   if len(events) > 1 and events[-1] == EOS:
     events = events[:-1]
-  return Prompt(task, events, task.place or document.positions, length if whole else None, original)
+  return Prompt(task, events, task.place or document.positions, length if has_end else None, original)

@@ -10,6 +10,7 @@ is generate.py's.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,13 +110,14 @@ class Sampler:
     Raises:
       InputError: there is no run or no readable checkpoint, or one of another model than the config's.
     """
-    config = config or workdir_lib.load_config(epath.Path(workdir))
+    workdir = epath.Path(workdir).expanduser()
+    config = config or workdir_lib.load_config(workdir)
     mesh, step, params = evaluate.restore(config, workdir)
     return cls(config, params, mesh, step)
 
   def __call__(
     self,
-    prompt: str | np.ndarray | Sequence[Prompt] | None = None,
+    prompt: str | os.PathLike | np.ndarray | Sequence[Prompt] | None = None,
     *,
     on_tokens: Callable[[list[Sample]], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -124,9 +126,11 @@ class Sampler:
     """Makes samples.
 
     Args:
-      prompt: as config.SampleConfig.prompt, or events int32[n], or prompts that are made already; None: the config's.
-      on_tokens: called after each block with the samples under way.
-      should_stop: asked after each block; if so, what there is is returned.
+      prompt: a str is a text, or "data" for documents of eval.split; a pathlib.Path is a file, or a pattern of several;
+        an array is events int32[n]; or prompts of prompts.find. None: sample.prompt of the config, which is read as on
+        the command line.
+      on_tokens: called after each block with the unfinished samples.
+      should_stop: asked after each block; if it returns True, the unfinished samples are returned.
       **settings: other values of config.SampleConfig for this call: num_samples, length, temperature, top_k, top_p,
         seed, batch_size, prompt_tokens.
 
@@ -135,10 +139,10 @@ class Sampler:
     """
     chosen = self._settings(settings)
     if prompt is None:
-      prompt = chosen.prompt
+      prompt = prompts.parse(self.task, chosen.prompt)
     if isinstance(prompt, np.ndarray):
       prompt = [self._own_events(prompt)]
-    if prompt is None or isinstance(prompt, str):
+    if prompt is None or isinstance(prompt, (str, os.PathLike)):
       prompt = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
     longest = max(len(one.events) for one in prompt)
     if longest > self.config.model.max_context:
@@ -157,16 +161,20 @@ class Sampler:
         break
     return result
 
-  def score(self, text: str) -> dict:
-    """How likely a text or a file is: nats per token and the task's own unit, as --mode=eval has them.
+  def score(self, prompt: str | os.PathLike) -> dict:
+    """Returns how likely a text (a str) or a file (a pathlib.Path) is: the metrics of --mode=eval.
 
     Raises:
       InputError: an empty text, or a file that cannot be read.
     """
-    documents = [(self.task, document) for document in prompts.read(self.task, text)]
-    result = evaluate.Evaluator(self.config, self.mesh)(self.params, self.step, documents=documents)
+    documents = [(self.task, document) for document in prompts.read(self.task, prompt)]
+    result = self._evaluator(self.params, self.step, documents=documents)
     assert result is not None  # nothing asks it to stop
     return result
+
+  @functools.cached_property
+  def _evaluator(self) -> evaluate.Evaluator:
+    return evaluate.Evaluator(self.config, self.mesh)  # kept, since it compiles
 
   def _settings(self, changes: dict) -> SampleConfig:
     known = {field.name for field in dataclasses.fields(SampleConfig)} - {"cache", "kept_latents", "prompt"}

@@ -1,6 +1,8 @@
-"""--mode=sample and --mode=score: samples as files that people open, and likelihoods of given data."""
+"""--mode=sample and --mode=score: writes samples as files that people open, and likelihoods of given data."""
 
+import contextlib
 import glob
+import itertools
 import json
 import shutil
 import subprocess
@@ -22,131 +24,170 @@ from perceiver_ar_jax.sampling import prompts
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 
 _UNSEEN = 128
-"""Grey of what a prompt leaves open in a grid of pictures."""
+"""Grey level of pixels that are not generated yet."""
 _SOUND_FONTS = ("/usr/share/sounds/sf2/*.sf2", "/usr/share/soundfonts/*.sf2")
 
 
 def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> list[Sample]:
-  """Makes samples of the newest checkpoint and writes them to WORKDIR/samples, with samples.json.
+  """Draws samples from the newest checkpoint and writes them to a new folder, WORKDIR/samples/<step>-<number>.
+
+  The folder's samples.json describes them; WORKDIR/samples/samples.json is a copy of the latest call's.
 
   Args:
-    config: `sample` says what to make.
+    config: `sample` has the settings.
     workdir: of the run.
-    stream: text only: print each sample as it comes, one after the other.
+    stream: for tasks of text: draw one sample at a time and print its text as it grows.
 
   Raises:
     InputError: no checkpoint, a prompt or settings that cannot work, or a folder that cannot be written.
   """
-  folder = epath.Path(workdir) / "samples"
   sampler = Sampler.from_workdir(workdir, config)
   if stream and sampler.task.modality != "text":
-    raise InputError(f"--stream prints text, which the task {sampler.task.name} does not make: leave it out.")
-  if jax.process_index() == 0:  # before the work, so that a mistake costs none
-    with writing(folder, "free it, or copy the run"):
-      folder.mkdir(parents=True, exist_ok=True)
+    raise InputError(f"--stream prints text, and the task {sampler.task.name} generates none: leave it out.")
+  folder = None
+  if jax.process_index() == 0:  # before the work, so that a folder that cannot be written costs none
+    folder = _new_folder(epath.Path(workdir) / "samples", sampler.step)
   settings = {"batch_size": 1} if stream else {}
   start = time.monotonic()
-  with _Progress(stream) as progress:
-    samples = sampler(on_tokens=progress, **settings)
+  try:
+    with _Progress(stream) as progress:
+      samples = sampler(on_tokens=progress, **settings)
+  except BaseException:
+    if folder is not None:
+      folder.rmdir()
+    raise
   seconds = time.monotonic() - start
-  if jax.process_index() == 0:
-    files = write(folder, samples, f"{sampler.step}-{config.sample.seed}")
-    report = {
-      "step": sampler.step,
-      "task": config.data.task,
-      "seed": config.sample.seed,
-      "settings": json.loads(config.to_json())["sample"],
-      "seconds": seconds,
-      "tokens_per_second": sum(one.num_new for one in samples) / seconds,
-      "samples": [
-        {"prompt_tokens": len(one.prompt.events), "new_tokens": one.num_new, "files": names}
-        for one, names in zip(samples, files)
-      ],
-      "files": sorted({name for names in files for name in names} | _grid(folder, samples)),
-    }
-    (folder / "samples.json").write_text(json.dumps(report, indent=2) + "\n")
-    _say(samples, report, folder, stream)
+  if folder is not None:
+    with writing(folder, "free some space, or copy the run"):
+      _write_all(folder, samples, sampler, seconds)
+    _print(samples, seconds, folder, stream)
   return samples
 
 
+def _new_folder(parent: epath.Path, step: int) -> epath.Path:
+  """Creates parent/<step>-<number> with the first free number; calls at the same time get different folders."""
+  with writing(parent, "give it write permission, or copy the run"):
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+      folder = parent / f"{step}-{number}"
+      with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        return folder
+
+
+def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seconds: float) -> None:
+  files = write(folder, samples, "sample")
+  shared_files = _write_grid(folder, samples)
+  report = {
+    "folder": folder.name,
+    "step": sampler.step,
+    "task": sampler.config.data.task,
+    "seed": sampler.config.sample.seed,
+    "settings": json.loads(sampler.config.to_json())["sample"],
+    "seconds": seconds,
+    "tokens_per_second": sum(sample.num_new for sample in samples) / seconds,
+  }
+  # Names of files are relative to the folder of each samples.json.
+  for path, prefix in ((folder / "samples.json", ""), (folder.parent / "samples.json", f"{folder.name}/")):
+    report["samples"] = [
+      {
+        "prompt_tokens": len(sample.prompt.events),
+        "new_tokens": sample.num_new,
+        "files": [prefix + name for name in names],
+      }
+      for sample, names in zip(samples, files)
+    ]
+    report["files"] = sorted(prefix + name for name in {*shared_files, *itertools.chain(*files)})
+    temporary = folder / "samples.tmp"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(path)
+
+
 def write(folder: epath.Path, samples: list[Sample], name: str) -> list[list[str]]:
-  """Writes each sample in the formats of its modality; returns the names of the files of each."""
-  return [_write_one(folder, one, f"{name}-{index}") for index, one in enumerate(samples)]
+  """Writes each sample in the formats of its modality, as <name>-<index>.*; returns the names of the files of each."""
+  return [_write_sample(folder, sample, f"{name}-{index}") for index, sample in enumerate(samples)]
 
 
-def _write_one(folder: epath.Path, one: Sample, name: str) -> list[str]:
-  task, files = one.task, []
+def _write_sample(folder: epath.Path, sample: Sample, name: str) -> list[str]:
+  task, files = sample.task, []
 
-  def put(suffix: str, save: Callable[[BinaryIO], object]) -> None:
+  def save(suffix: str, write_to: Callable[[BinaryIO], object]) -> None:
     with (folder / (name + suffix)).open("wb") as file:
-      save(file)
+      write_to(file)
     files.append(name + suffix)
 
-  shown = picture(one)
-  if shown is not None:
-    put(".png", lambda file: render.save_png(shown, file))
+  pixels = picture(sample)
+  if pixels is not None:
+    save(".png", lambda file: render.save_png(pixels, file))
   if task.modality == "text":
-    put(".txt", lambda file: file.write(one.value.encode()))
+    save(".txt", lambda file: file.write(sample.value.encode()))
   elif task.modality == "music":
-    put(".mid", lambda file: file.write(music.to_midi(one.value)))
+    save(".mid", lambda file: file.write(music.to_midi(sample.value)))
     if _synthesise(str(folder / f"{name}.mid"), str(folder / f"{name}.wav")):
       files.append(f"{name}.wav")
   elif task.modality != "image":
-    put(".npy", lambda file: np.save(file, _codes(one)))
+    save(".npy", lambda file: np.save(file, _codes(sample)))
   return files
 
 
-def _codes(one: Sample) -> np.ndarray:
-  """Codes of audio [frames, levels], of video [time, height, width], values of copies [n]."""
-  if one.task.modality == "video":
-    height, width = one.prompt.place(0, one.prompt.length)[:, 1:].max(axis=0) - 1
-    return codes.to_video(one.events, height, width)
-  return np.asarray(one.value)
+def _codes(sample: Sample) -> np.ndarray:
+  """Returns codes of audio [frames, levels] or of video [time, height, width], or values of copies [n]."""
+  if sample.task.modality == "video":
+    height, width = sample.prompt.place(0, sample.prompt.length)[:, 1:].max(axis=0) - 1
+    return codes.to_video(sample.events, height, width)
+  return np.asarray(sample.value)
 
 
-def picture(one: Sample) -> np.ndarray | None:
-  """A picture uint8[height, width, 3] of a sample, what is missing of an image grey; None for what has none."""
-  if one.task.modality == "image":
-    return _image(one, one.events)
-  return render.picture(one.task, one.events, one.prompt.place(0, len(one.events)))
+def picture(sample: Sample) -> np.ndarray | None:
+  """Returns a picture uint8[height, width, 3] of a sample, or None if its modality has none.
+
+  Pixels that an image does not have yet are grey.
+  """
+  if sample.task.modality == "image":
+    return _image(sample, sample.events)
+  return render.picture(sample.task, sample.events, sample.prompt.place(0, len(sample.events)))
 
 
-def _image(one: Sample, events: np.ndarray) -> np.ndarray:
-  whole = np.full(one.task.length, _UNSEEN + NUM_SPECIAL, np.int32)
+def _image(sample: Sample, events: np.ndarray) -> np.ndarray:
+  whole = np.full(sample.task.length, _UNSEEN + NUM_SPECIAL, np.int32)
   whole[: len(events)] = events
-  return render.picture(one.task, whole, one.prompt.place(0, len(whole)))
+  return render.picture(sample.task, whole, sample.prompt.place(0, len(whole)))
 
 
 def grid(samples: list[Sample]) -> np.ndarray | None:
-  """Samples of images side by side; completions in a row each prompt: what was given, the samples, the original."""
+  """Returns a sheet of sampled images, or None for other modalities.
+
+  Completions have a row for each prompt: the prompt, its samples, the original.
+  """
   if samples[0].task.modality != "image":
     return None
-  rows = {}
-  for one in samples:
-    rows.setdefault(id(one.prompt), []).append(one)
+  by_prompt = {}
+  for sample in samples:
+    by_prompt.setdefault(id(sample.prompt), []).append(sample)
   if samples[0].prompt.original is None:
-    pictures = [picture(one) for one in samples]
+    pictures = [picture(sample) for sample in samples]
     return render.grid(pictures, columns=min(len(pictures), 8))
-  lines = [
+  rows = [
     [_image(row[0], row[0].prompt.events), *map(picture, row), _image(row[0], row[0].prompt.original)]
-    for row in rows.values()
+    for row in by_prompt.values()
   ]
-  columns = max(map(len, lines))
-  blank = np.full_like(lines[0][0], _UNSEEN)
-  return render.grid([one for line in lines for one in line + [blank] * (columns - len(line))], columns=columns)
+  columns = max(map(len, rows))
+  blank = np.full_like(rows[0][0], _UNSEEN)
+  return render.grid([cell for row in rows for cell in row + [blank] * (columns - len(row))], columns=columns)
 
 
-def _grid(folder: epath.Path, samples: list[Sample]) -> set[str]:
+def _write_grid(folder: epath.Path, samples: list[Sample]) -> list[str]:
+  """Writes grid.png if there is one; returns the names of files written."""
   pixels = grid(samples)
   if pixels is None:
-    return set()
+    return []
   with (folder / "grid.png").open("wb") as file:
     render.save_png(pixels, file)
-  return {"grid.png"}
+  return ["grid.png"]
 
 
 def _synthesise(midi: str, wav: str) -> bool:
-  """Plays a MIDI file into a WAV file if a synthesiser is installed; whether it did."""
+  """Renders a MIDI file as a WAV file if a synthesiser is installed; returns whether it did."""
   fonts = [font for pattern in _SOUND_FONTS for font in sorted(glob.glob(pattern))]
   if shutil.which("fluidsynth") and fonts:
     command = ["fluidsynth", "-ni", "-F", wav, fonts[0], midi]
@@ -158,10 +199,10 @@ def _synthesise(midi: str, wav: str) -> bool:
 
 
 class _Progress:
-  """A bar over the tokens of all samples, or the text itself as it comes."""
+  """A progress bar over the tokens of all samples, or the text itself as it grows."""
 
   def __init__(self, stream: bool):
-    self._stream, self._bar, self._made, self._before, self._printed = stream, None, 0, 0, ""
+    self._stream, self._bar, self._num_new, self._printed = stream, None, 0, ""
 
   def __enter__(self) -> "_Progress":
     return self
@@ -173,31 +214,34 @@ class _Progress:
       print(flush=True)
 
   def __call__(self, batch: list[Sample]) -> None:
-    made = sum(one.num_new for one in batch)
-    if made < self._made:  # the next batch
-      self._made = 0
+    num_new = sum(sample.num_new for sample in batch)
+    if num_new < self._num_new:  # the next batch
+      self._num_new = 0
       if self._stream:
         print("\n", flush=True)
         self._printed = ""
     if not self._stream and jax.process_index() == 0:
       if self._bar is None:
         self._bar = tqdm.tqdm(unit="token", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
-      self._bar.update(made - self._made)
-    self._made = made
+      self._bar.update(num_new - self._num_new)
+    self._num_new = num_new
     if self._stream and jax.process_index() == 0:
-      text = batch[0].value.removesuffix("\ufffd")  # the rest of a character may be on its way
+      text = batch[0].value.removesuffix("\ufffd")  # the next block may complete the last character
       if text.startswith(self._printed):
         print(text[len(self._printed) :], end="", flush=True)
         self._printed = text
 
 
-def _say(samples: list[Sample], report: dict, folder: epath.Path, stream: bool) -> None:
+def _print(samples: list[Sample], seconds: float, folder: epath.Path, stream: bool) -> None:
   if samples[0].task.modality == "text" and not stream:
-    for index, one in enumerate(samples):
-      print(f"--- sample {index}: {len(one.prompt.events):,} tokens given, {one.num_new:,} new\n{one.value}\n")
+    for index, sample in enumerate(samples):
+      print(
+        f"--- sample {index}: prompt of {len(sample.prompt.events):,} tokens, {sample.num_new:,} new\n{sample.value}\n"
+      )
+  num_new = sum(sample.num_new for sample in samples)
   print(
-    f"{len(samples)} samples of {sum(one.num_new for one in samples):,} new tokens in {report['seconds']:.1f} s,"
-    f" compilation included ({report['tokens_per_second']:,.0f} tokens/s): {folder}",
+    f"{len(samples)} samples of {num_new:,} new tokens in {seconds:.1f} s, compilation included"
+    f" ({num_new / seconds:,.0f} tokens/s): {folder}",
     flush=True,
   )
 
@@ -232,10 +276,11 @@ def score(config: Config, workdir: epath.PathLike) -> dict:
   """
   if config.sample.prompt in (None, prompts.DATA):
     raise InputError(
-      "Nothing to score: give a text or a file, --config.sample.prompt=... (--mode=eval scores a split)."
+      "Nothing to score: give a text or a file, --config.sample.prompt=TEXT or @FILE (--mode=eval scores a split)."
     )
   sampler = Sampler.from_workdir(workdir, config)
-  result = sampler.score(config.sample.prompt) | {"split": "given", "data": config.sample.prompt}
+  prompt = prompts.parse(sampler.task, config.sample.prompt)
+  result = sampler.score(prompt) | {"split": "given", "data": config.sample.prompt}
   if jax.process_index() == 0:
     path = epath.Path(workdir) / "score.json"
     print(evaluate.Evaluator.describe(result), flush=True)  # first: they are known even if the run is read-only

@@ -1,4 +1,4 @@
-"""Update rules and learning-rate schedules: two tables over optax, in the forms of the published runs."""
+"""Update rules and learning-rate schedules: two tables of optax transformations, as in the published runs."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ from perceiver_ar_jax.config import OptimizerConfig
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Learning rate by update index: linear warm-up from 0 to the peak, then the configured decay.
 
-  The cosine reaches `end_learning_rate` at the last of `steps`. (The published code starts it after the
-  warm-up yet stretches it over all steps, so it never gets there.)
+  The cosine reaches `end_learning_rate` at the last of `steps`. (In the published code it starts after the warm-up
+  but is stretched over all steps, so it never reaches that value.)
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   after_warmup = _SCHEDULES[config.schedule](config, steps)
@@ -23,7 +23,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Clipping by global norm, then the update rule, scaled by the schedule."""
+  """Chains clipping by global norm, the update rule, and scaling by the schedule."""
   schedule = make_schedule(config, steps)
   rule = _RULES[config.name](config)
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
@@ -71,25 +71,34 @@ def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _is_kernel(params):
-  """True for Dense kernels: embeddings, biases and norms are not decayed."""
+  """Returns the mask of weight decay: True for Dense kernels, False for embeddings, biases and norms."""
   return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def _trust_ratio_per_layer() -> optax.GradientTransformation:
-  """LAMB's trust ratio of every weight by itself, also of those that stand stacked below "layers..."."""
-  ratio = optax.scale_by_trust_ratio()
+def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Applies `rule` to every weight by itself and, below "layers...", to every layer of a stacked weight by itself.
+
+  nn.scan stacks the weights of equal layers on a new first axis; a rule that uses the shape or the norm of a weight
+  would treat all layers as one. The state is a tree of the rule's states, one per weight; a rule without state keeps
+  its empty one.
+  """
+
+  def over_layers(path, function):
+    stacked = any(str(part.key).startswith("layers") for part in path)
+    return jax.vmap(function) if stacked else function
+
+  def init(params):
+    states = jax.tree.map_with_path(lambda path, param: over_layers(path, rule.init)(param), params)
+    return states if jax.tree.leaves(states) else rule.init(params)
 
   def update(updates, state, params):
-    def one(path, update, param):
-      def scale(update, param):
-        return ratio.update(update, state, param)[0]
+    stateful = bool(jax.tree.leaves(state))
+    states = state if stateful else jax.tree.map(lambda _: state, updates)
+    results = jax.tree.map_with_path(lambda path, *args: over_layers(path, rule.update)(*args), updates, states, params)
+    new_updates, new_states = (jax.tree.map(lambda _, pair, i=i: pair[i], updates, results) for i in (0, 1))
+    return new_updates, new_states if stateful else state
 
-      stacked = any(str(part.key).startswith("layers") for part in path)
-      return jax.vmap(scale)(update, param) if stacked else scale(update, param)
-
-    return jax.tree.map_with_path(one, updates, params), state
-
-  return optax.GradientTransformation(ratio.init, update)
+  return optax.GradientTransformation(init, update)
 
 
 _SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
@@ -103,9 +112,9 @@ _RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
   "adam": _adam,
   "adamw": lambda config: optax.chain(_adam(config), _decay(config)),
   "adafactor": lambda config: optax.chain(
-    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+    *map(_per_layer, (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()))
   ),
-  "lamb": lambda config: optax.chain(_adam(config), _decay(config), _trust_ratio_per_layer()),
+  "lamb": lambda config: optax.chain(_adam(config), _decay(config), _per_layer(optax.scale_by_trust_ratio())),
   "sgd": lambda config: optax.trace(decay=config.b1, nesterov=True),
-  "sm3": lambda config: optax.scale_by_sm3(b1=config.b1),
+  "sm3": lambda config: _per_layer(optax.scale_by_sm3(b1=config.b1)),
 }

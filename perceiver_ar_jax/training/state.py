@@ -14,26 +14,27 @@ from perceiver_ar_jax.parallel import sharding
 
 @struct.dataclass
 class TrainState:
-  """All that an update changes. Random keys are functions of the seed and `step`, so they need no place here."""
+  """Everything that an update changes. Random keys are functions of the seed and `step`, so they are not stored."""
 
   step: jax.Array
-  """int32: updates done."""
+  """int32[]: number of updates done."""
   params: dict
   opt_state: optax.OptState
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """The state as jax.ShapeDtypeStructs with their shardings on `mesh`; nothing is allocated.
+  """Returns the state as jax.ShapeDtypeStructs with their shardings on `mesh`; allocates nothing.
 
-  What the optimizer keeps for a weight, in its shape, lies as the weight does; all else of it is small and replicated.
+  Optimizer state that belongs to a weight and has its shape is sharded as the weight is; the rest is small and
+  replicated.
   """
   params = abstract_params(config, mesh)
   weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def place(path, leaf):
-    names = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
-    weight = next((weights[name] for name in names if name in weights), None)
+    name = jax.tree_util.keystr(path)
+    weight = weights.get(max((known for known in weights if known in name), key=len, default=""))
     alike = weight is not None and weight.shape == leaf.shape
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding if alike else replicated)
 
@@ -42,7 +43,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 
 
 def abstract_params(config: Config, mesh: Mesh) -> dict:
-  """The weights alone, as `abstract_state` gives them."""
+  """Returns the weights of `abstract_state`."""
   boxed = jax.eval_shape(lambda: _init_params(config.model, jax.random.key(0)))
   return jax.tree.map(
     lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
@@ -52,7 +53,7 @@ def abstract_params(config: Config, mesh: Mesh) -> dict:
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """A fresh state, each device creating only its own part; the same values on every mesh."""
+  """Returns the initial state, the same on every mesh; each device creates only its own shard."""
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
 
   def init(key):
@@ -64,8 +65,8 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def _init_params(model: ModelConfig, key: jax.Array) -> dict:
-  """Fresh weights, still in the boxes that carry their logical axes."""
-  # Weights do not depend on the context, so a sequence as short as the model allows traces fastest.
+  """Returns initial weights, still boxed with their logical axes."""
+  # Weights do not depend on the context length; the shortest sequence that the model allows traces fastest.
   tokens_1xM = jnp.ones((1, model.num_latents), jnp.int32)
   positions_1xMxP = jnp.ones((1, model.num_latents, len(model.position_sizes) or 1), jnp.int32)
   return make_model(model).init(key, tokens_1xM, positions_1xMxP)["params"]
