@@ -39,7 +39,7 @@ def main(config: Config) -> int:
     print(f"Written to {report.write(command_line.WORKDIR.value)}")
     return 0
   if _MODE.value == "plan":
-    from perceiver_ar_jax.parallel import plan
+    from perceiver_ar_jax import plan
 
     return plan.plan(config, command_line.WORKDIR.value)
   from perceiver_ar_jax.parallel import distributed

@@ -9,7 +9,7 @@ from etils import epath
 
 from perceiver_ar_jax.config import InputError, resolve
 from perceiver_ar_jax.evaluation import ablate, evaluate
-from perceiver_ar_jax.parallel import flops
+from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.training import loop
 
 _FILE = '''"""Are two layers better than one?
@@ -98,6 +98,6 @@ def test_every_variant_of_the_shipped_ablations_is_a_config(name):
   module = runpy.run_path(f"configs/ablations/{name}.py")
   configs = {variant: resolve(module["get_config"](variant)) for variant in module["VARIANTS"]}
   assert len({config.to_json() for config in configs.values()}) == len(configs), "two variants are the same"
-  spent = [flops.train_step(config).useful * config.train.steps for config in configs.values()]
+  spent = [flops.train_step(config) * config.train.steps for config in configs.values()]
   if name.startswith("baselines"):
     assert min(spent) > 0.97 * max(spent), "variants must have the same training FLOPs"

@@ -11,7 +11,7 @@ Found: Perceiver AR copies; the others have not begun to at these FLOPs.
 """
 
 from configs import copy
-from perceiver_ar_jax.parallel import flops
+from perceiver_ar_jax.models import flops
 
 VARIANTS = {
   "perceiver-ar": "64 latents of 128 inputs",

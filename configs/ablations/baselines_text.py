@@ -10,7 +10,7 @@ any seconds.
 """
 
 from configs.ablations import context
-from perceiver_ar_jax.parallel import flops
+from perceiver_ar_jax.models import flops
 
 VARIANTS = {
   "perceiver-ar": "256 latents of 2,048 inputs",

@@ -23,8 +23,9 @@ from jax.sharding import Mesh
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
+from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.models.attention_kernels import check_platform
-from perceiver_ar_jax.parallel import chips, distributed, flops, sharding
+from perceiver_ar_jax.parallel import chips, distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, metrics_log
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -131,8 +132,8 @@ class _Run:
     self._profile = _Profile(config.train.profile_at, workdir / "profile")
     self._key = jax.random.fold_in(jax.random.key(config.seed), 1)  # weights are drawn from the key itself
     self._skipped = self._skipped_in_a_row = 0
-    self._step_flops = flops.train_step(config).useful
-    self._chip = chips.of_device(mesh.devices.flat[0].device_kind)
+    self._step_flops = flops.train_step(config)
+    self._chip = chips.chip_of_device(mesh.devices.flat[0].device_kind)
 
   def __call__(self, state: state_lib.TrainState, data: HostBatches):
     """(the last state, the evaluation at the last step or None), after the last step or a signal."""
