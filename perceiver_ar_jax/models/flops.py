@@ -2,8 +2,8 @@
 
 Counted are matrix products, 2 FLOPs per multiply-add, as the mathematics requires them: what the backward pass
 recomputes to save memory is excluded, as usual for model FLOPs utilization. Norms, softmax, dropout and the optimizer
-are excluded too; in models of practical size they add a few per cent. XLA's own count visits the body of a loop once, and
-layers and chunks of the context are loops, so it cannot be used here.
+are excluded too; in models of practical size they add a few per cent. XLA's own count visits the body of a loop once,
+and layers and chunks of the context are loops, so it cannot be used here.
 
 Shape letters: models/perceiver_ar.py, and C for the width of the cross-attention.
 """
