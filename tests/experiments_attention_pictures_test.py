@@ -166,7 +166,7 @@ def test_mistakes_are_explained(restored, tmp_path):
 
 
 def test_a_folder_without_a_run_is_explained(tmp_path):
-  with pytest.raises(InputError, match="holds no run"):
+  with pytest.raises(InputError, match="no run"):
     attention_pictures.write(tiny.config(), tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_an_image_shows_the_weight_of_each_pixel_and_nothing_after_the_output(or
   attended, output = positions.index([2 + 1, 2 + 0, 2 + 0]), positions.index([2 + 2, 2 + 1, 2 + 0])  # (x, y, channel)
   events = document.read(0, output + 1)
   shown = window("image_files", events, document.positions(0, output + 1), image_size=4, image_order=order)
-  inputs, attention = axes_of(shown, one_hot(output, attended))
+  inputs, attention, _ = axes_of(shown, one_hot(output, attended))
   known = inputs.images[0].get_array()
   assert known[0, 1, 0] == pixels[0, 1, 0] and (known[2:] == 40).all() and (known[1, 2] == 40).all()
   assert np.argwhere(attention.images[0].get_array()).tolist() == [[0, 1]]
@@ -230,7 +230,7 @@ def test_a_character_that_begins_like_the_output_stays_complete():
 
 
 def test_a_text_colors_the_character_attended_to_and_frames_the_output():
-  (axes,) = axes_of(window("text_files", text_events(b"a $\nc")), one_hot(5, 3))  # the dollar sign
+  axes, _ = axes_of(window("text_files", text_events(b"a $\nc")), one_hot(5, 3))  # the dollar sign
   assert np.argwhere(axes.images[0].get_array() > 0).tolist() == [[0, 3]]
   assert [(text.get_text(), text.get_position()) for text in axes.texts] == [
     ("a", (1, 0)),
@@ -238,6 +238,14 @@ def test_a_text_colors_the_character_attended_to_and_frames_the_output():
     ("c", (0, 1)),
   ]
   assert [patch.get_xy() for patch in axes.patches] == [(-0.5, 0.5)]
+
+
+def test_a_long_text_shows_its_last_rows():
+  shown = window("text_files", text_events(b"".join(b"%d\n" % number for number in range(100)) + b"!"))
+  axes, plot = axes_of(shown, one_hot(len(shown.events) - 1, 0))
+  rows = {text.get_position()[1]: text.get_text() for text in axes.texts}
+  assert len(rows) == 30 and rows[29] == "!" and rows[0] == "1", "71 to 99 and the output"
+  assert not axes.images[0].get_array().any() and len(plot.collections[0].get_segments()) == len(shown.events) - 1
 
 
 def test_notes_are_the_events_that_begin_and_end_them():
@@ -251,12 +259,12 @@ def test_notes_are_the_events_that_begin_and_end_them():
 def test_a_roll_colors_the_note_attended_to_and_marks_the_output():
   notes = [music.Note(60, 64, 0.0, 0.5), music.Note(64, 64, 0.25, 1.0)]
   shown = window("midi_files", [SOS, *music.encode(notes)], files="none")
-  roll, over_time = axes_of(shown, one_hot(8, 6))  # the end of pitch 60
+  roll, plot = axes_of(shown, one_hot(8, 6))  # the end of pitch 60
   (lines,) = roll.collections
   drawn = {line[0, 1]: (*line[:, 0], weight) for line, weight in zip(lines.get_segments(), lines.get_array())}
   assert drawn == {60: (0, 0.5, 1), 64: (0.25, 1, 0)}
   assert roll.lines[0].get_ydata().tolist() == [64], "the output ends pitch 64"
-  assert len(over_time.collections[0].get_segments()) == 8
+  assert len(plot.collections[0].get_segments()) == 8
 
 
 def test_a_roll_without_notes_is_drawn():

@@ -45,7 +45,7 @@ def test_the_share_of_the_peak_is_reported_if_known(tmp_path):
 
 
 def test_a_missing_run_and_one_without_steps_are_explained(tmp_path):
-  with pytest.raises(InputError, match="holds no run"):
+  with pytest.raises(InputError, match="no run"):
     report.write(tmp_path)
   _run(tmp_path, [])
   with pytest.raises(InputError, match="has not logged a step yet"):

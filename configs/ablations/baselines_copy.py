@@ -1,4 +1,4 @@
-"""At equal training FLOPs: Perceiver AR against a plain Transformer and a Transformer-XL, where only distant context helps.
+"""At equal training FLOPs: Perceiver AR against a plain Transformer and a Transformer-XL, on copying.
 
 Paper (section 5): Perceiver AR copies 131,072 mirrored tokens without error.
 

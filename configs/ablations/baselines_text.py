@@ -1,8 +1,8 @@
 """At equal training FLOPs: Perceiver AR against a plain Transformer and a Transformer-XL, on text.
 
 Paper (section 5): on Books, 60 layers of Perceiver AR with a context of 8,192 beat a 42-layer Transformer-XL (word
-perplexity 12.66 against 13.25) and train faster. Another paper's byte-level comparison at equal compute has the opposite
-result on PG-19 (Transformer 1.057 bits per byte, Perceiver AR 1.104) and a similar one on Stories.
+perplexity 12.66 against 13.25) and train faster. Another paper's byte-level comparison at equal compute has the
+opposite result on PG-19 (Transformer 1.057 bits per byte, Perceiver AR 1.104) and about equal results on Stories.
 
 Here: the source code of Python's standard library (as in context.py); equal width, heads and layers, as many steps as
 the same training FLOPs allow, and a constant learning rate, so that the curves are comparable at any FLOPs and seconds.

@@ -2,8 +2,8 @@
 
 An output is shown in the window in which it is the last to be scored: the inputs that fit into the context, and the
 latents of evaluation. The picture depends on the modality: the image, the piano roll or the text, colored by the mean
-weight over heads; for all else a plot. Colors are the root of a weight's share of the largest, so that small weights
-show. The weights of all heads are in the .npz file.
+weight over heads, above a plot of all weights; for other data only the plot. Colors are the root of a weight's share of
+the largest, so that small weights show. The weights of all heads are in the .npz file.
 """
 
 import functools
@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from matplotlib import colors, patches
-from matplotlib import figure as figure_lib
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Rectangle
 
 from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import NUM_SPECIAL, features, music, records
@@ -32,9 +33,8 @@ from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.sampling import prompts
 
 _DEFAULT_OUTPUTS = 4
-_COLORS = colors.LinearSegmentedColormap.from_list("attention", ["0.9", "#ff7800"])
-_MAX_CHARACTERS = 2500
-_COLUMNS = 100
+_COLORS = LinearSegmentedColormap.from_list("attention", ["0.9", "#ff7800"])
+_ROWS, _COLUMNS = 30, 100
 _MAX_BYTES_PER_CHARACTER = 4
 
 
@@ -165,18 +165,22 @@ def _save(folder: epath.Path, names: Sequence[str], window: Window, weights_HxL:
     )
 
 
-def picture(window: Window, weights_HxN: np.ndarray) -> figure_lib.Figure:
-  """Returns a picture of the window, colored by the mean over heads of the weights, whose rows sum to 1."""
+def picture(window: Window, weights_HxN: np.ndarray) -> Figure:
+  """Returns a picture of the window, colored by the mean over heads of the weights, above a plot of all weights."""
   weights_N = weights_HxN.mean(axis=0)
-  figure = figure_lib.Figure(figsize=(10, 5), layout="constrained")
-  largest = f"{weights_N.max():.3f}, at event {window.start + weights_N.argmax():,}"
-  figure.suptitle(f"mean of {len(weights_HxN)} heads, at most {largest}")
-  draw = {"image": _draw_image, "music": _draw_roll, "text": _draw_text}.get(window.task.modality, _draw_weights)
-  draw(figure, window, weights_N)
+  figure = bottom = Figure(figsize=(11, 8), layout="constrained")
+  draw = {"image": _draw_image, "music": _draw_roll, "text": _draw_text}.get(window.task.modality)
+  if draw:
+    top, bottom = figure.subfigures(2, 1, height_ratios=(5, 1))
+    draw(top, window, weights_N)
+  axes = bottom.subplots()
+  axes.vlines(window.start + np.arange(len(weights_N)), 0, weights_N)
+  axes.axvline(window.start + len(weights_N), color="red")
+  axes.set(xlabel="event (red: the output)", ylabel="mean weight")
   return figure
 
 
-def _draw_image(figure: figure_lib.Figure, window: Window, weights_N: np.ndarray) -> None:
+def _draw_image(figure: SubFigure, window: Window, weights_N: np.ndarray) -> None:
   """Draws the known part of the image and, beside it, the weight of each pixel; frames the output."""
   size = math.isqrt((window.task.length - 1) // 3)
   is_color_N = window.events[:-1] >= NUM_SPECIAL
@@ -190,64 +194,55 @@ def _draw_image(figure: figure_lib.Figure, window: Window, weights_N: np.ndarray
   inputs.imshow(pixels_SxSxC)
   attention.imshow(weights_SxS, **_scale(weights_SxS))
   for axes in (inputs, attention):
-    axes.add_patch(patches.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red"))
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red"))
     axes.set_axis_off()
 
 
-def _draw_roll(figure: figure_lib.Figure, window: Window, weights_N: np.ndarray) -> None:
-  """Draws the piano roll, notes colored by the weights of their begin and end; below, all weights over time."""
+def _draw_roll(figure: SubFigure, window: Window, weights_N: np.ndarray) -> None:
+  """Draws the piano roll, notes colored by the weights of their begin and end; marks the output."""
   seconds_N = music.steps(window.events[:-1]) / 100
   padded_N, ends_N = np.append(weights_N, 0), np.append(seconds_N, seconds_N[-1])  # event N ends the notes still on
   notes = music.notes_of_events(window.events[:-1])
   notes.sort(key=lambda note: padded_N[note[1]] + padded_N[note[2]])  # the largest weights on top
   pitches, ons, offs = np.array(notes, int).reshape(-1, 3).T
   weights = padded_N[ons] + padded_N[offs]
-  roll, over_time = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-  roll.hlines(pitches, seconds_N[ons], ends_N[offs], array=weights, linewidth=3, **_scale(weights))
+  axes = figure.subplots()
+  axes.hlines(pitches, seconds_N[ons], ends_N[offs], array=weights, linewidth=3, **_scale(weights))
   (pitch,) = music.pitches(window.events[-1:])
   if pitch >= 0:
-    roll.plot(seconds_N[-1:], [pitch], "r<")
+    axes.plot(seconds_N[-1:], [pitch], "r<")
   else:
-    roll.axvline(seconds_N[-1], color="red")
-  roll.set(ylabel="pitch")
-  over_time.vlines(seconds_N, 0, weights_N)
-  over_time.set(xlabel="seconds", ylabel="weight")
+    axes.axvline(seconds_N[-1], color="red")
+  axes.set(xlabel="seconds", ylabel="pitch")
 
 
-def _draw_text(figure: figure_lib.Figure, window: Window, weights_N: np.ndarray) -> None:
-  """Draws the last characters before the output, colored by their weights; frames the output."""
+def _draw_text(figure: SubFigure, window: Window, weights_N: np.ndarray) -> None:
+  """Draws the last rows of characters, colored by their weights; frames the output."""
   characters, num_output = _characters(window, weights_N)
-  characters = characters[-_MAX_CHARACTERS:]
   row, column, cells = 0, 0, []
-  for character, _ in characters:
-    cells.append((row, column))
+  for character, weight in characters[-_ROWS * _COLUMNS :]:
+    cells.append((row, column, character, weight))
     column += 1
     if column == _COLUMNS or character == "\n":
       row, column = row + 1, 0
-  weights_RxC = np.full((cells[-1][0] + 1, _COLUMNS), np.nan)
-  weights_RxC[tuple(np.transpose(cells))] = [weight for _, weight in characters]
-  figure.set_size_inches(11, 1 + 0.2 * len(weights_RxC))
+  first = max(cells[-1][0] - _ROWS + 1, 0)
+  weights_RxC = np.zeros((_ROWS, _COLUMNS))
   axes = figure.subplots()
-  axes.imshow(weights_RxC, aspect="auto", **_scale(np.nan_to_num(weights_RxC)))
+  for row, column, character, weight in cells:
+    if row >= first:
+      weights_RxC[row - first, column] = weight
+      if character.isprintable() and character.strip():
+        font = {"family": "monospace", "size": 9, "parse_math": False}
+        axes.text(column, row - first, character, ha="center", va="center", **font)
+  axes.imshow(weights_RxC, aspect="auto", **_scale(weights_RxC))
+  for row, column, *_ in cells[-num_output:]:
+    axes.add_patch(Rectangle((column - 0.5, row - first - 0.5), 1, 1, fill=False, edgecolor="red"))
   axes.set_axis_off()
-  for (character, _), (row, column) in zip(characters, cells):
-    if character.isprintable() and character.strip():
-      axes.text(column, row, character, family="monospace", size=8, ha="center", va="center", parse_math=False)
-  for row, column in cells[-num_output:]:
-    axes.add_patch(patches.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red"))
-
-
-def _draw_weights(figure: figure_lib.Figure, window: Window, weights_N: np.ndarray) -> None:
-  """Plots the weight of each input, and where the output is."""
-  axes = figure.subplots()
-  axes.vlines(window.start + np.arange(len(weights_N)), 0, weights_N)
-  axes.axvline(window.start + len(weights_N), color="red")
-  axes.set(xlabel="event", ylabel="weight")
 
 
 def _scale(weights: np.ndarray) -> dict:
   """Returns the color scale of some weights: the root of each one's share of the largest."""
-  return {"cmap": _COLORS, "norm": colors.PowerNorm(0.5, vmin=0, vmax=max(weights.max(initial=0), 1e-30))}
+  return {"cmap": _COLORS, "norm": PowerNorm(0.5, vmin=0, vmax=max(weights.max(initial=0), 1e-30))}
 
 
 def _characters(window: Window, weights_N: np.ndarray) -> tuple[list[tuple[str, float]], int]:
