@@ -27,6 +27,8 @@ lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+	$(RUN) .ci/check.py
 	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch
 
 format: install

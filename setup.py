@@ -46,6 +46,7 @@ setuptools.setup(
     "music": ["mido>=1.3,<2"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
+      "import-linter>=2,<3",
       "ipykernel>=6.29,<8",
       "mido>=1.3,<2",
       "mypy>=1.15,<2",

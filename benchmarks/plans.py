@@ -1,11 +1,10 @@
-"""Plans the published experiments for TPUs and GPUs, and writes the table of docs/pods.md; nothing here needs one.
+"""Plans the published experiments for TPUs and GPUs, and writes the table of docs/pods.md; no TPU or GPU is needed.
 
-  python -m benchmarks.plans                      # all of them, about a minute each
-  python -m benchmarks.plans imagenet64-v5e-256   # the named ones; the others stay as docs/plans.json has them
+  python -m benchmarks.plans                      # all plans, about a minute each
+  python -m benchmarks.plans imagenet64-v5e-256   # the named plans; the others stay as they are in docs/plans.json
   python -m benchmarks.plans --table              # only the table, from docs/plans.json
 
-It needs the extras [plan] and [cuda12]. Each plan is a run of --mode=plan, whose plan.json goes into docs/plans.json
-under its name.
+Requires the extras [plan] and [cuda12]. Each plan is a run of --mode=plan; docs/plans.json collects their plan.json.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import tempfile
 _ROOT = pathlib.Path(__file__).parent.parent
 _STORED = _ROOT / "docs" / "plans.json"
 _PAGE = _ROOT / "docs" / "pods.md"
-_BEGIN, _END = "<!-- plans: benchmarks/plans.py writes what follows -->", "<!-- end of plans -->"
+_BEGIN, _END = "<!-- plans: written by benchmarks/plans.py -->", "<!-- end of plans -->"
 # Books of up to 16k tokens, as the paper describes that model: 60 layers, rotary, SentencePiece.
 _BOOKS = ["model.max_context=16384", "model.cross_attend_dropout=0.0", "train.batch_size=1024"]
 _BOOKS += ["model.embed_width=1024", "model.cross_attend_width=1024", "model.num_cross_heads=16"]
@@ -49,7 +48,7 @@ PLANS: dict[str, tuple[str, str, list[str]]] = {
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("names", nargs="*", help=", ".join(PLANS))
-  parser.add_argument("--table", action="store_true", help="compile nothing")
+  parser.add_argument("--table", action="store_true", help="only rewrite the table")
   arguments = parser.parse_args()
   if unknown := set(arguments.names) - set(PLANS):
     parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(PLANS)}")
@@ -57,17 +56,18 @@ def main():
   for name in () if arguments.table else arguments.names or PLANS:
     stored[name] = _plan(*PLANS[name])
     ordered = {known: stored[known] for known in PLANS if known in stored}
-    _STORED.write_text(json.dumps(ordered, indent=1) + "\n")  # after each, so that a later failure loses none
+    _STORED.write_text(json.dumps(ordered, indent=1) + "\n")  # after each plan, so that a later failure loses none
   page = _PAGE.read_text()
   before, after = page[: page.index(_BEGIN) + len(_BEGIN)], page[page.index(_END) :]
   _PAGE.write_text(f"{before}\n{table(stored)}\n{after}")
 
 
 def table(stored: dict[str, dict]) -> str:
-  """The plans as a Markdown table, in the order of PLANS."""
+  """Returns the plans as a Markdown table, in the order of PLANS."""
   lines = [
-    "| experiment | changed | slice | mesh | in parts | GiB a chip | of | fits | PFLOP a step | s at best | bound by |",
-    "|---|---|---|---|---|---|---|---|---|---|---|",
+    "| experiment | changed | slice | mesh | microbatches | GiB per chip | of | fits | PFLOPs per step |"
+    " compute-bound lower limit, seconds per step |",
+    "|---|---|---|---|---|---|---|---|---|---|",
   ]
   for name, (experiment, _, overrides) in PLANS.items():
     if name in stored:
@@ -84,8 +84,7 @@ def table(stored: dict[str, dict]) -> str:
         f"{plan['hbm_bytes'] / 2**30:.2f}",
         "yes" if plan["fits"] else "**no**",
         f"{plan['step_flops'] / 1e15:.2f}",
-        f"{plan['step_seconds']:.2f}" if plan["fits"] else "",
-        plan["bound"] if plan["fits"] else "",
+        f"{plan['compute_bound_seconds']:.2f}" if plan["fits"] else "",
       ]
       lines.append(f"| {' | '.join(map(str, cells))} |")
   return "\n".join(lines)

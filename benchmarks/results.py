@@ -1,9 +1,9 @@
-"""Runs every ablation, a sweep and an attention map, and writes docs/results.md with all that came out.
+"""Runs every ablation, two sweeps and an attention picture, and writes docs/results.md.
 
-  python -m benchmarks.results --workdir=runs/results           # hours on 2 cores; goes on where it was stopped
-  python -m benchmarks.results --workdir=runs/results context   # only what is named
+  python -m benchmarks.results --workdir=runs/results           # hours on 2 cores; resumes where it was interrupted
+  python -m benchmarks.results --workdir=runs/results context   # only the named experiments
 
-Each experiment is the command that its section names; pages, pictures and figures of each lie in docs/results.
+Each section names the command of its experiment; docs/results has the page, plot and numbers of each.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 
-from perceiver_ar_jax.evaluation import ablate
+from perceiver_ar_jax.experiments import ablate
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PAGE, _FOLDER = _ROOT / "docs" / "results.md", _ROOT / "docs" / "results"
@@ -28,45 +28,48 @@ _SEEDS = {
 }
 _SWEEPS = {
   "one_model": (
-    "One model of the context ablation, given shorter and longer contexts",
+    "One model of the context ablation with shorter and longer contexts",
     "context",
     "512",
     ["--context=64,128,256,512", "--num_latents=64", "--stride=32"],
   ),
   "latents": (
-    "Compute chosen at evaluation: fewer and more latents than the 256 of training",
+    "Evaluation-time compute: fewer and more latents than the 256 of training",
     "order",
     "raster-full",
     ["--num_latents=32,64,128,256,512,1024", "--stride=32", "--config.eval.max_sequences=8"],
   ),
 }
-"""Of each sweep: title, the ablation and its variant whose run with seed 0 it scores, arguments."""
+"""Of each sweep: title, the ablation and variant whose run with seed 0 it scores, arguments."""
 _OUTPUTS = "(64,96,127)"
 _INTRODUCTION = """# Results
 
-What the commands of this project gave, at a scale that a laptop has patience for: small models, minutes of training,
-one or two seeds. They show directions, not the paper's figures; every experiment is a config file that runs at full
-scale on a pod. This page is written by `python -m benchmarks.results`."""
+Results of this project's commands at the scale of a laptop: small models, minutes of training, one or two seeds. They
+show directions, not the paper's numbers; every experiment is a config file that runs at full scale on a pod. This page
+is written by `python -m benchmarks.results`."""
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("names", nargs="*", help=", ".join([*_SEEDS, *_SWEEPS, "attention"]))
-  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of all runs")
+  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="parent folder of all runs")
   arguments = parser.parse_args()
   _FOLDER.mkdir(exist_ok=True)
   names = arguments.names or [*_SEEDS, *_SWEEPS, "attention"]
   for name in names:
     if name in _SEEDS:
-      where = (f"--workdir={arguments.workdir / name}", f"--page={_FOLDER / name}")
-      _run("evaluation.ablate", f"--config=configs/ablations/{name}.py", f"--seeds={_SEEDS[name]}", *where)
+      workdir = arguments.workdir / name
+      config = f"--config=configs/ablations/{name}.py"
+      _run("experiments.ablate", config, f"--seeds={_SEEDS[name]}", f"--workdir={workdir}")
+      for ending in (".json", ".png"):
+        shutil.copy(workdir / f"README{ending}", _FOLDER / f"{name}{ending}")
     elif name in _SWEEPS:
       _, ablation, variant, flags = _SWEEPS[name]
       run = arguments.workdir / ablation / f"{variant}-seed0"
-      _run("evaluation.sweep", f"--config=configs/ablations/{ablation}.py:{variant}", f"--workdir={run}", *flags)
+      _run("experiments.sweep", f"--config=configs/ablations/{ablation}.py:{variant}", f"--workdir={run}", *flags)
       for ending in (".json", ".png"):
-        (written,) = run.glob(f"sweep-*{ending}")
-        shutil.copy(written, _FOLDER / f"{name}{ending}")
+        (path,) = run.glob(f"sweep-*{ending}")
+        shutil.copy(path, _FOLDER / f"{name}{ending}")
   if "attention" in names:
     run = arguments.workdir / "baselines_copy" / "perceiver-ar-seed0"
     config = "--config=configs/ablations/baselines_copy.py:perceiver-ar"
@@ -74,6 +77,11 @@ def main():
     report = json.loads((run / "attention" / "attention.json").read_text())
     shutil.copy(run / "attention" / report["outputs"][1]["files"][0], _FOLDER / "attention.png")
     (_FOLDER / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+  write_pages()
+
+
+def write_pages() -> None:
+  """Writes docs/results.md and the pages of the ablations from the numbers in docs/results."""
   sections = [_ablation(name) for name in _SEEDS if (_FOLDER / f"{name}.json").exists()]
   sections += [_sweep(name) for name in _SWEEPS if (_FOLDER / f"{name}.json").exists()]
   if (_FOLDER / "attention.json").exists():
@@ -89,13 +97,14 @@ def _run(module: str, *arguments: str) -> None:
 
 def _ablation(name: str) -> str:
   results = json.loads((_FOLDER / f"{name}.json").read_text())
+  (_FOLDER / f"{name}.md").write_text(ablate.page(results).replace("README.", f"{name}."))
   title = results["about"].strip().partition("\n")[0]
   return "\n\n".join(
     [
       f"## {title}",
       ablate.table(results["runs"]),
       f"![curves over training FLOPs and seconds](results/{name}.png)",
-      f"[What was asked and found, loss by context](results/{name}.md). `{results['command']}`, {results['hardware']}.",
+      f"[Question, result, and loss by context](results/{name}.md). `{results['command']}`, {results['hardware']}.",
     ]
   )
 
@@ -104,7 +113,7 @@ def _sweep(name: str) -> str:
   title, ablation, variant, flags = _SWEEPS[name]
   rows = json.loads((_FOLDER / f"{name}.json").read_text())
   unit = rows[0]["unit"]
-  lines = [f"| context | latents | {unit} | FLOPs a token | s a token |", "|---|---|---|---|---|"]
+  lines = [f"| context | latents | {unit} | FLOPs per token | seconds per token |", "|---|---|---|---|---|"]
   lines += [
     f"| {row['context']:,} | {row['num_latents']:,} | {row[unit]:.4f} | {row['flops_per_token']:.3g} |"
     f" {row['seconds_per_token']:.2g} |"
@@ -114,8 +123,8 @@ def _sweep(name: str) -> str:
     [
       f"## {title}",
       "\n".join(lines),
-      f"![the unit over FLOPs and seconds a token](results/{name}.png)",
-      f"`python -m perceiver_ar_jax.evaluation.sweep --config=configs/ablations/{ablation}.py:{variant}"
+      f"![the unit over FLOPs and seconds per token](results/{name}.png)",
+      f"`python -m perceiver_ar_jax.experiments.sweep --config=configs/ablations/{ablation}.py:{variant}"
       f" {shlex.join(flags)}` on that run of the ablation, seed 0.",
     ]
   )
@@ -124,16 +133,16 @@ def _sweep(name: str) -> str:
 def _attention() -> str:
   report = json.loads((_FOLDER / "attention.json").read_text())
   lines = [
-    f"- output {one['output']}: entropy {one['entropy_nats']:.2f} nats over {one['inputs']} inputs,"
-    f" {one['share_before_latents']:.1%} of the attention on inputs before the latents"
-    for one in report["outputs"]
+    f"- output {entry['output']}: entropy {entry['entropy_nats']:.2f} nats over {entry['inputs']} inputs,"
+    f" {entry['share_before_latents']:.1%} of the attention on inputs before the latents"
+    for entry in report["outputs"]
   ]
   return "\n\n".join(
     [
-      "## What the cross-attend takes from, in the copy task",
+      "## The cross-attention in the copy task",
       "![attention of one output of the mirrored half](results/attention.png)",
       "\n".join(lines),
-      "`--mode=attention` on the Perceiver AR of the copy comparison above, seed 0: the picture is output"
+      "`--mode=attention` on the Perceiver AR of the copy comparison above, seed 0: the picture shows output"
       f" {report['outputs'][1]['output']}.",
     ]
   )

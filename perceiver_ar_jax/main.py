@@ -34,12 +34,12 @@ def main(config: Config) -> int:
     inspect.inspect(config, command_line.WORKDIR.value)
     return 0
   if _MODE.value == "report":
-    from perceiver_ar_jax.evaluation import report
+    from perceiver_ar_jax.experiments import report
 
     print(f"Written to {report.write(command_line.WORKDIR.value)}")
     return 0
   if _MODE.value == "plan":
-    from perceiver_ar_jax.parallel import plan
+    from perceiver_ar_jax import plan
 
     return plan.plan(config, command_line.WORKDIR.value)
   from perceiver_ar_jax.parallel import distributed
@@ -60,10 +60,9 @@ def _on_devices(config: Config) -> int:
       write.score(config, command_line.WORKDIR.value)
     return 0
   if _MODE.value == "attention":
-    from perceiver_ar_jax.evaluation import attention_maps
-    from perceiver_ar_jax.sampling import prompts
+    from perceiver_ar_jax.experiments import attention_pictures
 
-    attention_maps.write(config, command_line.WORKDIR.value, prompts.read_setting)
+    attention_pictures.write(config, command_line.WORKDIR.value)
     return 0
   from perceiver_ar_jax.evaluation import evaluate
 

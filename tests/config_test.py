@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pathlib
 
 import jax
@@ -38,6 +39,13 @@ def test_every_config_comes_back_from_its_run(name, tmp_path):
   config = config_lib.resolve(_config(name))
   (tmp_path / "config.json").write_text(config.to_json())
   assert config_lib.resolve(of_run.get_config(str(tmp_path))) == config
+
+
+def test_config_json_of_an_older_version_may_contain_removed_settings():
+  config = tiny.config()
+  old = json.loads(config.to_json())
+  old["plan"] |= {"search": False, "max_compiles": 8}
+  assert config_lib.Config.from_json(json.dumps(old)) == config
 
 
 def test_data_that_are_not_the_runs_own_are_told_of(tmp_path, capsys):

@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from perceiver_ar_jax.config import OPTIMIZERS, InputError
 from perceiver_ar_jax.data.global_batch import HostBatches
 from perceiver_ar_jax.evaluation import evaluate
-from perceiver_ar_jax.parallel import flops
+from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.sampling import write
 from perceiver_ar_jax.training import checkpoint, loop, metrics_log, optimizer
 from tests import tiny
@@ -57,7 +57,7 @@ def test_a_run_logs_every_step_and_its_settings(uninterrupted):
   assert len(set(losses.values())) >= 11, "only the first update, at rate 0, changes nothing"
   assert (uninterrupted / "config.json").read_text() == tiny.config().to_json()
   line = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[3])
-  step_flops = flops.train_step(tiny.config()).useful
+  step_flops = flops.train_step(tiny.config())
   assert line["model_flops_per_second"] == pytest.approx(step_flops / line["seconds"])
   assert "model_flops_utilization" not in line, "the peak of a CPU is unknown"
   assert line["data_wait_seconds"] in (0, line["data_seconds"])

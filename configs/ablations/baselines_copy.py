@@ -1,21 +1,21 @@
-"""At equal training FLOPs: Perceiver AR against a plain Transformer and a Transformer-XL, where far context is all.
+"""At equal training FLOPs: Perceiver AR against a plain Transformer and a Transformer-XL, on copying.
 
 Paper (section 5): Perceiver AR copies 131,072 mirrored tokens without error.
 
-Here: 128 tokens, half of them random bytes and then the same mirrored; accuracy is that of the mirrored half. The token
-furthest from its twin is 127 before it. Width, heads and layers are the same, steps are as many as the same training
-FLOPs allow, the learning rate is constant, so that the curves can be read at any FLOPs and any seconds. (The task makes
-its sequences as long as the context, so a Transformer of a shorter context would have another, easier task.)
+Here: 128 tokens, half of them random bytes, then the same mirrored; accuracy is that of the mirrored half. The largest
+distance between a token and its twin is 127. Equal width, heads and layers, as many steps as the same training FLOPs
+allow, and a constant learning rate, so that the curves are comparable at any FLOPs and seconds. (The task makes its
+sequences as long as the context, so a Transformer of a shorter context would have another, easier task.)
 
-Found: Perceiver AR copies; the others have not begun to at these FLOPs.
+Result: Perceiver AR copies; the others have not started to at these FLOPs.
 """
 
 from configs import copy
-from perceiver_ar_jax.parallel import flops
+from perceiver_ar_jax.models import flops
 
 VARIANTS = {
   "perceiver-ar": "64 latents of 128 inputs",
-  "transformer-128": "as many latents as inputs, 128: the whole context, at twice the latents",
+  "transformer-128": "as many latents as inputs, 128: the full context, with twice the latents",
   "transformer-xl": "segments of 32 and a memory of 32 in each layer",
 }
 

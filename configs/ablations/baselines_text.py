@@ -1,22 +1,21 @@
 """At equal training FLOPs: Perceiver AR against a plain Transformer and a Transformer-XL, on text.
 
-Paper (section 5): on Books, 60 layers of Perceiver AR with a context of 8,192 beat a 42-layer Transformer-XL (12.66
-against 13.25 a word) and train faster. Another paper's byte-level comparison at equal compute has it the other way
-round on PG-19 (Transformer 1.057 bits a byte, Perceiver AR 1.104) and about level on Stories.
+Paper (section 5): on Books, 60 layers of Perceiver AR with a context of 8,192 beat a 42-layer Transformer-XL (word
+perplexity 12.66 against 13.25) and train faster. Another paper's byte-level comparison at equal compute has the
+opposite result on PG-19 (Transformer 1.057 bits per byte, Perceiver AR 1.104) and about equal results on Stories.
 
-Here: the source code of Python's standard library (as in context.py); width, heads and layers are the same, steps are
-as many as the same training FLOPs allow, the learning rate is constant, so that the curves can be read at any FLOPs and
-any seconds.
+Here: the source code of Python's standard library (as in context.py); equal width, heads and layers, as many steps as
+the same training FLOPs allow, and a constant learning rate, so that the curves are comparable at any FLOPs and seconds.
 """
 
 from configs.ablations import context
-from perceiver_ar_jax.parallel import flops
+from perceiver_ar_jax.models import flops
 
 VARIANTS = {
   "perceiver-ar": "256 latents of 2,048 inputs",
   "transformer": "as many latents as inputs, 256: the same depth, a shorter context",
   "transformer-512": "as many latents as inputs, 512: twice the context, half the rows",
-  "transformer-xl": "segments of 256 and a memory of 256 in each layer, four segments a row",
+  "transformer-xl": "segments of 256 and a memory of 256 in each layer, four segments per row",
 }
 
 

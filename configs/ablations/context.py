@@ -3,17 +3,17 @@
 Paper (section 5 and appendix): on WikiText-103 test perplexity falls from 18.52 to 18.25 as the context grows from
 1,024 to 4,096 tokens, on the Books corpus from 14.88 to 14.56 between 1,024 and 16,384, with 1,024 latents each.
 
-Here: the source code of Python's standard library in 2,000 SentencePiece pieces, whole files held out, 64 latents, the
-same targets and equally many steps for each context; in evaluation windows move by 32 tokens. Each run had one core.
-(The pieces, python.model, were trained by `python -m perceiver_ar_jax.data.train_sentencepiece
+Here: the source code of Python's standard library in 2,000 subword tokens, with held-out files, 64 latents, the same
+targets and equally many steps for each context; evaluation windows advance by 32 tokens. Each run had one core. (The
+vocabulary, python.model, was trained by `python -m perceiver_ar_jax.data.train_sentencepiece
 --config=configs/text_files.py --vocab_size=2000 --output=python.model`.) At full scale: configs/pg19.py or
 configs/wikitext103.py with --config.model.max_context.
 
-Found: trained with 512 inputs the model ends 0.9% below that with 64 (0.8% and 1.0% with the two seeds); 256 inputs are
-0.2% above. One model, trained with 512 and given less at evaluation, loses 4.6% with 64 inputs, 1.4% with 128 and 0.4%
-with 256 ("One model..." in results.md). What a context gains comes late: 0.3% after 500 steps, 0.5% after 1,000. So a
-context much longer than the training can pay for gains nothing: with 256 latents, 3,000 steps and one seed, 256, 1,024
-and 4,096 inputs gave 1.556, 1.550 and 1.577 bits a byte.
+Result: trained with 512 inputs the model ends 0.9% below that with 64 (0.8% and 1.0% with the two seeds); 256 inputs
+are 0.2% above. A single model, trained with 512 and evaluated with fewer inputs, loses 4.6% with 64, 1.4% with 128 and
+0.4% with 256 ("One model..." in results.md). The gain of a context appears late: 0.3% after 500 steps, 0.5% after
+1,000. So a context that is long relative to the training gains nothing: with 256 latents, 3,000 steps and one seed,
+256, 1,024 and 4,096 inputs gave 1.556, 1.550 and 1.577 bits per byte.
 """
 
 import pathlib
@@ -37,7 +37,7 @@ def get_config(variant="512"):
 
 
 def text(max_context, steps):
-  """The text, the model and its training that all ablations on text share; the others have 256 latents."""
+  """Returns the text, model and training that all ablations on text share; the others have 256 latents."""
   config = text_files.get_config()
   config.model.update(vocab_size=2003, max_context=max_context, rotary_max_wavelength=4096)
   config.data.update(sentencepiece=str(pathlib.Path(__file__).with_name("python.model")), min_crop=257)

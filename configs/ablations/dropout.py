@@ -1,7 +1,7 @@
-"""What does leaving inputs out of the context in training (cross-attend dropout) cost, and what does it save?
+"""What does leaving inputs out of the context in training (cross-attention dropout) cost and save?
 
 Paper (appendix): large models on small data (PG-19, WikiText-103, MAESTRO) drop 70 to 97% of the inputs before the
-latents, against overfitting. Here dropped inputs are never embedded, so they cost nothing either.
+latents, against overfitting. Here dropped inputs are never embedded, so they cost no compute.
 
 Here: the source code of Python's standard library (as in context.py), 256 latents of 4,096 inputs, 600 steps: too short
 to overfit, so this shows the price in loss and the saving in FLOPs and seconds.
@@ -10,9 +10,9 @@ to overfit, so this shows the price in loss and the saving in FLOPs and seconds.
 from configs.ablations import context
 
 VARIANTS = {
-  "0": "every input is there in training",
-  "0.5": "half of the inputs before the latents are left out, drawn anew for each row",
-  "0.9": "nine in ten are left out",
+  "0": "no input is dropped",
+  "0.5": "half of the inputs before the latents are dropped, at random for each row",
+  "0.9": "nine in ten are dropped",
 }
 
 

@@ -1,24 +1,24 @@
 """Does the order of an image's sub-pixels matter, once the context is long enough?
 
-Paper (table on ImageNet 64x64 orders): with the full context, raster order reaches 3.54 bits/dim and colour planes (all
-red, then all green, then all blue) 3.53; with a context of 1,024 of the 12,289 sub-pixels, 3.55 and 4.63: what a
-plane needs to know of the same pixel in the plane before lies thousands of sub-pixels back.
+Paper (table on ImageNet 64x64 orders): with the full context, raster order reaches 3.54 bits/dim and color planes (all
+red, then all green, then all blue) 3.53; with a context of 1,024 of the 12,289 sub-pixels, 3.55 and 4.63: the same
+pixel of the previous plane is thousands of sub-pixels back.
 
-Here: photographs of 32x32 pixels from installed packages (configs/photos32.py), a plane being 1,024 sub-pixels, 256
-latents, the paper's learned tables of row, column and channel. The full scale is configs/imagenet64.py beside
-configs/imagenet64_rgb_planes.py with --config.model.max_context=1024 and without.
+Here: photographs of 32x32 pixels from installed packages (configs/photos32.py), with planes of 1,024 sub-pixels, 256
+latents, the paper's learned tables of row, column and channel. At full scale: configs/imagenet64.py and
+configs/imagenet64_rgb_planes.py with and without --config.model.max_context=1024.
 
-Found: the paper's direction is not seen at this scale: planes are ahead with either context, and the full context gains
-them little. Rotary distances, as in configs/photos32.py, learn far sooner and keep that direction: raster 5.090 with
-the full context and 5.251 with 512, planes 4.503 and 4.520 bits/dim (same steps, one seed, by the flags
+Result: this scale does not reproduce the paper's direction: planes are better with either context, and the full context
+helps them little. Rotary distances, as in configs/photos32.py, learn much faster and keep this direction: raster 5.090
+with the full context and 5.251 with 512, planes 4.503 and 4.520 bits/dim (same steps, one seed, with the flags
 --config.model.position_encoding=rotary --config.model.position_sizes="()" --config.model.rotary_max_wavelength=3072
---config.model.positions_from_data=False). But they cannot be scored with more latents than they were trained with.
+--config.model.positions_from_data=False). But they cannot be scored with more latents than in training.
 """
 
 from configs import photos32
 
 VARIANTS = {
-  "raster-full": "r, g, b of each pixel in turn; context 3,072, the whole picture",
+  "raster-full": "r, g, b of each pixel in turn; context 3,072, the whole image",
   "planes-full": "all red, all green, all blue; context 3,072",
   "raster-512": "r, g, b of each pixel in turn; context 512, five rows",
   "planes-512": "all red, all green, all blue; context 512, half a plane",

@@ -10,7 +10,7 @@ from the start of each window.
 from configs.ablations import context
 
 VARIANTS = {
-  "rotary": "queries and keys turned by their position, half of each head",
+  "rotary": "queries and keys are rotated by their position, half of each head",
   "sinusoidal": "a fixed table added to the embedding",
   "fourier": "a fixed table of Fourier features added to the embedding",
   "learned": "a learned table added to the embedding",

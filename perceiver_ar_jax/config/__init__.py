@@ -44,6 +44,9 @@ __all__ = [
   "writing",
 ]
 
+_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"))
+"""Ignored in the config.json of older runs, which they did not affect."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -106,7 +109,10 @@ class Config:
   @classmethod
   def from_json(cls, text: str) -> "Config":
     """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
-    return _build(cls, json.loads(text), prefix="")
+    values = json.loads(text)
+    for section, name in _REMOVED_SETTINGS:
+      values.get(section, {}).pop(name, None)
+    return _build(cls, values, prefix="")
 
 
 def defaults() -> config_dict.ConfigDict:

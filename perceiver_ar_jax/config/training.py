@@ -132,15 +132,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-  """What --mode=plan looks at; training ignores it."""
+  """What --mode=plan compiles for; training ignores it."""
 
   topology: str | None = None
   """The chips to plan for: a slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, such as v4-128;
-  several of them, 2xv5e:16x16; or nodes of GPUs, h100:4x8, a100:8."""
-  search: bool = False
-  """Try meshes, microbatches and remat policies, and rank those that fit."""
-  max_compiles: int = 8
-  """search: the most candidates to compile, about a minute each for a large model."""
-
-  def __post_init__(self):
-    require(self.max_compiles >= 1, f"plan.max_compiles={self.max_compiles} must be at least 1.")
+  several slices, 2xv5e:16x16; or nodes of GPUs, h100:4x8, a100:8."""

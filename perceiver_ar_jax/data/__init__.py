@@ -3,8 +3,8 @@
 registry.py says what a task is, tasks.py has those of the project, sources.py and photos.py know where records lie;
 images.py, texts.py, music.py and codes.py turn a record into the events of a document (documents.py) and back;
 records.py opens a source's documents, features.py cuts them into model inputs, pipeline.py feeds hosts. Beside the way:
-cache.py stores documents, train_sentencepiece.py makes a vocabulary, inspect.py, render.py and heat.py show what there
-is. This room knows no model.
+cache.py stores documents, train_sentencepiece.py makes a vocabulary, inspect.py and render.py display data. This
+package imports no model.
 
 Ids of events: 0 PAD, 1 EOS, 2 SOS, value v is v + 3. Positions count from 1; 0 is padding.
 

@@ -23,9 +23,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the nam
 _VOCAB_SIZE = flags.DEFINE_integer(
   "vocab_size", 32_000, "Pieces of the model, its 256 bytes included.", lower_bound=300
 )
-_MODEL_TYPE = flags.DEFINE_enum("model_type", "unigram", ["unigram", "bpe"], "How pieces are chosen.")
-_MAX_MEGABYTES = flags.DEFINE_integer("max_megabytes", 100, "Text to train on; more is sampled evenly.", lower_bound=1)
 
+_MAX_BYTES = 100 * 10**6
+"""Larger texts are sampled evenly."""
 _STRETCH_BYTES = 2**16
 _LINES = re.compile(rb"[^\n]{1,4000}\n?|\n")  # SentencePiece leaves lines of over 4,192 bytes out
 
@@ -42,10 +42,10 @@ def main(config: Config) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_lines(config, _MAX_MEGABYTES.value * 10**6),
+      sentence_iterator=_lines(config, _MAX_BYTES),
       model_writer=(content := _Content()),
       vocab_size=_VOCAB_SIZE.value,
-      model_type=_MODEL_TYPE.value,
+      model_type="unigram",
       normalization_rule_name="identity",
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,

@@ -21,8 +21,9 @@ from perceiver_ar_jax.data import pipeline
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.models.attention_kernels import check_platform
-from perceiver_ar_jax.parallel import chips, distributed, flops, sharding
+from perceiver_ar_jax.parallel import chips, distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.sampling import write
 from perceiver_ar_jax.training import checkpoint, memory, metrics_log, signals
@@ -113,8 +114,8 @@ class _Run:
     self._profile = profile
     self._key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the key itself initialises the weights
     self._skipped_in_a_row = 0
-    self._step_flops = flops.train_step(config).useful
-    self._chip = chips.of_device(mesh.devices.flat[0].device_kind)
+    self._step_flops = flops.train_step(config)
+    self._chip = chips.chip_of_device(mesh.devices.flat[0].device_kind)
 
   def __call__(self, state: state_lib.TrainState, data: HostBatches):
     """Returns (the last state, the result of the evaluation at the last step, None after a signal).

@@ -1,4 +1,4 @@
-"""The report of a run holds its curves, evaluations, samples and settings, and nothing that a browser would run."""
+"""The report of a run contains its loss, evaluations, samples and settings, and no scripts."""
 
 import json
 
@@ -8,7 +8,7 @@ from etils import epath
 from PIL import Image
 
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.evaluation import report
+from perceiver_ar_jax.experiments import report
 from tests import tiny
 
 
@@ -21,10 +21,10 @@ def _step(step, loss):
   return {"step": step, "loss": loss, "learning_rate": 0.1, "tokens_per_second": 100.0 * step, "seconds": 0.5}
 
 
-def test_a_report_shows_what_the_run_has_written(tmp_path):
+def test_a_report_shows_the_files_of_the_run(tmp_path):
   _run(
     tmp_path,
-    [_step(1, 5.5) | {"model_flops_utilization": 0.25}, _step(2, 5.25), {"step": 2, "eval_nats_per_token": 5.125}],
+    [_step(1, 5.5), _step(2, 5.25), {"step": 2, "eval_nats_per_token": 5.125}],
   )
   result = {"split": "validation", "step": 2, "unit": "accuracy", "accuracy": 0.125, "nats_per_token": 5.125}
   result |= {"num_latents": 16, "stride": 8, "num_tokens": 4321, "interval_95": {"accuracy": [0.1, 0.15]}}
@@ -33,15 +33,20 @@ def test_a_report_shows_what_the_run_has_written(tmp_path):
   Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "samples" / "0.png")
   (tmp_path / "samples" / "1.txt").write_text("a <script>alert(1)</script>")
   page = report.write(epath.Path(tmp_path)).read_text()
-  assert "2 of 12" in page and "5.2500 nats a token" in page and "150 tokens/s" in page and "25.0% of peak" in page
+  assert "2 of 12" in page and "5.2500 nats per token" in page and "150 tokens/s" in page
   assert "0.1250 accuracy" in page and "0.1 to 0.15" in page and "4,321" in page
-  assert page.count("<svg") == 1 and "data:image/png;base64," in page and "shuffle_buffer" in page
+  assert page.count("data:image/png;base64,") == 2 and "shuffle_buffer" in page, "the loss plot and one sample"
   assert "<script" not in page and "&lt;script&gt;" in page
 
 
-def test_a_run_that_is_not_there_or_has_logged_nothing_is_explained(tmp_path):
-  with pytest.raises(InputError, match="holds no run"):
+def test_the_share_of_the_peak_is_reported_if_known(tmp_path):
+  _run(tmp_path, [_step(1, 5.5) | {"model_flops_utilization": 0.25}])
+  assert "25.0% of peak" in report.write(tmp_path).read_text()
+
+
+def test_a_missing_run_and_one_without_steps_are_explained(tmp_path):
+  with pytest.raises(InputError, match="no run"):
     report.write(tmp_path)
   _run(tmp_path, [])
-  with pytest.raises(InputError, match="has logged no step yet"):
+  with pytest.raises(InputError, match="has not logged a step yet"):
     report.write(tmp_path)

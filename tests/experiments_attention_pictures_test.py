@@ -1,7 +1,8 @@
-"""Attention maps: they are what every kernel attends by, and pictures show them where they belong."""
+"""Attention maps: the weights that every kernel attends with, and pictures that show them."""
 
 import dataclasses
 import functools
+import io
 import json
 
 import jax
@@ -11,13 +12,13 @@ from flax import linen as nn
 
 from perceiver_ar_jax import PerceiverAR
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, heat, images, music
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, images, music
 from perceiver_ar_jax.data.documents import Document, count_positions
 from perceiver_ar_jax.data.tasks import get_tasks
-from perceiver_ar_jax.evaluation import attention_maps, evaluate
+from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.experiments import attention_pictures
 from perceiver_ar_jax.models.perceiver_ar import attention_map
 from perceiver_ar_jax.parallel.mesh import make_mesh
-from perceiver_ar_jax.sampling import prompts
 from tests import tiny
 
 LENGTH, PADDING = 32, 5
@@ -34,7 +35,6 @@ def model(**overrides):
   return config, nn.meta.unbox(variables["params"]), tokens, positions
 
 
-YELLOW = [255, 230, 80]
 ROTARY = {"position_encoding": "rotary", "position_sizes": ()}
 
 
@@ -48,7 +48,7 @@ ROTARY = {"position_encoding": "rotary", "position_sizes": ()}
   ],
   ids=str,
 )
-def test_values_summed_up_by_the_map_are_what_the_kernel_gives(overrides):
+def test_values_weighted_by_the_map_equal_the_kernels_output(overrides):
   config, params, tokens, positions = model(attention_chunk=7, **overrides)
   module = PerceiverAR(config)
 
@@ -84,32 +84,32 @@ def test_the_map_is_the_softmax_of_the_last_querys_scores():
   )
   (query_BxMxE,) = state["intermediates"]["cross_attend_0"]["attention"]["query"]["__call__"]
   k_BxLxHxK, _ = module.apply({"params": params}, tokens, positions, method="keys_values")[0]
-  found_BxHxL = attention_map(config, params, tokens, positions)
+  map_BxHxL = attention_map(config, params, tokens, positions)
   for head in range(2):  # of 8 each
     query_K = np.asarray(query_BxMxE[0, -1, 8 * head : 8 * head + 8])
     scores_L = np.asarray(k_BxLxHxK[0, :, head]) @ query_K / np.sqrt(8)
     weights_L = np.exp(scores_L) * (tokens[0] > 0)
-    np.testing.assert_allclose(found_BxHxL[0, head], weights_L / weights_L.sum(), atol=1e-6)
+    np.testing.assert_allclose(map_BxHxL[0, head], weights_L / weights_L.sum(), atol=1e-6)
 
 
 def test_bfloat16_models_have_maps_of_float32():
   config, params, tokens, positions = model(dtype="bfloat16")
   half, full = (
-    np.asarray(jax.jit(functools.partial(attention_map, one))(params, tokens, positions))
-    for one in (config, dataclasses.replace(config, dtype="float32"))
+    np.asarray(jax.jit(functools.partial(attention_map, variant))(params, tokens, positions))
+    for variant in (config, dataclasses.replace(config, dtype="float32"))
   )
   assert half.dtype == np.float32 and 0 < np.abs(half - full).max() < 0.01
   np.testing.assert_allclose(half.sum(axis=-1), 1, atol=1e-6)
 
 
-def test_a_map_knows_nothing_of_what_comes_after_its_output():
+def test_a_map_does_not_depend_on_events_after_its_output():
   config = tiny.config()
   _, params, _, _ = model()
   events = np.random.default_rng(1).integers(3, 259, 60).astype(np.int32)
   changed = events.copy()
   changed[20:] = np.roll(changed[20:], 1)
   mesh = make_mesh(config.mesh)
-  maps = [attention_maps.compute(config, mesh, params, Document(one), [19, 20, 50]) for one in (events, changed)]
+  maps = [attention_pictures.compute(config, mesh, params, Document(x), [19, 20, 50]) for x in (events, changed)]
   for output in (0, 1):  # the second predicts the first event that was changed
     np.testing.assert_array_equal(maps[0][output], maps[1][output])
   assert (maps[0][0] > 0).sum() == 2 * 19 and (maps[0][2] > 0).sum() == 2 * LENGTH
@@ -122,14 +122,14 @@ def restored(monkeypatch):
   monkeypatch.setattr(evaluate, "restore", lambda config, workdir: (make_mesh(config.mesh), 7, model()[1]))
   weights_HxL = np.zeros((2, LENGTH), np.float32)
   weights_HxL[:, [0, -1]] = 0.5
-  monkeypatch.setattr(attention_maps, "compute", lambda *arguments: [weights_HxL] * len(arguments[-1]))
+  monkeypatch.setattr(attention_pictures, "compute", lambda *arguments: [weights_HxL] * len(arguments[-1]))
 
 
-def test_files_and_figures_of_each_output(restored, tmp_path):
+def test_files_and_numbers_of_each_output(restored, tmp_path):
   config = tiny.config(attention_map__outputs=(32, 31, 32))
-  report = attention_maps.write(config, tmp_path, prompts.read)
+  report = attention_pictures.write(config, tmp_path)
   assert json.loads((tmp_path / "attention" / "attention.json").read_text()) == report
-  assert [one["output"] for one in report["outputs"]] == [32, 31] and report["step"] == 7
+  assert [entry["output"] for entry in report["outputs"]] == [32, 31] and report["step"] == 7
   last = report["outputs"][0]
   assert (last["event"], last["inputs"], last["first_input"]) == (EOS, 32, 0)
   assert last["entropy_nats"] == pytest.approx(np.log(2)) and last["share_before_latents"] == pytest.approx(0.5)
@@ -143,19 +143,19 @@ def test_files_and_figures_of_each_output(restored, tmp_path):
 
 
 def test_without_a_choice_outputs_are_spread_evenly():
-  assert attention_maps._outputs((), 32) == [8, 16, 24, 32]
-  assert attention_maps._outputs((), 3) == [1, 2, 3]
-  assert attention_maps._outputs((5,), 32) == [5]
+  assert attention_pictures._outputs((), 32) == [8, 16, 24, 32]
+  assert attention_pictures._outputs((), 3) == [1, 2, 3]
+  assert attention_pictures._outputs((5,), 32) == [5]
 
 
 def test_mistakes_are_explained(restored, tmp_path):
-  with pytest.raises(InputError, match="names 33, and the document has 32 outputs"):
-    attention_maps.write(tiny.config(attention_map__outputs=(33,)), tmp_path, prompts.read)
+  with pytest.raises(InputError, match="contains 33, and the document has 32 outputs"):
+    attention_pictures.write(tiny.config(attention_map__outputs=(33,)), tmp_path)
   with pytest.raises(InputError, match="task copy has no files, so 'a.txt' cannot be read"):
-    attention_maps.write(tiny.config(attention_map__prompt="a.txt"), tmp_path, prompts.read)
+    attention_pictures.write(tiny.config(attention_map__prompt="a.txt"), tmp_path)
   (tmp_path / "attention").write_text("")
   with pytest.raises(InputError, match="cannot be written"):
-    attention_maps.write(tiny.config(), tmp_path, prompts.read)
+    attention_pictures.write(tiny.config(), tmp_path)
   for wrong, message in (
     ({"outputs": (0,)}, "whole numbers from 1 on"),
     ({"prompt": ""}, "attention_map.prompt is empty"),
@@ -166,8 +166,8 @@ def test_mistakes_are_explained(restored, tmp_path):
 
 
 def test_a_folder_without_a_run_is_explained(tmp_path):
-  with pytest.raises(InputError, match="holds no run"):
-    attention_maps.write(tiny.config(), tmp_path, prompts.read)
+  with pytest.raises(InputError, match="no run"):
+    attention_pictures.write(tiny.config(), tmp_path)
 
 
 def task(name, **settings):
@@ -176,96 +176,103 @@ def task(name, **settings):
 
 def window(name, events, positions=None, **settings):
   events = np.array(events, np.int32)
-  return heat.Window(
-    task(name, **settings), events, count_positions(len(events)) if positions is None else positions, 0
-  )
+  positions = count_positions(len(events)) if positions is None else positions
+  return attention_pictures.Window(task(name, **settings), events, positions, 0)
 
 
-def one_hot(size, place):
-  return np.eye(size, dtype=np.float32)[place]
+def one_hot(size, index):
+  return np.eye(size, dtype=np.float32)[index]
+
+
+def axes_of(window, weights_N):
+  """The axes of the window's picture, drawn once so that errors of rendering are seen too."""
+  figure = attention_pictures.picture(window, weights_N[None])
+  figure.savefig(io.BytesIO())
+  return figure.axes
 
 
 @pytest.mark.parametrize("order", images.ORDERS)
-def test_a_picture_is_hot_at_the_pixel_attended_to_and_shows_nothing_after_the_output(order):
+def test_an_image_shows_the_weight_of_each_pixel_and_nothing_after_the_output(order):
   pixels = np.random.default_rng(0).integers(100, 200, (4, 4, 3)).astype(np.uint8)
   document = images.document(pixels, order)
-  places = document.positions(0, 49).tolist()
-  place, output = places.index([2 + 1, 2 + 0, 2 + 0]), places.index([2 + 2, 2 + 1, 2 + 0])  # red of (1, 0), of (2, 1)
-  seen = window(
-    "image_files", document.read(0, output + 1), document.positions(0, output + 1), image_size=4, image_order=order
-  )
-  centre = np.arange(4) * 64 + 32
-  plain, hot = (
-    heat._image(seen, weights)[np.ix_(centre, centre)] for weights in (np.zeros(output), one_hot(output, place))
-  )
-  assert plain[0, 1, 0] == pixels[0, 1, 0] and hot[0, 1].tolist() == [255, 150, 0]
-  greys = np.ptp(hot.astype(int), axis=-1) == 0
-  assert greys.sum() == 15 and not greys[0, 1]
-  assert (plain[2:] == heat._UNSEEN).all() and (plain[1, 2] == heat._UNSEEN).all()
-  framed = np.argwhere((heat._image(seen, np.zeros(output)) == heat._MARK).all(axis=-1))
-  assert framed.min(axis=0).tolist() == [64, 128] and framed.max(axis=0).tolist() == [64 + 65, 128 + 65]
+  positions = document.positions(0, 49).tolist()
+  attended, output = positions.index([2 + 1, 2 + 0, 2 + 0]), positions.index([2 + 2, 2 + 1, 2 + 0])  # (x, y, channel)
+  events = document.read(0, output + 1)
+  shown = window("image_files", events, document.positions(0, output + 1), image_size=4, image_order=order)
+  inputs, attention, _ = axes_of(shown, one_hot(output, attended))
+  known = inputs.images[0].get_array()
+  assert known[0, 1, 0] == pixels[0, 1, 0] and (known[2:] == 40).all() and (known[1, 2] == 40).all()
+  assert np.argwhere(attention.images[0].get_array()).tolist() == [[0, 1]]
+  assert all(axes.patches[0].get_xy() == (1.5, 0.5) for axes in (inputs, attention)), "the output is framed"
 
 
-def test_characters_of_several_bytes_have_the_weight_of_all_and_the_output_comes_last():
-  events = [SOS, *(np.frombuffer("aé\nb".encode(), np.uint8) + NUM_SPECIAL)]
-  found, num_output = heat._characters(window("text_files", events), np.array([0.1, 0.2, 0.3, 0.15, 0.25]))
-  assert num_output == 1
-  assert [character for character, _ in found] == ["", "a", "é", "\n", "b"]
-  np.testing.assert_allclose([weight for _, weight in found], [0.1, 0.2, 0.45, 0.25, 0])
+def text_events(text):
+  return [SOS, *(np.frombuffer(text, np.uint8) + NUM_SPECIAL)]
 
 
-def test_half_a_character_at_the_end_of_the_inputs_stands_before_the_output():
-  events = [SOS, *(np.frombuffer("aé".encode(), np.uint8) + NUM_SPECIAL)]
-  found, num_output = heat._characters(window("text_files", events), np.array([0.1, 0.2, 0.7]))
-  assert found == [("", 0.1), ("a", 0.2), ("é", 0.7)] and num_output == 1
+def test_characters_of_several_bytes_sum_their_weights_and_the_output_is_last():
+  shown = window("text_files", text_events("aé\nb".encode()))
+  characters, num_output = attention_pictures._characters(shown, np.array([0.1, 0.2, 0.3, 0.15, 0.25]))
+  assert num_output == 1 and [character for character, _ in characters] == ["", "a", "é", "\n", "b"]
+  np.testing.assert_allclose([weight for _, weight in characters], [0.1, 0.2, 0.45, 0.25, 0])
 
 
-def test_a_character_that_begins_like_the_output_stays_whole():
-  events = [SOS, *(np.frombuffer("éa".encode(), np.uint8) + NUM_SPECIAL), 0xC3 + NUM_SPECIAL]
-  found, _ = heat._characters(window("text_files", events), np.array([0.1, 0.2, 0.3, 0.4]))
-  assert [character for character, _ in found] == ["", "é", "a", "\ufffd"]
+def test_an_incomplete_character_at_the_end_of_the_inputs_precedes_the_output():
+  shown = window("text_files", text_events("aé".encode()))
+  characters, num_output = attention_pictures._characters(shown, np.array([0.1, 0.2, 0.7]))
+  assert characters == [("", 0.1), ("a", 0.2), ("é", 0.7)] and num_output == 1
 
 
-def test_a_page_shades_the_character_attended_to():
-  events = [SOS, *(np.frombuffer(b"a b\nc", np.uint8) + NUM_SPECIAL)]
-  width, height = heat._CELL
-  page = heat._page(window("text_files", events), one_hot(5, 2))  # the space
-  blank, hot = page[height // 2, width * 5], page[height // 2, 2 * width + width // 2]
-  assert blank.tolist() == [250] * 3 and hot.tolist() == [255, 150, 0]
-  assert page[height, 0].tolist() == list(heat._MARK)  # c, the output, begins the second line
+def test_a_character_that_begins_like_the_output_stays_complete():
+  shown = window("text_files", [*text_events("éa".encode()), 0xC3 + NUM_SPECIAL])
+  characters, _ = attention_pictures._characters(shown, np.array([0.1, 0.2, 0.3, 0.4]))
+  assert [character for character, _ in characters] == ["", "é", "a", "\ufffd"]
 
 
-def test_notes_are_told_by_the_events_that_begin_and_end_them():
+def test_a_text_colors_the_character_attended_to_and_frames_the_output():
+  axes, _ = axes_of(window("text_files", text_events(b"a $\nc")), one_hot(5, 3))  # the dollar sign
+  assert np.argwhere(axes.images[0].get_array() > 0).tolist() == [[0, 3]]
+  assert [(text.get_text(), text.get_position()) for text in axes.texts] == [
+    ("a", (1, 0)),
+    ("$", (3, 0)),
+    ("c", (0, 1)),
+  ]
+  assert [patch.get_xy() for patch in axes.patches] == [(-0.5, 0.5)]
+
+
+def test_a_long_text_shows_its_last_rows():
+  shown = window("text_files", text_events(b"".join(b"%d\n" % number for number in range(100)) + b"!"))
+  axes, plot = axes_of(shown, one_hot(len(shown.events) - 1, 0))
+  rows = {text.get_position()[1]: text.get_text() for text in axes.texts}
+  assert len(rows) == 30 and rows[29] == "!" and rows[0] == "1", "71 to 99 and the output"
+  assert not axes.images[0].get_array().any() and len(plot.collections[0].get_segments()) == len(shown.events) - 1
+
+
+def test_notes_are_the_events_that_begin_and_end_them():
   notes = [music.Note(60, 64, 0.0, 0.5), music.Note(64, 64, 0.25, 1.0)]
   events = [SOS, *music.encode(notes)]  # velocity, on 60, shift, on 64, shift, off 60, shift, off 64
   assert music.notes_of_events(events) == [(60, 2, 6), (64, 4, 8)]
-  assert music.notes_of_events(events[:8]) == [(60, 2, 6), (64, 4, 8)]  # 8: none ends it
+  assert music.notes_of_events(events[:8]) == [(60, 2, 6), (64, 4, 8)]  # 8: no event ends it
   assert music.steps(events).tolist() == [0, 0, 0, 25, 25, 50, 50, 100, 100]
 
 
-def test_a_roll_heats_the_note_attended_to_and_marks_the_output():
+def test_a_roll_colors_the_note_attended_to_and_marks_the_output():
   notes = [music.Note(60, 64, 0.0, 0.5), music.Note(64, 64, 0.25, 1.0)]
-  seen = window("midi_files", [SOS, *music.encode(notes)], files="none")
-  roll = heat._roll(seen, one_hot(8, 6))  # the end of pitch 60
-  rows = {pitch: (65 - pitch) * heat._ROW_HEIGHT for pitch in (60, 64)}
-  middle = heat._WIDTH * 3 // 8
-  assert roll[rows[60], middle].tolist() == [255, 150, 0] and roll[rows[64], middle].tolist() == [110] * 3
-  assert roll[rows[64], -1].tolist() == list(heat._MARK)  # which is note-off 64
-  lit = (roll[-10] == YELLOW).all(axis=-1).nonzero()[0]
-  assert abs(lit - heat._WIDTH // 2).max() <= 2  # at half a second of one
+  shown = window("midi_files", [SOS, *music.encode(notes)], files="none")
+  roll, plot = axes_of(shown, one_hot(8, 6))  # the end of pitch 60
+  (lines,) = roll.collections
+  drawn = {line[0, 1]: (*line[:, 0], weight) for line, weight in zip(lines.get_segments(), lines.get_array())}
+  assert drawn == {60: (0, 0.5, 1), 64: (0.25, 1, 0)}
+  assert roll.lines[0].get_ydata().tolist() == [64], "the output ends pitch 64"
+  assert len(plot.collections[0].get_segments()) == 8
 
 
-def test_a_plot_has_a_bar_as_high_as_each_weight():
-  plot = heat._plot(np.array([0.0, 0.5, 0.25, 0.25]))
-  heights = (plot == YELLOW).all(axis=-1).sum(axis=0)
-  assert heights[[100, 300, 600, 900]].tolist() == [0, 48, 24, 24]
-  many = heat._plot(one_hot(10_000, 5_000))
-  assert np.flatnonzero((many == YELLOW).all(axis=-1).any(axis=0)).tolist() == [500]
+def test_a_roll_without_notes_is_drawn():
+  roll, _ = axes_of(window("midi_files", [SOS, EOS], files="none"), np.ones(1))
+  assert len(roll.collections[0].get_segments()) == 0
 
 
-def test_a_picture_has_a_panel_for_the_mean_and_one_for_each_of_a_few_heads():
-  seen = window("copy", [SOS, 5, 6, 7])
-  weights_HxN = np.eye(3, dtype=np.float32)
-  panel = heat.picture(seen, weights_HxN[:1]).shape[0]
-  assert abs(heat.picture(seen, weights_HxN).shape[0] - 4 * panel) < 10
-  assert heat.picture(seen, np.tile(weights_HxN, (4, 1))).shape[0] == panel
+def test_all_else_is_a_plot_of_the_mean_over_heads():
+  figure = attention_pictures.picture(window("copy", [SOS, 5, 6, 7]), np.array([[1, 0, 0], [0, 0, 1]], np.float32))
+  (lines,) = figure.axes[0].collections
+  assert [line[1].tolist() for line in lines.get_segments()] == [[0, 0.5], [1, 0], [2, 0.5]]

@@ -1,0 +1,1 @@
+"""Experiments on top of training, evaluation and sampling: ablations, sweeps, attention pictures and reports."""

@@ -1,0 +1,236 @@
+"""Plans: names of topologies, what fits and what to change, and the real compiler."""
+
+import ast
+import importlib
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks import plans
+from perceiver_ar_jax import config as config_lib
+from perceiver_ar_jax import plan
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.parallel.chips import CHIPS, chip_of_device, parse_topology
+from tests import tiny
+
+GIB = 2**30
+
+
+def _config(name="imagenet64", **overrides):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  for path, value in overrides.items():
+    section, field = path.split("__")
+    config[section][field] = value
+  return config_lib.resolve(config)
+
+
+# Topologies
+
+
+@pytest.mark.parametrize(
+  ("name", "expected", "num_chips"),
+  [
+    ("v5e:16x16", "v5e:16x16", 256),
+    ("v5litepod-256", "v5e:16x16", 256),
+    ("V6E-8", "v6e:2x4", 8),
+    ("v4-128", "v4:4x4x4", 64),  # two cores per chip
+    ("v5p-1024", "v5p:8x8x8", 512),
+    ("v5e:1x1", "v5e:1x1", 1),
+    ("h100:8", "h100:1x8", 8),
+    ("a100:4x8", "a100:4x8", 32),
+    ("2xv5litepod-256", "2xv5e:16x16", 512),
+  ],
+)
+def test_names_of_topologies(name, expected, num_chips):
+  topology = parse_topology(name)
+  assert (str(topology), topology.num_chips) == (expected, num_chips)
+
+
+@pytest.mark.parametrize(
+  ("name", "words"),
+  [
+    ("v5d:2x2", ["v5d:2x2", "Did you mean 'v5"]),
+    ("v5e", ["not a slice", "v5e:16x16"]),
+    ("v5e:4", ["needs 2 numbers"]),
+    ("cuda:8", ["cuda:8", "h100:4x8"]),
+    ("h100:2x2x2", ["nodes", "h100:4x8"]),
+    ("h100:0x8", ["nodes"]),
+    ("v4:4x4", ["needs 3 numbers", "v4:4x4x8"]),
+    ("v5e:3x3", ["even"]),
+    ("v4-100", ["not a usual size", "v4-128"]),
+    ("v4-9", ["not a usual size"]),
+    ("2xh100:8", ["nodes"]),
+  ],
+)
+def test_unknown_topologies_are_explained(name, words):
+  with pytest.raises(InputError) as error:
+    parse_topology(name)
+  assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+  "kind, name",
+  [
+    ("TPU v4", "v4"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v5p", "v5p"),
+    ("TPU v6 lite", "v6e"),
+    ("NVIDIA H100 80GB HBM3", "h100"),
+    ("NVIDIA A100-SXM4-40GB", "a100"),
+    ("cpu", None),
+  ],
+)
+def test_chips_are_recognised_by_jax_device_kinds(kind, name):
+  assert chip_of_device(kind) is CHIPS.get(name)
+
+
+# What fits, and what to change
+
+
+def _measured(**changes):
+  """The compiler's result: 2 GiB of state, 1 GiB of batch, 3 GiB of temporary memory, 1 GiB of code."""
+  return {
+    "mesh": {"data": 1, "fsdp": 256, "tensor": 1, "context": 1},
+    "num_params": 100,
+    "weight_bytes": GIB,
+    "optimizer_bytes": GIB,
+    "batch_bytes": GIB,
+    "argument_bytes": 3 * GIB,
+    "temp_bytes": 3 * GIB,
+    "output_bytes": 0,
+    "code_bytes": GIB,
+    "compile_seconds": 1.0,
+  } | changes
+
+
+def test_a_plan_adds_up_bytes_and_states_the_compute_bound_limit():
+  config, topology = _config(), parse_topology("v5e:16x16")
+  result = plan.assemble(config, topology, _measured())
+  assert (result["peak_bytes"], result["fits"]) == (7 * GIB, True)
+  assert result["step_flops"] == flops.train_step(config)
+  assert result["compute_bound_seconds"] == pytest.approx(flops.train_step(config) / (256 * 197e12))
+  assert "fits: 7.00 GiB of 15.75 GiB per chip" in plan.describe(result)
+  assert not plan.assemble(config, topology, _measured(temp_bytes=12 * GIB))["fits"]
+
+
+def test_a_refusal_names_the_compilers_reason_and_what_to_change():
+  config = _config(model__attention="reference", model__remat="dots")
+  refused = (
+    "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (41.5G) exceeds available HBM (15.75G)."
+  )
+  measured = _measured(refused=refused, mesh={"data": 256, "fsdp": 1, "tensor": 1, "context": 1})
+  measured = {name: value for name, value in measured.items() if name not in ("temp_bytes", "argument_bytes")}
+  result = plan.assemble(config, parse_topology("v5e:16x16"), measured)
+  assert not result["fits"] and result["temp_bytes"] == int(41.5 * GIB)
+  message = plan.refusal(config, result)
+  for words in (
+    "imagenet64 does not fit v5e:16x16",
+    "45.50 GiB",
+    "exceeds available HBM (15.75G)",
+    "--config.mesh.data=1 --config.mesh.fsdp=256",
+    "--config.model.attention=streamed",
+    "--config.model.remat=full",
+    "--config.train.microbatches=4",
+  ):
+    assert words in message
+  assert "\n" not in message
+
+
+# The committed table
+
+
+def test_the_page_shows_the_stored_plans_and_they_match_the_configs():
+  stored = json.loads((tiny.ROOT / "docs" / "plans.json").read_text())
+  assert plans.table(stored) in (tiny.ROOT / "docs" / "pods.md").read_text(), "python -m benchmarks.plans --table"
+  assert stored["imagenet64-v5e-256"]["overrides"] == [] and stored["imagenet64-v5e-256"]["peak_bytes"] <= 8.0e9
+  for name, planned in stored.items():
+    experiment, topology_name, _ = plans.PLANS[name]
+    overrides = dict(text.split("=", 1) for text in planned["overrides"])
+    config = _config(experiment, **{path.replace(".", "__"): _value(value) for path, value in overrides.items()})
+    topology = parse_topology(topology_name)
+    assert planned["num_devices"] == topology.num_chips
+    assert planned["step_flops"] == flops.train_step(config), f"{name} is out of date: plan it again"
+    peak_flops = topology.num_chips * topology.chip.peak_flops
+    assert planned["compute_bound_seconds"] == pytest.approx(planned["step_flops"] / peak_flops)
+
+
+def _value(text):
+  try:
+    return ast.literal_eval(text)
+  except ValueError:
+    return text
+
+
+# The command
+
+
+def _planning(topology, **overrides):
+  return tiny.config(plan__topology=topology, **overrides)
+
+
+@pytest.mark.parametrize(
+  ("topology", "words"), [(None, "--mode=plan needs the chips.*v5e:16x16"), ("v5x:4x4", "v5x:4x4.*Did you mean")]
+)
+def test_a_missing_or_unknown_topology_is_explained(topology, words, tmp_path):
+  with pytest.raises(InputError, match=words):
+    plan.plan(_planning(topology), tmp_path)
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "plan"), ("h100:8", "cuda12")])
+def test_a_missing_compiler_is_named(topology, extra, monkeypatch, tmp_path):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=f"pip install -e '.\\[{extra}\\]'"):
+    plan.plan(_planning(topology), tmp_path)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_plan_json_is_written_whether_or_not_the_step_fits(fits, monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(plan, "check_compiler", lambda topology: None)
+  measured = _measured(temp_bytes=(1 if fits else 99) * GIB)
+  monkeypatch.setattr(plan, "compile_plan", lambda config, topology: plan.assemble(config, topology, measured))
+  if fits:
+    assert plan.plan(_planning("v5e:2x2"), tmp_path) == 0
+  else:
+    with pytest.raises(InputError, match="does not fit v5e:2x2"):
+      plan.plan(_planning("v5e:2x2"), tmp_path)
+  written = json.loads((tmp_path / "plan.json").read_text())
+  assert written["fits"] == fits and ("DOES NOT FIT" in capsys.readouterr().out) != fits
+  contract = "topology num_devices mesh num_params argument_bytes temp_bytes peak_bytes hbm_bytes fits compile_seconds"
+  assert {*contract.split(), "step_flops", "compute_bound_seconds"} <= written.keys()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+def test_the_real_compiler_plans_and_refuses(tmp_path):
+  """One plan that fits; a mesh that does not; several slices; a step that exceeds the memory."""
+  mesh = {"mesh__data": 2, "mesh__fsdp": 2}
+  config = _planning("v5e:2x2", **mesh)
+  assert plan.plan(config, tmp_path) == 0
+  written = json.loads((tmp_path / "plan.json").read_text())
+  assert (written["topology"], written["num_devices"], written["fits"]) == ("v5e:2x2", 4, True)
+  assert written["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1, "context": 1}
+  assert written["num_params"] == flops.num_params(config.model)
+  assert 0 < written["temp_bytes"] < written["peak_bytes"] < written["hbm_bytes"]
+  assert written["argument_bytes"] == pytest.approx(
+    sum(written[f"{name}_bytes"] for name in ("weight", "optimizer", "batch")), rel=0.5, abs=2**20
+  )
+  with pytest.raises(InputError, match="The mesh .* there are 4"):
+    plan.compile_plan(tiny.config(mesh__data=3), parse_topology("v5e:2x2"))
+  with pytest.raises(InputError, match="form 2 slices, over which the axis mesh.across_slices=data"):
+    plan.compile_plan(tiny.config(mesh__fsdp=8, train__batch_size=8), parse_topology("2xv5e:2x2"))
+  multislice = plan.compile_plan(tiny.config(mesh__data=2, mesh__fsdp=4), parse_topology("2xv5e:2x2"))
+  assert multislice["fits"] and multislice["num_devices"] == 8
+  large = tiny.config(
+    model__max_context=2**17, model__num_latents=2**15, model__position_sizes=(2**17 + 2,), model__attention="reference"
+  )
+  refused = plan.compile_plan(large, parse_topology("v5e:2x2"))
+  assert not refused["fits"] and refused["temp_bytes"] > 15.75 * GIB
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA plugin is not installed")
+def test_the_real_compiler_plans_for_absent_gpus():
+  config = tiny.config(mesh__data=2, mesh__fsdp=2, model__dtype="bfloat16")
+  planned = plan.compile_plan(config, parse_topology("h100:2x2"))
+  assert planned["fits"] and planned["num_devices"] == 4 and planned["temp_bytes"] > 0
