@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+_IMPLICIT_DATA = {"split_rule": "name"}
+"""Data settings that a config.json without them was written under, where these are not the defaults."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """One experiment."""
@@ -102,8 +106,9 @@ class Config:
 
   @classmethod
   def from_json(cls, text: str) -> "Config":
-    """The inverse of `to_json`; raises InputError for unknown or wrong settings, ValueError for what is no JSON."""
-    return _build(cls, json.loads(text), prefix="")
+    """The inverse of `to_json`; raises InputError for unknown or wrong settings, ValueError for invalid JSON."""
+    values = json.loads(text)
+    return _build(cls, values | {"data": _IMPLICIT_DATA | values.get("data", {})}, prefix="")
 
 
 def defaults() -> config_dict.ConfigDict:

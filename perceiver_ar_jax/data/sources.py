@@ -3,7 +3,6 @@
 All keep little in the saved state of a pipeline: records that are still encoded, file names, or numbers.
 """
 
-import glob
 import json
 import os
 import pathlib
@@ -15,8 +14,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
-from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.notices import notice
+from perceiver_ar_jax.data.files import read_bytes
 from perceiver_ar_jax.data.tf_cpu import tf
 
 
@@ -232,99 +230,6 @@ def cache_settings(data: DataConfig) -> dict[str, str | int | None]:
 def sentencepiece_fingerprint(data: DataConfig) -> str | None:
   """Tells models apart by their content, since they may lie elsewhere on another machine; None for bytes."""
   return None if data.sentencepiece is None else f"crc32 {zlib.crc32(read_bytes(data.sentencepiece)):08x}"
-
-
-def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
-  """The files of a glob ("**" crosses folders), or those under a folder whose names end in one of `suffixes`, sorted.
-
-  Raises:
-    InputError: there are none.
-  """
-  path = os.path.expanduser(pattern)
-  if os.path.isdir(path):
-    found = [
-      name for name in glob.glob(f"{glob.escape(path)}/**", recursive=True) if name.lower().endswith(tuple(suffixes))
-    ]
-  elif "://" in path:
-    found = tf.io.gfile.glob(path)
-  else:
-    found = glob.glob(path, recursive=True)
-  found = sorted(name for name in found if not os.path.isdir(name) and _is_utf8(name))
-  if not found:
-    what = "does not exist" if not glob.has_magic(path) and not os.path.exists(path) else "holds no fitting file"
-    raise InputError(
-      f"{pattern!r} {what}. Set data.files (or data.validation_files) to a folder with files that end in"
-      f" {' or '.join(suffixes)}, or to a glob in quotes, of any ending, such as 'folder/**/*{suffixes[0]}'."
-    )
-  return found
-
-
-def _is_utf8(name: str) -> bool:
-  """False, with a notice, for names that TensorFlow cannot hold."""
-  try:
-    name.encode("utf-8")
-  except UnicodeEncodeError:
-    notice("skipped", f"Skipped: the name of {name!r} is not UTF-8")
-    return False
-  return True
-
-
-def _real(path: str) -> str:
-  """The same for all ways to spell a path."""
-  return path if "://" in path else os.path.realpath(path)
-
-
-def own_files(data: DataConfig, suffixes: Sequence[str]) -> list[str]:
-  """The user's own files, `data.files`; raises InputError if there are none."""
-  if not data.files:
-    raise InputError(
-      f"The task {data.task} reads your own files: set data.files to a folder, or to a glob in quotes as in"
-      f" --config.data.files='folder/**/*{suffixes[0]}'."
-    )
-  return find_files(data.files, suffixes)
-
-
-def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[str]:
-  """The files of "train" or "validation" among the user's own, by `data.validation_files` or else by a share of names.
-
-  A file's split depends on its name alone, so that files that join later move no other; but where the share would
-  hold out none, it is the one file whose name comes first by that measure.
-
-  Raises:
-    InputError: no files, or too few to hold one out.
-  """
-  files = own_files(data, suffixes)
-  if data.validation_files:
-    held_out = {_real(file) for file in find_files(data.validation_files, suffixes)}
-  else:
-    ranks = {file: zlib.crc32(pathlib.PurePath(file).name.encode()) / 2**32 for file in files}
-    held_out = {file for file in files if ranks[file] < data.validation_fraction} or {min(files, key=ranks.get)}
-    held_out = set(map(_real, held_out))
-  chosen = sorted(held_out) if split == "validation" else [file for file in files if _real(file) not in held_out]
-  if not chosen:
-    raise InputError(
-      f"All files that match data.files={data.files!r} ({len(files)}) are held out for validation, so none is left to"
-      " train on: add files, name those to hold out in data.validation_files, or, for text, hold out the last part of"
-      " each (--config.data.split_by=position)."
-    )
-  return chosen
-
-
-def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
-  """`size` bytes of a file from `start` on (-1: all the rest); paths such as gs://... go through TensorFlow.
-
-  Raises:
-    Unreadable: it cannot be read, or has become shorter.
-  """
-  try:
-    with tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb") as file:
-      file.seek(start)
-      content = file.read(size)
-  except (OSError, tf.errors.OpError) as error:
-    raise Unreadable(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-  if len(content) < size:
-    raise Unreadable(f"{path} ends at byte {start + len(content):,} now, and was longer when training began")
-  return content
 
 
 class NumberSource(seqio.FunctionDataSource):
