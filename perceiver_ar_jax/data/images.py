@@ -83,7 +83,7 @@ def load(content: bytes, name: str, size: int) -> np.ndarray:
   except PIL.UnidentifiedImageError as error:
     raise Unreadable(f"{name} is not an image that can be read") from error
   except Exception as error:  # Decoders raise nearly every class for damaged files.
-    raise Unreadable(f"{name} is not an image that can be read ({error or type(error).__name__})") from error
+    raise Unreadable(f"{name} is not an image that can be read ({str(error) or type(error).__name__})") from error
 
 
 @functools.cache
