@@ -1,12 +1,12 @@
-"""The tasks that come with the project, each a builder from the config's data settings; registry.py says what they are.
+"""The tasks of the project, each a function from the data settings of a config to a registry.Task.
 
 | task | records | document |
 |---|---|---|
-| imagenet64, imagenet32 (_rgb_planes) | prepared TFDS downsampled_imagenet | the picture's sub-pixels |
+| imagenet64, imagenet32 (_rgb_planes) | prepared TFDS downsampled_imagenet | the sub-pixels of a picture |
 | photos64, photos32 (_rgb_planes) | crops of photographs in installed packages | the same |
 | image_files | the user's own pictures | the same, `data.image_size` and `data.image_order` |
 | pg19 | prepared TFDS pg19 | a book |
-| wikitext103, enwik8 | the release's files in `data.data_dir` | a split |
+| wikitext103, enwik8 | the files of the release in `data.data_dir` | a split |
 | text_files | the user's own texts | a file, or its part of the split |
 | maestro_v1, maestro_v3 | the unpacked release in `data.data_dir` | a performance |
 | midi_files | the user's own MIDI files | a file |
@@ -50,13 +50,6 @@ def _files(data: DataConfig, suffixes: tuple[str, ...]) -> ListSource:
   return ListSource(functools.partial(_list_files, data, suffixes), _OWN_SPLITS)
 
 
-def _content(path: str) -> bytes:
-  """Returns the bytes of a user's own file; raises InputError where it cannot be read."""
-  if not os.path.isfile(path):
-    raise InputError(f"{path!r} is not a file: give the path of one, or a pattern in which ** crosses folders.")
-  return read_bytes(path)
-
-
 def _path(record: Record) -> str:
   return os.fsdecode(record["path"])
 
@@ -83,7 +76,7 @@ def _image_task(name: str, source: seqio.DataSource, size: int, order: str, **mo
     position_dims=3,
     encoding={"image_size": size, "image_order": order},
     decode=lambda events: images.to_image(events, size, order),
-    read=lambda path: images.document(images.load(_content(path), path, size), order),
+    read=lambda path: images.document(images.load(read_bytes(path), path, size), order),
     length=images.num_events(size),
     place=lambda start, end: images.positions(size, order)[start:end],
     groups=lambda: registry.allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
@@ -128,7 +121,7 @@ def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig,
   tokens = texts.tokenizer(data.sentencepiece)
 
   def read(text):
-    content = _content(text) if os.path.isfile(text) else text.encode()
+    content = read_bytes(text) if os.path.isfile(text) else text.encode()
     if not content:
       raise InputError(f"{text} is empty: give a file with a text in it, or a text.")
     return tokens.document(texts.Text(content))
