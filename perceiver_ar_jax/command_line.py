@@ -102,11 +102,19 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
       example = " ".join(f"--{each}={_EXAMPLES.get(each, '...')}" for each in ("config", *required))
       raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help} For example: {example}")
   try:
-    return config_lib.resolve(_CONFIG.value)
+    return _keep_split_rule(config_lib.resolve(_CONFIG.value))
   except _UNLOADABLE as error:  # raised when the config is first read
     raise config_lib.InputError(
       f"The file given as --config cannot be loaded: {error}. (Run from the folder that contains configs/.)"
     ) from error
+
+
+def _keep_split_rule(config: config_lib.Config) -> config_lib.Config:
+  if WORKDIR.value is None:
+    return config
+  from perceiver_ar_jax.training import workdir as workdir_lib
+
+  return workdir_lib.keep_split_rule(config, epath.Path(WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -7,16 +7,19 @@ import pathlib
 
 import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from etils import epath
 
-from perceiver_ar_jax import PerceiverAR
+from perceiver_ar_jax import PerceiverAR, command_line
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import tasks
 from perceiver_ar_jax.training import of_run, workdir
 from tests import tiny
 
-CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIG_FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.py"))
 
 
 XL = {"model.architecture": "transformer_xl", "model.position_encoding": "relative", "model.segment": 8}
@@ -120,3 +123,12 @@ def test_mistakes_are_named(changes, message):
   with pytest.raises(InputError) as error:
     config_lib.resolve(config_lib.config_dict.ConfigDict(values))
   assert message in str(error.value)
+
+
+def test_the_command_line_keeps_the_split_rule_of_the_run(tmp_path):
+  older = tiny.config().to_json().replace('    "split_rule": "path",\n', "")
+  (tmp_path / "config.json").write_text(older)
+  with flagsaver.flagsaver():
+    for workdir_of_run, rule in ((tmp_path, "name"), (tmp_path / "new", "path")):
+      flags.FLAGS(["main", f"--config={CONFIG_FOLDER}/copy.py", f"--workdir={workdir_of_run}"])
+      assert command_line._resolve(["main"], ("workdir",)).data.split_rule == rule

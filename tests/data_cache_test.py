@@ -242,7 +242,9 @@ def test_a_cache_that_is_not_finished_or_not_there_is_refused(data, stored, tmp_
   (tmp_path / "empty").mkdir()
   for name in ("unfinished", "empty", "nowhere"):
     for call in read(settings(data, cache_dir=str(tmp_path / name))):
-      with pytest.raises(InputError, match=f"{name}' holds no finished cache of the task {data.task}.*cache_tasks.sh"):
+      with pytest.raises(
+        InputError, match=f"{name}' contains no finished cache of the task {data.task}.*cache_tasks.sh"
+      ):
         call()
 
 

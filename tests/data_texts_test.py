@@ -406,7 +406,9 @@ def test_bytes_that_are_no_utf8_are_replaced_and_said_once(trained, capsys):
 def test_a_model_file_that_cannot_be_read_is_named(tmp_path):
   (tmp_path / "text").write_text("this is no model")
   for path in (tmp_path / "missing.model", tmp_path / "text", tmp_path):
-    with pytest.raises(InputError, match=f"data.sentencepiece names no.*{re.escape(str(path))}.*train_sentencepiece"):
+    with pytest.raises(
+      InputError, match=f"data.sentencepiece does not name.*{re.escape(str(path))}.*train_sentencepiece"
+    ):
       texts.tokenizer(str(path))
 
 
@@ -434,7 +436,7 @@ def test_the_last_word_is_not_cut(trained):
 
 def test_an_empty_model_file_is_named(tmp_path):
   (tmp_path / "empty.model").write_bytes(b"")
-  with pytest.raises(InputError, match="data.sentencepiece names no.*empty.model is empty"):
+  with pytest.raises(InputError, match="data.sentencepiece does not name.*empty.model is empty"):
     Pieces(str(tmp_path / "empty.model"))
 
 

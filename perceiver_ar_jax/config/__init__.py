@@ -48,6 +48,10 @@ _REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"))
 """Ignored in the config.json of older runs, which they did not affect."""
 
 
+_IMPLICIT_DATA = {"split_rule": "name"}
+"""Data settings that a config.json without them was written under, where these are not the defaults."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """One experiment."""
@@ -112,7 +116,7 @@ class Config:
     values = json.loads(text)
     for section, name in _REMOVED_SETTINGS:
       values.get(section, {}).pop(name, None)
-    return _build(cls, values, prefix="")
+    return _build(cls, values | {"data": _IMPLICIT_DATA | values.get("data", {})}, prefix="")
 
 
 def defaults() -> config_dict.ConfigDict:

@@ -8,6 +8,7 @@ from perceiver_ar_jax.config.checks import choice, require
 DATA_PATHS = ("data_dir", "cache_dir", "files", "validation_files", "sentencepiece")
 TEXT_SPLITS = ("file", "position")
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
+SPLIT_RULES = ("path", "name")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,13 +25,18 @@ class DataConfig:
   """The user's own files, for text_files, midi_files, image_files, audio_codes and video_codes: a folder, or a glob in
   which ** crosses folders."""
   validation_files: str | None = None
-  """Which of them are held out, likewise; None: `validation_fraction` of them."""
+  """The files held out for validation, likewise; None: `validation_fraction` of them."""
   validation_fraction: float = 0.05
-  """Share of the files held out, chosen by their names, but at least one; or of each text, with split_by=position."""
+  """Fraction of the files held out, at least one of them; or of each text, with split_by=position."""
+  split_rule: str = "path"
+  """How files to hold out are chosen: by a hash of their paths relative to `files` (path), or of their names alone
+  (name), the rule of older runs, whose config.json lacks this setting. A run keeps its rule."""
   split_by: str = "file"
   """text_files: hold out whole files (file), or the last part of each (position)."""
   sentencepiece: str | None = None
   """Text: a SentencePiece model file; None: bytes."""
+  sentencepiece_fingerprint: str | None = None
+  """Checksum of that file. Do not set it: training records it in config.json, and later refuses other models."""
   image_size: int = 64
   """image_files: pixels a side."""
   image_order: str = "pixel_raster"
@@ -67,4 +73,5 @@ class DataConfig:
     require(0 <= self.max_transposition < 128, f"data.max_transposition={self.max_transposition} must lie in 0..127.")
     require(0 <= self.max_stretch < 1, f"data.max_stretch={self.max_stretch} must lie in [0, 1).")
     choice("data.split_by", self.split_by, TEXT_SPLITS)
+    choice("data.split_rule", self.split_rule, SPLIT_RULES)
     choice("data.image_order", self.image_order, IMAGE_ORDERS)

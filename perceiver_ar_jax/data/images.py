@@ -1,7 +1,7 @@
 """How a square RGB picture is laid out as events (paper, section 5.2), and how a file becomes such a picture.
 
-A picture of S x S pixels is 1 + S*S*3 events: SOS, then its sub-pixels in one of `ORDERS`. No EOS, as the length
-never varies. Every event has a position (x, y, channel): SOS is at (1, 1, 1), sub-pixels count from (2, 2, 2).
+A picture of S x S pixels is 1 + S*S*3 events: SOS, then its sub-pixels in one of `ORDERS`. There is no EOS, since the
+length never varies. Every event has a position (x, y, channel): SOS is at (1, 1, 1), sub-pixels count from (2, 2, 2).
 """
 
 import functools
@@ -20,14 +20,42 @@ ORDERS = IMAGE_ORDERS
 
 VOCAB_SIZE = 256 + NUM_SPECIAL
 
+SUFFIXES = (
+  *(
+    ".png",
+    ".apng",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".webp",
+    ".avif",
+    ".jp2",
+    ".j2k",
+    ".jpx",
+    ".bmp",
+    ".dib",
+    ".gif",
+  ),
+  *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".dds", ".qoi", ".pcx", ".sgi", ".psd"),
+)
+"""Endings of the pictures in a folder."""
+_FORMATS = (
+  *("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "DDS", "QOI", "PCX", "SGI"),
+  "PSD",
+)
+"""Pillow's names of the formats above. Others are not tried: some start programs, such as Ghostscript for EPS."""
+_BACKGROUND = "white"
+"""What is seen through transparent pixels, whose own colors nobody was meant to see."""
+
 
 def num_events(size: int) -> int:
-  """Events of a picture of `size` x `size` pixels, SOS included."""
+  """Returns the number of events of a picture of `size` x `size` pixels, SOS included."""
   return 1 + size * size * 3
 
 
 def document(image_SxSxC: np.ndarray, order: str) -> Document:
-  """The document of a picture uint8[size, size, 3]."""
+  """Returns the document of a picture uint8[size, size, 3]."""
   size = len(image_SxSxC)
   if order == "rgb_planes":
     image_SxSxC = np.transpose(image_SxSxC, (2, 0, 1))
@@ -38,28 +66,68 @@ def document(image_SxSxC: np.ndarray, order: str) -> Document:
 
 
 def load(content: bytes, name: str, size: int) -> np.ndarray:
-  """The picture uint8[size, size, 3] in an image file: upright, its central square, shrunk by averaging areas.
+  """Returns the picture uint8[size, size, 3] in an image file: upright, its central square, shrunk by averaging areas.
+
+  Transparent parts show white. Of an animation, the first frame is read.
 
   Raises:
-    Unreadable: it is no image that Pillow reads; `name` is for the message.
+    Unreadable: Pillow cannot read it, or its values have no known range; `name` is for the message.
   """
   try:
-    with PIL.Image.open(io.BytesIO(content)) as image:
-      image.draft("RGB", (size, size))  # JPEG decoders can shrink on the way, which saves most of the time
-      image = PIL.ImageOps.exif_transpose(image)
-      if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-      image = image.convert("RGB")
+    with PIL.Image.open(io.BytesIO(content), formats=_formats()) as image:
+      image.draft("RGB", (size, size))  # JPEG decoders can shrink while they decode, which saves most of the time
+      image = _to_rgb(PIL.ImageOps.exif_transpose(image), name)
+    return np.asarray(PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BOX))
+  except Unreadable:
+    raise
   except PIL.UnidentifiedImageError as error:
-    raise Unreadable(f"{name} is no image that can be read") from error
-  except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-    raise Unreadable(f"{name} is no image that can be read ({error})") from error
-  return np.asarray(PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BOX))
+    raise Unreadable(f"{name} is not an image that can be read") from error
+  except Exception as error:  # Decoders raise nearly every class for damaged files.
+    raise Unreadable(f"{name} is not an image that can be read ({str(error) or type(error).__name__})") from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+  """Those of `_FORMATS` that the installed Pillow knows."""
+  PIL.Image.init()
+  return [name for name in _FORMATS if name in PIL.Image.OPEN]
+
+
+def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+  """Converts any mode to 8 bits per channel."""
+  if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which Pillow would clip at 255
+    return PIL.Image.fromarray(_to_8_bits(np.asarray(image), name)).convert("RGB")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, _BACKGROUND), image)
+  return image.convert("RGB")
+
+
+def _to_8_bits(values_HxW: np.ndarray, name: str) -> np.ndarray:
+  """Returns uint8[H, W] of the integers or floating-point numbers of a gray picture.
+
+  Files do not say which value is white: it is 1, 255 or 65535, the first that no value exceeds. Where this is doubtful,
+  a picture is refused rather than read as black or clipped: fractions above 1 (linear light may exceed white), and
+  integers of 9 to 12 bits (from a sensor, or of a very dark picture).
+  """
+  low, high = values_HxW.min(), values_HxW.max()
+  if low >= 0:  # false if there are NaNs
+    if high <= 1:
+      return np.rint(values_HxW * 255.0).astype(np.uint8)
+    is_whole = np.array_equal(values_HxW, np.rint(values_HxW))
+    if is_whole and high <= 255:
+      return values_HxW.astype(np.uint8)
+    if is_whole and 4096 <= high <= 65535:
+      return (values_HxW // 256).astype(np.uint8)
+  raise Unreadable(
+    f"{name} has values from {low} to {high}, which do not show what is white: store 8 bits, fractions from 0 to 1, or"
+    " integers that use all of 16 bits"
+  )
 
 
 @functools.lru_cache(maxsize=4)
 def positions(size: int, order: str) -> np.ndarray:
-  """Positions (x, y, channel) of every event, SOS first: int32[1 + size*size*3, 3]."""
+  """Returns the positions (x, y, channel) of every event, SOS first: int32[1 + size*size*3, 3]."""
   y, x, channel = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
   positions_SxSxCxP = np.stack([x, y, channel], axis=-1) + 2
   if order == "rgb_planes":
@@ -68,9 +136,9 @@ def positions(size: int, order: str) -> np.ndarray:
 
 
 def to_image(events_N: np.ndarray, size: int, order: str) -> np.ndarray:
-  """The picture uint8[size, size, 3] of the sub-pixel events, SOS left off or not.
+  """Returns the picture uint8[size, size, 3] of the sub-pixel events, with or without SOS.
 
-  Ids that are no colour (a sampled PAD, EOS or SOS) become black.
+  Ids that are not colors (a sampled PAD, EOS or SOS) become black.
 
   Raises:
     ValueError: there are not size*size*3 sub-pixels.

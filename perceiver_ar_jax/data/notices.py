@@ -31,3 +31,11 @@ def newest(kind: str, limit: int) -> list[str]:
 def count(kind: str) -> int:
   """How often something of a kind was noticed, repetitions included."""
   return _TIMES[kind]
+
+
+def once(message: str, subject: str | None = None) -> None:
+  """Writes `message` to standard error, unless it, or another message about `subject`, was written before."""
+  seen = _SEEN["once"]
+  if (subject or message) not in seen:
+    seen[subject or message] = None
+    tqdm.tqdm.write(message, file=sys.stderr)

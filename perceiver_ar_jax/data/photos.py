@@ -1,4 +1,4 @@
-"""Small crops of photographs that lie in the wheels of ordinary packages, so that training needs no download.
+"""Small crops of photographs that installed packages contain, so that training needs no download.
 
 | photograph        | split      | package      | author, terms                                              |
 |-------------------|------------|--------------|------------------------------------------------------------|
@@ -11,11 +11,11 @@
 | chelsea           | validation | scikit-image | Stéfan van der Walt, CC0                                   |
 | china             | validation | scikit-learn | danielbuechele, flickr.com/.../6061409035, CC BY 2.0       |
 
-Other photographs in these packages are left out, since their terms are not stated.
+Other photographs in these packages are left out because their terms are not stated.
 
-A record is only a crop's number; photograph, scale, place and mirroring are a stateless hash of it. So the state of a
-pipeline over 50,000 crops is a handful of integers, and every crop can be made again from its number. The pixels are
-held once, as a pyramid of each photograph shrunk by averaging areas.
+A record is only the number of a crop; photograph, scale, corner and mirroring are a stateless hash of it. So the state
+of a pipeline over 50,000 crops is a few integers, and every crop can be reproduced from its number. The pixels are in
+memory once, as a pyramid of each photograph shrunk by averaging areas.
 """
 
 import functools
@@ -44,26 +44,26 @@ PHOTOGRAPHS = {
 }
 """(import name of the package, path in it, weight) of each photograph; no photograph is in two splits.
 
-Hubble's and the retina's are mostly black, so they weigh less: dark crops are soon learned and teach little.
+Hubble's and the retina's are mostly black and weigh less, because dark crops are learned quickly.
 """
 
 NUM_CROPS = {"train": 50_000, "validation": 64}
-"""Crops an epoch. The validation crops are few, so that scoring them all takes minutes on a laptop."""
+"""Crops per epoch. The validation crops are few, so that scoring all of them takes minutes on a laptop."""
 
 _FIELDS_OF_VIEW = (2.0, 5.0, 9.0, 13.0)
-"""Shorter side of each pyramid level in multiples of the crop's side: from nearly the whole scene to a detail."""
+"""Shorter side of each pyramid level in multiples of the side of a crop: from nearly the whole scene to a detail."""
 
 _TONES = np.stack(
   [(255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8) for gamma in np.geomspace(0.5, 1.5, 9)]
 )
-"""uint8[curves, 256]: brighter and darker versions in training, since a handful of photographs has few tones."""
+"""uint8[curves, 256]: brighter and darker versions for training, because few photographs have few tones."""
 
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 _SALTS = {"train": 1, "validation": 3}
 
 
 def crop(record: dict[str, tf.Tensor], size: int) -> tf.Tensor:
-  """The picture uint8[size, size, 3] of a NumberSource's record; training crops are mirrored and toned at random."""
+  """Returns the crop uint8[size, size, 3] of a NumberSource record; training crops are mirrored and toned at random."""
   return tf.cond(
     record["validation"],
     lambda: _crop(record["number"], "validation", size),
@@ -73,7 +73,7 @@ def crop(record: dict[str, tf.Tensor], size: int) -> tf.Tensor:
 
 def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
   pixels, sides, weights = _pyramids(split, size)
-  # A level with more room holds more different crops, so draw it more often: in proportion to its shorter side.
+  # A larger level has more different crops, so it is drawn more often: in proportion to its shorter side.
   shares = weights * sides.min(axis=1)
   shares = np.cumsum(shares / shares.sum()).astype(np.float32)
   draws = tf.random.stateless_uniform((5,), seed=tf.stack([_SALTS[split], number]), alg="philox")
@@ -90,7 +90,7 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
 
 @functools.lru_cache
 def _pyramids(split: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The levels of a split's photographs.
+  """Returns the levels of the photographs of a split.
 
   Returns:
     uint8[levels, height, width, 3] padded with black, int32[levels, 2] true heights and widths, float[levels] weights.
@@ -111,7 +111,7 @@ def _pyramids(split: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _load(package: str, path: str) -> PIL.Image.Image:
-  # Finding the package without importing it saves seconds: only its files are wanted.
+  # Finding the package without importing it saves seconds.
   spec = importlib.util.find_spec(package)
   file = pathlib.Path(spec.submodule_search_locations[0]) / path if spec else None
   if file is None or not file.exists():

@@ -59,6 +59,8 @@ class Task:
   """What events int32[n] stand for: a picture, a text, notes, codes (of video: flat, as the grid is the file's)."""
   position_dims: int = 1
   """P: how many numbers a position is."""
+  encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  """Settings that decide what ids and positions mean: a model can only be used with those it was trained with."""
   preprocessors: Sequence[Callable[..., tf.data.Dataset]] = ()
   """TensorFlow's part, between source and `document`, such as decoding PNG; functions from dataset to dataset."""
   augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None

@@ -1,9 +1,9 @@
-"""Where records come from: prepared TFDS datasets, read in place and never generated; lists of files; or mere numbers.
+"""Sources of records: prepared TFDS datasets, cached documents, lists of files, and numbers.
 
-All keep little in the saved state of a pipeline: records that are still encoded, file names, or numbers.
+All keep the saved state of a pipeline small: it contains encoded records, file names, or numbers. Datasets are read
+where they are and never downloaded or generated. Which files a list has is the subject of files.py.
 """
 
-import glob
 import json
 import os
 import pathlib
@@ -15,21 +15,20 @@ import seqio
 import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
-from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.notices import notice
+from perceiver_ar_jax.data.files import read_bytes
 from perceiver_ar_jax.data.tf_cpu import tf
 
 
 class TfdsSource(seqio.TfdsDataSource):
-  """A prepared TFDS dataset, read as training over many hosts and resuming exactly demand.
+  """A prepared TFDS dataset, read so that many hosts can share it and that training resumes exactly.
 
-  seqio's own source loads with TFDS's defaults, which keep a small dataset's records in a cache that ends up in every
-  checkpoint, split no finer than whole files, and start a download where data is missing. This one reads exact
-  sub-ranges of records, shuffles files anew in each epoch from a seed, caches nothing and only ever reads.
+  seqio's own source loads with TFDS's defaults, which keep the records of a small dataset in a cache that becomes part
+  of every checkpoint, split by whole files only, and start a download where data is missing. This one reads exact
+  ranges of records, shuffles files in another order in each epoch from a seed, caches nothing and writes nothing.
 
   Args:
     name: TFDS name with config and version: "downsampled_imagenet/64x64:2.0.0".
-    decoders: as for tfds.load; tfds.decode.SkipDecoding() keeps pictures encoded until they are through the shuffle.
+    decoders: as for tfds.load; tfds.decode.SkipDecoding() keeps pictures encoded until after the shuffle.
     data_dir: folder of prepared datasets; None: TFDS's own default.
   """
 
@@ -44,7 +43,7 @@ class TfdsSource(seqio.TfdsDataSource):
     return True
 
   def num_input_examples(self, split: str) -> int:
-    """Records of a split, or of a part of it such as "train[:90%]".
+    """Returns the number of records of a split, or of a part of it such as "train[:90%]".
 
     Raises:
       InputError: the dataset is not prepared, or has no such split.
@@ -57,16 +56,16 @@ class TfdsSource(seqio.TfdsDataSource):
       return splits[split].num_examples
     except ValueError as error:
       raise InputError(
-        f"The split {split!r} of {self._name} cannot be read: write a part of it as in 'train[:90%]' or 'train[100:]'."
+        f"The split {split!r} of {self._name} cannot be read: write parts of a split as 'train[:90%]' or 'train[100:]'."
       ) from error
 
   def bytes_per_record(self, split: str) -> float:
-    """What a record takes as it is stored, on average."""
+    """Returns the average size of a stored record."""
     info = self._prepared().info.splits[split.partition("[")[0]]
     return info.num_bytes / max(info.num_examples, 1)
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    """Records of one host's part of `split`; `shuffle` shuffles its files, in another order in every epoch."""
+    """Returns the records of one host's part of `split`; `shuffle` shuffles its files, differently in every epoch."""
     del unused
     if shard_info and shard_info.num_shards > 1:
       split = tfds.even_splits(split, shard_info.num_shards, drop_remainder=False)[shard_info.index]
@@ -75,7 +74,7 @@ class TfdsSource(seqio.TfdsDataSource):
       shuffle_reshuffle_each_iteration=True,
       try_autocache=False,
       skip_prefetch=True,
-      interleave_block_length=4,  # What each open file has read ahead is saved too: keep it short.
+      interleave_block_length=4,  # The records that each open file has read ahead are saved too.
     )
     return self._prepared().as_dataset(
       split=split, shuffle_files=shuffle, read_config=read_config, decoders=self._read_decoders
@@ -87,17 +86,17 @@ class TfdsSource(seqio.TfdsDataSource):
       raise InputError(
         f"The dataset {self._name} is not prepared in {builder.data_dir}. Point data.data_dir"
         " (--config.data.data_dir=...) at the folder of your prepared TFDS datasets, or prepare it once with `tfds"
-        f" build {self._name} --data_dir=...`; nothing is downloaded from here. The task photos32"
+        f" build {self._name} --data_dir=...`; training downloads nothing. The task photos32"
         " (--config=configs/photos32.py) needs no data at all."
       )
     return builder
 
 
 class ListSource(seqio.FunctionDataSource):
-  """Records that a function lists, each a dict of a file's `path` and other small values; listed once, when asked for.
+  """Records listed by a function on first use, each a dict of the `path` of a file and other small values.
 
   Args:
-    list_records: split -> records, all with the same keys; raises InputError where there are none.
+    list_records: split -> records, all with the same keys; raises InputError if there are none.
     splits: names of the splits.
   """
 
@@ -106,7 +105,7 @@ class ListSource(seqio.FunctionDataSource):
     super().__init__(self._records, splits=tuple(splits), caching_permitted=True)
 
   def num_input_examples(self, split: str) -> int:
-    """Records of the split."""
+    """Returns the number of records of the split."""
     return len(self._list(split))
 
   def num_documents(self, split: str) -> int:
@@ -114,12 +113,12 @@ class ListSource(seqio.FunctionDataSource):
     return sum(not record.get("part") for record in self._list(split))
 
   def fingerprint(self, split: str) -> str:
-    """Changes with the names of the files and how they are cut into records, but not with their folder."""
+    """Returns a checksum of the names of the files and their division into records, independent of their folder."""
     records = [{**record, "path": pathlib.PurePath(record["path"]).name} for record in self._list(split)]
     return f"{zlib.crc32(json.dumps(records).encode()):08x}"
 
   def list_shards(self, split: str) -> list[str]:
-    """Parts into which offline caching may divide its work."""
+    """Returns names of the parts into which offline caching may divide its work."""
     return [f"{split}-{index}" for index in range(min(len(self._list(split)), 64))]
 
   @property
@@ -127,7 +126,7 @@ class ListSource(seqio.FunctionDataSource):
     return True
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    """The records in order, or one host's share of them: the shuffle of the pipeline is all they need."""
+    """Returns the records in order, or one host's part of them; shuffling is left to the pipeline."""
     del shuffle, seed, unused
     records = self._records(split, False)
     return records if shard_info is None else records.shard(shard_info.num_shards, shard_info.index)
@@ -146,11 +145,11 @@ class ListSource(seqio.FunctionDataSource):
 
 
 class CachedSource(seqio.DataSource):
-  """The documents that data/cache.py stored of a task.
+  """The documents of a task that data/cache.py stored.
 
   Args:
-    task: the task, as seqio sees it.
-    data: the settings; `cache_dir` says where to look, and those in CACHED_SETTINGS must be those of the cache.
+    task: the seqio task.
+    data: the settings; `cache_dir` is the folder, and the settings of `cache_settings` must be those of the cache.
   """
 
   def __init__(self, task: seqio.Task, data: DataConfig):
@@ -160,7 +159,7 @@ class CachedSource(seqio.DataSource):
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """The splits that are stored."""
+    """The stored splits."""
     self._check()
     return tuple(sorted(path.split(".")[-2] for path in tf.io.gfile.glob(os.path.join(self._folder, "stats.*.json"))))
 
@@ -173,19 +172,19 @@ class CachedSource(seqio.DataSource):
     return tf.io.gfile.glob(os.path.join(self._folder, f"{split}.tfrecord-*"))
 
   def num_input_examples(self, split: str) -> int:
-    """Documents of the split."""
+    """Returns the number of documents of the split."""
     return self._stats(split)["examples"]
 
   def bytes_per_record(self, split: str) -> float:
-    """What a document takes in memory, on average."""
+    """Returns the average size of a document in memory."""
     stats = self._stats(split)
     return 4 * (stats["events_tokens"] + stats.get("positions_tokens", 0)) / stats["examples"]
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    """Stored documents: events, positions, and what counts there are; `shuffle` shuffles the files in each epoch."""
+    """Returns stored documents: events, positions, and counts if any; `shuffle` shuffles the files in each epoch."""
     del unused
     self._check()
-    seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio remembers them for good, and takes the first that fits
+    seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio keeps them, and takes the first that has the task
     return self._task.get_dataset(
       None,
       split,
@@ -207,8 +206,8 @@ class CachedSource(seqio.DataSource):
     path = os.path.join(self._folder, CACHE_SETTINGS)
     if not tf.io.gfile.exists(os.path.join(self._folder, "COMPLETED")) or not tf.io.gfile.exists(path):
       raise InputError(
-        f"data.cache_dir={self._data.cache_dir!r} holds no finished cache of the task {self._task.name}: make it with"
-        " launch/cache_tasks.sh, or read the data itself (--config.data.cache_dir=None)."
+        f"data.cache_dir={self._data.cache_dir!r} contains no finished cache of the task {self._task.name}: make it"
+        " with launch/cache_tasks.sh, or read the data itself (--config.data.cache_dir=None)."
       )
     with tf.io.gfile.GFile(path) as file:
       stored = json.load(file)
@@ -228,117 +227,23 @@ CACHE_SETTINGS = "settings.json"
 
 
 def cache_settings(data: DataConfig) -> dict[str, str | int | None]:
-  """What the stored documents of a task depend on, beside its files."""
+  """Returns the settings that the stored documents of a task depend on."""
   names = ("image_size", "image_order", "codebook_size", "code_levels")
   return {name: getattr(data, name) for name in names} | {"sentencepiece": sentencepiece_fingerprint(data)}
 
 
 def sentencepiece_fingerprint(data: DataConfig) -> str | None:
-  """Tells models apart by their content, since they may lie elsewhere on another machine; None for bytes."""
+  """Returns a checksum of the SentencePiece model, whose path may differ between machines; None for bytes."""
   return None if data.sentencepiece is None else f"crc32 {zlib.crc32(read_bytes(data.sentencepiece)):08x}"
-
-
-def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
-  """The files of a glob ("**" crosses folders), or those under a folder whose names end in one of `suffixes`, sorted.
-
-  Raises:
-    InputError: there are none.
-  """
-  path = os.path.expanduser(pattern)
-  if os.path.isdir(path):
-    found = [
-      name for name in glob.glob(f"{glob.escape(path)}/**", recursive=True) if name.lower().endswith(tuple(suffixes))
-    ]
-  elif "://" in path:
-    found = tf.io.gfile.glob(path)
-  else:
-    found = glob.glob(path, recursive=True)
-  found = sorted(name for name in found if not os.path.isdir(name) and _is_utf8(name))
-  if not found:
-    what = "does not exist" if not glob.has_magic(path) and not os.path.exists(path) else "holds no fitting file"
-    raise InputError(
-      f"{pattern!r} {what}. Set data.files (or data.validation_files) to a folder with files that end in"
-      f" {' or '.join(suffixes)}, or to a glob in quotes, of any ending, such as 'folder/**/*{suffixes[0]}'."
-    )
-  return found
-
-
-def _is_utf8(name: str) -> bool:
-  """False, with a notice, for names that TensorFlow cannot hold."""
-  try:
-    name.encode("utf-8")
-  except UnicodeEncodeError:
-    notice("skipped", f"Skipped: the name of {name!r} is not UTF-8")
-    return False
-  return True
-
-
-def _real(path: str) -> str:
-  """The same for all ways to spell a path."""
-  return path if "://" in path else os.path.realpath(path)
-
-
-def own_files(data: DataConfig, suffixes: Sequence[str]) -> list[str]:
-  """The user's own files, `data.files`; raises InputError if there are none."""
-  if not data.files:
-    raise InputError(
-      f"The task {data.task} reads your own files: set data.files to a folder, or to a glob in quotes as in"
-      f" --config.data.files='folder/**/*{suffixes[0]}'."
-    )
-  return find_files(data.files, suffixes)
-
-
-def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[str]:
-  """The files of "train" or "validation" among the user's own, by `data.validation_files` or else by a share of names.
-
-  A file's split depends on its name alone, so that files that join later move no other; but where the share would
-  hold out none, it is the one file whose name comes first by that measure.
-
-  Raises:
-    InputError: no files, or too few to hold one out.
-  """
-  files = own_files(data, suffixes)
-  if data.validation_files:
-    held_out = {_real(file) for file in find_files(data.validation_files, suffixes)}
-  else:
-    ranks = {file: zlib.crc32(pathlib.PurePath(file).name.encode()) / 2**32 for file in files}
-    held_out = {file for file in files if ranks[file] < data.validation_fraction} or {min(files, key=ranks.get)}
-    held_out = set(map(_real, held_out))
-  chosen = sorted(held_out) if split == "validation" else [file for file in files if _real(file) not in held_out]
-  if not chosen:
-    raise InputError(
-      f"All files that match data.files={data.files!r} ({len(files)}) are held out for validation, so none is left to"
-      " train on: add files, name those to hold out in data.validation_files, or, for text, hold out the last part of"
-      " each (--config.data.split_by=position)."
-    )
-  return chosen
-
-
-def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
-  """`size` bytes of a file from `start` on (-1: all the rest); paths such as gs://... go through TensorFlow.
-
-  Raises:
-    Unreadable: it cannot be read, or has become shorter.
-  """
-  try:
-    with tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb") as file:
-      file.seek(start)
-      content = file.read(size)
-  except (OSError, tf.errors.OpError) as error:
-    raise Unreadable(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-  if len(content) < size:
-    raise Unreadable(f"{path} ends at byte {start + len(content):,} now, and was longer when training began")
-  return content
 
 
 class NumberSource(seqio.FunctionDataSource):
   """Records that are only numbers, for tasks whose documents are a pure function of them.
 
-  A record is {"number": int64, "validation": bool}, in order from 0; a document made by hashing both is different in
-  each split.
+  A record is {"number": int64, "validation": bool}, in order from 0; hashing both gives each split its own documents.
 
   Args:
-    counts: how many numbers each split has; None: without end.
+    counts: number of records of each split; None: endless.
   """
 
   def __init__(self, counts: Mapping[str, int | None]):
@@ -346,7 +251,7 @@ class NumberSource(seqio.FunctionDataSource):
     super().__init__(self._records, splits=tuple(counts), caching_permitted=False)
 
   def num_input_examples(self, split: str) -> int | None:
-    """Records of the split; None: endless."""
+    """Returns the number of records of the split; None: endless."""
     return self._counts[split]
 
   def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:

@@ -1,12 +1,12 @@
-"""The tasks that come with the project, each a builder from the config's data settings; registry.py says what they are.
+"""The tasks of the project, each a function from the data settings of a config to a registry.Task.
 
 | task | records | document |
 |---|---|---|
-| imagenet64, imagenet32 (_rgb_planes) | prepared TFDS downsampled_imagenet | the picture's sub-pixels |
+| imagenet64, imagenet32 (_rgb_planes) | prepared TFDS downsampled_imagenet | the sub-pixels of a picture |
 | photos64, photos32 (_rgb_planes) | crops of photographs in installed packages | the same |
 | image_files | the user's own pictures | the same, `data.image_size` and `data.image_order` |
 | pg19 | prepared TFDS pg19 | a book |
-| wikitext103, enwik8 | the release's files in `data.data_dir` | a split |
+| wikitext103, enwik8 | the files of the release in `data.data_dir` | a split |
 | text_files | the user's own texts | a file, or its part of the split |
 | maestro_v1, maestro_v3 | the unpacked release in `data.data_dir` | a performance |
 | midi_files | the user's own MIDI files | a file |
@@ -28,8 +28,9 @@ import tensorflow_datasets as tfds
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, registry, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable
+from perceiver_ar_jax.data.files import file_size, own_files, read_bytes, split_files
 from perceiver_ar_jax.data.registry import Record, Task, add, get_tasks, names
-from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource, own_files, read_bytes, split_files
+from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import tf
 
 __all__ = ["Task", "add", "get_tasks", "names"]  # of the registry, filled
@@ -41,7 +42,7 @@ _RELEASE_SPLITS = ("train", "validation", "test")
 
 
 def _list_files(data: DataConfig, suffixes: tuple[str, ...], split: str) -> list[Record]:
-  """The user's own files, a record {"path"} each."""
+  """Returns the user's own files, one record {"path"} per file."""
   return [{"path": path} for path in split_files(data, split, suffixes)]
 
 
@@ -49,19 +50,12 @@ def _files(data: DataConfig, suffixes: tuple[str, ...]) -> ListSource:
   return ListSource(functools.partial(_list_files, data, suffixes), _OWN_SPLITS)
 
 
-def _content(path: str) -> bytes:
-  """The bytes of a user's own file; raises InputError where it cannot be read."""
-  if not os.path.isfile(path):
-    raise InputError(f"{path!r} is not a file: give the path of one, or a pattern in which ** crosses folders.")
-  return read_bytes(path)
-
-
 def _path(record: Record) -> str:
   return os.fsdecode(record["path"])
 
 
 def register(data: DataConfig) -> seqio.Task:
-  """Makes `data.task` under these settings the task that seqio knows by its name; Beam's workers call this too."""
+  """Registers `data.task` under these settings with seqio, in place of the default ones; Beam's workers call this."""
   (task, _), *_ = get_tasks(data, registry.DEFAULT_MAX_EVENTS)
   seqio_task = registry.to_seqio(task)
   seqio.TaskRegistry.remove(data.task)
@@ -80,8 +74,9 @@ def _image_task(name: str, source: seqio.DataSource, size: int, order: str, **mo
     unit="bits_per_dim",
     vocab_size=images.VOCAB_SIZE,
     position_dims=3,
+    encoding={"image_size": size, "image_order": order},
     decode=lambda events: images.to_image(events, size, order),
-    read=lambda path: images.document(images.load(_content(path), path, size), order),
+    read=lambda path: images.document(images.load(read_bytes(path), path, size), order),
     length=images.num_events(size),
     place=lambda start, end: images.positions(size, order)[start:end],
     groups=lambda: registry.allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
@@ -96,7 +91,7 @@ def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
 
   source = TfdsSource(
     f"downsampled_imagenet/{size}x{size}:2.0.0",
-    decoders={"image": tfds.decode.SkipDecoding()},  # they stay encoded until they are through the shuffle
+    decoders={"image": tfds.decode.SkipDecoding()},  # images stay encoded until after the shuffle
     data_dir=data.data_dir,
   )
   return _image_task(data.task, source, size, order, preprocessors=[seqio.map_over_dataset(decode)])
@@ -115,8 +110,8 @@ def _image_files(data: DataConfig, max_events: int) -> Task:
     image = images.load(read_bytes(_path(record)), _path(record), data.image_size)
     return images.document(image, data.image_order)
 
-  suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-  return _image_task(data.task, _files(data, suffixes), data.image_size, data.image_order, document=document)
+  source = _files(data, images.SUFFIXES)
+  return _image_task(data.task, source, data.image_size, data.image_order, document=document)
 
 
 # Text
@@ -140,17 +135,18 @@ def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig,
 
 
 def _part_of_file(tokens: texts.Bytes | texts.Pieces, record: Record) -> Document:
-  """The document of a record of `_parts`."""
+  """Returns the document of a record of `_parts`."""
   text = texts.FileText(_path(record), int(record["offset"]), int(record["size"]))
   if not len(text):
     raise Unreadable(f"{_path(record)} is empty")
+  texts.check_file(_path(record))
   start = int(record["part"]) * texts.PART_BYTES
   return tokens.document(text, (start, min(start + texts.PART_BYTES, len(text))))
 
 
 def _parts(path: str, start: float = 0.0, end: float = 1.0) -> list[Record]:
-  """The records of a text file, or of the stretch of it from `start` to `end` (shares of its size)."""
-  size = tf.io.gfile.stat(path).length
+  """Returns the records of a text file, or of its part from `start` to `end` (fractions of its size)."""
+  size = file_size(path)
   offset, end = round(start * size), round(end * size)
   count = max(1, -(-(end - offset) // texts.PART_BYTES))
   return [{"path": path, "offset": offset, "size": end - offset, "part": part} for part in range(count)]
@@ -178,8 +174,8 @@ def _wikitext103(data: DataConfig, max_events: int) -> Task:
       if tf.io.gfile.exists(path):
         return _parts(path)
     raise InputError(
-      f"data.data_dir={folder!r} holds neither {names[split]}.raw nor {names[split]}.tokens: point it at the folder of"
-      " the unpacked WikiText-103 release."
+      f"data.data_dir={folder!r} contains neither {names[split]}.raw nor {names[split]}.tokens: point it at the folder"
+      " of the unpacked WikiText-103 release."
     )
 
   return _text_task(data.task, ListSource(records, _RELEASE_SPLITS), "word_perplexity", data)
@@ -191,7 +187,7 @@ def _enwik8(data: DataConfig, max_events: int) -> Task:
   def records(split):
     path = os.path.join(_release(data, "enwik8", "the file enwik8"), "enwik8")
     if not tf.io.gfile.exists(path):
-      raise InputError(f"{path} does not exist: point data.data_dir at the folder that holds the unpacked file enwik8.")
+      raise InputError(f"{path} does not exist: point data.data_dir at the folder that contains the file enwik8.")
     return _parts(path, *shares[split])
 
   return _text_task(data.task, ListSource(records, _RELEASE_SPLITS), "bits_per_byte", data)
@@ -211,11 +207,11 @@ def _text_files(data: DataConfig, max_events: int) -> Task:
 
 
 def _release(data: DataConfig, name: str, content: str) -> str:
-  """The folder of a release that the user has unpacked."""
+  """Returns the folder of a release that the user has unpacked."""
   if not data.data_dir:
     raise InputError(
       f"The task {data.task} reads your copy of {name}: set data.data_dir (--config.data.data_dir=FOLDER) to the folder"
-      f" that holds {content}."
+      f" that contains {content}."
     )
   return os.path.expanduser(data.data_dir)
 
@@ -302,6 +298,7 @@ def _audio_codes(data: DataConfig, max_events: int) -> Task:
     modality="audio",
     unit="nats_per_token",
     vocab_size=codes.audio_vocab_size(data.code_levels, data.codebook_size),
+    encoding={"code_levels": data.code_levels, "codebook_size": data.codebook_size},
     position_dims=2,
     read=lambda path: document({"path": path}),
     place=codes.AudioDocument(np.zeros(0, np.int32), data.code_levels).positions,
@@ -324,6 +321,7 @@ def _video_codes(data: DataConfig, max_events: int) -> Task:
     modality="video",
     unit="nats_per_token",
     vocab_size=data.codebook_size + NUM_SPECIAL,
+    encoding={"codebook_size": data.codebook_size},
     position_dims=3,
     read=lambda path: document({"path": path}),
     place=None,  # where a code stands depends on the document's own grid

@@ -1,6 +1,6 @@
-"""Text as events: bytes, or the pieces of a SentencePiece model; read from memory or straight out of large files.
+"""Text as events: bytes, or subword tokens of a SentencePiece model; read from memory or from parts of large files.
 
-The events of a text are SOS, its bytes or pieces, EOS. Byte or piece v is the event v + NUM_SPECIAL.
+The events of a text are SOS, its bytes or subword tokens, EOS. Byte or token v is the event v + NUM_SPECIAL.
 """
 
 import functools
@@ -11,39 +11,53 @@ import numpy as np
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Head, Unreadable
-from perceiver_ar_jax.data.notices import notice
-from perceiver_ar_jax.data.sources import read_bytes
+from perceiver_ar_jax.data.files import file_size, read_bytes
+from perceiver_ar_jax.data.notices import notice, once
 
 PART_BYTES = 2**20
-"""A large file counts as one record for each so many bytes, so that hosts can share it and epochs get through it."""
+"""Bytes per record of a large file, so that hosts can share it and that crops are drawn evenly from all of it."""
 
 _BYTES_PER_PIECE = 8
-"""Text read for each piece of a crop: generous, since whoever reads less gets a crop shorter than the context."""
+"""Bytes read per subword token of a crop: ample, since with fewer the crop would be shorter than the context."""
 _TYPICAL_BYTES_PER_PIECE = 4
 _LONGEST_WORD_BYTES = 64
 _WHITESPACE = re.compile(rb"\s")
 _WORDS = re.compile(rb"\S+")
 _COUNT_BYTES = 2**24
+_HEAD_BYTES = 4096
+_FORMATS = {
+  b"\xff\xfe": "UTF-16 text",
+  b"\xfe\xff": "UTF-16 text",
+  b"\xef\xbb\xbf": "UTF-8 with a byte order mark, which stays part of the text",
+  b"\x1f\x8b": "compressed by gzip",
+  b"BZh": "compressed by bzip2",
+  b"\xfd7zXZ\x00": "compressed by xz",
+  b"\x28\xb5\x2f\xfd": "compressed by zstd",
+  b"PK\x03\x04": "a zip archive",
+  b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+  b"%PDF-": "a PDF document",
+}
+"""How files begin that are probably not meant to be read byte by byte."""
 
 
 class Bytes:
-  """The vocabulary of the 256 bytes."""
+  """The vocabulary of the 256 byte values."""
 
   vocab_size = 256 + NUM_SPECIAL
   unknown: int | None = None
   drawable = range(NUM_SPECIAL, vocab_size)
 
   def encode(self, text: bytes) -> np.ndarray:
-    """int32[bytes]."""
+    """Returns the bytes as events, int32[N]."""
     return np.frombuffer(text, np.uint8).astype(np.int32) + NUM_SPECIAL
 
   def decode(self, events: np.ndarray) -> str:
-    """The text of any events; specials are left out and bytes that are no UTF-8 become U+FFFD."""
+    """Returns the text of any events; specials are left out and bytes that are not UTF-8 become U+FFFD."""
     values = np.asarray(events)[np.asarray(events) >= NUM_SPECIAL] - NUM_SPECIAL
     return values.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
   def document(self, text: "Text", part: tuple[int, int] | None = None) -> Document:
-    """The document of a text; see ByteDocument."""
+    """Returns the document of a text; see ByteDocument."""
     return ByteDocument(text, part)
 
 
@@ -54,11 +68,11 @@ class Pieces:
     path: the .model file.
 
   Raises:
-    InputError: there is no such file, or it is no model.
+    InputError: there is no such file, or it is not a model.
   """
 
   def __init__(self, path: str):
-    import sentencepiece  # takes a while, and bytes do without
+    import sentencepiece  # slow, and not needed for bytes
 
     try:
       content = read_bytes(path)
@@ -68,45 +82,58 @@ class Pieces:
     except (Unreadable, RuntimeError) as error:
       reason = error if isinstance(error, Unreadable) else f"{path}: {error}"
       raise InputError(
-        f"data.sentencepiece names no SentencePiece model: {reason}. Train one with `python -m"
-        " perceiver_ar_jax.data.train_sentencepiece --config=... --output=FILE` and set"
-        " --config.data.sentencepiece=FILE, or read bytes: --config.data.sentencepiece=None"
-        " --config.model.vocab_size=259."
+        f"data.sentencepiece does not name a SentencePiece model: {reason}. Set --config.data.sentencepiece=FILE to"
+        " where it is now. For a new run, train one with `python -m perceiver_ar_jax.data.train_sentencepiece"
+        " --config=... --output=FILE`, or read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259."
       ) from error
     self.vocab_size = self._model.get_piece_size() + NUM_SPECIAL
     self.unknown = self._model.unk_id() + NUM_SPECIAL
-    """The event that stands for text which the model has no piece for."""
-    pieces = range(self._model.get_piece_size())
+    """The event of text for which the model has no token."""
     self.drawable = [
       piece + NUM_SPECIAL
-      for piece in pieces
+      for piece in range(self._model.get_piece_size())
       if not (self._model.is_unknown(piece) or self._model.is_control(piece) or self._model.is_unused(piece))
     ]
-    """Events that stand for text."""
+    """Events that decode to text."""
 
   def encode(self, text: bytes) -> np.ndarray:
-    """int32[pieces]; bytes that are no UTF-8 become U+FFFD."""
+    """Returns the subword tokens as events, int32[N]; bytes that are not UTF-8 become U+FFFD."""
     return np.array(self._model.encode(text.decode("utf-8", errors="replace")), np.int32) + NUM_SPECIAL
 
   def decode(self, events: np.ndarray) -> str:
-    """The text of any events; specials and ids beyond the model are left out."""
+    """Returns the text of any events; specials and ids beyond the model are left out."""
     events = np.asarray(events)
     known = events[(events >= NUM_SPECIAL) & (events < self.vocab_size)]
     return self._model.decode((known - NUM_SPECIAL).tolist())
 
   def document(self, text: "Text", part: tuple[int, int] | None = None) -> Document:
-    """The document of a text; see PieceDocument."""
+    """Returns the document of a text; see PieceDocument."""
     return PieceDocument(text, self, part)
 
 
 @functools.lru_cache(maxsize=8)
 def tokenizer(path: str | None) -> Bytes | Pieces:
-  """The vocabulary of a SentencePiece model file, or of bytes for None."""
+  """Returns the vocabulary of a SentencePiece model file, or of bytes for None."""
   return Bytes() if path is None else Pieces(path)
 
 
+@functools.lru_cache(maxsize=2**16)
+def check_file(path: str) -> None:
+  """Warns, once for each kind, of files that were probably not meant to be read as they are; reads their beginning.
+
+  Raises:
+    Unreadable: the file cannot be read.
+  """
+  head = read_bytes(path, 0, min(_HEAD_BYTES, file_size(path)))
+  kind = next((kind for start, kind in _FORMATS.items() if head.startswith(start)), None)
+  if kind is None and head.count(0) > len(head) / 5:
+    kind = "full of zero bytes, as UTF-16 or binary data is"
+  if kind is not None:
+    once(f"{path} is {kind}: it is read byte by byte as it is. Convert or unpack such files to plain UTF-8.", kind)
+
+
 class Text:
-  """Bytes in memory, any stretch of which can be read; `name` is for messages."""
+  """Bytes in memory, any part of which can be read; `name` is for messages."""
 
   def __init__(self, content: bytes, name: str = "A text"):
     self._content, self.name = content, name
@@ -115,7 +142,7 @@ class Text:
     return len(self._content)
 
   def read(self, start: int, end: int) -> bytes:
-    """Bytes start..end-1, as far as they exist."""
+    """Returns bytes start..end-1, as far as they exist."""
     return self._content[max(start, 0) : end]
 
   def head(self, size: int) -> "Text":
@@ -124,7 +151,7 @@ class Text:
 
 
 class FileText(Text):
-  """Bytes offset..offset+size-1 of a file, read when asked for."""
+  """Bytes offset..offset+size-1 of a file, read on demand."""
 
   def __init__(self, path: str, offset: int, size: int):
     self.name, self._offset, self._size = path, offset, size
@@ -141,11 +168,11 @@ class FileText(Text):
 
 
 class ByteDocument(Document):
-  """A text's bytes, never held at once.
+  """A text as bytes, never all in memory.
 
   Args:
     text: not empty.
-    part: the stretch of bytes whose events training crops may end at; None: all of it.
+    part: (first, last + 1) of the bytes at whose events training crops may end; None: all.
   """
 
   def __init__(self, text: Text, part: tuple[int, int] | None = None):
@@ -183,12 +210,12 @@ class ByteDocument(Document):
 
 
 class PieceDocument(Document):
-  """A text's pieces: all of them once somebody asks for their number, otherwise those of a crop.
+  """A text as subword tokens: all are encoded once their number is needed, otherwise only those of a crop.
 
   Args:
     text: not empty.
-    pieces: the model.
-    part: the stretch of bytes at which training crops may end; None: all of it.
+    pieces: the SentencePiece model.
+    part: (first, last + 1) of the bytes at which training crops may end; None: all.
   """
 
   def __init__(self, text: Text, pieces: Pieces, part: tuple[int, int] | None = None):
@@ -201,13 +228,13 @@ class PieceDocument(Document):
     return self._encode(0, self.text.read(0, len(self.text)))
 
   def _encode(self, start: int, content: bytes) -> np.ndarray:
-    """The events of the stretch that begins at byte `start`, with SOS and EOS at the ends of the text: int32[n]."""
+    """Encodes `content` from byte `start` on, with SOS and EOS at the ends of the text: int32[N]."""
     try:
       content.decode("utf-8")
     except UnicodeDecodeError:
       notice("such texts", f"{self.text.name} is not all UTF-8: SentencePiece reads U+FFFD where it is not")
-    first, last = [SOS] * (start == 0), [EOS] * (start + len(content) == len(self.text))
-    return np.array([*first, *self._pieces.encode(content), *last], np.int32)
+    sos, eos = [SOS] * (start == 0), [EOS] * (start + len(content) == len(self.text))
+    return np.array([*sos, *self._pieces.encode(content), *eos], np.int32)
 
   def has_targets(self) -> bool:
     return len(self.text) > 0  # without encoding it
@@ -232,8 +259,9 @@ class PieceDocument(Document):
       num_bytes = min(num_bytes * num_scored // num_pieces, num_bytes - 1)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
-    """As Document.crop, but drawn in bytes, `shortest` being about `_TYPICAL_BYTES_PER_PIECE` of them each, and cut
-    between words: a long text need not be encoded for the sake of one stretch of it.
+    """As Document.crop, but drawn in bytes and cut between words, so that only the crop of a long text is encoded.
+
+    `shortest` is converted at `_TYPICAL_BYTES_PER_PIECE`.
     """
     first, last = self._part
     first = max(first, 1, min(shortest * _TYPICAL_BYTES_PER_PIECE, last))
@@ -250,11 +278,11 @@ class PieceDocument(Document):
 
 
 def _next_boundary(text: bytes) -> int:
-  """Where the first word of `text` ends; where its first whole character begins if no space is in sight."""
+  """Returns the index at which the first word of `text` ends; without a space, at which a character begins."""
   space = _WHITESPACE.search(text)
   if space:
     return space.start()
-  return next((place for place, byte in enumerate(text) if byte & 0xC0 != 0x80), 0)
+  return next((index for index, byte in enumerate(text) if byte & 0xC0 != 0x80), 0)
 
 
 def _previous_boundary(text: Text, end: int) -> int:
@@ -271,8 +299,8 @@ def _previous_boundary(text: Text, end: int) -> int:
 
 
 def count(text: Text) -> dict[str, int]:
-  """{"words": whitespace-separated ones, "bytes": all}, a stretch at a time."""
-  words, inside = 0, False
+  """Counts {"words": separated by whitespace, "bytes": all}, reading `_COUNT_BYTES` at a time."""
+  words, inside = 0, False  # inside: the part before ended within a word
   for start in range(0, len(text), _COUNT_BYTES):
     part = text.read(start, start + _COUNT_BYTES)
     words += len(_WORDS.findall(part)) - (inside and not part[:1].isspace())

@@ -33,7 +33,7 @@ RESUMABLE = (
   "data.cache_dir",
   "data.files",
   "data.validation_files",
-  "data.sentencepiece",
+  "data.sentencepiece",  # and its fingerprint, which `prepare` compares by itself
   "model.attention",
   "model.logits_chunk",
   "model.remat",
@@ -60,7 +60,27 @@ SAME_WEIGHTS = (
   "plan.",
   "seed",
 )
-_DATA = ("data.task", "data.files", "data.split_by", "data.validation_files", "data.validation_fraction")
+_DATA = (
+  "data.task",
+  "data.files",
+  "data.split_by",
+  "data.split_rule",
+  "data.validation_files",
+  "data.validation_fraction",
+)
+
+
+def keep_split_rule(config: Config, workdir: epath.Path) -> Config:
+  """Returns `config` with the data.split_rule of the run in `workdir`, if there is one: its split must not change."""
+  try:
+    rule = load_config(workdir).data.split_rule
+  except InputError:  # what needs the run reports it
+    return config
+  if rule == config.data.split_rule:
+    return config
+  if jax.process_index() == 0:
+    print(f"{workdir} was begun with data.split_rule={rule}, and keeps it.")
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule=rule))
 
 
 def prepare(config: Config, workdir: epath.Path) -> None:
@@ -75,14 +95,17 @@ def prepare(config: Config, workdir: epath.Path) -> None:
     probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
-  checkpoints = workdir / "checkpoints"
+  checkpoints, fingerprint = workdir / "checkpoints", _sentencepiece_fingerprint(config)
   if path.exists() and checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
-    changed = _differences(config, load_config(workdir), ignored=RESUMABLE)
+    saved = load_config(workdir)
+    changed = _differences(config, saved, ignored=RESUMABLE) + _other_sentencepiece(config, saved)
+    fingerprint = saved.data.sentencepiece_fingerprint  # None in an old run, whose data position has it
     if changed:
       raise InputError(
         f"--workdir={workdir} holds the checkpoints of another config: {'; '.join(changed)}. Give another --workdir, or"
-        " go on with the settings in its config.json."
+        " resume with the settings in its config.json."
       )
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece_fingerprint=fingerprint))
   if jax.process_index() == 0:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(config.to_json())
@@ -90,9 +113,9 @@ def prepare(config: Config, workdir: epath.Path) -> None:
 
 
 def check_model(config: Config, workdir: epath.Path) -> None:
-  """Raises InputError unless `workdir` was trained with a model whose weights mean the same in `config`.
+  """Raises InputError unless the weights of `workdir`, and token ids and positions, have the same meaning in `config`.
 
-  Says so, if the data are not those that it was trained on.
+  Prints a line if the data differ.
   """
   saved = load_config(workdir)
   others = [name for name, value in flatten(config).items() if name in _DATA and flatten(saved)[name] != value]
@@ -103,8 +126,48 @@ def check_model(config: Config, workdir: epath.Path) -> None:
   changed = _differences(config, saved, ignored=SAME_WEIGHTS)
   if changed:
     raise InputError(
-      f"--workdir={workdir} holds another model: {'; '.join(changed)}. Use the config it was trained with."
+      f"--workdir={workdir} contains another model: {'; '.join(changed)}. Use the config it was trained with."
     )
+  changed = _other_encoding(config, saved) + _other_sentencepiece(config, saved)
+  if changed:
+    raise InputError(
+      f"--workdir={workdir} was trained on token ids or positions with another meaning: {'; '.join(changed)}. Use the"
+      " data settings that it was trained with."
+    )
+
+
+def _other_encoding(config: Config, saved: Config) -> list[str]:
+  """Differences in what ids and positions mean, apart from the SentencePiece model."""
+  from perceiver_ar_jax.data import tasks  # imports TensorFlow
+
+  if config.data == saved.data:
+    return []
+  # With one SentencePiece model for both: that of `saved` may have been moved, and its fingerprint is compared instead.
+  old_data = dataclasses.replace(saved.data, sentencepiece=config.data.sentencepiece)
+  new, old = (
+    {"modality": task.modality, **task.encoding}
+    for task in (tasks.get_tasks(data, config.model.max_context + 1)[0][0] for data in (config.data, old_data))
+  )
+  names = [name for name in old | new if old.get(name) != new.get(name)]
+  return [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names]
+
+
+def _sentencepiece_fingerprint(config: Config) -> str | None:
+  from perceiver_ar_jax.data import sources  # imports TensorFlow
+
+  path = config.data.sentencepiece
+  # Who reads text misses the file with a message of its own; weights alone can be used without it.
+  return sources.sentencepiece_fingerprint(config.data) if path and epath.Path(path).exists() else None
+
+
+def _other_sentencepiece(config: Config, saved: Config) -> list[str]:
+  old_path, path = saved.data.sentencepiece, config.data.sentencepiece
+  if (old_path is None) != (path is None):
+    return [f"data.sentencepiece was {old_path!r} and is {path!r}"]
+  old, new = saved.data.sentencepiece_fingerprint, _sentencepiece_fingerprint(config)
+  if None in (old, new) or old == new:
+    return []
+  return [f"data.sentencepiece was {old_path!r} ({old}) and is {path!r} ({new})"]
 
 
 def load_config(workdir: epath.Path) -> Config:
