@@ -43,11 +43,9 @@ setuptools.setup(
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
     "plan": ["libtpu>=0.0.42,<0.1"],
-    "music": ["mido>=1.3,<2"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
       "ipykernel>=6.29,<8",
-      "mido>=1.3,<2",
       "mypy>=1.15,<2",
       "nbclient>=0.10,<1",
       "nbformat>=5.10,<6",

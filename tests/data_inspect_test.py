@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, SOS, codes, documents, images, inspect, music, notices, render, tasks
+from perceiver_ar_jax.data import EOS, SOS, codes, documents, images, inspect, music, render, tasks, warn_once
 from perceiver_ar_jax.data.music import Note
 from tests import batches, tiny
 from tests.batches import write
@@ -19,8 +19,8 @@ DARK = [20, 20, 60]
 
 @pytest.fixture(autouse=True)
 def quick_and_fresh(monkeypatch):
-  monkeypatch.setattr(inspect, "_SECONDS", 0.02)
-  notices._SEEN.clear()
+  monkeypatch.setattr(inspect, "_RATE_SECONDS", 0.02)
+  warn_once.reset()
 
 
 def settings(folder, *, vocab_size=259, dims=1, **data):

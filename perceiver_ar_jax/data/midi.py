@@ -35,8 +35,8 @@ class Midi(NamedTuple):
   """The content of a file."""
 
   messages_Nx4: np.ndarray
-  """int64: tick, status (kind | channel), pitch or controller, velocity or value; in order of time, messages at one tick
-  in the order of the file."""
+  """int64: tick, status (kind | channel), pitch or controller, velocity or value. In order of time; messages at one
+  tick keep the order of the file."""
   end_tick: int
   """The end of the longest track."""
   ticks_per_beat: int
@@ -149,8 +149,8 @@ def _split(content: bytes) -> tuple[int, list[bytes]]:
 def _parse(track: bytes) -> tuple[np.ndarray, list[tuple[int, int]], int]:
   """Returns the messages, the tempos and the end tick of a track, as in Midi.
 
-  Nearly all events are channel messages with two data bytes. For each byte NumPy computes where such an event ends if it
-  begins there, so that Python only follows these links and reads other events one by one.
+  Nearly all events are channel messages with two data bytes. NumPy computes for each byte where such an event ends if
+  it begins there, so that Python only follows these links and reads the other events one by one.
 
   Raises:
     ValueError: an event is not valid.

@@ -11,12 +11,12 @@ import numpy as np
 import seqio
 
 from perceiver_ar_jax.config import Config, InputError, nearest
-from perceiver_ar_jax.data import notices
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import TfdsSource
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.warn_once import last_message
 
 AHEAD = 64
 """Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
@@ -46,11 +46,11 @@ def documents(config: Config, split: str, max_sequences: int | None = None) -> I
 
 
 def none_readable(config: Config, split: str) -> InputError:
-  """What to raise where `documents` gives none."""
-  last = notices.last("skipped").removeprefix("Skipped: ") or "it is empty"
+  """Returns what to raise where `documents` yields nothing."""
+  last = last_message("skipped").removeprefix("Skipped: ") or "it is empty"
   return InputError(
-    f"The split {split!r} of {config.data.task} holds no document that can be read. The last reason: {last}."
-    " Mend or remove such files, or hold out others (data.validation_fraction, data.validation_files)."
+    f"The split {split!r} of {config.data.task} has no document that can be read. The last reason: {last}."
+    " Fix or remove such files, or hold out others (data.validation_fraction, data.validation_files)."
   )
 
 

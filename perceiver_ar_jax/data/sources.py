@@ -16,8 +16,8 @@ import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
 from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.warn_once import warn_once
 
 
 class TfdsSource(seqio.TfdsDataSource):
@@ -211,7 +211,7 @@ class CachedSource(seqio.DataSource):
     changed = [
       f"{name} was {stored.get(name)!r} and is {value!r}"
       for name, value in cache_settings(self._data).items()
-      if stored.get(name) != value
+      if stored.get(name, value) != value  # older caches lack newer settings
     ]
     if changed:
       raise InputError(
@@ -225,7 +225,7 @@ CACHE_SETTINGS = "settings.json"
 
 def cache_settings(data: DataConfig) -> dict[str, str | int | None]:
   """What the stored documents of a task depend on, beside its files."""
-  names = ("image_size", "image_order", "codebook_size", "code_levels")
+  names = ("image_size", "image_order", "codebook_size", "code_levels", "code_layout")
   return {name: getattr(data, name) for name in names} | {"sentencepiece": sentencepiece_fingerprint(data)}
 
 
@@ -260,11 +260,11 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
 
 
 def _is_utf8(name: str) -> bool:
-  """False, with a notice, for names that TensorFlow cannot hold."""
+  """Whether TensorFlow can hold the name; warns if not."""
   try:
     name.encode("utf-8")
   except UnicodeEncodeError:
-    notice("skipped", f"Skipped: the name of {name!r} is not UTF-8")
+    warn_once("skipped", f"Skipped: the name of {name!r} is not UTF-8")
     return False
   return True
 

@@ -11,8 +11,8 @@ import numpy as np
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Unreadable
-from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.sources import read_bytes
+from perceiver_ar_jax.data.warn_once import warn_once
 
 PART_BYTES = 2**20
 """A large file counts as one record for each so many bytes, so that hosts can share it and epochs get through it."""
@@ -186,7 +186,7 @@ class PieceDocument(Document):
     try:
       content.decode("utf-8")
     except UnicodeDecodeError:
-      notice("such texts", f"{self.text.name} is not all UTF-8: SentencePiece reads U+FFFD where it is not")
+      warn_once("such texts", f"{self.text.name} is not all UTF-8: SentencePiece reads U+FFFD where it is not")
     first, last = [SOS] * (start == 0), [EOS] * (start + len(content) == len(self.text))
     return np.array([*first, *self._pieces.encode(content), *last], np.int32)
 

@@ -11,8 +11,8 @@ import numpy as np
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import EOS, SOS, records
 from perceiver_ar_jax.data.documents import Document
-from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.registry import Task
+from perceiver_ar_jax.data.warn_once import warn_once
 
 DATA = "data"
 """The prompt that stands for documents of the split that is evaluated."""
@@ -72,7 +72,7 @@ def _told(task: Task, document: Document) -> Document:
   if task.unknown is not None:
     lacking = int((document.read(0, len(document)) == task.unknown).sum())
     if lacking:
-      notice("unknown", f"{lacking} pieces of the text are unknown to the vocabulary: the model sees a gap there")
+      warn_once("unknown", f"{lacking} pieces of the text are unknown to the vocabulary: the model sees a gap there")
   return document
 
 

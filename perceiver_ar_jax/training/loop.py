@@ -21,6 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.data import warn_once
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.models.attention_kernels import check_platform
@@ -106,6 +107,8 @@ def train(
   if signals.agreed:
     distributed.say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
     return 128 + signals.agreed
+  if num_skipped := warn_once.count("skipped"):
+    distributed.say(f"{num_skipped} files or records were skipped, each with its reason above.")
   result = result or evaluator(state.params, int(state.step), lambda: False)
   evaluator.write(result, workdir)
   distributed.say(
@@ -196,6 +199,7 @@ class _Run:
     if step % self._config.train.log_every == 0:
       rate = float(self._schedule(step - 1))
       figures = {"seconds": seconds, **host_seconds, **values, **self._utilization(seconds)}
+      figures["skipped_files"] = warn_once.count("skipped")
       self._log.write(step, {**figures, "learning_rate": rate, "tokens_per_second": tokens_per_second})
 
   def _utilization(self, seconds: float) -> dict[str, float]:
