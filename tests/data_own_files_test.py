@@ -587,9 +587,14 @@ def test_a_mixture_of_different_vocabularies_names_them(cases):
 BAD = {
   "an empty text": ("text_files", "bad.txt", b"", "is empty"),
   "no MIDI at all": ("midi_files", "bad.mid", b"hello", "is no MIDI file that can be read"),
-  "an empty MIDI file": ("midi_files", "bad.mid", b"", "is no MIDI file that can be read"),
-  "a MIDI file cut off": ("midi_files", "bad.mid", music.to_midi(PIECES["train"][3])[:60], "is no MIDI file"),
-  "MIDI without notes": ("midi_files", "bad.mid", music.to_midi([]), "holds no notes"),
+  "an empty MIDI file": ("midi_files", "bad.mid", b"", "cannot be read as a MIDI file: it is empty"),
+  "a MIDI file cut off": (
+    "midi_files",
+    "bad.mid",
+    music.to_midi(PIECES["train"][3])[:60],
+    "cannot be read as a MIDI file: it is truncated",
+  ),
+  "MIDI without notes": ("midi_files", "bad.mid", music.to_midi([]), "contains no notes"),
   "a picture cut off": (
     "image_files",
     "bad.png",
@@ -597,14 +602,14 @@ BAD = {
     "is no image",
   ),
   "no picture": ("image_files", "bad.png", b"hello", "is no image that can be read"),
-  "no codes at all": ("audio_codes", "bad.npy", b"hello", "is no .npy or .npz file of codes"),
-  "pickled objects": ("audio_codes", "bad.npy", npy([[1, 2]], object), "is no .npy or .npz file of codes"),
-  "several arrays": ("audio_codes", "bad.npz", npz(one=[[1]], two=[[2]]), "call one of them codes"),
-  "fractions": ("audio_codes", "bad.npy", npy([[1, 2]], np.float32), "holds float32, and codes are whole numbers"),
+  "no codes at all": ("audio_codes", "bad.npy", b"hello", "is not a .npy or .npz file of codes"),
+  "pickled objects": ("audio_codes", "bad.npy", npy([[1, 2]], object), "is not a .npy or .npz file of codes"),
+  "several arrays": ("audio_codes", "bad.npz", npz(one=[[1]], two=[[2]]), "name one of them codes"),
+  "fractions": ("audio_codes", "bad.npy", npy([[1, 2]], np.float32), "contains float32, and codes are integers"),
   "codes too large": ("audio_codes", "bad.npy", npy([[0, 16]]), "codes from 0 to 16, outside 0..15"),
   "codes too small": ("video_codes", "bad.npy", npy([[[-1, 3]]]), "codes from -1 to 3, outside 0..15"),
-  "no codes in it": ("video_codes", "bad.npy", npy(np.zeros((0, 2, 3))), "holds no codes"),
-  "a level too few": ("audio_codes", "bad.npy", npy([[1], [2], [3]]), "has 1 levels, fewer than data.code_levels=2"),
+  "no codes in it": ("video_codes", "bad.npy", npy(np.zeros((0, 2, 3))), "contains no codes"),
+  "a level too few": ("audio_codes", "bad.npy", npy([[1], [2], [3]]), "is 1 levels, fewer than data.code_levels=2"),
   "a flat list": ("audio_codes", "bad.npy", npy([1, 2, 3]), r"the shape \(3,\).*frames x levels"),
   "one frame alone": ("video_codes", "bad.npy", npy([[1, 2]]), r"the shape \(1, 2\).*time x height x width"),
 }
@@ -660,7 +665,7 @@ def test_each_record_that_is_skipped_is_counted(name, cases, capsys):
   take(pipeline.TrainIterator(settings(cases[name]), 8), 4)
   expected = {
     "pg19": [r"The book 'train 2' of pg19 is empty"],
-    "midi_files": [r"train.1.mid holds no notes", r"broken.midi is no MIDI file"],
+    "midi_files": [r"train.1.mid contains no notes", r"broken.midi cannot be read as a MIDI file"],
   }[name]
   lines = skipped(capsys)
   assert len(lines) == len(expected)
