@@ -70,6 +70,7 @@ def train(
       longer finite. Checkpoints stay as they are.
   """
   workdir, startup = epath.Path(workdir), _Startup()
+  warn_once.reset()  # skipped files are counted from here on
   mesh = make_mesh(config.mesh)
   startup.done("devices")
   check_platform(config.model.attention, mesh)
