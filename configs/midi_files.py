@@ -1,7 +1,7 @@
 """Your own MIDI files as Music-Transformer events: configs/maestro_v3.py cut down to a laptop.
 
 Your files: --config.data.files='folder/**/*.mid' (in quotes), or --config.data.files=folder. Percussion is left out.
-Cost: 1.1M parameters, a laptop. Needs the extra [music].
+Cost: 1.1M parameters, a laptop.
 """
 
 from configs import maestro_v3

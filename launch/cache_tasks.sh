@@ -14,7 +14,7 @@ if [[ ! -e $venv/installed || launch/cache_requirements.txt -nt $venv/installed 
   echo "Installing Apache Beam into $venv: a few minutes, the first time only."
   "${PYTHON:-python3}" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --upgrade pip
-  "$venv/bin/python" -m pip install --quiet --editable '.[music]' --requirement launch/cache_requirements.txt
+  "$venv/bin/python" -m pip install --quiet --editable . --requirement launch/cache_requirements.txt
   touch "$venv/installed"
 fi
 exec "$venv/bin/python" -m perceiver_ar_jax.data.cache "$@"

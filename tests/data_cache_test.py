@@ -15,7 +15,7 @@ import sentencepiece
 import seqio
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import music, notices, pipeline, records, registry, sources, tasks, texts
+from perceiver_ar_jax.data import music, pipeline, records, registry, sources, tasks, texts, warn_once
 from perceiver_ar_jax.data.music import Note
 from perceiver_ar_jax.data.tf_cpu import tf
 from tests import batches, tiny
@@ -33,7 +33,7 @@ SPLITS = ("train", "validation")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-  notices._SEEN.clear()
+  warn_once.reset()
   monkeypatch.setattr(seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [])
 
 

@@ -165,20 +165,20 @@ def test_codes_from_the_first_to_the_last_of_the_codebook_are_in_range():
 @pytest.mark.parametrize(
   ("content", "words"),
   [
-    (npz(AUDIO, AUDIO), "arr_0, arr_1: call one of them codes"),
-    (npz(left=AUDIO, right=AUDIO), "left, right: call one of them codes"),
-    (npz(), "no .npy or .npz file of codes"),
-    (npy(AUDIO.astype(np.float32)), "holds float32"),
-    (npy(AUDIO > 3), "holds bool"),
+    (npz(AUDIO, AUDIO), "arr_0, arr_1: name one of them codes"),
+    (npz(left=AUDIO, right=AUDIO), "left, right: name one of them codes"),
+    (npz(), "not a .npy or .npz file of codes"),
+    (npy(AUDIO.astype(np.float32)), "contains float32"),
+    (npy(AUDIO > 3), "contains bool"),
     (npy(AUDIO - 2), "codes from -1 to 6, outside 0..9 (data.codebook_size)"),
     (npy(AUDIO + 2), "codes from 3 to 10, outside 0..9 (data.codebook_size)"),
-    (npy(np.array([AUDIO, None], object), allow_pickle=True), "no .npy or .npz file of codes"),
-    (npz(codes=np.array([1, None], object)), "no .npy or .npz file of codes"),
-    (npy(np.zeros((0, 8), int)), "holds no codes"),
-    (b"", "no .npy or .npz file of codes"),
-    (npy(AUDIO)[:-1], "no .npy or .npz file of codes"),
-    (npz(AUDIO)[:-30], "no .npy or .npz file of codes"),
-    (b"1 2\n3 4\n", "no .npy or .npz file of codes"),
+    (npy(np.array([AUDIO, None], object), allow_pickle=True), "not a .npy or .npz file of codes"),
+    (npz(codes=np.array([1, None], object)), "not a .npy or .npz file of codes"),
+    (npy(np.zeros((0, 8), int)), "contains no codes"),
+    (b"", "not a .npy or .npz file of codes"),
+    (npy(AUDIO)[:-1], "not a .npy or .npz file of codes"),
+    (npz(AUDIO)[:-30], "not a .npy or .npz file of codes"),
+    (b"1 2\n3 4\n", "not a .npy or .npz file of codes"),
   ],
   ids=[
     "two arrays without names",
@@ -224,35 +224,56 @@ def test_nothing_in_a_file_is_ever_run():
   assert Bomb.went_off, "the file is harmless, so the test proves nothing"
 
 
-@pytest.mark.parametrize("frames", [1, 5, 1000])
-@pytest.mark.parametrize("axes", [0, 1, 2])
-def test_frames_are_found_in_either_orientation_and_behind_batch_axes(frames, axes):
+def as_layout(codes_FxQ, layout, axes=0):
+  """An array of this layout, with leading axes of 1."""
+  array = codes_FxQ if layout == "frames_levels" else codes_FxQ.T
+  return array.reshape((1,) * axes + array.shape)
+
+
+LAYOUTS = ("frames_levels", "levels_frames")
+OTHER = dict(zip(LAYOUTS, reversed(LAYOUTS)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("frames", [1, 3, 4, 5, 1000])
+def test_the_setting_alone_says_which_axis_is_which(layout, frames):
   given = np.arange(frames * 4).reshape(frames, 4)
-  for array in (given, given.T):
-    array = array.reshape((1,) * axes + array.shape)
-    np.testing.assert_array_equal(codes.audio_frames(array, 4, "a.npy"), given)
+  for axes in (0, 1, 2):
+    read = codes.audio_frames(as_layout(given, layout, axes if frames > 1 else 0), 4, layout, "a.npy")
+    np.testing.assert_array_equal(read, given)
 
 
-def test_as_many_frames_as_levels_are_taken_as_they_stand():
-  np.testing.assert_array_equal(codes.audio_frames(AUDIO[:2], 2, "a.npy"), AUDIO[:2])
-
-
-def test_the_first_levels_are_used_of_a_file_that_has_more():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_levels_are_used_of_a_file_that_has_more(layout):
   given = np.arange(100 * 8).reshape(100, 8)
-  for array in (given, given.T, given.T[None]):
-    np.testing.assert_array_equal(codes.audio_frames(array, 3, "a.npy"), given[:, :3])
+  np.testing.assert_array_equal(codes.audio_frames(as_layout(given, layout), 3, layout, "a.npy"), given[:, :3])
 
 
-def test_fewer_levels_than_asked_for_are_refused():
-  for array in (np.zeros((100, 4), int), np.zeros((1, 4, 100), int)):
-    with pytest.raises(Unreadable, match=r"a\.npy has 4 levels, fewer than data\.code_levels=8"):
-      codes.audio_frames(array, 8, "a.npy")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("frames", "levels"), [(1000, 8), (9, 8), (1000, 32), (75, 9)])
+def test_a_shape_that_contradicts_the_setting_is_refused_with_the_other_setting(layout, frames, levels):
+  array = as_layout(np.zeros((frames, levels), int), OTHER[layout])
+  words = f"a.npy has the shape {array.shape}, which as {layout.replace('_', ' x ')} would be {frames:,} levels of only"
+  with pytest.raises(Unreadable, match=re.escape(words) + f".*set data.code_layout={OTHER[layout]}$"):
+    codes.audio_frames(array, 8, layout, "a.npy")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fewer_levels_than_asked_for_are_refused(layout):
+  with pytest.raises(
+    Unreadable, match=r"a\.npy has the shape .*is 4 levels, fewer than data\.code_levels=8: set data.code"
+  ):
+    codes.audio_frames(as_layout(np.zeros((100, 4), int), layout), 8, layout, "a.npy")
+  with pytest.raises(Unreadable, match=r"is 4 levels, fewer than data\.code_levels=8$"):
+    codes.audio_frames(as_layout(np.zeros((6, 4), int), layout), 8, layout, "a.npy")
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (2, 4, 100), (1, 2, 4, 100)])
 def test_audio_of_other_dimensions_is_refused(shape):
-  with pytest.raises(Unreadable, match=re.escape(f"a.npy has the shape {shape}")):
-    codes.audio_frames(np.zeros(shape, int), 4, "a.npy")
+  with pytest.raises(
+    Unreadable, match=re.escape(f"a.npy has the shape {shape}, and codes of audio are frames x levels")
+  ):
+    codes.audio_frames(np.zeros(shape, int), 4, "frames_levels", "a.npy")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"])
@@ -263,16 +284,21 @@ def test_the_largest_code_of_every_integer_type_keeps_its_id(dtype):
 
 
 def test_files_of_the_audio_task_become_documents_and_others_are_skipped_by_name(tmp_path, capsys):
-  for name, array in (("a", AUDIO.T[None]), ("b", AUDIO / 10), ("c", AUDIO)):
+  for name, array in (("a", AUDIO.T[None]), ("b", AUDIO / 10), ("c", AUDIO.T)):
     np.save(tmp_path / f"{name}.npy", array)
   data = DataConfig(
-    task="audio_codes", files=str(tmp_path), validation_files=f"{tmp_path}/c.npy", codebook_size=10, code_levels=2
+    task="audio_codes",
+    files=str(tmp_path),
+    validation_files=f"{tmp_path}/c.npy",
+    codebook_size=10,
+    code_levels=2,
+    code_layout="levels_frames",
   )
   ((task, _),) = tasks.get_tasks(data, 8)
   good, bad = (task.open(record) for record in task.source.get_dataset("train").as_numpy_iterator())
   assert good.read(0, 9).tolist() == AUDIO_EVENTS and task.vocab_size == 23 and task.position_dims == 2
   assert task.decode(good.read(0, 9)).tolist() == AUDIO.tolist()
-  assert bad is None and f"{tmp_path}/b.npy holds float64" in capsys.readouterr().err
+  assert bad is None and f"{tmp_path}/b.npy contains float64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint64, np.int64])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import Config, DataConfig, InputError
-from perceiver_ar_jax.data import files, notices, pipeline, tasks, texts
+from perceiver_ar_jax.data import files, pipeline, tasks, texts, warn_once
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
 from perceiver_ar_jax.training import workdir as workdir_lib
@@ -19,7 +19,7 @@ from tests.batches import write
 
 @pytest.fixture(autouse=True)
 def no_messages_so_far():
-  notices._SEEN.clear()
+  warn_once.reset()
   texts.check_file.cache_clear()
 
 

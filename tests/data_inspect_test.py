@@ -1,6 +1,7 @@
 """--mode=data: its figures are right where a person can count, and its examples show what the model will see."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import PIL.Image
@@ -8,7 +9,7 @@ import pytest
 import sentencepiece
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, SOS, codes, documents, images, inspect, music, notices, render, tasks
+from perceiver_ar_jax.data import EOS, SOS, codes, documents, images, inspect, music, render, tasks, warn_once
 from perceiver_ar_jax.data.music import Note
 from tests import batches, tiny
 from tests.batches import write
@@ -19,8 +20,8 @@ DARK = [20, 20, 60]
 
 @pytest.fixture(autouse=True)
 def quick_and_fresh(monkeypatch):
-  monkeypatch.setattr(inspect, "_SECONDS", 0.02)
-  notices._SEEN.clear()
+  monkeypatch.setattr(inspect, "_RATE_SECONDS", 0.02)
+  warn_once.reset()
 
 
 def settings(folder, *, vocab_size=259, dims=1, **data):
@@ -43,6 +44,7 @@ def assert_holds(stats, **expected):
   assert {name: stats[name] for name in expected} == expected
 
 
+SPLIT_PITCHES = [("train", 60), ("train", 61), ("train", 62), ("validation", 63)]
 TEXTS = {"train/a.txt": "ab ab\n", "train/b.txt": "c", "validation/c.txt": "é, so", "validation/d.txt": ""}
 
 
@@ -117,6 +119,51 @@ def test_the_report_of_music(tmp_path):
   assert (width, height) == (250 + 4, 3 * (2 + 2) + 2)
 
 
+def test_reading_that_takes_long_shows_its_progress(tmp_path, monkeypatch, capsys):
+  texts = TEXTS | {"validation/d.txt": "not empty"}
+  config = settings(write(tmp_path / "texts", texts), task="text_files")
+  look(config, tmp_path / "run")
+  assert "Reading" not in capsys.readouterr().err, "there is a bar although reading took no time"
+  monkeypatch.setattr(inspect, "_PROGRESS_DELAY_SECONDS", 0.0)
+  look(config, tmp_path / "run")
+  bars = capsys.readouterr().err
+  assert "Reading train: 100%" in bars and "2/2" in bars and "Reading validation: 100%" in bars
+
+
+def test_progress_is_towards_the_documents_that_are_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(inspect, "_MAX_DOCUMENTS", 3)
+  texts = {f"train/{number}.txt": "x" for number in range(5)} | {"validation/v.txt": "v"}
+  config = settings(write(tmp_path / "texts", texts), task="text_files")
+  assert [inspect._documents(config, split).total for split in ("train", "validation")] == [3, 1]
+
+
+def test_each_file_of_music_is_parsed_once(tmp_path, monkeypatch):
+  parsed = []
+  encode_midi = music.encode_midi
+  monkeypatch.setattr(music, "encode_midi", lambda content: parsed.append(content) or encode_midi(content))
+  files = {f"{split}/{pitch}.mid": music.to_midi([Note(pitch, 64, 0.0, 1.0)]) for split, pitch in SPLIT_PITCHES}
+  look(settings(write(tmp_path / "midi", files), task="midi_files", vocab_size=391), tmp_path / "run")
+  assert sorted(parsed) == sorted(files.values())
+
+
+def test_a_second_report_counts_the_same_files_as_skipped(tmp_path):
+  config = settings(write(tmp_path / "texts", TEXTS), task="text_files")
+  for _ in range(2):
+    report, *_ = look(config, tmp_path / "run")
+    assert (report["train"]["skipped"], report["validation"]["skipped"]) == (0, 1)
+
+
+def test_a_picture_of_long_music_takes_little_memory():
+  day = music.encode([Note(60, 64, 0.0, 86_000.0), Note(61, 64, 85_000.0, 86_000.0)])
+  tracemalloc.start()
+  try:
+    roll = render.picture(get_task("midi_files"), day, documents.count_positions(len(day)))
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+  finally:
+    tracemalloc.stop()
+  assert roll.shape == (2, 1000, 3) and (roll != DARK).any(axis=-1).all()
+
+
 def test_the_report_of_pictures(tmp_path):
   folder = tmp_path / "images"
   for name, colour in (("train/a", 0), ("train/b", 255), ("validation/c", 255)):
@@ -157,7 +204,7 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
 
 def test_a_split_without_documents_is_an_error(tmp_path):
   write(tmp_path, {"train/a.txt": "a", "validation/b.txt": ""})
-  with pytest.raises(InputError, match="'validation' of text_files holds no document that can be read"):
+  with pytest.raises(InputError, match="'validation' of text_files has no document that can be read"):
     inspect.inspect(settings(tmp_path, task="text_files"), tmp_path / "run")
 
 

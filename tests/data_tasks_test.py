@@ -1,15 +1,21 @@
 """Tasks: every record becomes the document that the published layouts say, and unknown names are explained."""
 
 import dataclasses
+import errno
+import itertools
 import pathlib
-import sys
+import re
+import struct
+import threading
+import zlib
 
 import numpy as np
 import pytest
 import seqio
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, SOS, images, photos, registry, tasks, texts
+from perceiver_ar_jax.data import EOS, SOS, images, photos, registry, tasks, texts, warn_once
+from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "data.npz")
@@ -212,14 +218,71 @@ def test_a_fork_adds_a_task_in_a_few_lines(lines_of_a_fork):
   assert [(row["words"], row["bytes"]) for row in rows] == [(1, 2), (0, 0), (1, 1)]
 
 
-def test_only_reading_midi_files_needs_mido(monkeypatch, tmp_path):
-  monkeypatch.setitem(sys.modules, "mido", None)
-  (tmp_path / "a.mid").write_bytes(b"")
-  (tmp_path / "b.mid").write_bytes(b"")
-  task = get_task("midi_files", files=str(tmp_path))
-  assert task.decode(np.array([SOS, EOS])) == []
-  with pytest.raises(InputError, match=r"need the package mido.*pip install -e '.\[music\]'"):
-    task.source.num_input_examples("train")
+class Stuck(Exception):
+  """What only one decoder raises."""
+
+
+DECODER_ERRORS = [
+  *(NotImplementedError("DDS"), struct.error("short"), zlib.error("bad"), AssertionError(), RecursionError("deep")),
+  *(OSError("image file is truncated"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad"), Stuck("once"), KeyError(3)),
+]
+
+
+def failing_task(error):
+  def document(record):
+    raise error
+
+  return dataclasses.replace(get_task("copy"), document=document)
+
+
+@pytest.mark.parametrize("error", DECODER_ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_a_decoder_raises_costs_one_file(error, capsys):
+  warn_once.reset()
+  assert failing_task(error).open({"path": b"folder/a.xyz"}) is None
+  line = capsys.readouterr().err
+  assert line.startswith(f"Skipped: folder/a.xyz cannot be decoded ({type(error).__name__}: {error})")
+  assert line.endswith(" (1 skipped so far).\n") and warn_once.count("skipped") == 1
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    *(InputError("wrong settings"), MemoryError(), KeyboardInterrupt(), SystemExit(3)),
+    *(OSError(number, "no") for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOSPC)),
+  ],
+  ids=repr,
+)
+def test_errors_that_are_not_about_the_file_are_raised(error):
+  warn_once.reset()
+  with pytest.raises(type(error)):
+    failing_task(error).open({"path": b"a.xyz"})
+  assert warn_once.count("skipped") == 0
+
+
+def test_each_skipped_file_counts_once_whichever_thread_meets_it(capsys):
+  warn_once.reset()
+  reasons = itertools.count()
+
+  def document(record):
+    raise Unreadable(f"{record['path']}: reason {next(reasons)}")
+
+  task = dataclasses.replace(get_task("copy"), document=document)
+  barrier = threading.Barrier(8)
+
+  def read_all():
+    barrier.wait()
+    for _ in range(3):
+      for number in range(50):
+        assert task.open({"path": f"{number}.png"}) is None
+
+  threads = [threading.Thread(target=read_all) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert warn_once.count("skipped") == 50
+  lines = capsys.readouterr().err.splitlines()
+  assert sorted(int(re.search(r"[(]([0-9]+) skipped so far", line)[1]) for line in lines) == list(range(1, 51))
 
 
 def test_a_task_with_an_unknown_unit_is_refused():

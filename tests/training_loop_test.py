@@ -25,7 +25,7 @@ from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.sampling import write
 from perceiver_ar_jax.training import checkpoint, loop, metrics_log, optimizer
-from tests import tiny
+from tests import batches, tiny
 
 
 def _replace_evaluation(monkeypatch, evaluate_step):
@@ -61,7 +61,23 @@ def test_a_run_logs_every_step_and_its_settings(uninterrupted):
   assert line["model_flops_per_second"] == pytest.approx(step_flops / line["seconds"])
   assert "model_flops_utilization" not in line, "the peak of a CPU is unknown"
   assert line["data_wait_seconds"] in (0, line["data_seconds"])
+  assert line["skipped_files"] == 0
   assert json.loads((uninterrupted / "eval-validation-12.json").read_text())["step"] == 12
+
+
+def test_skipped_files_are_in_the_metrics_and_reported_at_the_end(tmp_path, capsys):
+  texts = {"train/a.txt": "tick tock " * 20, "train/b.txt": "", "train/c.txt": "", "validation/d.txt": "tick tock"}
+  files = batches.write(tmp_path / "texts", texts)
+  config = tiny.config(
+    data__task="text_files",
+    data__files=str(files / "train"),
+    data__validation_files=str(files / "validation"),
+    train__steps=3,
+  )
+  assert loop.train(config, tmp_path / "run", evaluate.Evaluator) == 0
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["skipped_files"] for line in lines if "loss" in json.loads(line)] == [2, 2, 2]
+  assert "2 files or records were skipped" in "".join(capsys.readouterr())
 
 
 def test_tensorboard_compares_settings_and_groups_curves(uninterrupted):

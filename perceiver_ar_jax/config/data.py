@@ -9,6 +9,7 @@ DATA_PATHS = ("data_dir", "cache_dir", "files", "validation_files", "sentencepie
 TEXT_SPLITS = ("file", "position")
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
 SPLIT_RULES = ("path", "name")
+CODE_LAYOUTS = ("frames_levels", "levels_frames")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,16 @@ class DataConfig:
   image_order: str = "pixel_raster"
   """image_files: pixel_raster (r, g, b of each pixel in turn) or rgb_planes (all r, then all g, then all b)."""
   max_transposition: int = 0
-  """Music: training crops are shifted by up to so many semitones either way; the paper shifts none."""
+  """Music: training crops are transposed by up to N semitones up or down; the paper's are not."""
   max_stretch: float = 0.0
-  """Music: training crops are slowed down or sped up by up to this share; the paper's are not."""
+  """Music: training crops are slowed down or sped up by up to this fraction; the paper's are not."""
   codebook_size: int = 1024
   """audio_codes, video_codes: codes of each level, or of the grid, are 0..codebook_size-1."""
   code_levels: int = 8
   """audio_codes: levels of the residual quantiser that are used, the coarse ones first."""
+  code_layout: str = "frames_levels"
+  """audio_codes: the axes of the arrays: frames_levels, or levels_frames as codecs that return [batch, levels, frames]
+  have them. It is never guessed. Leading axes of 1 are dropped."""
   train_split: str = "train"
   """Split that training reads."""
   min_crop: int = 1
@@ -75,3 +79,4 @@ class DataConfig:
     choice("data.split_by", self.split_by, TEXT_SPLITS)
     choice("data.split_rule", self.split_rule, SPLIT_RULES)
     choice("data.image_order", self.image_order, IMAGE_ORDERS)
+    choice("data.code_layout", self.code_layout, CODE_LAYOUTS)

@@ -2,7 +2,7 @@
 
   python -m perceiver_ar_jax.data.cache --config=configs/pg19.py --output=DIR [--beam_options=--runner=...,...]
 
-It pays for text in SentencePiece and for MIDI, whose documents take long to make. Needs Apache Beam, in an environment
+It pays for text in SentencePiece, whose documents take long to make. Needs Apache Beam, in an environment
 of its own (launch/cache_tasks.sh makes it). The layout is seqio's: DIR/<task>/<split>.tfrecord-*, with what the
 documents depend on in settings.json; COMPLETED comes last.
 """

@@ -1,36 +1,44 @@
-"""Codes of neural codecs as events: audio from residual vector quantisers, video from a VQ-GAN; NumPy only.
+"""Codes of neural codecs as events: audio from residual vector quantisers, video from a VQ-GAN. NumPy only.
 
-Audio: `frames` x `levels` codes (SoundStream, EnCodec, DAC, ...) are flattened frame by frame, coarse level first, as
-in the paper's audio experiments. Each level has ids of its own: code c of level q is the value q * codebook_size + c.
-Positions are (frame, level); frames count from the first one of whatever is read, since recordings have no common
-origin, and so a table of context / levels (rounded up) + 3 rows is large enough.
+Audio: `frames` x `levels` codes (SoundStream, EnCodec, DAC, ...) are flattened frame by frame, the coarse level first,
+as in the paper's audio experiments. Each level has its own ids: code c of level q is the value q * codebook_size + c.
+Positions are (frame, level). Frames count from the first frame of the excerpt, because recordings have no common
+origin, so a table of context / levels (rounded up) + 3 rows is large enough.
 
 Video: `time` x `height` x `width` codes are flattened in raster order; positions are (t, y, x).
 
-SOS comes first, at position 1 in all dimensions; codes count from 2. No EOS: excerpts end where their file does.
+SOS comes first, at position 1 in all dimensions; codes have positions from 2 on. There is no EOS: an excerpt ends where
+its file does.
 """
 
 import io
+import math
+import zipfile
 
 import numpy as np
 
 from perceiver_ar_jax.data import NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Unreadable
 
+_MAX_BYTES = 2**31
+"""The largest array read from a compressed file, which may be a thousand times smaller."""
+
 
 def audio_vocab_size(levels: int, codebook_size: int) -> int:
-  """Number of ids, PAD, EOS and SOS included."""
+  """Returns the number of ids, PAD, EOS and SOS included."""
   return levels * codebook_size + NUM_SPECIAL
 
 
 def audio_groups(levels: int, codebook_size: int) -> np.ndarray:
-  """bool[levels, vocabulary]: the ids of each level."""
+  """Returns bool[levels, vocabulary]: the ids of each level."""
   ids = np.arange(audio_vocab_size(levels, codebook_size)) - NUM_SPECIAL
   return (ids >= 0) & (ids // codebook_size == np.arange(levels)[:, None])
 
 
 def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
-  """The codes in a .npy file, or in a .npz file that has one array or one called "codes".
+  """Returns the codes in a .npy file, or in a .npz file with one array or with one called "codes".
+
+  Nothing in the file is executed, and no more memory is allocated than its content takes.
 
   Args:
     content: the file's bytes.
@@ -38,19 +46,16 @@ def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
     codebook_size: codes must lie in 0..codebook_size-1.
 
   Raises:
-    Unreadable: it is no such file, holds something else than whole numbers, or codes out of range.
+    Unreadable: it is not such a file, its numbers are not integers, or codes are out of range.
   """
   try:
-    codes = np.load(io.BytesIO(content), allow_pickle=False)
-    if not isinstance(codes, np.ndarray):
-      names = codes.files
-      codes = codes["codes" if "codes" in names else _only(names)]
-  except Exception as error:  # NumPy lets zipfile's and zlib's many kinds of errors through
-    raise Unreadable(f"{name} is no .npy or .npz file of codes ({error})") from error
+    codes = _array(_unzip(content) if content[:2] == b"PK" else content)
+  except Exception as error:  # zipfile, zlib and NumPy raise many types of errors for damaged files
+    raise Unreadable(f"{name} is not a .npy or .npz file of codes ({error})") from error
   if not np.issubdtype(codes.dtype, np.integer):
-    raise Unreadable(f"{name} holds {codes.dtype}, and codes are whole numbers")
+    raise Unreadable(f"{name} contains {codes.dtype}, and codes are integers")
   if codes.size == 0:
-    raise Unreadable(f"{name} holds no codes")
+    raise Unreadable(f"{name} contains no codes")
   if codes.min() < 0 or codes.max() >= codebook_size:
     raise Unreadable(
       f"{name} has codes from {codes.min()} to {codes.max()}, outside 0..{codebook_size - 1} (data.codebook_size)"
@@ -58,14 +63,32 @@ def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
   return codes
 
 
-def _only(names: list[str]) -> str:
-  if len(names) != 1:
-    raise ValueError(f"it has the arrays {', '.join(names)}: call one of them codes")
-  return names[0]
+def _unzip(content: bytes) -> bytes:
+  """Returns the .npy file in a .npz file."""
+  with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+    if "codes" not in sizes and len(sizes) != 1:
+      raise ValueError(f"it has the arrays {', '.join(sizes)}: name one of them codes")
+    (array,) = ["codes"] if "codes" in sizes else sizes
+    if sizes[array] > _MAX_BYTES:
+      raise ValueError(f"its codes take {sizes[array]:,} bytes, more than {_MAX_BYTES:,}: split it into several files")
+    return archive.read(f"{array}.npy")
+
+
+def _array(content: bytes) -> np.ndarray:
+  """Returns the array of a .npy file, without a copy."""
+  file = io.BytesIO(content)
+  version = np.lib.format.read_magic(file)
+  read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+  shape, is_fortran, dtype = read_header(file)
+  if min(shape, default=0) < 0:
+    raise ValueError(f"it has the shape {shape}")
+  values = np.frombuffer(content, dtype, math.prod(shape), file.tell())
+  return values.reshape(shape, order="F" if is_fortran else "C")
 
 
 class AudioDocument(Document):
-  """The document of the events of codes, as `flatten_audio` makes them."""
+  """The events of `flatten_audio` as a document."""
 
   def __init__(self, events: np.ndarray, levels: int):
     super().__init__(events)
@@ -73,23 +96,23 @@ class AudioDocument(Document):
 
   def positions(self, start: int, end: int) -> np.ndarray:
     first_frame = max(start - 1, 0) // self._levels
-    places = np.arange(start, end) - 1
-    positions = np.stack([places // self._levels - first_frame, places % self._levels], axis=-1) + 2
-    positions[places < 0] = 1
+    indices = np.arange(start, end) - 1
+    positions = np.stack([indices // self._levels - first_frame, indices % self._levels], axis=-1) + 2
+    positions[indices < 0] = 1
     return positions.astype(np.int32)
 
 
 def flatten_audio(codes_FxQ: np.ndarray, codebook_size: int) -> np.ndarray:
-  """SOS and the codes int[frames, levels] of any width frame by frame: int32[1 + frames * levels]."""
+  """Returns int32[1 + frames * levels]: SOS and the codes int[frames, levels] frame by frame."""
   offsets_Q = np.arange(codes_FxQ.shape[1]) * codebook_size + NUM_SPECIAL
   return np.concatenate([[SOS], (codes_FxQ.astype(np.int32) + offsets_Q).reshape(-1)], dtype=np.int32)
 
 
 def to_audio(events: np.ndarray, levels: int, codebook_size: int) -> np.ndarray:
-  """The codes int32[frames, levels] of events: the inverse of `flatten_audio`, for any stretch of events.
+  """Returns the codes int32[frames, levels] of events: the inverse of `flatten_audio`, for any excerpt.
 
-  Specials are left out; codes before the first whole frame and after the last are dropped. An id of a level whose turn
-  it is not (a model may sample one) counts as the same code of the level whose turn it is.
+  Special ids are ignored; codes before the first whole frame and after the last are dropped. An id of the wrong level,
+  which a model may sample, is read as the same code of the right level.
   """
   values = np.asarray(events)
   values = values[values >= NUM_SPECIAL] - NUM_SPECIAL
@@ -99,31 +122,45 @@ def to_audio(events: np.ndarray, levels: int, codebook_size: int) -> np.ndarray:
   return (values % codebook_size).reshape(-1, levels).astype(np.int32)
 
 
-def audio_frames(codes: np.ndarray, levels: int, name: str) -> np.ndarray:
-  """Codes as int[frames, levels]: the first `levels` ones of a file in either orientation.
+def audio_frames(codes: np.ndarray, levels: int, layout: str, name: str) -> np.ndarray:
+  """Returns the first `levels` levels of a file's codes: int[frames, levels].
 
-  An array of frames x levels or levels x frames is recognised by its shape, the shorter side being levels; a leading
-  axis of 1 (a batch) is dropped.
+  Args:
+    codes: the array in the file; leading axes of 1 (a batch) are dropped.
+    levels: data.code_levels.
+    layout: data.code_layout, the order of the array's axes: frames_levels or levels_frames.
+    name: the file's name, for messages.
 
   Raises:
-    Unreadable: it has other dimensions, or fewer levels.
+    Unreadable: the array has other dimensions or fewer levels, or its shape contradicts the layout.
   """
   shape = codes.shape
   while codes.ndim > 2 and codes.shape[0] == 1:
     codes = codes[0]
+  axes = layout.replace("_", " x ")
   if codes.ndim != 2:
-    raise Unreadable(f"{name} has the shape {shape}; codes of audio are frames x levels, or levels x frames")
-  if codes.shape[0] < codes.shape[1] and codes.shape[1] != levels or codes.shape[0] == levels != codes.shape[1]:
+    raise Unreadable(f"{name} has the shape {shape}, and codes of audio are {axes} (data.code_layout={layout})")
+  if layout == "levels_frames":
     codes = codes.T
-  if codes.shape[1] < levels:
-    raise Unreadable(f"{name} has {codes.shape[1]} levels, fewer than data.code_levels={levels}")
+  num_frames, num_levels = codes.shape
+  other = "frames_levels" if layout == "levels_frames" else "levels_frames"
+  if num_levels > num_frames >= levels:
+    raise Unreadable(
+      f"{name} has the shape {shape}, which as {axes} would be {num_levels:,} levels of only {num_frames:,} frames: set"
+      f" data.code_layout={other}"
+    )
+  if num_levels < levels:
+    raise Unreadable(
+      f"{name} has the shape {shape}, which as {axes} is {num_levels:,} levels, fewer than data.code_levels={levels}"
+      + (f": set data.code_layout={other}, or fewer levels" if num_frames >= levels else "")
+    )
   return codes[:, :levels]
 
 
 def video_document(codes: np.ndarray, name: str) -> Document:
-  """The document of codes int[time, height, width]; raises Unreadable for other dimensions."""
+  """Returns the document of codes int[time, height, width]; raises Unreadable for other dimensions."""
   if codes.ndim != 3:
-    raise Unreadable(f"{name} has the shape {codes.shape}; codes of video are time x height x width")
+    raise Unreadable(f"{name} has the shape {codes.shape}, and codes of video are time x height x width")
   positions = np.stack(np.meshgrid(*map(np.arange, codes.shape), indexing="ij"), axis=-1).reshape(-1, 3) + 2
   return Document(
     np.concatenate([[SOS], codes.reshape(-1).astype(np.int32) + NUM_SPECIAL], dtype=np.int32),
@@ -132,7 +169,7 @@ def video_document(codes: np.ndarray, name: str) -> Document:
 
 
 def to_video(events: np.ndarray, height: int, width: int) -> np.ndarray:
-  """The codes int32[time, height, width] of a video's first events, without specials and a last frame in part."""
+  """Returns the codes int32[time, height, width] of a video's first events; an unfinished last frame is dropped."""
   values = np.asarray(events)
   values = values[values >= NUM_SPECIAL] - NUM_SPECIAL
   frames = len(values) // (height * width)

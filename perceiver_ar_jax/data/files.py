@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.notices import notice, once
 from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.warn_once import inform_once, warn_once
 
 _CROSSING = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 _WILDCARD = re.compile(r"[*?\[]")
@@ -123,7 +123,7 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
     setting = f"data.validation_fraction={data.validation_fraction}"
   held_out = set(_real_paths(validation))
   train = [path for path, real in zip(files, _real_paths(files)) if real not in held_out]
-  once(f"Held out for validation: {len(validation):,} of {len(validation) + len(train):,} files ({setting}).")
+  inform_once(f"Held out for validation: {len(validation):,} of {len(validation) + len(train):,} files ({setting}).")
   if split == "validation":
     return validation
   if not train:
@@ -214,7 +214,7 @@ def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
       real = os.path.realpath(folder)
       outside = real != real_top and real_top.startswith(os.path.join(real, ""))
       if outside:
-        once(f"Not followed: {folder} links to {real}, which contains {top}.")
+        inform_once(f"Not followed: {folder} links to {real}, which contains {top}.")
       if outside or real in seen:
         subfolders.clear()
         continue
@@ -225,14 +225,14 @@ def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _report_folder(error: OSError) -> None:
-  once(f"Skipped: the folder {error.filename} cannot be read: {error.strerror}.")
+  inform_once(f"Skipped: the folder {error.filename} cannot be read: {error.strerror}.")
 
 
 def _report_other_endings(pattern: str, paths: Iterable[str]) -> None:
   endings = collections.Counter(pathlib.PurePath(path).suffix.lower() or "no ending" for path in paths)
   if endings:
     described = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
-    once(
+    inform_once(
       f"Not read in {pattern!r} because of their endings: {endings.total():,} files ({described}"
       f"{', ...' if len(endings) > 8 else ''}). A glob takes any ending."
     )
@@ -245,10 +245,10 @@ def _is_usable(path: str) -> bool:
     if not _is_remote(path):
       _check_regular(path)
   except UnicodeEncodeError:
-    notice("skipped", f"Skipped: the name of {path!r} is not UTF-8")
+    warn_once("skipped", f"Skipped: the name of {path!r} is not UTF-8", subject=path)
     return False
   except Unreadable as error:
-    notice("skipped", f"Skipped: {error}")
+    warn_once("skipped", f"Skipped: {error}", subject=path)
     return False
   return True
 

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import features, notices
+from perceiver_ar_jax.data import features
 from perceiver_ar_jax.data import records as records_lib
 from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.features import Batch
@@ -156,9 +156,10 @@ class TrainIterator:
       if self._make_up(batch, examples, readable):
         records_lib.check_positions(batch["positions"], self._config)
         return batch
+    reasons = (message.removeprefix("Skipped: ") for message in newest_messages("skipped", 3))
     raise InputError(
       f"The split {self._config.data.train_split!r} of {self._config.data.task} has {sum(self._num_records)} records,"
-      f" and none can be read. The last reason: {notices.last('skipped').removeprefix('Skipped: ')}."
+      f" and none can be read: {'; '.join(reasons)}."
     )
 
   def _fill(self, batch: Batch, examples: list[_Example], readable: dict[int, bool], first: int) -> None:
@@ -193,7 +194,7 @@ class TrainIterator:
       self._crop(batch, place, example._replace(task=source.task), document)
       return True
     except Unreadable as error:  # a file that vanished or shrank since it was listed
-      notices.notice("skipped", f"Skipped: {error}")
+      source.task.skip(source.record, error)
       return False
 
   def _crop(self, batch: Batch, place: int, example: _Example, document: Document) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import seqio
 
 from perceiver_ar_jax.config import Config, InputError, nearest
-from perceiver_ar_jax.data import notices
 from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import ListSource, TfdsSource
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.warn_once import newest_messages
 
 AHEAD = 64
 """Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
@@ -74,7 +74,7 @@ def _open(task: Task, record: Record) -> Document | None:
       document.check_readable()
     return document
   except Unreadable as error:
-    notices.notice("skipped", f"Skipped: {error}")
+    task.skip(record, error)
     return None
 
 
@@ -100,7 +100,7 @@ def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[
 
 def none_readable(config: Config, split: str) -> InputError:
   """Returns the error to raise where `documents` yields nothing."""
-  reasons = [message.removeprefix("Skipped: ") for message in notices.newest("skipped", 3)] or ["it is empty"]
+  reasons = [message.removeprefix("Skipped: ") for message in newest_messages("skipped", 3)] or ["it is empty"]
   return InputError(
     f"The split {split!r} of {config.data.task} contains no document that can be read: {'; '.join(reasons)}. Fix or"
     " remove such files, or hold out others (data.validation_fraction, data.validation_files)."

@@ -20,6 +20,7 @@ seqio's own tools.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,9 +30,9 @@ import seqio
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
-from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.sources import CachedSource
 from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.warn_once import warn_once
 
 UNITS = ("accuracy", "bits_per_byte", "bits_per_dim", "nats_per_token", "word_perplexity")
 MODALITIES = ("audio", "copy", "image", "music", "text", "video")
@@ -48,7 +49,7 @@ class Task:
   source: seqio.DataSource
   """Where the records come from."""
   document: Callable[[Record], Document]
-  """The document of a record; raises Unreadable for one that is to be skipped."""
+  """The document of a record; what it raises about the record's content skips the record (see `open`)."""
   modality: str
   """What a document is: one of MODALITIES."""
   unit: str
@@ -93,15 +94,32 @@ class Task:
     return allow(self.vocab_size, range(NUM_SPECIAL, self.vocab_size), [EOS]) if self.groups is None else self.groups()
 
   def open(self, record: Record) -> Document | None:
-    """The document of a record; None, with a notice, for one that cannot be read or has nothing to predict."""
+    """Returns the document of a record; None, with a warning, if it cannot be decoded or has nothing to predict.
+
+    Whatever a decoder raises about the content of a record only costs that record. Errors of the settings, memory and
+    the file system are raised: the next record would meet them too.
+    """
     try:
       document = self.document(record)
       if document.has_targets():
         return document
-      raise Unreadable(f"A record of {self.name} holds nothing to predict")
+      raise Unreadable(f"{self._describe(record)} has nothing to predict")
     except Unreadable as error:
-      notice("skipped", f"Skipped: {error}")
-      return None
+      self.skip(record, error)
+    except (InputError, MemoryError):
+      raise
+    except Exception as error:
+      if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without a number
+        raise
+      self.skip(record, Unreadable(f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})"))
+    return None
+
+  def skip(self, record: Record, error: Unreadable) -> None:
+    """Reports that a record is not used; a file counts once, however many of its records are skipped, and how often."""
+    warn_once("skipped", f"Skipped: {error}", subject=self._describe(record) if "path" in record else None)
+
+  def _describe(self, record: Record) -> str:
+    return os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
 
 
 def allow(vocab_size: int, *ids: Iterable[int]) -> np.ndarray:

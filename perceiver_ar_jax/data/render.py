@@ -47,7 +47,9 @@ def picture(task: Task, events: np.ndarray, positions: np.ndarray) -> np.ndarray
     except ValueError:  # a crop, not a whole picture
       return None
   if task.modality == "music":
-    roll = music.piano_roll(events)[:, :_MAX_STEPS]
+    # One event more, since it may be the time shift across the last column; a whole piece would take a lot of memory.
+    shown = events[: np.searchsorted(music.steps(events), _MAX_STEPS, side="right") + 1]
+    roll = music.piano_roll(shown)[:, :_MAX_STEPS]
     used = np.flatnonzero(roll.any(axis=1))
     roll = roll[used[0] : used[-1] + 1] if len(used) else roll
     return colours(np.repeat(roll[::-1] * 2, 2, axis=0))

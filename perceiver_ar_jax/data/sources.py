@@ -214,7 +214,7 @@ class CachedSource(seqio.DataSource):
     changed = [
       f"{name} was {stored.get(name)!r} and is {value!r}"
       for name, value in cache_settings(self._data).items()
-      if stored.get(name) != value
+      if stored.get(name, value) != value  # older caches lack newer settings
     ]
     if changed:
       raise InputError(
@@ -228,7 +228,7 @@ CACHE_SETTINGS = "settings.json"
 
 def cache_settings(data: DataConfig) -> dict[str, str | int | None]:
   """Returns the settings that the stored documents of a task depend on."""
-  names = ("image_size", "image_order", "codebook_size", "code_levels")
+  names = ("image_size", "image_order", "codebook_size", "code_levels", "code_layout")
   return {name: getattr(data, name) for name in names} | {"sentencepiece": sentencepiece_fingerprint(data)}
 
 

@@ -219,29 +219,22 @@ def _release(data: DataConfig, name: str, content: str) -> str:
 # Symbolic music
 
 
-def _music_task(data: DataConfig, list_files: Callable[[str], Sequence[Record]], splits: tuple[str, ...]) -> Task:
-  performances: dict[str, np.ndarray] = {}
+@functools.lru_cache(maxsize=4096)  # files are parsed once: 4,096 performances take about 160 MB
+def _performance(path: str) -> np.ndarray:
+  """Returns the events int16[N] of a MIDI file."""
+  content = read_bytes(path)
+  try:
+    events = music.encode_midi(content)
+  except ValueError as error:
+    raise Unreadable(f"{path} cannot be read as a MIDI file: {error}") from error
+  if not len(events):
+    raise Unreadable(f"{path} contains no notes")
+  return events.astype(np.int16)
 
-  def records(split):
-    music.load_mido()  # now, rather than at the first batch
-    return list_files(split)
 
-  def events(path: str) -> np.ndarray:
-    # Parsing takes up to a second, and a whole release fits into 100 MB: each file is parsed once.
-    if path not in performances:
-      content = read_bytes(path)
-      try:
-        notes = music.read_notes(content)
-      except ValueError as error:
-        raise Unreadable(f"{path} is no MIDI file that can be read ({error})") from error
-      performances[path] = music.encode(notes).astype(np.int16)
-    return performances[path]
-
+def _music_task(data: DataConfig, records: Callable[[str], Sequence[Record]], splits: tuple[str, ...]) -> Task:
   def document(record):
-    path = _path(record)
-    if not len(events(path)):
-      raise Unreadable(f"{path} holds no notes")
-    return Document(np.concatenate([[SOS], events(path), [EOS]], dtype=np.int32))
+    return Document(np.concatenate([[SOS], _performance(_path(record)), [EOS]], dtype=np.int32))
 
   def augment(events, random):
     if data.max_transposition:
@@ -264,18 +257,18 @@ def _music_task(data: DataConfig, list_files: Callable[[str], Sequence[Record]],
 
 
 def _maestro(version: str, data: DataConfig, max_events: int) -> Task:
-  def records(split):
+  def list_records(split):
     folder = _release(data, "MAESTRO", f"maestro-{version}.csv and the folders of MIDI files that it lists")
     table = os.path.join(folder, f"maestro-{version}.csv")
     if not tf.io.gfile.exists(table):
       raise InputError(f"{table} does not exist: point data.data_dir at the unpacked MAESTRO {version} release.")
     rows = csv.DictReader(io.StringIO(read_bytes(table).decode("utf-8")))
-    found = [{"path": os.path.join(folder, row["midi_filename"])} for row in rows if row["split"] == split]
-    if not found:
+    records = [{"path": os.path.join(folder, row["midi_filename"])} for row in rows if row["split"] == split]
+    if not records:
       raise InputError(f"{table} lists no file in the split {split!r}: is it complete?")
-    return found
+    return records
 
-  return _music_task(data, records, _RELEASE_SPLITS)
+  return _music_task(data, list_records, _RELEASE_SPLITS)
 
 
 def _midi_files(data: DataConfig, max_events: int) -> Task:
@@ -288,7 +281,8 @@ def _midi_files(data: DataConfig, max_events: int) -> Task:
 def _audio_codes(data: DataConfig, max_events: int) -> Task:
   def document(record):
     path = _path(record)
-    frames = codes.audio_frames(codes.load(read_bytes(path), path, data.codebook_size), data.code_levels, path)
+    frames = codes.load(read_bytes(path), path, data.codebook_size)
+    frames = codes.audio_frames(frames, data.code_levels, data.code_layout, path)
     return codes.AudioDocument(codes.flatten_audio(frames, data.codebook_size), data.code_levels)
 
   return Task(
@@ -324,7 +318,7 @@ def _video_codes(data: DataConfig, max_events: int) -> Task:
     encoding={"codebook_size": data.codebook_size},
     position_dims=3,
     read=lambda path: document({"path": path}),
-    place=None,  # where a code stands depends on the document's own grid
+    place=None,  # the position of a code depends on the document's grid
     groups=lambda: registry.allow(
       data.codebook_size + NUM_SPECIAL, range(NUM_SPECIAL, data.codebook_size + NUM_SPECIAL)
     ),

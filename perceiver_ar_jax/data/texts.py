@@ -12,7 +12,7 @@ from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Head, Unreadable
 from perceiver_ar_jax.data.files import file_size, read_bytes
-from perceiver_ar_jax.data.notices import notice, once
+from perceiver_ar_jax.data.warn_once import inform_once, warn_once
 
 PART_BYTES = 2**20
 """Bytes per record of a large file, so that hosts can share it and that crops are drawn evenly from all of it."""
@@ -129,7 +129,7 @@ def check_file(path: str) -> None:
   if kind is None and head.count(0) > len(head) / 5:
     kind = "full of zero bytes, as UTF-16 or binary data is"
   if kind is not None:
-    once(f"{path} is {kind}: it is read byte by byte as it is. Convert or unpack such files to plain UTF-8.", kind)
+    inform_once(f"{path} is {kind}: it is read byte by byte. Convert or unpack such files to plain UTF-8.", kind)
 
 
 class Text:
@@ -232,7 +232,7 @@ class PieceDocument(Document):
     try:
       content.decode("utf-8")
     except UnicodeDecodeError:
-      notice("such texts", f"{self.text.name} is not all UTF-8: SentencePiece reads U+FFFD where it is not")
+      warn_once("such texts", f"{self.text.name} is not all UTF-8: SentencePiece reads U+FFFD where it is not")
     sos, eos = [SOS] * (start == 0), [EOS] * (start + len(content) == len(self.text))
     return np.array([*sos, *self._pieces.encode(content), *eos], np.int32)
 

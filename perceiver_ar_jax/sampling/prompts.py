@@ -16,8 +16,8 @@ from etils import epath
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import EOS, SOS, records
 from perceiver_ar_jax.data.documents import Document
-from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.registry import Task
+from perceiver_ar_jax.data.warn_once import warn_once
 
 DATA = "data"
 """The prompt that stands for documents of the split that is evaluated."""
@@ -143,7 +143,7 @@ def _check_vocabulary(task: Task, document: Document) -> Document:
   if task.unknown is not None:
     num_unknown = int((document.read(0, len(document)) == task.unknown).sum())
     if num_unknown:
-      notice("unknown", f"{num_unknown} tokens of the text are not in the vocabulary: the model sees a gap there")
+      warn_once("unknown", f"{num_unknown} tokens of the text are not in the vocabulary: the model sees a gap there")
   return document
 
 

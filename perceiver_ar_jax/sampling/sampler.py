@@ -20,9 +20,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from perceiver_ar_jax.config import Config, InputError, SampleConfig, nearest
-from perceiver_ar_jax.data.notices import notice
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
+from perceiver_ar_jax.data.warn_once import warn_once
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models.attention_kernels import Cached, check_platform
 from perceiver_ar_jax.parallel import sharding
@@ -146,7 +146,7 @@ class Sampler:
       prompt = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
     longest = max(len(one.events) for one in prompt)
     if longest > self.config.model.max_context:
-      notice(
+      warn_once(
         "shortened",
         f"The prompt of {longest:,} tokens is longer than the context: the model sees its newest ones, at most"
         f" {self.config.model.max_context:,}",

@@ -17,7 +17,7 @@ from clu import parameter_overview
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, writing
-from perceiver_ar_jax.data import pipeline
+from perceiver_ar_jax.data import pipeline, warn_once
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.evaluation import evaluate
@@ -46,6 +46,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
       finite; or the final evaluation failed. Checkpoints are kept as they are.
   """
   workdir, startup = epath.Path(workdir), _Startup()
+  warn_once.reset()  # skipped files are counted from here on
   mesh = make_mesh(config.mesh)
   startup.done("devices")
   check_platform(config.model.attention, mesh)
@@ -91,6 +92,8 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   if stop_signals.agreed:
     distributed.say(f"{stop_signals.name}: saved at step {int(state.step)}; the same command resumes from there.")
     return 128 + stop_signals.agreed
+  if num_skipped := warn_once.count("skipped"):
+    distributed.say(f"{num_skipped} files or records were skipped, each with its reason above.")
   evaluator.write(result, workdir)
   distributed.say(
     f"Done. {evaluator.describe(result)}\nCurves: {epath.Path(sys.executable).with_name('tensorboard')}"
@@ -176,6 +179,7 @@ class _Run:
     self._log.progress(values["loss"], tokens_per_second)
     if step % self._config.train.log_every == 0:
       speed = {"tokens_per_second": tokens_per_second, **self._utilization(seconds)}
+      values["skipped_files"] = warn_once.count("skipped")
       self._log.write(step, {"seconds": seconds, **host_seconds, **values, **speed})
 
   def _utilization(self, seconds: float) -> dict[str, float]:
