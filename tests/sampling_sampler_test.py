@@ -258,7 +258,7 @@ def test_calls_at_the_same_time_get_different_folders(tmp_path):
     ("x", {"seed": -1}, "sample.seed=-1 must lie in"),
     ("x", {"temprature": 1}, "Unknown setting 'temprature'.*Did you mean 'temperature'"),
     ("  ", {}, "prompt is empty"),
-    ("data", {}, "'validation' of text_files has no document that can be read. The last reason: .*b.txt is empty"),
+    ("data", {}, "'validation' of text_files contains no document that can be read: .*b.txt is empty"),
     (np.array([], np.int32), {}, "no events"),
     (np.array([2, 999]), {}, "unknown token 999"),
   ],

@@ -156,10 +156,9 @@ class TrainIterator:
       if self._make_up(batch, examples, readable):
         records_lib.check_positions(batch["positions"], self._config)
         return batch
-    reasons = (message.removeprefix("Skipped: ") for message in newest_messages("skipped", 3))
     raise InputError(
       f"The split {self._config.data.train_split!r} of {self._config.data.task} has {sum(self._num_records)} records,"
-      f" and none can be read: {'; '.join(reasons)}."
+      f" and none can be read: {records_lib.skip_reasons()}."
     )
 
   def _fill(self, batch: Batch, examples: list[_Example], readable: dict[int, bool], first: int) -> None:

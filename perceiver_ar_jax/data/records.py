@@ -100,11 +100,16 @@ def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[
 
 def none_readable(config: Config, split: str) -> InputError:
   """Returns the error to raise where `documents` yields nothing."""
-  reasons = [message.removeprefix("Skipped: ") for message in newest_messages("skipped", 3)] or ["it is empty"]
   return InputError(
-    f"The split {split!r} of {config.data.task} contains no document that can be read: {'; '.join(reasons)}. Fix or"
+    f"The split {split!r} of {config.data.task} contains no document that can be read: {skip_reasons()}. Fix or"
     " remove such files, or hold out others (data.validation_fraction, data.validation_files)."
   )
+
+
+def skip_reasons() -> str:
+  """Returns the newest reasons for which records were skipped."""
+  reasons = [message.removeprefix("Skipped: ") for message in newest_messages("skipped", 3)]
+  return "; ".join(reasons) or "it is empty"
 
 
 def longest_crop(config: Config) -> int:
