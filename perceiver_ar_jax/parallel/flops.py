@@ -10,8 +10,7 @@ import dataclasses
 from ml_collections import config_dict
 
 from perceiver_ar_jax.config import Config, ModelConfig, resolve
-
-_WALKS_FROM = 2**15  # scores of one head from which models/attention_kernels.py's `auto` walks; a test compares
+from perceiver_ar_jax.models import attention, layers, positions, transformer_xl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ def eval_step(config: Config) -> Flops:
   """One batch of windows scored."""
   model, latents = config.model, config.eval.num_latents or config.model.num_latents
   if model.architecture == "transformer_xl":
-    leading, predicting = model.segments(model.max_context, latents)
+    leading, predicting = transformer_xl.num_segments(model, model.max_context, latents)
     parts = _segment(model, config.eval.batch_size)
     forward = (leading + predicting) * sum(parts.values()) + _logits(model, config.eval.batch_size, latents)
   else:
@@ -59,7 +58,7 @@ def _forward(model: ModelConfig, rows: int, length: int, latents: int) -> dict[s
   f = model.mlp_widening * d
   n, crosses = model.num_layers, model.num_cross_attends
   # With rotary positions, keys and values are projected once for each token id where there are more inputs than ids.
-  by_id = model.position_encoding == "rotary" and model.vocab_size <= length
+  by_id = layers.projects_by_id(model, length)
   projected = model.vocab_size if by_id else rows * length
   per_latent = {
     "to_latents": 2 * e * d,
@@ -85,19 +84,18 @@ def _logits(model: ModelConfig, rows: int, latents: int) -> int:
 
 def _again(model: ModelConfig, parts: dict[str, int], length: int) -> int:
   """FLOPs that the backward pass repeats. What nothing in it reads, such as an MLP's output, is not computed again."""
-  cross_walks = walks(model, model.num_latents, length)
-  layer_walks = walks(model, model.num_latents, model.num_latents)
+  cross = attention.choose(model.attention, model.num_latents, length)
+  layer = attention.choose(model.attention, model.num_latents, model.num_latents)
   again = 0
-  if cross_walks:  # the walk makes keys, values (unless they are looked up by id) and scores anew
+  if cross.recomputes_scores:
     again += parts["cross_scores"]
-    streams = model.attention in ("auto", "streamed")
-    by_id = model.position_encoding == "rotary" and model.vocab_size <= length
-    again += parts["cross_keys_values"] if streams and not by_id else 0
-  if layer_walks:
+  if cross.recomputes_keys and not layers.projects_by_id(model, length):
+    again += parts["cross_keys_values"]
+  if layer.recomputes_scores:
     again += parts["layer_scores"]
   if model.remat == "full":
     again += sum(parts[f"layer_{name}"] for name in ("projections", "scores", "values", "up"))
-  elif model.remat == "dots" and not layer_walks:  # products of attention itself are not among what is kept
+  elif model.remat == "dots" and not layer.recomputes_scores:  # products of attention itself are not among what is kept
     again += parts["layer_scores"] + parts["layer_values"]
   if model.logits_chunk is not None and model.logits_chunk < model.num_latents:
     again += parts["logits"]
@@ -111,7 +109,7 @@ def num_params(model: ModelConfig) -> int:
   mlp = norm * d + _dense(d, f) + _dense(f, d)
   cross = norm * (d + e) + 2 * _dense(e, c) + _dense(d, c) + _dense(c, d) + mlp
   layer = norm * d + 4 * _dense(d, d) + mlp
-  tables = v * e + (sum(model.position_sizes) * e if model.position_encoding == "learned" else 0)
+  tables = v * e + (sum(model.position_sizes) * e if positions.encoding_of(model).learned else 0)
   if model.architecture == "transformer_xl":
     blocks = model.num_layers * (layer + d * d + 2 * d)  # projection of distances, u and v
   else:
@@ -123,12 +121,6 @@ def _dense(inputs: int, outputs: int) -> int:
   return (inputs + 1) * outputs
 
 
-def walks(model: ModelConfig, queries: int, keys: int) -> bool:
-  """Whether attention of these many queries and keys walks over runs of keys and makes its scores anew backward."""
-  large = queries * keys >= _WALKS_FROM
-  return model.attention in ("streamed", "chunked", "cudnn", "splash") or (model.attention == "auto" and large)
-
-
 # Transformer-XL: the same products for each segment, whatever it holds.
 
 
@@ -137,7 +129,7 @@ def _transformer_xl_step(model: ModelConfig, rows: int, microbatches: int) -> Fl
 
   All layers of leading segments count, since they run, although of the later ones not all states are ever looked at.
   """
-  leading, predicting = model.segments(model.max_context, model.num_latents)
+  leading, predicting = transformer_xl.num_segments(model, model.max_context, model.num_latents)
   parts, logits = _segment(model, rows), _logits(model, rows, model.num_latents)
   forward, constant = sum(parts.values()), parts["memory_keys_values"] + parts["distances"]
   useful = leading * forward + predicting * (3 * forward - constant) + 3 * logits
@@ -153,7 +145,7 @@ def _transformer_xl_step(model: ModelConfig, rows: int, microbatches: int) -> Fl
 def _segment(model: ModelConfig, rows: int) -> dict[str, int]:
   """FLOPs of one segment of `rows` sequences forward, by kind of product, without logits."""
   d, f, n = model.latent_width, model.mlp_widening * model.latent_width, model.num_layers
-  size, kept = model.segment, model.remembered
+  size, kept = model.segment, transformer_xl.memory_size(model)
   scores = n * rows * size * 2 * (kept + size) * d
   return {
     "to_latents": rows * size * 2 * model.input_width * d,
