@@ -10,7 +10,6 @@ import pytest
 from perceiver_ar_jax import ModelConfig
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.evaluation.evaluate import make_eval_step
-from perceiver_ar_jax.models import attention_kernels
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import flops
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -106,12 +105,6 @@ def test_cross_attend_dropout_and_ids_looked_up_cost_less():
   # Rotary and more inputs than ids: keys and values of 5 ids once, not of 3 * 6 inputs.
   rotary = {"model__position_encoding": "rotary", "model__position_sizes": ()}
   assert whole - flops.train_step(tiny.config(**SMALL | rotary)).useful == 3 * 2 * (18 - 5) * 48
-
-
-def test_walks_from_where_the_kernels_do():
-  model = tiny.config(model__attention="auto").model
-  assert attention_kernels._LARGE == flops._WALKS_FROM, "auto walks from another size: change flops._WALKS_FROM too"
-  assert flops.walks(model, 2**7, 2**8) and not flops.walks(model, 2**7 - 1, 2**8)
 
 
 @pytest.mark.parametrize(

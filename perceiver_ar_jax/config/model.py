@@ -68,8 +68,8 @@ class ModelConfig:
   logits_chunk: int | None = None
   """Latents per chunk of logits in training and evaluation, to save memory with large vocabularies; None: all."""
   remat: str = "dots"
-  """Rematerialization of self-attention layers: none = keep everything for the backward pass, dots = keep matrix products
-  and other values that are expensive to recompute, full = recompute everything."""
+  """Rematerialization of self-attention layers: none = keep everything for the backward pass, dots = keep matrix
+  products and other values that are expensive to recompute, full = recompute everything."""
   dtype: str = "float32"
   """Compute type; weights, softmax, norms and loss stay float32."""
 

@@ -26,14 +26,14 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError, ModelConfig
 from perceiver_ar_jax.data import records
 from perceiver_ar_jax.evaluation import evaluate, plots
-from perceiver_ar_jax.models.perceiver_ar import runs
+from perceiver_ar_jax.models.perceiver_ar import group_depths
 from perceiver_ar_jax.parallel import distributed, flops
 
 _AXES = ("num_latents", "stride", "context", "layers")
 
 
 def main(config: Config) -> int:
-  distributed.keep_compiled(config.compilation_cache)
+  distributed.cache_compiled(config.compilation_cache)
   values = {name: _numbers(name, flags.FLAGS[name].value) for name in _AXES if flags.FLAGS[name].value}
   sweep(config, epath.Path(command_line.WORKDIR.value), values)
   return 0
@@ -106,7 +106,7 @@ def first_layers(model: ModelConfig, params: Mapping) -> dict:
   """The weights of a model cut down to the layers and cross-attends that `model` still has."""
   if model.architecture != "perceiver_ar":
     return dict(params)
-  lengths = runs(model)
+  lengths = group_depths(model)
   result = {name: value for name, value in params.items() if not name.startswith(("layers_", "cross_attend_"))}
   for run, length in enumerate(lengths):
     result[f"cross_attend_{run}"] = params[f"cross_attend_{run}"]

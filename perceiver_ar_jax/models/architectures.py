@@ -43,8 +43,8 @@ def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   attention.check(config, mesh)
   if mesh is not None and mesh.shape["context"] > 1 and not architecture.has_cross_attention:
     raise InputError(
-      f"mesh.context={mesh.shape['context']} shards the inputs of a cross-attention, and {config.architecture} has none:"
-      " set --config.mesh.context=1, and split the batch over data or fsdp."
+      f"mesh.context={mesh.shape['context']} shards the inputs of a cross-attention, which {config.architecture}"
+      " does not have: set --config.mesh.context=1, and split the batch over data or fsdp."
     )
 
 

@@ -73,9 +73,7 @@ def prefill(config: ModelConfig, weights: UnstackedParams, tokens_BxL, positions
   positions_BxMxP = positions_BxLxP[:, -num_latents:]
   latents_BxMxD = _apply(config, weights, "initial_latents", tokens_BxL[:, -num_latents:], positions_BxMxP)
   first_keys = Keys.from_arrays(*keys_values[0])
-  crossed_BxMxD = _apply(
-    config, weights, "attend_to_context", 0, latents_BxMxD, first_keys, positions_BxMxP, valid_BxL
-  )
+  crossed_BxMxD = _apply(config, weights, "attend_to_context", 0, latents_BxMxD, first_keys, positions_BxMxP, valid_BxL)
   unused = jnp.argmax(valid_BxL.any(axis=0)).astype(jnp.int32)
   cross = tuple(
     _shard(CachedKeys(*(jnp.roll(x, -unused, axis=1) for x in CachedKeys.from_arrays(*arrays))))
@@ -143,8 +141,7 @@ def append(config: ModelConfig, weights: UnstackedParams, context: ContextCache,
   token_Bx1, position_Bx1xP, valid_Bx1 = token_B[:, None], position_BxP[:, None], token_B[:, None] > 0
   keys_values = _apply(config, weights, "cross_keys_values", token_Bx1, position_Bx1xP)
   cross = tuple(
-    _shard(old.write(CachedKeys.from_arrays(*arrays), context.used))
-    for old, arrays in zip(context.cross, keys_values)
+    _shard(old.write(CachedKeys.from_arrays(*arrays), context.used)) for old, arrays in zip(context.cross, keys_values)
   )
   valid_BxL = _write(context.valid_BxL, valid_Bx1, context.used)
   latents_Bx1xD = _apply(config, weights, "initial_latents", token_Bx1, position_Bx1xP)

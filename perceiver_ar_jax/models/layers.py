@@ -142,9 +142,7 @@ class Attention(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(
-    self, normed_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxL, keep_own: bool = False
-  ):
+  def __call__(self, normed_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxL, keep_own: bool = False):
     """Returns attended_BxMxD; `positions_BxMxP` are those of the latents, and `CachedKeys` need M = 1."""
     config = self.config
     query = dense(config, self.width, "query", ("width", "heads"))(normed_BxMxD)
@@ -195,9 +193,7 @@ class CrossAttention(nn.Module):
     self.attention = Attention(config, config.num_cross_heads, config.cross_width)
     self.mlp = MLP(config)
 
-  def __call__(
-    self, latents_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxL, deterministic: bool = True
-  ):
+  def __call__(self, latents_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxL, deterministic: bool = True):
     """Returns latents_BxMxD, given the keys of all inputs (see `keys`) and which inputs are valid."""
     dropout = functools.partial(drop, self, 0.0 if deterministic else self.config.dropout)
     attended_BxMxD = self.attention(self.norm_query(latents_BxMxD), keys, positions_BxMxP, valid_BxL)

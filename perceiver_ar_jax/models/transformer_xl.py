@@ -44,9 +44,7 @@ def check(config: ModelConfig) -> None:
   for name in ("cross_attend_after", "latent_dropout", "cross_attend_dropout"):
     if getattr(config, name):
       default = getattr(type(config), name)
-      raise InputError(
-        f"model.{name}={getattr(config, name)} is not supported by transformer_xl: set it to {default}."
-      )
+      raise InputError(f"model.{name}={getattr(config, name)} is not supported by transformer_xl: set it to {default}.")
   if config.attention not in ("auto", "reference"):
     raise InputError(
       f"model.attention={config.attention} is not supported by transformer_xl, whose scores depend on distances: set"

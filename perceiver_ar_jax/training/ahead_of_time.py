@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import features
-from perceiver_ar_jax.models.attention_kernels import check_platform
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import chips, hlo, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -45,7 +45,7 @@ def measure(config: Config, topology: chips.Topology) -> dict:
       f"The mesh {config.mesh} cannot be laid over {topology}: each axis must be a product of some of the slice's own"
       " sizes. Change --config.mesh.data, fsdp, tensor or context."
     ) from error
-  check_platform(config.model.attention, mesh)
+  architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
-from perceiver_ar_jax.models.attention_kernels import check_platform
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import chips, distributed, flops, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, metrics_log
@@ -71,7 +71,7 @@ def train(
   workdir, startup = epath.Path(workdir), _Startup()
   mesh = make_mesh(config.mesh)
   startup.done("devices")
-  check_platform(config.model.attention, mesh)
+  architectures.check(config.model, mesh)
   if config.train.microbatches > 1:
     check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   check_batch(config.train.batch_size, "train.batch_size", mesh)
@@ -83,7 +83,7 @@ def train(
 
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
-  distributed.say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
+  distributed.log(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
   with _Signals() as signals, jax.set_mesh(mesh):
     _check_least_memory(config, abstract, mesh)
     train_step = _compile(config, optimizer, abstract, data.spec, mesh)
@@ -93,22 +93,22 @@ def train(
       if state is None:
         state = state_lib.init_state(config, optimizer, mesh)
       else:
-        distributed.say(f"Going on from the checkpoint of step {int(state.step)}.")
+        distributed.log(f"Going on from the checkpoint of step {int(state.step)}.")
       jax.block_until_ready(state)
       startup.done("weights")
-      distributed.say(startup.describe())
+      distributed.log(startup.describe())
       if signals.wait_and_agree():
-        distributed.say(f"{signals.name}: stopped at step {int(state.step)}, where it began.")
+        distributed.log(f"{signals.name}: stopped at step {int(state.step)}, where it began.")
         return 128 + signals.agreed
       with _make_log(config, workdir, int(state.step), data.task) as log:
         run = _Run(config, workdir, mesh, train_step, evaluator, exhibit, checkpointer, signals, log)
         state, result = run(state, data)
   if signals.agreed:
-    distributed.say(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
+    distributed.log(f"{signals.name}: saved at step {int(state.step)}; the same command goes on from there.")
     return 128 + signals.agreed
   result = result or evaluator(state.params, int(state.step), lambda: False)
   evaluator.write(result, workdir)
-  distributed.say(
+  distributed.log(
     f"Done. {evaluator.describe(result)}\nCurves: {epath.Path(sys.executable).with_name('tensorboard')}"
     f" --logdir={workdir}   Figures: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
   )
@@ -335,7 +335,7 @@ def _compile(config: Config, optimizer, abstract: state_lib.TrainState, batch_sp
   new_outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
   needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
   available = _memory_per_device()
-  distributed.say(
+  distributed.log(
     f"Compiled the train step in {time.monotonic() - start:.1f} s. Each of {mesh.size} devices holds"
     f" {_size(memory.argument_size_in_bytes)} of weights, optimizer state and batch, and works in"
     f" {_size(memory.temp_size_in_bytes)}; it has {_size(available)}."
