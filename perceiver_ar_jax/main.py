@@ -44,7 +44,7 @@ def main(config: Config) -> int:
     return plan.plan(config, command_line.WORKDIR.value)
   from perceiver_ar_jax.parallel import distributed
 
-  distributed.keep_compiled(config.compilation_cache)
+  distributed.cache_compiled(config.compilation_cache)
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   with distributed.EndTogether():
     return _on_devices(config)

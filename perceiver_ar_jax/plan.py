@@ -24,8 +24,7 @@ from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import features
-from perceiver_ar_jax.models import flops
-from perceiver_ar_jax.models.attention_kernels import check_platform
+from perceiver_ar_jax.models import architectures, flops
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.chips import Topology, parse_topology
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
@@ -214,7 +213,7 @@ def measure(config: Config, topology: Topology) -> dict:
       f"The mesh {config.mesh} does not fit {topology}: each axis must be a product of some of the slice's dimensions."
       " Change --config.mesh.data, fsdp, tensor or context."
     ) from error
-  check_platform(config.model.attention, mesh)
+  architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   state = state_lib.abstract_state(config, optimizer, mesh)

@@ -55,7 +55,7 @@ def test_values_weighted_by_the_map_equal_the_kernels_output(overrides):
   @jax.jit
   def run(params):
     maps = [
-      attention_map(config, params, tokens, positions, cross_attend=index)
+      attention_map(config, params, tokens, positions, cross_attention=index)
       for index in range(1 + len(config.cross_attend_after))
     ]
     keys_values = module.apply({"params": params}, tokens, positions, method="keys_values")

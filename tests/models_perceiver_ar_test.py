@@ -9,7 +9,8 @@ import pytest
 from flax import linen as nn
 
 from perceiver_ar_jax import ModelConfig, PerceiverAR
-from perceiver_ar_jax.models.perceiver_ar import Embed, drop_context
+from perceiver_ar_jax.models.layers import Embed
+from perceiver_ar_jax.models.perceiver_ar import drop_context
 
 CONFIG = ModelConfig(
   vocab_size=20,
@@ -153,7 +154,7 @@ def test_context_dropout_keeps_a_random_part_of_the_inputs_in_order_and_all_late
   drawn = [drop_context(jax.random.key(seed), tokens, positions, 4, 6)[0][:, :6] for seed in range(200)]
   counts = np.bincount(np.concatenate(drawn, axis=None), minlength=41)
   np.testing.assert_allclose(counts[1:17], 200 * 6 / 16, atol=35)  # 4 standard deviations
-  with pytest.raises(ValueError, match="keep=17 must lie in 0..16"):
+  with pytest.raises(ValueError, match="keep=17 must be in 0..16"):
     drop_context(jax.random.key(0), tokens, positions, num_latents=4, keep=17)
 
 

@@ -11,7 +11,7 @@ from benchmarks import plans
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax import plan
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures, flops
 from perceiver_ar_jax.parallel.chips import CHIPS, chip_of_device, parse_topology
 from tests import tiny
 
@@ -211,7 +211,7 @@ def test_the_real_compiler_plans_and_refuses(tmp_path):
   written = json.loads((tmp_path / "plan.json").read_text())
   assert (written["topology"], written["num_devices"], written["fits"]) == ("v5e:2x2", 4, True)
   assert written["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1, "context": 1}
-  assert written["num_params"] == flops.num_params(config.model)
+  assert written["num_params"] == architectures.num_params(config.model)
   assert 0 < written["temp_bytes"] < written["peak_bytes"] < written["hbm_bytes"]
   assert written["argument_bytes"] == pytest.approx(
     sum(written[f"{name}_bytes"] for name in ("weight", "optimizer", "batch")), rel=0.5, abs=2**20

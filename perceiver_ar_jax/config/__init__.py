@@ -14,14 +14,13 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from perceiver_ar_jax.config.checks import InputError, nearest, require, require_seed, writing
+from perceiver_ar_jax.config.checks import InputError, lookup, nearest, require, require_seed, writing
 from perceiver_ar_jax.config.data import DATA_PATHS, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
-from perceiver_ar_jax.config.model import ATTENTION_KERNELS, REMAT_POLICIES, ModelConfig
+from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, OPTIMIZERS, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
 __all__ = [
-  "ATTENTION_KERNELS",
   "AttentionMapConfig",
   "Config",
   "DATA_PATHS",
@@ -35,10 +34,10 @@ __all__ = [
   "OPTIMIZERS",
   "OptimizerConfig",
   "PlanConfig",
-  "REMAT_POLICIES",
   "SampleConfig",
   "TrainConfig",
   "defaults",
+  "lookup",
   "nearest",
   "resolve",
   "writing",
@@ -76,11 +75,6 @@ class Config:
       self.train.batch_size % self.data.shards == 0,
       f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each shard of the data"
       " provides the same number of rows of a batch, so choose a divisor.",
-    )
-    require(
-      self.model.architecture != "transformer_xl" or self.mesh.context == 1,
-      f"mesh.context={self.mesh.context} splits the cross-attend's inputs, and transformer_xl has no cross-attend: set"
-      " --config.mesh.context=1, and shard rows over data or fsdp.",
     )
     kept = self.sample.kept_latents
     require(

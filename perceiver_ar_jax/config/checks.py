@@ -2,7 +2,10 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 class InputError(ValueError):
@@ -34,6 +37,16 @@ def writing(place: object, fix: str) -> Iterator[None]:
     yield
   except OSError as error:
     raise InputError(f"{place} cannot be written ({error.strerror or error}): {fix}.") from error
+
+
+def lookup(field: str, name: str, table: Mapping[str, Value], also: Sequence[str] = ()) -> Value:
+  """The entry `name` of a table of implementations; `also` are further names to list in the message.
+
+  Raises:
+    InputError: the table has no such entry; the message names the setting and the known names.
+  """
+  require(name in table, f"{field}={name!r} is unknown. {nearest(name, [*also, *table])}")
+  return table[name]
 
 
 def choice(field: str, value: str, known: tuple[str, ...]) -> None:

@@ -25,8 +25,8 @@ from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.evaluation import figures
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import make_model
-from perceiver_ar_jax.models.attention_kernels import check_platform
 from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, loss
@@ -255,7 +255,7 @@ def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)
   mesh = make_mesh(config.mesh)
-  check_platform(config.model.attention, mesh)
+  architectures.check(config.model, mesh)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
     restored = checkpointer.restore_params(state_lib.abstract_params(config, mesh))
   if restored is None:
@@ -296,6 +296,6 @@ def evaluate(config: Config, workdir: epath.PathLike) -> dict:
   mesh, step, params = restore(config, workdir)
   evaluator = Evaluator(config, mesh)
   result = evaluator(params, step)
-  distributed.say(evaluator.describe(result))
+  distributed.log(evaluator.describe(result))
   evaluator.write(result, workdir)
   return result

@@ -30,7 +30,7 @@ from ml_collections import config_flags
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.experiments import plots
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures, flops
 
 flags.adopt_module_key_flags(command_line)
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Comma-separated seeds of the runs of each variant.")
@@ -105,7 +105,7 @@ def _summary(folder: epath.Path) -> dict | None:
   unit = result["unit"]
   return {
     "seed": config.seed,
-    "num_params": flops.num_params(config.model),
+    "num_params": architectures.num_params(config.model),
     "context": config.model.max_context,
     "num_latents": config.model.num_latents,
     "batch_size": config.train.batch_size,

@@ -28,6 +28,7 @@ from perceiver_ar_jax.data.global_batch import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.models.architectures import architecture_of
 from perceiver_ar_jax.models.perceiver_ar import attention_map
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.sampling import prompts
@@ -47,7 +48,7 @@ def write(config: Config, workdir: epath.PathLike) -> dict:
     InputError: the run has no checkpoint or its model no cross-attention; a prompt cannot be read, an output is outside
       of it, or the folder cannot be written.
   """
-  if config.model.architecture != "perceiver_ar":
+  if not architecture_of(config.model).has_cross_attention:
     raise InputError(f"--mode=attention is not supported with model.architecture={config.model.architecture}.")
   mesh, step, params = evaluate.restore(config, workdir)
   settings, num_latents = config.attention_map, config.eval.num_latents or config.model.num_latents
@@ -87,7 +88,7 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
   layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
   run = jax.jit(
     functools.partial(
-      attention_map, config.model, num_latents=num_latents, cross_attend=config.attention_map.cross_attend
+      attention_map, config.model, num_latents=num_latents, cross_attention=config.attention_map.cross_attend
     ),
     out_shardings=NamedSharding(mesh, PartitionSpec()),
   )

@@ -14,7 +14,7 @@ from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.experiments import plots
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models.architectures import num_params
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 _MAX_SAMPLES = 12
@@ -63,7 +63,7 @@ def _summary(config: Config, steps: Sequence[dict]) -> list[tuple[str, str]]:
     speed += f", {median('model_flops_utilization'):.1%} of peak FLOPs"
   return [
     ("steps", f"{steps[-1]['step']:,} of {config.train.steps:,}"),
-    ("model", f"{flops.num_params(model) / 1e6:,.2f}M parameters, {model.num_layers} layers of {model.latent_width}"),
+    ("model", f"{num_params(model) / 1e6:,.2f}M parameters, {model.num_layers} layers of {model.latent_width}"),
     ("batch", f"{config.train.batch_size:,} x {model.max_context:,} inputs, {model.num_latents:,} latents"),
     ("training loss", f"{steps[-1]['loss']:.4f} nats per token"),
     ("speed (medians)", speed),

@@ -27,7 +27,8 @@ from perceiver_ar_jax.data import records
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.experiments import plots
 from perceiver_ar_jax.models import flops
-from perceiver_ar_jax.models.perceiver_ar import runs
+from perceiver_ar_jax.models.architectures import architecture_of
+from perceiver_ar_jax.models.perceiver_ar import group_depths
 from perceiver_ar_jax.parallel import distributed
 
 _AXES = ("num_latents", "stride", "context", "layers")
@@ -35,7 +36,7 @@ _COSTS = {"flops_per_token": "FLOPs per token", "seconds_per_token": "seconds pe
 
 
 def main(config: Config) -> int:
-  distributed.keep_compiled(config.compilation_cache)
+  distributed.cache_compiled(config.compilation_cache)
   values = {name: _numbers(name, flags.FLAGS[name].value) for name in _AXES if flags.FLAGS[name].value}
   sweep(config, epath.Path(command_line.WORKDIR.value), values)
   return 0
@@ -83,7 +84,7 @@ def _config_at(config: Config, point: Mapping[str, int]) -> Config:
   trained = config.model
   if point["layers"] > trained.num_layers:
     raise InputError(f"--layers={point['layers']} exceeds the {trained.num_layers} layers of the model.")
-  if trained.architecture != "perceiver_ar" and point["layers"] != trained.num_layers:
+  if not architecture_of(trained).has_cross_attention and point["layers"] != trained.num_layers:
     raise InputError(f"--layers={point['layers']} is not supported with {trained.architecture}: leave it out.")
   if point["num_latents"] > point["context"]:
     raise InputError(
@@ -105,10 +106,10 @@ def _config_at(config: Config, point: Mapping[str, int]) -> Config:
 
 def first_layers(model: ModelConfig, params: Mapping) -> dict:
   """Returns the weights of only those layers and cross-attentions that `model` has."""
-  if model.architecture != "perceiver_ar":
+  if not architecture_of(model).has_cross_attention:
     return dict(params)
   result = {name: value for name, value in params.items() if not name.startswith(("layers_", "cross_attend_"))}
-  for index, num_layers in enumerate(runs(model)):
+  for index, num_layers in enumerate(group_depths(model)):
     result[f"cross_attend_{index}"] = params[f"cross_attend_{index}"]
     if num_layers:
       result[f"layers_{index}"] = jax.tree.map(operator.itemgetter(slice(num_layers)), params[f"layers_{index}"])

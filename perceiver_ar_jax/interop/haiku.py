@@ -189,15 +189,15 @@ def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: Mode
     "to_logits": dense("logits"),
   }
   start = 0
-  for run, length in enumerate(perceiver_ar.runs(config)):
+  for run, length in enumerate(perceiver_ar.group_depths(config)):
     params[f"cross_attend_{run}"] = cross_attend(run)
     if length:
       params[f"layers_{run}"] = _stack([layer(index) for index in range(start, start + length)])
     start += length
-  if config.position_encoding in positions.ABSOLUTE:
+  if positions.encoding_of(config).table:
     for dimension, size in enumerate(config.position_sizes):
       path = f"embed_{dimension + 1}"
-      encode = positions.ABSOLUTE[config.position_encoding]
+      encode = positions.encoding_of(config).table
       table = encode(jnp.arange(size)[None], size=size, width=config.input_width)[0]
       stored = modules.get(path, {}).get("embeddings")
       if stored is not None and stored.shape == table.shape and np.allclose(stored, table, atol=1e-3):

@@ -11,6 +11,7 @@ from etils import epath
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.interop import haiku
+from perceiver_ar_jax.models.architectures import architecture_of
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import checkpoint
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -41,7 +42,7 @@ def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.
   Raises:
     InputError: the weights do not fit `config.model`, or the workdir contains a run.
   """
-  if config.model.architecture != "perceiver_ar":
+  if not architecture_of(config.model).has_cross_attention:
     raise InputError(
       f"Official checkpoints are of Perceiver AR, not of model.architecture={config.model.architecture}: leave it out."
     )

@@ -1,19 +1,23 @@
-"""Position encodings: absolute ones added to the embedding, and rotary for queries and keys (paper, section 3).
+"""Position encodings (paper, section 3): tables added to the embedding, and rotations of queries and keys.
 
-Positions are integers, 1-based, 0 on padding. This room holds the mathematics only; perceiver_ar.py decides
-which encoding a model uses and owns the learned tables.
+Positions are integers, 1-based, 0 on padding. ENCODINGS is the table of encodings: to add one, add a function and an
+entry; `model.position_encoding` then accepts its name. Learned tables are parameters of layers.Embed.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from perceiver_ar_jax.config import InputError, ModelConfig, lookup
 
 
 def sinusoidal(positions_BxL, *, size: int, width: int):
   """float32[B, L, width] for positions below `size`: sines in the first half, cosines in the second.
 
-  Wavelengths run from 2 pi to 10,000 * 2 pi. An odd width leaves its last column 0.
+  Wavelengths range from 2 pi to 10,000 * 2 pi. With an odd width, the last column is 0.
   """
   half = width // 2
   frequencies = np.exp(np.arange(half) * (-np.log(10_000.0) / max(half - 1, 1)))
@@ -24,23 +28,23 @@ def sinusoidal(positions_BxL, *, size: int, width: int):
 def fourier(positions_BxL, *, size: int, width: int):
   """float32[B, L, width]: sines, then cosines, of pi * f * x; x in [-1, 1] over `size` positions, f in 1..size/2.
 
-  Raises ValueError for an odd width.
+  Raises:
+    InputError: the width is odd.
   """
   if width % 2:
-    raise ValueError(f"Fourier positions need an even embedding width, not {width}.")
+    raise InputError(
+      f"model.position_encoding=fourier needs an even embedding width, not {width}: change model.embed_width."
+    )
   bands = np.pi * np.linspace(1.0, size / 2, width // 2)
   return jnp.concatenate(_sin_cos(positions_BxL, size, bands * 2 / max(size - 1, 1), phases=-bands), axis=-1)
-
-
-ABSOLUTE = {"sinusoidal": sinusoidal, "fourier": fourier}
 
 
 def _sin_cos(positions_BxL, size: int, frequencies: np.ndarray, phases: np.ndarray | float = 0.0):
   """float32 sine and cosine [B, L, bands] of phase + frequency * position, exact to rounding for any `size`.
 
-  A table of a million rows would be as large as what a long context must not keep, and a float32 angle is too
+  A table with a million rows would be as large as what a long context must not keep, and a float32 angle is too
   coarse there. So a position is high * base + low, and two tables of about sqrt(size) rows are combined by the
-  addition theorems.
+  angle addition formulas.
   """
   base = math.isqrt(max(size - 1, 0)) + 1
   rows = np.arange(base)[:, None]
@@ -54,16 +58,32 @@ def _sin_cos(positions_BxL, size: int, frequencies: np.ndarray, phases: np.ndarr
 
 
 def terminal_relative(tokens_BxL) -> jnp.ndarray:
-  """int32[B, L, 1]: the last token is 0, counting up towards the past; 0 on padding."""
+  """int32[B, L, 1]: distance from the last token, which is at 0; 0 on padding."""
   length = tokens_BxL.shape[1]
   distance_L = jnp.arange(length - 1, -1, -1, dtype=jnp.int32)
   return jnp.where(tokens_BxL > 0, distance_L[None], 0)[..., None]
 
 
+def rotary(config: ModelConfig, x_BxLxHxK, positions_BxLxP):
+  """Queries or keys rotated by the first and only position dimension, as the config says.
+
+  Raises:
+    InputError: positions of several dimensions.
+  """
+  if positions_BxLxP.shape[-1] != 1:
+    raise InputError(
+      f"Positions of this task have {positions_BxLxP.shape[-1]} dimensions, and model.position_encoding=rotary uses"
+      " one: count positions from the last token instead (--config.model.positions_from_data=False), or use learned"
+      " positions."
+    )
+  wavelength = config.rotary_max_wavelength or config.max_context
+  return rotate(x_BxLxHxK, positions_BxLxP[..., 0], fraction=config.rotary_fraction, max_wavelength=wavelength)
+
+
 def rotate(x_BxLxHxK, positions_BxL, *, fraction: float, max_wavelength: float):
   """`x` with the leading `fraction` of each head rotated by angles proportional to its position (RoFormer).
 
-  Pairs are interleaved. The exponents of `max_wavelength` run from 0 to 1 inclusive, as published
+  Pairs are interleaved. The exponents of `max_wavelength` range from 0 to 1 inclusive, as published
   checkpoints need; the common formulation stops one band short of 1. Angles are computed in float32.
   """
   rotated = int(x_BxLxHxK.shape[-1] * fraction / 2) * 2
@@ -78,3 +98,52 @@ def rotate(x_BxLxHxK, positions_BxL, *, fraction: float, max_wavelength: float):
   even, odd = head[..., 0::2], head[..., 1::2]
   turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(head.shape)
   return jnp.concatenate([turned.astype(x_BxLxHxK.dtype), x_BxLxHxK[..., rotated:]], axis=-1)
+
+
+class Encoding(NamedTuple):
+  """How positions enter the model."""
+
+  table: Callable | None = None
+  """(positions_BxL, size, width) -> float32[B, L, width] to add to the embedding, for each position dimension."""
+  learned: bool = False
+  """Whether a learned table is added to the embedding for each position dimension."""
+  rotate: Callable | None = None
+  """(config, x_BxLxHxK, positions_BxLxP) -> queries or keys rotated by their positions."""
+
+  @property
+  def is_added(self) -> bool:
+    """Whether it needs model.position_sizes, the number of rows of each table."""
+    return self.learned or self.table is not None
+
+
+ENCODINGS: dict[str, Encoding] = {
+  "sinusoidal": Encoding(table=sinusoidal),
+  "fourier": Encoding(table=fourier),
+  "learned": Encoding(learned=True),
+  "rotary": Encoding(rotate=rotary),
+  "relative": Encoding(),  # distances inside attention, which transformer_xl.py computes
+}
+
+
+def encoding_of(config: ModelConfig) -> Encoding:
+  """The config's encoding; raises InputError for an unknown name."""
+  return lookup("model.position_encoding", config.position_encoding, ENCODINGS)
+
+
+def check(config: ModelConfig) -> None:
+  """Raises InputError if the config's encoding is unknown or lacks tables of the right sizes."""
+  name, sizes = config.position_encoding, config.position_sizes
+  if not encoding_of(config).is_added:
+    return
+  if not sizes:
+    raise InputError(
+      f"model.position_sizes is empty, but {name} positions need a table: give one size (largest position + 1) for each"
+      f" position dimension, such as ({config.max_context + 1},)."
+    )
+  if not config.positions_from_data and (len(sizes) != 1 or sizes[0] < config.max_context):
+    raise InputError(
+      f"model.position_sizes={sizes} must be one size of at least model.max_context={config.max_context}, since"
+      " positions are counted from the last token."
+    )
+  if name == "fourier" and config.input_width % 2:
+    fourier(np.zeros((1, 1), np.int32), size=1, width=config.input_width)  # raises

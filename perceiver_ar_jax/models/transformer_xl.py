@@ -1,14 +1,14 @@
-"""Transformer-XL (Dai et al., 2019, arXiv 1901.02860), a baseline that is trained, scored and called as PerceiverAR is.
+"""Transformer-XL (Dai et al., 2019, arXiv 1901.02860): a baseline with the same interface as PerceiverAR.
 
-A row is cut into segments, from its end. They run one after the other; each layer attends to the segment itself and to
-the states that the layer below left on the tokens before it (section 3.2), by content and by distance (section 3.3).
+A row is cut into segments, from its end. They are processed in order; each layer attends to the segment itself and to
+the cached states of the previous layer on the tokens before it (section 3.2), by content and by distance (section 3.3).
 
-What the two models are not compared by is PerceiverAR's: embedding, pre-norm layers (the original: post-norm), biases
-in Dense layers, activation, dropout, initialisation, final norm, a plain softmax over the vocabulary (the original: an
-adaptive one). The recurrence begins empty at the first token of a row, where the original goes on with what the row
-before has left; so let a row hold many segments. Each layer has biases u and v of its own.
+Everything that the comparison is not about is PerceiverAR's: embedding, pre-norm layers (the original: post-norm),
+biases in Dense layers, activation, dropout, initialisation, final norm, a plain softmax over the vocabulary (the
+original: an adaptive one). The recurrence starts empty at the first token of a row, where the original continues from
+the previous row; so give a row many segments. Each layer has biases u and v of its own.
 
-Shape letters: perceiver_ar.py; S tokens of a segment, C remembered states, T = C + S.
+Shape letters: perceiver_ar.py; S tokens of a segment, C remembered states, T = C + S, G segments.
 """
 
 import functools
@@ -19,13 +19,73 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from perceiver_ar_jax.config import ModelConfig
-from perceiver_ar_jax.models import attention, perceiver_ar
-from perceiver_ar_jax.models import positions as positions_lib
+from perceiver_ar_jax.config import InputError, ModelConfig
+from perceiver_ar_jax.models import layers, perceiver_ar, positions
+from perceiver_ar_jax.models.keys import MASKED, product
 from perceiver_ar_jax.parallel.sharding import constrain
 
-_MASKED = -1e30  # finite, so that a token that sees nothing, which only padding is, does not become NaN
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+def check(config: ModelConfig) -> None:
+  """Raises InputError for settings that Transformer-XL does not support."""
+  if config.position_encoding != "relative":
+    raise InputError(
+      f"model.position_encoding={config.position_encoding} is not supported by transformer_xl, where a state has"
+      " another position in each segment that attends to it: set --config.model.position_encoding=relative."
+    )
+  if config.segment is None or config.segment < 1:
+    raise InputError(
+      f"model.segment={config.segment} must be at least 1 for transformer_xl: set how many tokens attend to each other"
+      " at a time, such as --config.model.segment=256."
+    )
+  if config.memory is not None and config.memory < 0:
+    raise InputError(f"model.memory={config.memory} must not be negative.")
+  if config.num_layers < 1:
+    raise InputError(f"model.num_layers={config.num_layers} must be at least 1 for transformer_xl.")
+  for name in ("cross_attend_after", "latent_dropout", "cross_attend_dropout"):
+    if getattr(config, name):
+      default = getattr(type(config), name)
+      raise InputError(f"model.{name}={getattr(config, name)} is not supported by transformer_xl: set it to {default}.")
+  if config.attention not in ("auto", "reference"):
+    raise InputError(
+      f"model.attention={config.attention} is not supported by transformer_xl, whose scores depend on distances: set"
+      " --config.model.attention=auto."
+    )
+
+
+def memory_size(config: ModelConfig) -> int:
+  """C: the states that each layer keeps of the tokens before a segment."""
+  assert config.segment  # see `check`
+  return config.segment if config.memory is None else config.memory
+
+
+def num_segments(config: ModelConfig, length: int, num_latents: int) -> tuple[int, int]:
+  """(segments processed only for their states, segments with latents) of a row of `length` inputs.
+
+  Each layer looks back by the memory once, so segments further back than all layers reach are skipped.
+  """
+  assert config.segment
+  total, predicting = -(-length // config.segment), -(-num_latents // config.segment)
+  reached = config.num_layers * -(-memory_size(config) // config.segment)
+  return min(total - predicting, reached), predicting
+
+
+def flops(config: ModelConfig, rows: int, num_latents: int, *, training: bool) -> int:
+  """FLOPs of a step over `rows` sequences; see flops.py.
+
+  Leading segments, memory and distances have no backward pass. All layers of leading segments are counted because they
+  are computed, although not all of their states are read.
+  """
+  d, n, size, memory = config.latent_width, config.num_layers, config.segment, memory_size(config)
+  assert size
+  constant = n * rows * memory * 2 * 2 * d * d + n * (memory + size) * 2 * d * d  # memory's keys, values; distances
+  per_token = 2 * config.input_width * d + n * (4 * 2 * d * d + 2 * 2 * d * config.mlp_widening * d)
+  per_token += 3 * n * 2 * (memory + size) * d  # scores by content and by distance; values
+  segment = constant + rows * size * per_token
+  logits = rows * num_latents * 2 * d * config.vocab_size
+  leading, predicting = num_segments(config, config.max_context, num_latents)
+  if training:
+    return leading * segment + predicting * (3 * segment - constant) + 3 * logits
+  return (leading + predicting) * segment + logits
 
 
 class TransformerXL(nn.Module):
@@ -35,16 +95,16 @@ class TransformerXL(nn.Module):
 
   def setup(self):
     config = self.config
-    self.embed = perceiver_ar.Embed(config)
-    self.to_latents = attention.dense(config, config.latent_width, None, ("width", "latent"))
+    self.embed = layers.Embed(config)
+    self.to_latents = layers.dense(config, config.latent_width, None, ("width", "latent"))
     self.segments = nn.scan(
       Segment,
       variable_broadcast="params",
       split_rngs={"params": False, "dropout": True},
       in_axes=(0, 0, nn.broadcast, nn.broadcast),
     )(config)
-    self.final_norm = attention.layer_norm(None)
-    self.to_logits = perceiver_ar.logits_dense(config)
+    self.final_norm = layers.layer_norm(None)
+    self.to_logits = layers.logits_dense(config)
 
   def __call__(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
     """Returns float32 logits_BxMxV for the token after each of the last M slots; arguments as PerceiverAR's.
@@ -55,15 +115,15 @@ class TransformerXL(nn.Module):
     return self.logits(self.latents(tokens_BxL, positions_BxLxP, num_latents=num_latents, deterministic=deterministic))
 
   def latents(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
-    """latents_BxMxD: the normalised states of the last M slots, which `logits` reads. Positions do not matter."""
+    """latents_BxMxD: the normalised states of the last M slots, the input of `logits`. Positions are ignored."""
     del positions_BxLxP
     config, (rows, length) = self.config, tokens_BxL.shape
     num_latents = num_latents or config.num_latents
     if num_latents > length:
       raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
     assert config.segment
-    size, kept, width = config.segment, config.remembered, config.latent_width
-    leading, predicting = config.segments(length, num_latents)
+    size, kept, width = config.segment, memory_size(config), config.latent_width
+    leading, predicting = num_segments(config, length, num_latents)
     slots = (leading + predicting) * size
     tokens_BxL = jnp.pad(constrain(tokens_BxL, "batch", None), ((0, 0), (max(slots - length, 0), 0)))[:, -slots:]
 
@@ -72,21 +132,21 @@ class TransformerXL(nn.Module):
 
     x_GxBxSxD, valid_GxBxS = cut(self.to_latents(self.embed(tokens_BxL, None))), cut(tokens_BxL > 0)
     distances_1xT = jnp.arange(kept + size - 1, -1, -1)[None]
-    distances_TxD = positions_lib.sinusoidal(distances_1xT, size=kept + size, width=width)[0]
+    distances_TxD = positions.sinusoidal(distances_1xT, size=kept + size, width=width)[0]
     memory = jnp.zeros((config.num_layers, rows, kept, width), config.dtype), jnp.zeros((rows, kept), bool)
-    if leading:  # by themselves, since without targets, and with memory that passes no gradients, they have no backward
+    if leading:  # separately: without targets, and with memory that stops gradients, they have no backward pass
       memory, _ = self.segments(memory, x_GxBxSxD[:leading], valid_GxBxS[:leading], distances_TxD, deterministic)
     _, x_GxBxSxD = self.segments(memory, x_GxBxSxD[leading:], valid_GxBxS[leading:], distances_TxD, deterministic)
     x_BxLxD = x_GxBxSxD.swapaxes(0, 1).reshape(rows, -1, width)
     return self.final_norm(x_BxLxD[:, -num_latents:])
 
   def logits(self, latents_BxMxD):
-    """float32 logits_BxMxV of the latents."""
+    """float32 logits_BxMxV of normalised latents."""
     return self.to_logits(latents_BxMxD).astype(jnp.float32)
 
 
 class Segment(nn.Module):
-  """One segment through all layers, in the (carry, output) form that nn.scan wants."""
+  """One segment through all layers, in the (carry, output) form that nn.scan needs."""
 
   config: ModelConfig
 
@@ -95,22 +155,21 @@ class Segment(nn.Module):
     """Returns (the memory after the segment, its states x_BxSxD after the last layer).
 
     Args:
-      memory: states [N, B, C, D] that went into each layer on the last C slots; and bool[B, C]: which are tokens.
+      memory: input states [N, B, C, D] of each layer on the last C slots; and bool[B, C]: which are tokens.
       x_BxSxD: embedded tokens.
-      valid_BxS: which of them are no padding.
+      valid_BxS: which of them are not padding.
       distances_TxD: encodings of the distances T - 1 to 0.
       deterministic: no dropout.
     """
     config, size = self.config, x_BxSxD.shape[1]
-    memory_NxBxCxD, remembered_BxC = memory
-    valid_BxT = jnp.concatenate([remembered_BxC, valid_BxS], axis=1)
-    causal_SxT = jnp.tri(size, valid_BxT.shape[1], remembered_BxC.shape[1], dtype=bool)
-    seen_BxSxT = causal_SxT[None] & valid_BxT[:, None]
-    layer = Layer
-    if config.remat != "none":
-      policy = perceiver_ar.REMAT_POLICIES[config.remat]
+    memory_NxBxCxD, valid_BxC = memory
+    valid_BxT = jnp.concatenate([valid_BxC, valid_BxS], axis=1)
+    causal_SxT = jnp.tri(size, valid_BxT.shape[1], valid_BxC.shape[1], dtype=bool)
+    visible_BxSxT = causal_SxT[None] & valid_BxT[:, None]
+    layer, policy = RelativeLayer, perceiver_ar.REMAT_POLICIES[config.remat]
+    if policy is not None:
       layer = nn.remat(layer, policy=policy, prevent_cse=False, static_argnums=(5,))
-    layers = nn.scan(
+    scanned = nn.scan(
       layer,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
@@ -118,28 +177,28 @@ class Segment(nn.Module):
       length=config.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(config, name="layers")
-    x_BxSxD, memory_NxBxCxD = layers(x_BxSxD, memory_NxBxCxD, distances_TxD, seen_BxSxT, deterministic)
+    x_BxSxD, memory_NxBxCxD = scanned(x_BxSxD, memory_NxBxCxD, distances_TxD, visible_BxSxT, deterministic)
     return (memory_NxBxCxD, valid_BxT[:, size:]), x_BxSxD
 
 
-class Layer(nn.Module):
+class RelativeLayer(nn.Module):
   """Pre-norm relative attention and a pre-norm MLP, each with dropout and a residual."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxSxD, memory_BxCxD, distances_TxD, seen_BxSxT, deterministic: bool):
-    """Returns (x_BxSxD, the layer's memory after this segment, which passes no gradients); see Segment."""
+  def __call__(self, x_BxSxD, memory_BxCxD, distances_TxD, visible_BxSxT, deterministic: bool):
+    """Returns (x_BxSxD, the layer's memory after this segment, which stops gradients); see Segment."""
     config = self.config
-    drop = functools.partial(attention.drop, self, 0.0 if deterministic else config.dropout)
-    remembered_BxCxD = jnp.concatenate([memory_BxCxD, x_BxSxD], axis=1)[:, x_BxSxD.shape[1] :]
-    norm = attention.layer_norm("norm_attention")
+    drop = functools.partial(layers.drop, self, 0.0 if deterministic else config.dropout)
+    new_memory_BxCxD = jnp.concatenate([memory_BxCxD, x_BxSxD], axis=1)[:, x_BxSxD.shape[1] :]
+    norm = layers.layer_norm("norm_attention")
     attend = RelativeAttention(config, name="attention")
-    attended_BxSxD = attend(norm(x_BxSxD), norm(memory_BxCxD), distances_TxD, seen_BxSxT)
+    attended_BxSxD = attend(norm(x_BxSxD), norm(memory_BxCxD), distances_TxD, visible_BxSxT)
     x_BxSxD = constrain(x_BxSxD + drop(attended_BxSxD), "batch", None, None)
-    hidden_BxSxD = attention.MLP(config, name="mlp")(attention.layer_norm("norm_mlp")(x_BxSxD))
+    hidden_BxSxD = layers.MLP(config, name="mlp")(layers.layer_norm("norm_mlp")(x_BxSxD))
     x_BxSxD = constrain(x_BxSxD + drop(hidden_BxSxD), "batch", None, None)
-    return x_BxSxD, jax.lax.stop_gradient(remembered_BxCxD)
+    return x_BxSxD, jax.lax.stop_gradient(new_memory_BxCxD)
 
 
 class RelativeAttention(nn.Module):
@@ -148,13 +207,13 @@ class RelativeAttention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, normed_BxSxD, memory_BxCxD, distances_TxD, seen_BxSxT):
-    """Query s stands on slot C + s of T and attends to the slots that `seen_BxSxT` names."""
+  def __call__(self, normed_BxSxD, memory_BxCxD, distances_TxD, visible_BxSxT):
+    """Returns attended_BxSxD; query s is at slot C + s of T and attends to the slots in `visible_BxSxT`."""
     config = self.config
     width, heads = config.latent_width, config.num_self_heads
-    dense = functools.partial(attention.dense, config, width)
-    keys_values = attention.KeysValues(config, heads, width, name="keys_values")
-    # Projected apart: that no gradient goes back to the memory then saves the product that would make it.
+    dense = functools.partial(layers.dense, config, width)
+    keys_values = layers.KeysValues(config, heads, width, name="keys_values")
+    # Projected separately: since the memory has no gradient, the backward product for it is then left out.
     k_BxTxHxK, v_BxTxHxK = (
       jnp.concatenate(parts, axis=1) for parts in zip(keys_values(memory_BxCxD), keys_values(normed_BxSxD), strict=True)
     )
@@ -166,19 +225,19 @@ class RelativeAttention(nn.Module):
       bias_D = self.param(name, zeros, (width,), jnp.float32)
       return (query_BxSxD + bias_D.astype(query_BxSxD.dtype)[None, None]).reshape(*query_BxSxD.shape[:2], heads, -1)
 
-    by_content_BxHxSxT = _product("bshk,bthk->bhst", biased("u"), k_BxTxHxK)
-    by_distance_BxHxSxT = shift(_product("bshk,thk->bhst", biased("v"), r_TxHxK))
+    by_content_BxHxSxT = product("bshk,bthk->bhst", biased("u"), k_BxTxHxK)
+    by_distance_BxHxSxT = shift(product("bshk,thk->bhst", biased("v"), r_TxHxK))
     scores_BxHxSxT = (by_content_BxHxSxT + by_distance_BxHxSxT) * (width // heads) ** -0.5
-    weights_BxHxSxT = jax.nn.softmax(jnp.where(seen_BxSxT[:, None], scores_BxHxSxT, _MASKED), axis=-1)
+    weights_BxHxSxT = jax.nn.softmax(jnp.where(visible_BxSxT[:, None], scores_BxHxSxT, MASKED), axis=-1)
     attended_BxSxHxK = jnp.einsum("bhst,bthk->bshk", weights_BxHxSxT.astype(v_BxTxHxK.dtype), v_BxTxHxK)
     return dense("out", ("heads", "width"))(attended_BxSxHxK.reshape(query_BxSxD.shape))
 
 
 def shift(scores_BxHxSxT):
-  """Scores of distances T - 1 to 0 as scores of the slots at these distances (appendix B of that paper).
+  """Converts scores of distances T - 1 to 0 to scores of the slots at these distances (appendix B of that paper).
 
-  Query s is on slot T - S + s, so its row moves left by S - 1 - s. What comes in on the right, for later slots, means
-  nothing.
+  Query s is at slot T - S + s, so its row moves left by S - 1 - s. Values shifted in on the right, for later slots, are
+  without meaning.
   """
   rows, heads, size, slots = scores_BxHxSxT.shape
   padded = jnp.pad(scores_BxHxSxT, ((0, 0), (0, 0), (0, 0), (1, 0)))

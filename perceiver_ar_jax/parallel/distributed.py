@@ -1,8 +1,7 @@
-"""Several processes as one program: how they find each other, decide together, and end together.
+"""Several processes as one program: initialization, agreement and joint exit.
 
-Every process runs the same code on the same global arrays. What only one of them knows (a signal, a file that cannot
-be read) has to be agreed on before anything is done about it: processes that took different branches would wait for
-each other for ever.
+Every process runs the same code on the same global arrays. What only one process knows (a signal, a file that cannot
+be read) must be agreed on before any process acts on it: processes that take different branches deadlock.
 """
 
 import glob
@@ -25,18 +24,18 @@ from orbax.checkpoint import multihost
 from perceiver_ar_jax.config import InputError
 
 HEARTBEAT_SECONDS = 30
-"""A process not heard of for this long counts as dead, and the others end."""
+"""A process without a heartbeat for this long counts as dead, and the others exit."""
 PEER_DIED = 75
-"""Exit code of a process that ends because another one died: worth starting all of them again."""
+"""Exit code of a process that exits because another one died: all of them should be restarted."""
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-  """Joins the other processes, before anything touches a device; a process that is alone joins nobody.
+  """Initializes jax.distributed, if there are several processes; call it before any use of a device.
 
-  The arguments name the others explicitly; without them, a TPU pod or a Slurm step of several tasks is recognised.
+  Without arguments, a TPU pod or a Slurm step of several tasks is detected.
 
   Raises:
-    InputError: some of the arguments are missing, or wrong.
+    InputError: some of the arguments are missing or wrong.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
@@ -45,9 +44,9 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return
   if missing:
-    raise InputError(f"{' and '.join(missing)} must be given too: several processes need all of {', '.join(given)}.")
+    raise InputError(f"{' and '.join(missing)} must be set too: several processes need all of {', '.join(given)}.")
   if not 0 <= process_id < num_processes:
-    raise InputError(f"--process_id={process_id} must lie in 0..{num_processes - 1}, one for each of --num_processes.")
+    raise InputError(f"--process_id={process_id} must be in 0..{num_processes - 1}, a different one for each process.")
   if not coordinator.rpartition(":")[2].isdigit():
     raise InputError(f"--coordinator={coordinator} must be host:port of process 0, such as 10.0.0.2:12345.")
   if num_processes > 1:
@@ -67,16 +66,16 @@ def _in_slurm_step() -> bool:
 
 
 def _on_tpu() -> bool:
-  """Whether this machine has TPUs and may use them; JAX then learns from its surroundings which others there are."""
+  """Whether this machine has TPUs and may use them; JAX then detects the other hosts from its environment."""
   allowed = not jax.config.jax_platforms or "tpu" in jax.config.jax_platforms
   present = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
   return bool(allowed and present and importlib.util.find_spec("libtpu"))
 
 
-def keep_compiled(folder: str | None) -> None:
-  """Keeps compiled programs in `folder` for the next start; None, or a folder that JAX has already been told: as it is.
+def cache_compiled(folder: str | None) -> None:
+  """Sets JAX's compilation cache to `folder`, unless it is None or JAX has a cache folder already.
 
-  Programs for CPUs use all that the CPU can do, so those of other CPUs are kept apart.
+  Programs for CPUs depend on the CPU's instruction set, so each kind of CPU has a folder of its own.
   """
   if folder is None or jax.config.jax_compilation_cache_dir:
     return
@@ -86,56 +85,56 @@ def keep_compiled(folder: str | None) -> None:
   jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(folder), name))
 
 
-def say(message: str) -> None:
-  """A message to people, from one process only."""
+def log(message: str) -> None:
+  """Prints a message, on process 0 only."""
   if jax.process_index() == 0:
     print(message, flush=True)
 
 
 def largest(value: int) -> int:
-  """The largest `value` of all processes, which wait for each other here."""
+  """The largest `value` of all processes, which synchronize here."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def wait_for_all(name: str) -> None:
-  """Returns once every process has come here, however late; `name` must be the same on all.
+  """A barrier: returns once every process has called it, however late; `name` must be the same on all.
 
-  Other than a computation, this needs no connection between devices: CPUs give up making one after 30 s. Should a
-  process die meanwhile, missing heartbeats end the others.
+  Unlike a computation, it needs no connection between devices, which CPUs give up establishing after 30 s. If a
+  process dies meanwhile, missing heartbeats end the others.
   """
   if jax.process_count() > 1:
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
 
 
 class LargestSoFar:
-  """`largest` without waiting: a call gives what all processes had passed to the call before.
+  """`largest` without waiting: a call returns the largest value that any process passed to the previous call.
 
-  Processes must call it equally often and at the same places among their other computations.
+  All processes must make the same calls in the same order relative to their other computations.
   """
 
   def __init__(self):
     devices = np.array(jax.devices())
     mesh = Mesh(devices, ("all",))
-    self._one_each, whole = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
-    self._largest = jax.jit(jnp.max, out_shardings=whole)
+    self._split, replicated = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
+    self._largest = jax.jit(jnp.max, out_shardings=replicated)
     self._shape, self._pending = devices.shape, None
 
   def __call__(self, value: int) -> int:
     if jax.process_count() == 1:
       return value
     earlier = self._pending
-    values = jax.make_array_from_callback(self._shape, self._one_each, lambda index: np.full(1, value, np.int32))
+    values = jax.make_array_from_callback(self._shape, self._split, lambda index: np.full(1, value, np.int32))
     self._pending = self._largest(values)
     return 0 if earlier is None else int(earlier)
 
 
 class EndTogether:
-  """A context that several processes leave together: when all are through, or soon after an error of one of them.
+  """A context that all processes leave together: when all are done, or soon after an error in one of them.
 
-  JAX's own wait at the end would not do. It ends all after a while if one still writes what it alone writes; and one
-  that failed would wait there for the others, which wait for it in a computation.
+  JAX's own barrier at exit is not enough: it times out while one process is still writing files, and a process that
+  failed would wait there for the others, which wait for it in a computation.
   """
 
   def __enter__(self) -> "EndTogether":
@@ -155,7 +154,7 @@ class EndTogether:
       os._exit(128 + signal.SIGINT)
     sys.excepthook(kind, error, traceback)
     if isinstance(error, jax.errors.JaxRuntimeError):
-      print(f"A computation failed in {me}, as when another process has died.", file=sys.stderr, flush=True)
-      time.sleep(HEARTBEAT_SECONDS)  # JAX ends this process meanwhile, with the name of the one that died
-    print(f"Ending {me}.", file=sys.stderr, flush=True)
+      print(f"A computation failed in {me}; probably another process has died.", file=sys.stderr, flush=True)
+      time.sleep(HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died
+    print(f"{me} exits.", file=sys.stderr, flush=True)
     os._exit(PEER_DIED)

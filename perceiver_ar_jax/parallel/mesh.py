@@ -11,12 +11,12 @@ from perceiver_ar_jax.config import InputError, MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """A mesh over `devices` (default: all), with an axis of -1 taking what the others leave.
+  """A mesh over `devices` (default: all); an axis of -1 gets all devices that the other axes leave.
 
-  Devices of several slices, which only a slow network joins, get a hybrid mesh: one axis reaches across.
+  Devices of several slices, connected by a slow network, get a hybrid mesh: one axis spans the slices.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices, or one cannot be spread over their slices.
+    InputError: the product of the sizes is not the number of devices, or no axis can span their slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [getattr(config, axis) for axis in AXES]
@@ -26,8 +26,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   shape = dict(zip(AXES, sizes))
   if -1 in sizes or math.prod(sizes) != len(devices):
     raise InputError(
-      f"The mesh {shape} needs a number of devices that its sizes multiply to, but there are {len(devices)}:"
-      " change --config.mesh.data, fsdp, tensor or context (one of them may be -1, for the rest)."
+      f"The product of the mesh sizes {shape} must be the number of devices, {len(devices)}: change --config.mesh.data,"
+      " fsdp, tensor or context (one of them may be -1, for the remaining devices)."
     )
   axis_types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -46,20 +46,20 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:
-  """Raises InputError unless the rows of a batch divide over the data and fsdp axes."""
+  """Raises InputError unless the size of the data and fsdp axes divides the rows of a batch."""
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % parts:
     raise InputError(
-      f"{field}={batch_size} does not divide over the {parts} parts into which this mesh"
+      f"{field}={batch_size} is not divisible by {parts}, the number of parts into which this mesh"
       f" ({', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}) splits a batch: make it a multiple of"
-      f" {parts}, or give the mesh fewer data and fsdp devices."
+      f" {parts}, or lower mesh.data or mesh.fsdp."
     )
 
 
 def rows_of_processes(mesh: Mesh, batch_size: int) -> list[list[int]]:
-  """For each process the rows of a batch that its devices hold, in order.
+  """The rows of a batch on the devices of each process, in order.
 
-  Processes whose devices differ along tensor or context only hold the same rows.
+  Processes whose devices differ only along tensor or context have the same rows.
   """
   parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
   size = batch_size // len(parts)

@@ -1,7 +1,7 @@
 """Logical axes of weights and activations, and the one table that maps them to mesh axes.
 
-Models name the meaning of each axis ("width", "heads"); only this file knows which part of the mesh it is
-spread over. A dimension that its mesh axes do not divide is left whole, so that odd sizes (a vocabulary of
+Models name the meaning of each axis ("width", "heads"); only this module knows over which mesh axes it is
+sharded. A dimension whose size is not divisible by its mesh axes is replicated, so that odd sizes (a vocabulary of
 259) work on every mesh.
 """
 
@@ -14,8 +14,8 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # logical axis -> mesh axes. "batch" rows are split over data and fsdp alike; fsdp also splits weights (ZeRO-3).
-# "slots", the inputs of the cross-attend, are split over tensor too, instead of its heads: with heads split, devices
-# would have to add up gradients of all the inputs; with slots split, they exchange what is as large as the latents.
+# "slots", the inputs of the cross-attention, are split over tensor too, instead of its heads: with heads split, devices
+# would have to sum gradients of all inputs; with slots split, they exchange arrays as large as the latents.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
   "slots": ("context", "tensor"),
@@ -54,13 +54,13 @@ def current_spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Partit
 
 
 def current_axes(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-  """For each dimension the mesh axes that `current_spec` spreads it over: () for none."""
+  """The mesh axes over which `current_spec` shards each dimension: () for none."""
   parts = current_spec(axes, shape) or (None,) * len(shape)
   return tuple((part,) if isinstance(part, str) else part or () for part in parts)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """`x`, kept in the layout of its logical `axes` on the mesh in use; unchanged without one."""
+  """`x` with a sharding constraint by its logical `axes` on the mesh in use; unchanged without a mesh."""
   layout = current_spec(axes, x.shape)
   return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
 
@@ -77,7 +77,7 @@ def shardings(boxed_shapes, mesh: Mesh):
 
 
 def bytes_per_device(tree) -> int:
-  """What each device holds of a tree of arrays, or of their shapes with shardings."""
+  """Bytes per device of a tree of arrays, or of their shapes with shardings."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -85,7 +85,7 @@ BATCH_AXES: dict[str, tuple[str | None, ...]] = {
   "inputs": ("batch", "slots"),
   "positions": ("batch", "slots", None),
 }
-"""Logical axes of a batch's arrays; of all others only the rows are split."""
+"""Logical axes of a batch's arrays; of all others, only the rows are sharded."""
 
 
 def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
@@ -94,33 +94,33 @@ def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def batch_shardings(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
-  """The layout of each array of a batch: rows over data and fsdp, the inputs' slots over context as well."""
+  """The sharding of each array of a batch: rows over data and fsdp, the slots of inputs over context as well."""
   return {name: NamedSharding(mesh, spec(batch_axes(name, len(shape)), shape, mesh)) for name, shape in shapes.items()}
 
 
-def fill_context(x: jax.Array) -> jax.Array:
-  """Ids [B, L, ...] with as many zeros (padding) in front as let the mesh in use split L."""
+def pad_context(x: jax.Array) -> jax.Array:
+  """Ids [B, L, ...] padded on the left with zeros until the mesh in use divides L, and sharded."""
   mesh = jax.sharding.get_abstract_mesh()
-  more = 0 if mesh.empty else -x.shape[1] % math.prod(mesh.shape[axis] for axis in RULES["slots"])
-  filled = jnp.pad(x, ((0, 0), (more, 0)) + ((0, 0),) * (x.ndim - 2)) if more else x
-  return constrain(filled, "batch", "slots", *(None,) * (x.ndim - 2))
+  extra = 0 if mesh.empty else -x.shape[1] % math.prod(mesh.shape[axis] for axis in RULES["slots"])
+  padded = jnp.pad(x, ((0, 0), (extra, 0)) + ((0, 0),) * (x.ndim - 2)) if extra else x
+  return constrain(padded, "batch", "slots", *(None,) * (x.ndim - 2))
 
 
-def last(x: jax.Array, size: int) -> jax.Array:
-  """The last `size` slots of ids [B, L, ...] whose slots may be spread over devices.
+def last_slots(x: jax.Array, size: int) -> jax.Array:
+  """The last `size` slots of ids [B, L, ...] whose slots may be sharded.
 
-  Devices send each other these slots alone; left to the compiler, a slice would first bring all of them together.
+  Devices exchange these slots only; the compiler would implement a slice by an all-gather of all slots.
   """
   (slots,) = current_axes(("slots",), x.shape[1:2])
   if not slots:
     return x[:, -size:]
 
   def pick(x_BxC):
-    here = x_BxC.shape[1]
-    wanted_M = x.shape[1] - size + jnp.arange(size) - jax.lax.axis_index(slots) * here
-    found_BxM = jnp.take(x_BxC, jnp.clip(wanted_M, 0, here - 1), axis=1)
-    is_here_M = ((wanted_M >= 0) & (wanted_M < here)).reshape(size, *(1,) * (x.ndim - 2))
-    return jax.lax.psum(jnp.where(is_here_M[None], found_BxM, 0), slots)
+    num_local = x_BxC.shape[1]
+    local_M = x.shape[1] - size + jnp.arange(size) - jax.lax.axis_index(slots) * num_local
+    values_BxM = jnp.take(x_BxC, jnp.clip(local_M, 0, num_local - 1), axis=1)
+    is_local_M = ((local_M >= 0) & (local_M < num_local)).reshape(size, *(1,) * (x.ndim - 2))
+    return jax.lax.psum(jnp.where(is_local_M[None], values_BxM, 0), slots)
 
-  split, whole = PartitionSpec(None, slots), PartitionSpec()
-  return jax.shard_map(pick, in_specs=split, out_specs=whole, axis_names=set(slots), check_vma=False)(x)
+  split, replicated = PartitionSpec(None, slots), PartitionSpec()
+  return jax.shard_map(pick, in_specs=split, out_specs=replicated, axis_names=set(slots), check_vma=False)(x)

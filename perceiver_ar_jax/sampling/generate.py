@@ -1,6 +1,6 @@
 """Tokens out of a model, a block at a time: pure functions, to be jitted. sampler.py drives them.
 
-With a cache (models/cache.py), tokens come in blocks of M - kept + 1: the first from a pass of the newest `kept`
+With a cache (models/decode_cache.py), tokens come in blocks of M - kept + 1: the first from a pass of the newest `kept`
 latents through all layers, the others from one more latent each, until there is no room for another. Without one, every
 token takes a whole pass over all latents: slow, and the truth that the cache is tested against.
 
@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.data import EOS, PAD
-from perceiver_ar_jax.models import cache
+from perceiver_ar_jax.models import decode_cache
 from perceiver_ar_jax.models.architectures import make_model
 
 
@@ -39,7 +39,7 @@ class Window(NamedTuple):
 class State(NamedTuple):
   """A batch of sequences in the making."""
 
-  context: cache.Context | Window
+  context: decode_cache.ContextCache | Window
   ended_B: jax.Array
   """Rows that have had EOS; they go on with PAD."""
   step: jax.Array
@@ -60,7 +60,9 @@ def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, ste
   """The state after right-aligned prompts; `ended_B` and `step` as in State."""
   context = Window(tokens_BxL, positions_BxLxP)
   if cached:
-    context = cache.prefill(config, cache.Weights.of(config, params), tokens_BxL, positions_BxLxP)
+    context = decode_cache.prefill(
+      config, decode_cache.UnstackedParams.from_params(config, params), tokens_BxL, positions_BxLxP
+    )
   return State(context, ended_B, step)
 
 
@@ -76,21 +78,21 @@ def cached_block(config: ModelConfig, kept: int, params, state: State, plan: Pla
     settings: see there.
     keys_B: a random key for each row, the same in all blocks.
   """
-  weights = cache.Weights.of(config, params)
-  latents_Bx1xD, context, layers = cache.refill(config, weights, state.context, kept)
+  weights = decode_cache.UnstackedParams.from_params(config, params)
+  latents_Bx1xD, context, layers = decode_cache.refill(config, weights, state.context, kept)
   state = state._replace(context=context)
 
   def add(state, latents_Bx1xD, index):
     """The state with the token that the newest latent predicts, the token, and its logits."""
-    logits_BxV = cache.logits(config, weights, latents_Bx1xD)
+    logits_BxV = decode_cache.logits(config, weights, latents_Bx1xD)
     token_B, state = _draw(logits_BxV, plan, index, settings, keys_B, state)
-    context = cache.add_input(config, weights, state.context, token_B, plan.positions_BxTxP[:, index])
+    context = decode_cache.append(config, weights, state.context, token_B, plan.positions_BxTxP[:, index])
     return state._replace(context=context), (token_B, logits_BxV)
 
   def step(carry, index):
     state, layers, latents_Bx1xD = carry
     state, drawn = add(state, latents_Bx1xD, index)
-    latents_Bx1xD, layers = cache.newest_latent(config, weights, state.context, layers)
+    latents_Bx1xD, layers = decode_cache.decode(config, weights, state.context, layers)
     return (state, layers, latents_Bx1xD), drawn
 
   last = plan.group_BxT.shape[1] - 1

@@ -24,7 +24,8 @@ from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.warn_once import warn_once
 from perceiver_ar_jax.evaluation import evaluate
-from perceiver_ar_jax.models.attention_kernels import Cached, check_platform
+from perceiver_ar_jax.models import architectures, decode_cache
+from perceiver_ar_jax.models.keys import CachedKeys
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
@@ -74,22 +75,13 @@ class Sampler:
     self.config, self.params, self.step = config, params, step
     self.mesh = make_mesh(config.mesh) if mesh is None else mesh
     model = config.model
-    check_platform(model.attention, self.mesh)
+    architectures.check(model, self.mesh)
     self.task = get_tasks(config.data, model.max_context + 1)[0][0]
     self._kept = config.sample.kept_latents or max(model.num_latents - model.num_latents // 8, 1)
     self._block_tokens = model.num_latents - self._kept + 1
     cached = config.sample.cache
-    if cached and model.architecture != "perceiver_ar":
-      raise InputError(
-        f"model.architecture={model.architecture} is there to be compared with and keeps no cache for sampling: set"
-        " --config.sample.cache=False, which takes a whole pass for every token, or in training"
-        " --config.eval.num_samples=0 for no samples."
-      )
-    if cached and not model.positions_from_data and model.position_encoding != "rotary":
-      raise InputError(
-        f"model.position_encoding={model.position_encoding} with model.positions_from_data=False changes all positions"
-        " with each token, so that nothing can be cached: set --config.sample.cache=False."
-      )
+    if cached:
+      decode_cache.check(model)
     self._begin = functools.partial(generate.begin, model, cached=cached)
     block = functools.partial(generate.cached_block, model, self._kept)
     if not cached:
@@ -308,12 +300,12 @@ class Sampler:
     """Shardings of what a function returns: keys and values as a cache wants them, all else split by rows."""
 
     def split(leaf):
-      if isinstance(leaf, Cached):
+      if isinstance(leaf, CachedKeys):
         return jax.tree.map(lambda x: self._sharding(("batch_heads", "context", None), x.shape), leaf)
       return self._sharding(("batch", *(None,) * len(leaf.shape))[: len(leaf.shape)], leaf.shape)
 
     if isinstance(result, generate.State):
-      return jax.tree.map(split, result, is_leaf=lambda leaf: isinstance(leaf, Cached))
+      return jax.tree.map(split, result, is_leaf=lambda leaf: isinstance(leaf, CachedKeys))
     state, tokens_BxT = result
     return self._layout(state), self._sharding((None, None), tokens_BxT.shape)  # every host reads all tokens
 

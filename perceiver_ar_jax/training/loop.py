@@ -21,8 +21,7 @@ from perceiver_ar_jax.data import pipeline, warn_once
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.evaluation import evaluate
-from perceiver_ar_jax.models import flops
-from perceiver_ar_jax.models.attention_kernels import check_platform
+from perceiver_ar_jax.models import architectures, flops
 from perceiver_ar_jax.parallel import chips, distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.sampling import write
@@ -49,7 +48,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   warn_once.reset()  # skipped files are counted from here on
   mesh = make_mesh(config.mesh)
   startup.done("devices")
-  check_platform(config.model.attention, mesh)
+  architectures.check(config.model, mesh)
   if config.train.microbatches > 1:
     check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   check_batch(config.train.batch_size, "train.batch_size", mesh)
@@ -65,7 +64,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
 
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
-  distributed.say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
+  distributed.log(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
   with signals.Signals() as stop_signals, jax.set_mesh(mesh):
     train_step = memory.compile_step(config, optimizer, abstract, data.spec, mesh)
     if exhibit:
@@ -76,12 +75,12 @@ def train(config: Config, workdir: epath.PathLike) -> int:
       if state is None:
         state = state_lib.init_state(config, optimizer, mesh)
       else:
-        distributed.say(f"Resuming from the checkpoint of step {int(state.step)}.")
+        distributed.log(f"Resuming from the checkpoint of step {int(state.step)}.")
       jax.block_until_ready(state)
       startup.done("weights")
-      distributed.say(startup.describe())
+      distributed.log(startup.describe())
       if stop_signals.wait_and_agree():
-        distributed.say(f"{stop_signals.name}: stopped at step {int(state.step)}, before the first update.")
+        distributed.log(f"{stop_signals.name}: stopped at step {int(state.step)}, before the first update.")
         return 128 + stop_signals.agreed
       with (
         _make_log(config, workdir, int(state.step), data.task) as log,
@@ -90,12 +89,12 @@ def train(config: Config, workdir: epath.PathLike) -> int:
         run = _Run(config, mesh, train_step, evaluator, exhibit, checkpointer, stop_signals, log, profile)
         state, result = run(state, data)
   if stop_signals.agreed:
-    distributed.say(f"{stop_signals.name}: saved at step {int(state.step)}; the same command resumes from there.")
+    distributed.log(f"{stop_signals.name}: saved at step {int(state.step)}; the same command resumes from there.")
     return 128 + stop_signals.agreed
   if num_skipped := warn_once.count("skipped"):
-    distributed.say(f"{num_skipped} files or records were skipped, each with its reason above.")
+    distributed.log(f"{num_skipped} files or records were skipped, each with its reason above.")
   evaluator.write(result, workdir)
-  distributed.say(
+  distributed.log(
     f"Done. {evaluator.describe(result)}\nCurves: {epath.Path(sys.executable).with_name('tensorboard')}"
     f" --logdir={workdir}   Metrics: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
   )

@@ -53,7 +53,7 @@ def compile_step(
   memory = compiled.memory_analysis()
   needed = memory.argument_size_in_bytes + bytes_beside_arguments(compiled)
   available = _bytes_per_device()
-  distributed.say(
+  distributed.log(
     f"Compiled the train step in {time.monotonic() - start:.1f} s. Memory on each of {mesh.size} devices: weights,"
     f" optimizer state and batch {_size(memory.argument_size_in_bytes)}, temporary {_size(memory.temp_size_in_bytes)},"
     f" available {_size(available)}."
@@ -77,7 +77,7 @@ def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Calla
   with _refusal("The sampler", _FEWER_SAMPLES):
     sampler_bytes = compile_sampler(abstract.params)
   state_bytes, available = sharding.bytes_per_device(abstract), _bytes_per_device()
-  distributed.say(
+  distributed.log(
     f"Compiled the sampler in {time.monotonic() - start:.1f} s. Memory on each device: weights and optimizer state"
     f" {_size(state_bytes)}, {num_samples} samples {_size(sampler_bytes)}, available {_size(available)}."
   )

@@ -7,8 +7,8 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config, ModelConfig
-from perceiver_ar_jax.models.architectures import make_model
+from perceiver_ar_jax.config import Config
+from perceiver_ar_jax.models.architectures import init_params
 from perceiver_ar_jax.parallel import sharding
 
 
@@ -44,7 +44,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 
 def abstract_params(config: Config, mesh: Mesh) -> dict:
   """Returns the weights of `abstract_state`."""
-  boxed = jax.eval_shape(lambda: _init_params(config.model, jax.random.key(0)))
+  boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
   return jax.tree.map(
     lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
     nn.meta.unbox(boxed),
@@ -57,16 +57,8 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
 
   def init(key):
-    params = nn.meta.unbox(_init_params(config.model, key))
+    params = nn.meta.unbox(init_params(config.model, key))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
   with jax.set_mesh(mesh):
     return jax.jit(init, out_shardings=layout)(jax.random.key(config.seed))
-
-
-def _init_params(model: ModelConfig, key: jax.Array) -> dict:
-  """Returns initial weights, still boxed with their logical axes."""
-  # Weights do not depend on the context length; the shortest sequence that the model allows traces fastest.
-  tokens_1xM = jnp.ones((1, model.num_latents), jnp.int32)
-  positions_1xMxP = jnp.ones((1, model.num_latents, len(model.position_sizes) or 1), jnp.int32)
-  return make_model(model).init(key, tokens_1xM, positions_1xMxP)["params"]

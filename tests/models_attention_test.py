@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perceiver_ar_jax.config import ATTENTION_KERNELS, InputError, MeshConfig
-from perceiver_ar_jax.models import attention_kernels as kernels
-from perceiver_ar_jax.models.attention_kernels import Keys
+from perceiver_ar_jax.config import InputError, MeshConfig
+from perceiver_ar_jax.models import attention, fused, streamed
+from perceiver_ar_jax.models.keys import Keys
 from perceiver_ar_jax.parallel.mesh import make_mesh
+from tests import tiny
 
 
 def _inputs(num_queries, num_keys, dtype=np.float32):
@@ -31,20 +32,16 @@ def _values_and_gradients(kernel, q, k, v, valid, **kwargs):
   weights = np.random.default_rng(1).normal(size=q.shape) * _sees_a_key(q.shape[1], k.shape[1], valid)
 
   def loss(q, k, v):
-    out = kernel(q, Keys.of(k, v), valid, **kwargs)
+    out = kernel(q, Keys.from_arrays(k, v), valid, **kwargs)
     return (out * weights).sum(), out
 
   (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
   return out * (weights != 0), *gradients
 
 
-def test_the_config_knows_the_kernels_that_exist():
-  assert set(kernels.KERNELS) == set(ATTENTION_KERNELS)
-
-
 def test_reference_is_causal_softmax_attention():
   q, k, v, valid = _inputs(2, 5)
-  out = kernels.reference(q, Keys.of(k, v), valid)
+  out = attention.reference(q, Keys.from_arrays(k, v), valid)
   scores = np.einsum("k,lk->l", q[1, 0, 2], k[1, :, 2]) / 2.0  # row 1, latent 0 on slot 3, head 2; K = 4
   weights = np.exp(scores) * valid[1] * (np.arange(5) <= 3)
   np.testing.assert_allclose(out[1, 0, 2], weights / weights.sum() @ v[1, :, 2], rtol=1e-5)
@@ -52,7 +49,7 @@ def test_reference_is_causal_softmax_attention():
 
 def test_keep_own_shows_each_query_its_own_slot_and_no_other_dropped_one():
   q, k, v, _ = _inputs(3, 3)
-  out = kernels.reference(q, Keys.of(k, v), np.zeros((2, 3), bool), keep_own=True)
+  out = attention.reference(q, Keys.from_arrays(k, v), np.zeros((2, 3), bool), keep_own=True)
   np.testing.assert_allclose(out, v, rtol=1e-5)
 
 
@@ -61,8 +58,8 @@ def test_keep_own_shows_each_query_its_own_slot_and_no_other_dropped_one():
 @pytest.mark.parametrize("chunk", [1, 3, 5, 13, 64])
 def test_chunked_equals_reference(chunk, num_queries, num_keys, keep_own):
   inputs = _inputs(num_queries, num_keys)
-  ours = _values_and_gradients(kernels.chunked, *inputs, chunk=chunk, keep_own=keep_own)
-  truth = _values_and_gradients(kernels.reference, *inputs, keep_own=keep_own)
+  ours = _values_and_gradients(streamed.chunked, *inputs, chunk=chunk, keep_own=keep_own)
+  truth = _values_and_gradients(attention.reference, *inputs, keep_own=keep_own)
   for one, other in zip(ours, truth):
     np.testing.assert_allclose(one, other, atol=2e-6)
 
@@ -87,8 +84,8 @@ def test_streamed_equals_reference_with_gradients_of_the_projection(chunk):
     return fn(q, weights, jnp.linspace(0.5, 2.0, 26).reshape(2, 13))
 
   for one, other in zip(
-    jax.tree.leaves(gradients(functools.partial(kernels.streamed, chunk=chunk))),
-    jax.tree.leaves(gradients(kernels.reference)),
+    jax.tree.leaves(gradients(functools.partial(streamed.streamed, chunk=chunk))),
+    jax.tree.leaves(gradients(attention.reference)),
     strict=True,
   ):
     np.testing.assert_allclose(one, other, atol=5e-6)
@@ -97,20 +94,22 @@ def test_streamed_equals_reference_with_gradients_of_the_projection(chunk):
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(4, 13), (130, 130)])
 def test_splash_equals_reference(num_queries, num_keys):
   inputs = _inputs(num_queries, num_keys)
-  ours = _values_and_gradients(functools.partial(kernels.splash, interpret=True), *inputs)
-  for one, other in zip(ours, _values_and_gradients(kernels.reference, *inputs)):
+  ours = _values_and_gradients(functools.partial(fused.splash, interpret=True), *inputs)
+  for one, other in zip(ours, _values_and_gradients(attention.reference, *inputs)):
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def _lowered(kernel, platform):
   """The program of the kernel's gradient for a platform that need not be here."""
   q, k, v, valid = _inputs(128, 256, jnp.bfloat16)
-  gradient = jax.grad(lambda q, k, v: kernel(q, Keys.of(k, v), valid).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+  gradient = jax.grad(
+    lambda q, k, v: kernel(q, Keys.from_arrays(k, v), valid).astype(jnp.float32).sum(), argnums=(0, 1, 2)
+  )
   return jax.jit(gradient).trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_splash_lowers_for_the_tpu():
-  assert _lowered(kernels.splash, "tpu").count("tpu_custom_call") >= 2  # forward and backward
+  assert _lowered(fused.splash, "tpu").count("tpu_custom_call") >= 2  # forward and backward
 
 
 def test_cudnn_lowers_for_the_gpu(monkeypatch):
@@ -124,7 +123,7 @@ def test_cudnn_lowers_for_the_gpu(monkeypatch):
     def fill(x):  # cuDNN wants heads whose width is a multiple of 8
       return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 4)))
 
-    return kernels.cudnn(fill(q), Keys.of(*map(fill, keys.all())), valid, **kwargs)
+    return fused.cudnn(fill(q), Keys.from_arrays(*map(fill, keys.to_arrays())), valid, **kwargs)
 
   program = _lowered(kernel, "cuda")
   assert "__cudnn$fmhaScaleBiasSoftmax(" in program and "__cudnn$fmhaScaleBiasSoftmaxBackward(" in program
@@ -133,30 +132,42 @@ def test_cudnn_lowers_for_the_gpu(monkeypatch):
 @pytest.mark.parametrize(("name", "platform"), [("cudnn", "GPU"), ("splash", "TPU")])
 def test_kernels_of_other_platforms_are_refused(name, platform):
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  with pytest.raises(InputError, match=f"{name} runs on a {platform} only"):
-    kernels.check_platform(name, mesh)
-  kernels.check_platform("auto", mesh)
+  config = tiny.config(model__attention=name, model__dtype="bfloat16").model
+  with pytest.raises(InputError, match=f"{name} runs on {platform}s only"):
+    attention.check(config, mesh)
+  attention.check(tiny.config(model__attention="auto").model, mesh)
+
+
+def test_cudnn_in_float32_and_unknown_kernels_are_refused():
+  with pytest.raises(InputError, match="cudnn computes in bfloat16 only: set model.dtype=bfloat16"):
+    attention.check(tiny.config(model__attention="cudnn", model__dtype="float32").model)
+  with pytest.raises(InputError, match="model.attention='stremed' is unknown. Did you mean 'streamed'"):
+    attention.check(tiny.config(model__attention="stremed").model)
 
 
 def test_streamed_in_bfloat16_stays_close():
   q, k, v, valid = _inputs(4, 13)
-  exact = kernels.reference(q, Keys.of(k, v), valid)
-  half = kernels.streamed(*_half(q, k, v), valid, chunk=5)
+  exact = attention.reference(q, Keys.from_arrays(k, v), valid)
+  half = streamed.streamed(*_half(q, k, v), valid, chunk=5)
   assert half.dtype == jnp.bfloat16
   np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.05)
 
 
 def _half(q, k, v):
   q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-  return q, Keys.of(k, v)
+  return q, Keys.from_arrays(k, v)
 
 
 def test_chunked_keeps_nothing_of_the_size_of_all_scores():
   def temp_bytes(kernel):
     shapes = [jax.ShapeDtypeStruct((1, length, 1, 8), "float32") for length in (256, 8192, 8192)]
     valid = jax.ShapeDtypeStruct((1, 8192), "bool")
-    gradient = jax.grad(lambda q, k, v, valid: kernel(q, Keys.of(k, v), valid).sum(), argnums=(0, 1, 2))
+    gradient = jax.grad(lambda q, k, v, valid: kernel(q, Keys.from_arrays(k, v), valid).sum(), argnums=(0, 1, 2))
     return jax.jit(gradient).lower(*shapes, valid).compile().memory_analysis().temp_size_in_bytes
 
-  assert temp_bytes(kernels.chunked) < temp_bytes(kernels.reference) / 3
-  assert temp_bytes(kernels.auto) == temp_bytes(kernels.streamed), "auto walks over large contexts"
+  assert temp_bytes(streamed.chunked) < temp_bytes(attention.reference) / 3
+
+
+def test_auto_streams_over_large_contexts():
+  assert attention.choose("auto", 2**7, 2**8).attend is streamed.streamed
+  assert attention.choose("auto", 2**7 - 1, 2**8).attend is attention.reference

@@ -1,0 +1,100 @@
+"""What attention reads: keys and values as a function of their inputs (`Keys`) or as a KV cache (`CachedKeys`).
+
+This module also owns the visibility rule that every kernel follows: query m is at slot L - M + m and attends to key l
+iff l <= L - M + m and valid_BxL[l]. Kernels are in attention.py, streamed.py and fused.py. Shape letters:
+perceiver_ar.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from perceiver_ar_jax.parallel import sharding
+
+MASKED = -1e30  # finite, so that a row with every key masked does not become NaN
+
+product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Keys(NamedTuple):
+  """Keys and values that are projected on demand, for any range of slots, so that a kernel decides how many exist."""
+
+  project: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+  """(weights, inputs of C slots) -> k_BxCxHxK, v_BxCxHxK; a pure function that closes over no tracers."""
+  weights: Any
+  """A tree of float arrays, the same for every slot."""
+  inputs: Any
+  """A tree of arrays [B, L, ...]."""
+  sharded: bool = False
+  """Whether the slots are sharded over the mesh ("slots" in sharding.RULES)."""
+
+  @classmethod
+  def from_arrays(cls, k_BxLxHxK, v_BxLxHxK, *, sharded: bool = False) -> "Keys":
+    """Wraps keys and values that are already projected."""
+    return cls(_identity, (), (k_BxLxHxK, v_BxLxHxK), sharded)
+
+  def to_arrays(self) -> tuple[jax.Array, jax.Array]:
+    """(k_BxLxHxK, v_BxLxHxK) of all slots."""
+    k_BxLxHxK, v_BxLxHxK = self.project(self.weights, self.inputs)
+    if self.sharded:
+      k_BxLxHxK, v_BxLxHxK = (sharding.constrain(x, "batch", "slots", None, None) for x in (k_BxLxHxK, v_BxLxHxK))
+    return k_BxLxHxK, v_BxLxHxK
+
+
+def _identity(weights, inputs):
+  del weights
+  return inputs
+
+
+class CachedKeys(NamedTuple):
+  """The KV cache of one layer, N = B * H: one query reads this layout fast, and new slots are written in place.
+
+  Rows and heads share an axis: with a head axis of size 1, XLA's CPU compiler copies the whole cache for every token.
+  """
+
+  k_NxSxK: jax.Array
+  v_NxSxK: jax.Array
+
+  @classmethod
+  def from_arrays(cls, k_BxSxHxK, v_BxSxHxK) -> "CachedKeys":
+    """Converts keys and values from the layout of the layers."""
+    return cls(*(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (k_BxSxHxK, v_BxSxHxK)))
+
+  def to_keys(self, num_rows: int) -> Keys:
+    """Converts back to the layout of the layers; B = `num_rows`."""
+    return Keys.from_arrays(*(x.reshape(num_rows, -1, *x.shape[1:]).swapaxes(1, 2) for x in self))
+
+  def write(self, new: "CachedKeys", slot) -> "CachedKeys":
+    """The cache with those of one token (S = 1) written to slot int32[]."""
+    return CachedKeys(
+      *(jax.lax.dynamic_update_slice_in_dim(old, update, slot, axis=1) for old, update in zip(self, new))
+    )
+
+  def attend(self, q_Bx1xHxK, valid_BxS):
+    """attended_Bx1xHxK: one query per row attends to all valid slots."""
+    rows, _, heads, width = q_Bx1xHxK.shape
+    q_NxK = scaled(q_Bx1xHxK).reshape(rows * heads, width)
+    scores_NxS = product("nk,nsk->ns", q_NxK, self.k_NxSxK)
+    scores_NxS = jnp.where(jnp.repeat(valid_BxS, heads, axis=0), scores_NxS, MASKED)
+    weights_NxS = jax.nn.softmax(scores_NxS, axis=-1).astype(q_Bx1xHxK.dtype)
+    return jnp.einsum("ns,nsk->nk", weights_NxS, self.v_NxSxK).reshape(q_Bx1xHxK.shape)
+
+
+def scaled(q_BxMxHxK):
+  """Queries divided by the square root of their width."""
+  return q_BxMxHxK * q_BxMxHxK.shape[-1] ** -0.5
+
+
+def visible(slots_C, num_queries: int, num_keys: int, valid_BxC, keep_own: bool):
+  """bool[B, 1, M, C]: which of the keys at `slots_C` each of the last M of L slots attends to.
+
+  With `keep_own`, a query also attends to its own slot, valid or not.
+  """
+  own_M = jnp.arange(num_keys - num_queries, num_keys)[:, None]
+  visible_BxMxC = (slots_C[None] <= own_M)[None] & valid_BxC[:, None, :]
+  if keep_own:
+    visible_BxMxC |= (slots_C[None] == own_M)[None]
+  return visible_BxMxC[:, None]

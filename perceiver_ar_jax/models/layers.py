@@ -1,0 +1,297 @@
+"""The layers of the model: embedding, cross-attention block and self-attention layer, and their parts.
+
+Attention has one form in both blocks: queries are always at the last M of L slots, so causality is a static offset.
+The kernels that compute it are in attention.py. Shape letters: perceiver_ar.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from perceiver_ar_jax.config import InputError, ModelConfig
+from perceiver_ar_jax.models import attention, positions, streamed
+from perceiver_ar_jax.models.keys import CachedKeys, Keys
+from perceiver_ar_jax.parallel.sharding import constrain
+
+kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+# Any: the value is boxed with the names of its axes, and self.param unboxes it.
+_table_init: Callable[..., Any] = nn.with_logical_partitioning(
+  nn.initializers.truncated_normal(1.0), ("vocab", "width")
+)
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+  "gelu": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+MAPS = "intermediates"
+"""The collection to which attention writes the newest query's attention weights, if the caller makes it mutable
+(initialisation never does, and layers under a scan write nothing)."""
+
+
+def dense(
+  config: ModelConfig, features: int, name: str | None, axes: tuple[str, str], init=kernel_init, **kwargs
+) -> nn.Dense:
+  """A Dense with bias whose kernel [in, out] has the logical `axes`; computes in `config.dtype`."""
+  return nn.Dense(
+    features,
+    name=name,
+    dtype=config.dtype,
+    param_dtype=jnp.float32,
+    kernel_init=nn.with_logical_partitioning(init, axes),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+    **kwargs,
+  )
+
+
+def logits_dense(config: ModelConfig) -> nn.Dense:
+  """The last layer: float32 logits of each token id, initially zero."""
+  return dense(
+    config,
+    config.vocab_size,
+    None,
+    ("width", "vocab"),
+    init=nn.initializers.zeros_init(),
+    dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+  )
+
+
+def layer_norm(name: str | None) -> nn.LayerNorm:
+  """LayerNorm with scale and offset over the last axis, in float32; the Dense after it casts."""
+  return nn.LayerNorm(
+    epsilon=1e-5,
+    name=name,
+    dtype=jnp.float32,
+    use_fast_variance=False,
+    scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
+  )
+
+
+def drop(module: nn.Module, rate: float, x):
+  """Dropout: `x` with a fraction `rate` of its elements set to 0 and the others scaled up."""
+  if not rate:
+    return x
+  kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+  kept = checkpoint_name(kept, streamed.SAVED)  # one byte per element, and more expensive to draw again than to keep
+  return jnp.where(kept, x / (1 - rate), 0)
+
+
+def rotate(config: ModelConfig, x_BxLxHxK, positions_BxLxP):
+  """Queries or keys rotated by their positions, where the config's encoding does that; otherwise unchanged."""
+  encoding = positions.encoding_of(config)
+  return x_BxLxHxK if encoding.rotate is None else encoding.rotate(config, x_BxLxHxK, positions_BxLxP)
+
+
+class Embed(nn.Module):
+  """x_BxLxE in the compute dtype: token embedding plus the encoding of each position dimension, if it is added."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BxL, positions_BxLxP):
+    config, encoding = self.config, positions.encoding_of(self.config)
+    width, dtype = config.input_width, jnp.dtype(config.dtype)
+    table_VxE = self.param("tokens", _table_init, (config.vocab_size, width), jnp.float32)
+    x_BxLxE = table_VxE[tokens_BxL].astype(dtype)  # cast last: the gradients of a row are accumulated in float32
+    if not encoding.is_added:
+      return x_BxLxE
+    if positions_BxLxP.shape[-1] != len(config.position_sizes):
+      raise InputError(
+        f"Positions of this task have {positions_BxLxP.shape[-1]} dimensions, but"
+        f" model.position_sizes={config.position_sizes} has {len(config.position_sizes)}: give one size (largest"
+        " position + 1) for each."
+      )
+    for dimension, size in enumerate(config.position_sizes):
+      positions_BxL = positions_BxLxP[..., dimension]
+      if encoding.learned:
+        table = self.param(f"position_{dimension}", _table_init, (size, width), jnp.float32)
+        x_BxLxE += table[positions_BxL].astype(dtype)
+      else:
+        x_BxLxE += encoding.table(positions_BxL, size=size, width=width).astype(dtype)
+    return x_BxLxE
+
+
+class KeysValues(nn.Module):
+  """Projects normalised inputs to keys and values, not yet rotated; `width` is that of all heads together."""
+
+  config: ModelConfig
+  num_heads: int
+  width: int
+
+  @nn.compact
+  def __call__(self, inputs_BxLxE):
+    """Returns k_BxLxHxK and v_BxLxHxK."""
+
+    def heads(name):
+      projected = dense(self.config, self.width, name, ("width", "heads"))(inputs_BxLxE)
+      return projected.reshape(*inputs_BxLxE.shape[:2], self.num_heads, self.width // self.num_heads)
+
+    return heads("key"), heads("value")
+
+
+class Attention(nn.Module):
+  """Multi-head attention from normalised latents to keys and values, projected back to the latents' width."""
+
+  config: ModelConfig
+  num_heads: int
+  width: int
+
+  @nn.compact
+  def __call__(self, normed_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxL, keep_own: bool = False):
+    """Returns attended_BxMxD; `positions_BxMxP` are those of the latents, and `CachedKeys` need M = 1."""
+    config = self.config
+    query = dense(config, self.width, "query", ("width", "heads"))(normed_BxMxD)
+    q_BxMxHxK = rotate(config, query.reshape(*normed_BxMxD.shape[:2], self.num_heads, -1), positions_BxMxP)
+    if self.is_mutable_collection(MAPS) and isinstance(keys, Keys):
+      weights_BxHx1xL = attention.probabilities(q_BxMxHxK[:, -1:], keys.to_arrays()[0], valid_BxL, keep_own)
+      self.sow(MAPS, "weights_BxHxL", weights_BxHx1xL[:, :, 0])
+    if isinstance(keys, CachedKeys):
+      attended_BxMxHxK = keys.attend(q_BxMxHxK, valid_BxL)
+    else:
+      kernel = attention.choose(config.attention, q_BxMxHxK.shape[1], valid_BxL.shape[1])
+      attended_BxMxHxK = kernel.attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
+    return dense(config, config.latent_width, "out", ("heads", "width"))(attended_BxMxHxK.reshape(query.shape))
+
+
+class MLP(nn.Module):
+  """Two Dense layers with the config's activation between them."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BxMxD):
+    config = self.config
+    hidden_BxMxF = dense(config, config.mlp_widening * config.latent_width, "up", ("width", "mlp"))(x_BxMxD)
+    hidden_BxMxF = ACTIVATIONS[config.activation](hidden_BxMxF)
+    return dense(config, config.latent_width, "down", ("mlp", "width"))(hidden_BxMxF)
+
+
+class EmbeddedInputs(NamedTuple):
+  """Token ids, and the pure function that embeds any range of them."""
+
+  embed: Callable
+  """(weights, tokens_BxC, positions_BxCxP) -> x_BxCxE."""
+  weights: Any
+  tokens_BxL: jax.Array
+  positions_BxLxP: jax.Array
+
+
+class CrossAttention(nn.Module):
+  """Pre-norm attention from the latents to all inputs and a pre-norm MLP, each with dropout and a residual."""
+
+  config: ModelConfig
+
+  def setup(self):
+    config = self.config
+    self.norm_query, self.norm_inputs, self.norm_mlp = layer_norm(None), layer_norm(None), layer_norm(None)
+    self.keys_values = KeysValues(config, config.num_cross_heads, config.cross_width)
+    self.attention = Attention(config, config.num_cross_heads, config.cross_width)
+    self.mlp = MLP(config)
+
+  def __call__(self, latents_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxL, deterministic: bool = True):
+    """Returns latents_BxMxD, given the keys of all inputs (see `keys`) and which inputs are valid."""
+    dropout = functools.partial(drop, self, 0.0 if deterministic else self.config.dropout)
+    attended_BxMxD = self.attention(self.norm_query(latents_BxMxD), keys, positions_BxMxP, valid_BxL)
+    latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
+    hidden_BxMxD = self.mlp(self.norm_mlp(latents_BxMxD))
+    return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None)
+
+  def keys(self, inputs: EmbeddedInputs) -> Keys:
+    """Keys and values of the inputs: one pure function from token ids to rotated heads, for kernels that stream it."""
+    config = self.config
+    norm, norm_weights = functional(self.norm_inputs, jnp.zeros((1, 1, config.input_width)))
+    heads, heads_weights = functional(self.keys_values, jnp.zeros((1, 1, config.input_width)))
+
+    def from_ids(weights, tokens_BxC, positions_BxCxP):
+      embed_weights, norm_weights, heads_weights = weights
+      x_BxCxE = norm(norm_weights, inputs.embed(embed_weights, tokens_BxC, positions_BxCxP))
+      return heads(heads_weights, x_BxCxE)
+
+    def from_table(tables, tokens_BxC, positions_BxCxP):
+      del positions_BxCxP
+      return tuple(table_VxHxK[tokens_BxC].astype(config.dtype) for table_VxHxK in tables)
+
+    # Weights are gathered once, whole: sharded weights would make the results, as long as the context, be exchanged.
+    weights = (inputs.weights, norm_weights, heads_weights)
+    weights, unrotated = jax.tree.map(lambda weight: constrain(weight, *(None,) * weight.ndim), weights), from_ids
+    # In float32, since gradients of many inputs are accumulated in each row of the tables.
+    if projects_by_id(config, inputs.tokens_BxL.shape[1]):
+      ids_1xV = jnp.arange(config.vocab_size)[None]
+      projected = from_ids(weights, ids_1xV, ids_1xV[..., None])
+      weights, unrotated = tuple(part_1xVxHxK[0].astype(jnp.float32) for part_1xVxHxK in projected), from_table
+
+    def project(weights, source):
+      tokens_BxC, positions_BxCxP = source
+      k_BxCxHxK, v_BxCxHxK = unrotated(weights, tokens_BxC, positions_BxCxP)
+      return rotate(config, k_BxCxHxK, positions_BxCxP), v_BxCxHxK
+
+    sharded = attention.choose(config.attention, 1, 1).shards_context
+    slots = "slots" if sharded else None
+    source = constrain(inputs.tokens_BxL, "batch", slots), constrain(inputs.positions_BxLxP, "batch", slots, None)
+    return Keys(project, weights, source, sharded)
+
+
+def projects_by_id(config: ModelConfig, num_inputs: int) -> bool:
+  """Whether the cross-attention projects each token id once and looks the inputs up, instead of projecting each input.
+
+  Without added positions, inputs with the same id have the same keys and values up to the rotation, so this pays
+  where there are more inputs than ids.
+  """
+  return not positions.encoding_of(config).is_added and config.vocab_size <= num_inputs
+
+
+def functional(module: nn.Module, *example) -> tuple[Callable, Any]:
+  """(pure function of variables and inputs, the variables) of a submodule, which `example` initialises."""
+  if module.is_initializing():
+    module(*example)
+  unbound, variables = module.unbind()
+  return unbound.apply, variables
+
+
+class SelfAttentionLayer(nn.Module):
+  """One causal pre-norm Transformer layer over the latents, in the (carry, output) form that nn.scan needs."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    latents_BxMxD,
+    positions_BxMxP,
+    valid_BxM,
+    keep_own: bool = False,
+    deterministic: bool = True,
+    cache: CachedKeys | None = None,
+    slot=None,
+  ):
+    """Returns the latents and, for generation, their keys and values as `CachedKeys`.
+
+    Args:
+      latents_BxMxD: all latents, or in generation the newest latent, M = 1.
+      positions_BxMxP: positions of the latents.
+      valid_BxM: which latents others may attend to; [B, S] with `cache`.
+      keep_own: a latent attends to itself, valid or not.
+      deterministic: no dropout.
+      cache: None, or the KV cache of S latents, to which those of the newest latent are written.
+      slot: int32[], the newest latent's slot in `cache`.
+    """
+    config = self.config
+    dropout = functools.partial(drop, self, 0.0 if deterministic else config.dropout)
+    normed_BxMxD = layer_norm("norm_attention")(latents_BxMxD)
+    heads, width = config.num_self_heads, config.latent_width
+    k_BxMxHxK, v_BxMxHxK = KeysValues(config, heads, width, name="keys_values")(normed_BxMxD)
+    k_BxMxHxK = rotate(config, k_BxMxHxK, positions_BxMxP)
+    new_cache = CachedKeys.from_arrays(k_BxMxHxK, v_BxMxHxK)
+    if cache is not None:
+      new_cache = cache.write(new_cache, slot)
+    keys = Keys.from_arrays(k_BxMxHxK, v_BxMxHxK) if cache is None else new_cache
+    attend = Attention(config, heads, width, name="attention")
+    attended_BxMxD = attend(normed_BxMxD, keys, positions_BxMxP, valid_BxM, keep_own)
+    latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
+    hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))
+    return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None), new_cache

@@ -1,0 +1,198 @@
+"""Streamed attention: constant memory for any context length.
+
+The context is scanned in chunks: each chunk is projected to keys and values, attended to with a running softmax and
+discarded (running softmax: Milakov & Gimelshein, 2018); the backward pass recomputes it (FlashAttention). Only inputs
+as small as token ids are kept for all L slots. Where slots are sharded over devices, each device scans its own, and
+what the devices exchange is as large as the latents, whatever the context.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from perceiver_ar_jax.models.keys import MASKED, Keys, product, scaled, visible
+from perceiver_ar_jax.parallel import sharding
+
+SAVED = "saved"
+"""Checkpoint name of values that remat=dots keeps for the backward pass: small, and expensive to recompute."""
+
+
+def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
+  """Attention over the context in chunks of `chunk` slots, which need not divide L; see attention.py for arguments."""
+  rows, slots = sharding.current_axes(("batch", "slots" if keys.sharded else None), valid_BxL.shape)
+  layout = _Layout(valid_BxL.shape[1], slots)
+  scan = functools.partial(_scan_context, keys.project, chunk, keep_own, layout)
+  if rows or slots:
+    # Each device scans its own slots for its own rows, and gradients of the weights are summed over devices once, at
+    # the end: left to the compiler, they would be summed after every chunk.
+    replicated = jax.tree.map(lambda _: PartitionSpec(), keys.weights)
+    split = jax.tree.map(lambda _: PartitionSpec(rows or None, slots or None), keys.inputs)
+    latents, valid = PartitionSpec(rows or None), PartitionSpec(rows or None, slots or None)
+    scan = jax.shard_map(
+      scan,
+      in_specs=(latents, replicated, split, valid),
+      out_specs=latents,
+      axis_names={*rows, *slots},
+      check_vma=False,
+    )
+  return scan(q_BxMxHxK, keys.weights, keys.inputs, valid_BxL)
+
+
+def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
+  """`streamed` over keys and values that are projected once and kept: more memory, less to recompute."""
+  projected = Keys.from_arrays(*keys.to_arrays(), sharded=keys.sharded)
+  return streamed(q_BxMxHxK, projected, valid_BxL, keep_own, chunk)
+
+
+class _Layout(NamedTuple):
+  """Which slots of the context this device scans."""
+
+  num_keys: int
+  """L, over all devices."""
+  axes: tuple[str, ...]
+  """Mesh axes over which the slots are sharded, inside shard_map; (): this device has all slots."""
+
+  def first_slot(self, num_local: int):
+    """The global number of this device's first slot, where each device has `num_local`."""
+    return jax.lax.axis_index(self.axes) * num_local if self.axes else 0
+
+  def merge(self, top, total, out):
+    """Combines the running softmax of each device into that over all slots."""
+    if not self.axes:
+      return top, total, out
+    highest = jax.lax.pmax(top, self.axes)
+    shrink = jnp.exp(top - highest)
+    return highest, *jax.lax.psum((total * shrink, out * shrink[..., None]), self.axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _scan_context(project, chunk, keep_own, layout, q, weights, inputs, valid):
+  return _forward(project, chunk, keep_own, layout, q, weights, inputs, valid)[0]
+
+
+def _forward(project, chunk, keep_own, layout, q_BxMxHxK, weights, inputs, valid_BxL):
+  q_BxHxMxK = scaled(q_BxMxHxK).swapaxes(1, 2)
+  bias = functools.partial(_bias, valid_BxL, layout, q_BxMxHxK.shape[1], keep_own)
+
+  def attend(carry, first, size, causal):
+    top_BxHxM, total_BxHxM, out_BxHxMxK = carry
+    k_BxHxCxK, v_BxHxCxK = (x.swapaxes(1, 2) for x in project(weights, _slice(inputs, first, size)))
+    bias_Bx1xMxC = bias(first, size, causal)
+    scores_BxHxMxC = product("bhmk,bhck->bhmc", q_BxHxMxK, k_BxHxCxK) + bias_Bx1xMxC
+    # The chunk's own softmax first, then its weight: compilers fuse this, but not a maximum carried along.
+    chunk_top_BxHxM = scores_BxHxMxC.max(axis=-1)
+    p_BxHxMxC = jnp.exp(scores_BxHxMxC - chunk_top_BxHxM[..., None])
+    chunk_out_BxHxMxK = product("bhmc,bhck->bhmk", p_BxHxMxC.astype(v_BxHxCxK.dtype), v_BxHxCxK)
+    new_top = jnp.maximum(top_BxHxM, chunk_top_BxHxM)
+    shrink, chunk_shrink = jnp.exp(top_BxHxM - new_top), jnp.exp(chunk_top_BxHxM - new_top)
+    total_BxHxM = total_BxHxM * shrink + p_BxHxMxC.sum(axis=-1) * chunk_shrink
+    return new_top, total_BxHxM, out_BxHxMxK * shrink[..., None] + chunk_out_BxHxMxK * chunk_shrink[..., None]
+
+  rows = q_BxHxMxK.shape[:3]
+  carry = jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_BxHxMxK.shape)
+  sizes = valid_BxL.shape[1], q_BxMxHxK.shape[1]
+  top, total, out = layout.merge(*_for_each_chunk(attend, carry, layout, *sizes, chunk))
+  out_BxMxHxK = checkpoint_name((out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype), SAVED)
+  log_total_BxHxM = checkpoint_name(top + jnp.log(total), SAVED)
+  return out_BxMxHxK, (q_BxMxHxK, weights, inputs, valid_BxL, out_BxMxHxK, log_total_BxHxM)
+
+
+def _backward(project, chunk, keep_own, layout, residuals, grad_BxMxHxK):
+  q_BxMxHxK, weights, inputs, valid_BxL, out_BxMxHxK, log_total_BxHxM = residuals
+  if layout.axes:  # shard_map gives each device an equal part of the gradient of a replicated output
+    grad_BxMxHxK = jax.lax.psum(grad_BxMxHxK, layout.axes)
+  bias = functools.partial(_bias, valid_BxL, layout, q_BxMxHxK.shape[1], keep_own)
+  q_BxHxMxK, grad_BxHxMxK = scaled(q_BxMxHxK).swapaxes(1, 2), grad_BxMxHxK.swapaxes(1, 2)
+  inner_BxHxM = product("bmhk,bmhk->bhm", grad_BxMxHxK, out_BxMxHxK)
+  dtype = q_BxMxHxK.dtype
+
+  def attend(carry, first, size, causal):
+    grad_q_BxHxKxM, grad_weights, grad_inputs = carry
+    (k, v), pull_back = jax.vjp(project, weights, _slice(inputs, first, size))
+    k_BxHxCxK, v_BxHxCxK = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    bias_Bx1xMxC = bias(first, size, causal)
+    # Keys come before queries, and the gradient of the queries is accumulated transposed: then no product below has
+    # to transpose its large operand, which on CPUs costs more than the product.
+    scores_BxHxCxM = product("bhck,bhmk->bhcm", k_BxHxCxK, q_BxHxMxK) + bias_Bx1xMxC.swapaxes(2, 3)
+    p_BxHxCxM = jnp.exp(scores_BxHxCxM - log_total_BxHxM[:, :, None])
+    grad_p_BxHxCxM = product("bhck,bhmk->bhcm", v_BxHxCxK, grad_BxHxMxK)
+    grad_scores_BxHxCxM = (p_BxHxCxM * (grad_p_BxHxCxM - inner_BxHxM[:, :, None])).astype(dtype)
+    grad_q_BxHxKxM += product("bhck,bhcm->bhkm", k_BxHxCxK, grad_scores_BxHxCxM)
+    grad_k_BxHxCxK = product("bhcm,bhmk->bhck", grad_scores_BxHxCxM, q_BxHxMxK)
+    grad_v_BxHxCxK = product("bhcm,bhmk->bhck", p_BxHxCxM.astype(dtype), grad_BxHxMxK)
+    chunk_grad_weights, chunk_grad_inputs = pull_back(
+      (grad_k_BxHxCxK.swapaxes(1, 2).astype(k.dtype), grad_v_BxHxCxK.swapaxes(1, 2).astype(v.dtype))
+    )
+    grad_weights = jax.tree.map(jnp.add, grad_weights, chunk_grad_weights)
+    return grad_q_BxHxKxM, grad_weights, _write(grad_inputs, chunk_grad_inputs, first)
+
+  zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype) if _is_float(x) else _no_gradient(x))
+  carry = jnp.zeros(q_BxHxMxK.swapaxes(2, 3).shape), zeros(weights), zeros(inputs)
+  sizes = valid_BxL.shape[1], q_BxMxHxK.shape[1]
+  grad_q_BxHxKxM, grad_weights, grad_inputs = _for_each_chunk(attend, carry, layout, *sizes, chunk)
+  grad_q_BxMxHxK = grad_q_BxHxKxM.transpose(0, 3, 1, 2)
+  return scaled(grad_q_BxMxHxK).astype(dtype), grad_weights, grad_inputs, _no_gradient(valid_BxL)
+
+
+_scan_context.defvjp(_forward, _backward)
+
+
+def _for_each_chunk(step, carry, layout: _Layout, num_local: int, num_queries: int, chunk: int):
+  """The carry after `step(carry, first, size, causal)` for each chunk of this device's slots, in order.
+
+  A remainder comes first. Only `causal` chunks may hold some of the last M slots, and so need the causal mask.
+  """
+  whole, rest = divmod(num_local, chunk)
+  before = layout.num_keys - num_queries - layout.first_slot(num_local)  # local slots that every query may attend to
+  if rest:
+    carry = step(carry, 0, rest, bool(layout.axes) or rest > before)
+  # The bounds differ between devices: one program serves all of them, and only chunks near the end are masked.
+  clip = jnp.clip if layout.axes else np.clip
+  unmasked = clip((before - rest) // chunk, 0, whole)
+  for start, end, causal in ((0, unmasked, False), (unmasked, whole, True)):
+    if whole and (layout.axes or start < end):
+      carry = jax.lax.fori_loop(start, end, functools.partial(_step_at, step, rest, chunk, causal), carry)
+  return carry
+
+
+def _step_at(step, start: int, chunk: int, causal: bool, index, carry):
+  return step(carry, start + index * chunk, chunk, causal)
+
+
+def _slice(tree, first, size: int):
+  """`size` slots, from slot `first`, of a tree of [B, L, ...]."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), tree)
+
+
+def _write(tree, chunk_values, first):
+  """`tree` with `chunk_values` written to the slots from `first`; arrays without a gradient are returned unchanged."""
+
+  def write(x, values):
+    return jax.lax.dynamic_update_slice_in_dim(x, values, first, axis=1) if _is_float(x) else x
+
+  return jax.tree.map(write, tree, chunk_values)
+
+
+def _bias(valid_BxL, layout: _Layout, num_queries: int, keep_own: bool, first, size: int, causal: bool):
+  """float32[B, 1, M or 1, C] to add to the scores of a chunk: 0 for visible keys, MASKED for others."""
+  valid_BxC = _slice(valid_BxL, first, size)
+  if causal:
+    slots_C = layout.first_slot(valid_BxL.shape[1]) + first + jnp.arange(size)
+    visible_Bx1xMxC = visible(slots_C, num_queries, layout.num_keys, valid_BxC, keep_own)
+  else:
+    visible_Bx1xMxC = valid_BxC[:, None, None, :]
+  return jnp.where(visible_Bx1xMxC, 0.0, MASKED)
+
+
+def _is_float(x) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _no_gradient(x) -> np.ndarray:
+  """JAX's cotangent of integers and booleans."""
+  return np.zeros(x.shape, jax.dtypes.float0)
