@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from perceiver_ar_jax.config.checks import InputError, nearest, require, writing
+from perceiver_ar_jax.config.checks import InputError, TransientError, nearest, reading, require, writing
 from perceiver_ar_jax.config.data import IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ATTENTION_KERNELS, REMAT_POLICIES, ModelConfig
@@ -37,8 +37,10 @@ __all__ = [
   "REMAT_POLICIES",
   "SampleConfig",
   "TrainConfig",
+  "TransientError",
   "defaults",
   "nearest",
+  "reading",
   "resolve",
   "writing",
 ]

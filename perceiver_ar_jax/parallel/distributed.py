@@ -23,11 +23,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.config.checks import EXIT_TRANSIENT, for_user
 
 HEARTBEAT_SECONDS = 30
 """A process not heard of for this long counts as dead, and the others end."""
-PEER_DIED = 75
-"""Exit code of a process that ends because another one died: worth starting all of them again."""
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -148,9 +147,10 @@ class EndTogether:
       wait_for_all("end")
       return
     me = f"process {jax.process_index()} of {jax.process_count()}"
-    if isinstance(error, InputError):
-      print(f"Error: {' '.join(str(error).split())} ({me})", file=sys.stderr, flush=True)
-      os._exit(1)
+    explained = for_user(error)
+    if explained:
+      print(f"Error: {' '.join(str(explained).split())} ({me})", file=sys.stderr, flush=True)
+      os._exit(1 if isinstance(explained, InputError) else EXIT_TRANSIENT)
     if isinstance(error, KeyboardInterrupt):
       os._exit(128 + signal.SIGINT)
     sys.excepthook(kind, error, traceback)
@@ -158,4 +158,4 @@ class EndTogether:
       print(f"A computation failed in {me}, as when another process has died.", file=sys.stderr, flush=True)
       time.sleep(HEARTBEAT_SECONDS)  # JAX ends this process meanwhile, with the name of the one that died
     print(f"Ending {me}.", file=sys.stderr, flush=True)
-    os._exit(PEER_DIED)
+    os._exit(EXIT_TRANSIENT)
