@@ -166,7 +166,7 @@ def test_mistakes_are_explained(restored, tmp_path):
 
 
 def test_a_folder_without_a_run_is_explained(tmp_path):
-  with pytest.raises(InputError, match="holds no run"):
+  with pytest.raises(InputError, match="contains no run"):
     attention_maps.write(tiny.config(), tmp_path, prompts.read)
 
 

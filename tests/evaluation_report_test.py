@@ -40,7 +40,7 @@ def test_a_report_shows_what_the_run_has_written(tmp_path):
 
 
 def test_a_run_that_is_not_there_or_has_logged_nothing_is_explained(tmp_path):
-  with pytest.raises(InputError, match="holds no run"):
+  with pytest.raises(InputError, match="contains no run"):
     report.write(tmp_path)
   _run(tmp_path, [])
   with pytest.raises(InputError, match="has logged no step yet"):

@@ -154,7 +154,10 @@ class Checkpointer:
     read_only: bool = False,
     before_save: Callable[[], None] = lambda: None,
   ):
-    self._directory = epath.Path(workdir).absolute() / "checkpoints"
+    workdir = epath.Path(workdir)
+    if not workdir.is_absolute():  # `absolute` would make a local path of a URL such as gs://bucket
+      workdir = workdir.absolute()
+    self._directory = workdir / "checkpoints"
     self._read_only = read_only
     self._before_save = before_save
     policies = ocp.checkpoint_managers

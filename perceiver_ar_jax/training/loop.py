@@ -65,8 +65,9 @@ def train(
   0: done. 128 + signal number: SIGTERM or SIGINT came, everything is saved, and the same command goes on.
 
   Raises:
-    InputError: the config does not fit the data, the devices, their memory or the workdir; or the loss is no
-      longer finite. Checkpoints stay as they are.
+    InputError: the config does not fit the data, the devices, their memory or the workdir; another run is in the
+      workdir; or the loss is no longer finite. Checkpoints stay as they are.
+    TransientError: the disk is full or storage out of reach; the same command resumes once that has passed.
   """
   workdir, startup = epath.Path(workdir), _Startup()
   mesh = make_mesh(config.mesh)
@@ -78,17 +79,17 @@ def train(
   evaluator = make_evaluator(config, mesh)
   exhibit = make_exhibit(config, mesh) if make_exhibit and config.eval.num_samples else None
   data = HostBatches(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
-  workdir_lib.prepare(config, workdir)
   startup.done("data")
 
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
   distributed.say(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
-  with _Signals() as signals, jax.set_mesh(mesh):
+  with workdir_lib.own(config, workdir) as check_owner, _Signals() as signals, jax.set_mesh(mesh):
     _check_least_memory(config, abstract, mesh)
     train_step = _compile(config, optimizer, abstract, data.spec, mesh)
     startup.done("compilation")
-    with checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
+    keep = config.train.keep_checkpoints
+    with checkpoint.Checkpointer(workdir, keep=keep, before_save=check_owner) as checkpointer:
       state = checkpointer.restore(abstract, data)
       if state is None:
         state = state_lib.init_state(config, optimizer, mesh)
@@ -166,6 +167,7 @@ class _Run:
         if evaluate:
           result = self._evaluate(state.params, step)
           stop = bool(self._signals.agreed)
+        self._log.flush()
         self._checkpointer.save(state, data, result and {"nats_per_token": result["nats_per_token"]})
       if stop:
         break
@@ -217,6 +219,7 @@ class _Run:
       self._log.say(self._evaluator.describe(result))
       figures = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
       self._log.write(step, figures)
+      self._log.flush()
       if self._exhibit:
         self._log.say("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
         self._log.write_samples(step, self._exhibit(params, stopped))
