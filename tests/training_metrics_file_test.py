@@ -16,7 +16,13 @@ def objects(request, monkeypatch):
   if request.param:
     monkeypatch.setattr(metrics_file, "is_object_store", lambda path: True)
     path_type = type(epath.Path("/tmp"))
-    monkeypatch.setattr(path_type, "open", lambda *args, **kwargs: pytest.fail("objects are written whole"))
+    real = path_type.open
+
+    def open_whole(path, mode="r", *args, **kwargs):
+      assert "a" not in mode, "objects cannot be appended to"
+      return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(path_type, "open", open_whole)
   return request.param
 
 

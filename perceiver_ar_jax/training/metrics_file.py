@@ -40,7 +40,7 @@ class MetricsFile:
       if kept != lines:
         with writing(path, _FIX):
           write_atomically(path, _text(kept))
-    self._count = len(_paths(workdir))
+    self._number = 1 + max((int(path.stem.removeprefix("metrics-")) for path in _parts(workdir)), default=-1)
     self._file = None
     if not is_object_store(workdir):
       self._path = workdir / "metrics.jsonl"
@@ -57,14 +57,14 @@ class MetricsFile:
     """Writes what has been added."""
     if not self._pending:
       return
-    path = self._path if self._file else self._workdir / f"metrics-{self._count:06d}.jsonl"
+    path = self._path if self._file else self._workdir / f"metrics-{self._number:06d}.jsonl"
     with writing(path, _FIX):
       if self._file:
         self._file.write(_text(self._pending))
         self._file.flush()
       else:
         path.write_text(_text(self._pending))
-        self._count += 1
+        self._number += 1
     self._pending = []
 
   def close(self) -> None:
@@ -76,7 +76,11 @@ class MetricsFile:
 
 def _paths(workdir: epath.Path) -> list[epath.Path]:
   whole = workdir / "metrics.jsonl"
-  return [*([whole] if whole.exists() else []), *sorted(workdir.glob("metrics-*.jsonl"))]
+  return [*([whole] if whole.exists() else []), *_parts(workdir)]
+
+
+def _parts(workdir: epath.Path) -> list[epath.Path]:
+  return sorted(workdir.glob("metrics-*.jsonl"))
 
 
 def _lines(path: epath.Path) -> list[str]:
