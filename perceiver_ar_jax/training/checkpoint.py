@@ -10,6 +10,7 @@ is raised.
 
 import dataclasses
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -48,8 +49,12 @@ _DAMAGE_WORDS = re.compile(
 )
 
 
+# Where many arrays fail, as on a full disk, Orbax raises the first error, and asyncio logs a traceback of each other one.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
 class Saveable(Protocol):
-  """A data iterator whose complete position lies in files under a directory."""
+  """A data iterator that saves its complete position in files under a directory."""
 
   def save(self, directory: epath.Path) -> None: ...
 
@@ -136,6 +141,16 @@ class DataRestore(ocp.args.CheckpointArgs):
   iterator: Saveable
 
 
+class _Manager(ocp.CheckpointManager):
+  """Reads the metrics of every step when it is made; damaged ones must not cost the steps."""
+
+  def metrics(self, step: int):
+    try:
+      return super().metrics(step)
+    except ValueError:  # what undecodable JSON raises
+      return None
+
+
 class Checkpointer:
   """The checkpoints of one workdir: the newest `keep`, and the best by nats per token at evaluation.
 
@@ -169,7 +184,7 @@ class Checkpointer:
       keep_checkpoints_without_metrics=False,
     )
     with reading(self._directory, "give this user access"):
-      self._manager = ocp.CheckpointManager(
+      self._manager = _Manager(
         self._directory,
         options=ocp.CheckpointManagerOptions(
           preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
