@@ -147,8 +147,9 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("item", ["params", "fingerprint", "data"])
-@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize(
+  ("name", "item"), [*((name, "params") for name in UNREADABLE), ("stale", "fingerprint"), ("memory", "data")]
+)
 def test_a_checkpoint_that_could_not_be_read_is_reported_and_stays(name, item, workdir, monkeypatch):
   error, expected = UNREADABLE[name]
   DAMAGES["cut_params"](workdir / "checkpoints" / "3")  # found before, and left there as well

@@ -8,13 +8,12 @@ it is used; nothing is deleted, and nothing moves where no checkpoint is good. A
 is raised.
 """
 
-import dataclasses
 import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,6 +21,7 @@ from etils import epath
 
 from perceiver_ar_jax.config import InputError, TransientError, checks, reading, writing
 from perceiver_ar_jax.parallel import distributed
+from perceiver_ar_jax.training import checkpoint_items as items_lib
 from perceiver_ar_jax.training import fingerprint
 from perceiver_ar_jax.training.state import TrainState
 
@@ -49,96 +49,8 @@ _DAMAGE_WORDS = re.compile(
 )
 
 
-# Where many arrays fail, as on a full disk, Orbax raises the first error, and asyncio logs a traceback of each other one.
+# Where several arrays fail, as on a full disk, Orbax raises the first error, and asyncio logs tracebacks of the others.
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
-
-
-class Saveable(Protocol):
-  """A data iterator that saves its complete position in files under a directory."""
-
-  def save(self, directory: epath.Path) -> None: ...
-
-  def restore(self, directory: epath.Path) -> None: ...
-
-
-class _Failure:
-  """An error of a restore on this process, kept until all processes have finished theirs."""
-
-  def __init__(self, error: Exception):
-    self.error = error
-
-
-class _ArrayHandler(ocp.StandardCheckpointHandler):
-  """Arrays. Errors of `restore` are returned: Orbax makes all processes wait for one that raises."""
-
-  def restore(self, *args, **kwargs):
-    try:
-      return super().restore(*args, **kwargs)
-    except Exception as error:
-      return _Failure(error)
-
-
-@ocp.args.register_with_handler(_ArrayHandler, for_save=True)
-@dataclasses.dataclass
-class ArraySave(ocp.args.StandardSave):
-  """A tree of arrays to save."""
-
-
-@ocp.args.register_with_handler(_ArrayHandler, for_restore=True)
-@dataclasses.dataclass
-class ArrayRestore(ocp.args.StandardRestore):
-  """The shapes and shardings of a tree of arrays to restore."""
-
-
-class _JsonHandler(ocp.JsonCheckpointHandler):
-  """JSON; errors of `restore` are returned."""
-
-  def restore(self, *args, **kwargs):
-    try:
-      return super().restore(*args, **kwargs)
-    except Exception as error:
-      return _Failure(error)
-
-
-@ocp.args.register_with_handler(_JsonHandler, for_save=True)
-@dataclasses.dataclass
-class JsonSave(ocp.args.JsonSave):
-  """A dict to save."""
-
-
-@ocp.args.register_with_handler(_JsonHandler, for_restore=True)
-@dataclasses.dataclass
-class JsonRestore(ocp.args.JsonRestore):
-  """A dict to restore."""
-
-
-class DataHandler(ocp.CheckpointHandler):
-  """Lets a data iterator write its own files into the step, inside Orbax's atomic commit."""
-
-  def save(self, directory: epath.Path, args: "DataSave") -> None:
-    args.iterator.save(directory)
-
-  def restore(self, directory: epath.Path, args: "DataRestore") -> _Failure | None:
-    try:
-      args.iterator.restore(directory)
-    except Exception as error:
-      return _Failure(error)
-
-
-@ocp.args.register_with_handler(DataHandler, for_save=True)
-@dataclasses.dataclass
-class DataSave(ocp.args.CheckpointArgs):
-  """A data iterator whose position to save."""
-
-  iterator: Saveable
-
-
-@ocp.args.register_with_handler(DataHandler, for_restore=True)
-@dataclasses.dataclass
-class DataRestore(ocp.args.CheckpointArgs):
-  """A data iterator to move to the saved position."""
-
-  iterator: Saveable
 
 
 class _Manager(ocp.CheckpointManager):
@@ -193,10 +105,10 @@ class Checkpointer:
           create=not read_only,
         ),
         item_handlers={
-          "params": _ArrayHandler(),
-          "optimizer": _ArrayHandler(),
-          "fingerprint": _JsonHandler(),
-          "data": DataHandler(),
+          "params": items_lib.ArrayHandler(),
+          "optimizer": items_lib.ArrayHandler(),
+          "fingerprint": items_lib.JsonHandler(),
+          "data": items_lib.DataHandler(),
         },
       )
 
@@ -206,7 +118,7 @@ class Checkpointer:
   def __exit__(self, *unused) -> None:
     self._written(self._manager.close)  # waits for a save under way
 
-  def save(self, state: TrainState, data: Saveable | None, metrics: dict[str, float] | None = None) -> None:
+  def save(self, state: TrainState, data: items_lib.Saveable | None, metrics: dict[str, float] | None = None) -> None:
     """Starts to save `state` and the position of `data`; returns once both may change again.
 
     Without `data` (weights from elsewhere), training on from here begins the data anew. `metrics` holds
@@ -222,12 +134,12 @@ class Checkpointer:
     self._before_save()
     checksums = fingerprint.of({"params": state.params, "optimizer": state.opt_state})
     items = {
-      "params": ArraySave(state.params),
-      "optimizer": ArraySave({"step": state.step, "opt_state": state.opt_state}),
-      "fingerprint": JsonSave(checksums | {_HAS_DATA: int(data is not None)}),
+      "params": items_lib.ArraySave(state.params),
+      "optimizer": items_lib.ArraySave({"step": state.step, "opt_state": state.opt_state}),
+      "fingerprint": items_lib.JsonSave(checksums | {_HAS_DATA: int(data is not None)}),
     }
     if data is not None:
-      items["data"] = DataSave(data)
+      items["data"] = items_lib.DataSave(data)
     self._written(lambda: self._manager.save(step, metrics=metrics, args=ocp.args.Composite(**items)))
 
   def _written(self, write: Callable[[], None]) -> None:
@@ -249,7 +161,7 @@ class Checkpointer:
     """Whether the checkpoint of `step` was saved with the figures of an evaluation."""
     return bool(self._manager.metrics(step))
 
-  def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:
+  def restore(self, abstract: TrainState, data: items_lib.Saveable) -> TrainState | None:
     """Returns the newest good state in the layout of `abstract`, with `data` moved to its position.
 
     Returns None where no checkpoint exists. A damaged checkpoint is reported and moved to `damaged/`, and the one
@@ -260,9 +172,9 @@ class Checkpointer:
       TransientError: a checkpoint could not be read, and may be later; nothing was moved.
     """
     items = {
-      "params": ArrayRestore(abstract.params),
-      "optimizer": ArrayRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
-      "data": DataRestore(data),
+      "params": items_lib.ArrayRestore(abstract.params),
+      "optimizer": items_lib.ArrayRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+      "data": items_lib.DataRestore(data),
     }
     restored = self._restore_newest(items, skip_damaged=True)
     if restored is None:
@@ -277,7 +189,7 @@ class Checkpointer:
       InputError: it is damaged (an older one is never used instead), or may not be read.
       TransientError: it could not be read, and may be later.
     """
-    restored = self._restore_newest({"params": ArrayRestore(abstract_params)}, skip_damaged=False)
+    restored = self._restore_newest({"params": items_lib.ArrayRestore(abstract_params)}, skip_damaged=False)
     return restored and (restored[0], restored[1]["params"])
 
   def _restore_newest(self, items: dict[str, ocp.args.CheckpointArgs], skip_damaged: bool):
@@ -356,7 +268,7 @@ class Checkpointer:
     return f"The newest checkpoint in {self._directory}, of step {step}, is damaged: {reason}. {fix}"
 
   def _restore_step(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> dict:
-    values = self._restore_items(step, {"fingerprint": JsonRestore()})
+    values = self._restore_items(step, {"fingerprint": items_lib.JsonRestore()})
     saved = values["fingerprint"]
     arrays = {name: item for name, item in items.items() if name != "data"}
     values = self._restore_items(step, arrays)
@@ -373,7 +285,7 @@ class Checkpointer:
   def _restore_items(self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
     """Returns the values of some items of a step; raises on all processes if one of them fails."""
     values = self._manager.restore(step, args=ocp.args.Composite(**items))
-    errors = [value.error for value in values.values() if isinstance(value, _Failure)]
+    errors = [value.error for value in values.values() if isinstance(value, items_lib.Failure)]
     # The computations that follow need all processes.
     if distributed.largest(len(errors)):
       raise errors[0] if errors else _FailedElsewhere("another process cannot read it")

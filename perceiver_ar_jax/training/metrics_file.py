@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object per logged step.
 
-On a file system, lines are appended as they come. Object stores (gs://) cannot append, so there the lines since the last
-flush become an object of their own, metrics-<number>.jsonl, and the training loop flushes when it saves a checkpoint.
+On a file system, lines are appended as they come. Object stores (gs://) cannot append, so there the lines since the
+last flush become an object of their own, metrics-<number>.jsonl; the training loop flushes when it saves a checkpoint.
 `read` reads both.
 """
 
