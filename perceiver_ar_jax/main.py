@@ -7,7 +7,10 @@ MODE is train (the default), eval (score a split), sample (generate), score (how
 (compile the step for chips that are not here: what a pod would take).
 
 --config names an experiment of configs/; perceiver_ar_jax/config tells of every setting, and each can be
-overridden: --config.train.steps=100 --config.model.num_layers=6. The same command goes on with a run that was stopped.
+overridden: --config.train.steps=100 --config.model.num_layers=6. The same command resumes a run that was stopped.
+
+Exit codes: 0 done; 1 bad input or config; 75 a full disk, storage out of reach or an unexpected error, after which a
+restart may help (launch/supervise.sh); 128 + signal after a signal, with everything saved.
 """
 
 from absl import flags
