@@ -4,8 +4,8 @@
 #   launch/local.sh 2 --config=configs/copy.py --workdir=/tmp/run
 #
 # Each process's output comes with its number in front. If one fails, the others are ended, and its exit code is the
-# script's. SIGTERM and Ctrl-C reach every process once, so that all save; a second one ends them at once. Virtual CPU
-# devices for each: XLA_FLAGS=--xla_force_host_platform_device_count=4.
+# script's. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 reach every process once, so that all save; a second one ends
+# them at once. Virtual CPU devices for each: XLA_FLAGS=--xla_force_host_platform_device_count=4.
 set -uo pipefail
 set -m # process groups of their own: the terminal's Ctrl-C must not reach them a second time
 usage="Usage: launch/local.sh N --config=... --workdir=..., N processes, at least 1"
@@ -30,8 +30,10 @@ forward() {
   told=1
   for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done
 }
-trap 'forward TERM' TERM
-trap 'forward INT' INT
+for name in TERM INT HUP USR1; do
+  # shellcheck disable=SC2064 # expands now
+  trap "forward $name" "$name"
+done
 
 result=0 deadline=
 while ((${#pids[@]})); do

@@ -1,25 +1,31 @@
 #!/usr/bin/env bash
-# Starts a command again whenever it dies, until it is done:
+# Restarts a command whenever it dies, until it is done:
 #
 #   launch/supervise.sh launch/local.sh 2 --config=configs/copy.py --workdir=/tmp/run
 #   launch/supervise.sh .venv/bin/python -m perceiver_ar_jax.main --config=configs/copy.py --workdir=/tmp/run
 #
-# A run goes on exactly from its newest good checkpoint, so nothing needs to be told to it. It is not started again when
-# it is done (0), when its settings are wrong (1), or when SIGTERM or Ctrl-C came to this script, which hands them on.
-# MAX_RESTARTS (10) deaths in a row, each within HEALTHY_SECONDS (300) of its start, end the script with the last code.
+# A run resumes exactly from its newest good checkpoint, so the command stays the same. Exit codes: 0 (done) and 1 (bad
+# input or config) end the script. Any other code restarts the command, such as 75 (a full disk, storage out of reach, an
+# unexpected error) or 137 (kill -9). SIGTERM, SIGINT, SIGHUP and SIGUSR1 are forwarded once to the command, which saves,
+# and end the script.
+# The pause before a restart is PAUSE_SECONDS (5), and doubles up to 300 while the command dies within HEALTHY_SECONDS
+# (300) of its start. MAX_RESTARTS (10) such deaths in a row, about 25 minutes, end the script with the last code.
 set -uo pipefail
+set -m # a process group of its own for the command: the terminal's Ctrl-C must not reach it a second time
 (($#)) || { echo "Usage: launch/supervise.sh COMMAND [ARGUMENT...]" >&2; exit 1; }
 max_restarts=${MAX_RESTARTS:-10} healthy_seconds=${HEALTHY_SECONDS:-300} pause_seconds=${PAUSE_SECONDS:-5}
 
-signal='' child=
+signal= child=
 forward() {
   signal=$1
   [[ -n $child ]] && kill -s "$1" "$child" 2>/dev/null
 }
-trap 'forward TERM' TERM
-trap 'forward INT' INT
+for name in TERM INT HUP USR1; do
+  # shellcheck disable=SC2064 # expands now
+  trap "forward $name" "$name"
+done
 
-restarts=0
+restarts=0 pause=$pause_seconds
 while true; do
   begin=$SECONDS
   "$@" &
@@ -28,13 +34,14 @@ while true; do
   child=
   ((code == 0 || code == 1)) && exit "$code"
   [[ -n $signal ]] && exit "$code"
-  ((SECONDS - begin >= healthy_seconds)) && restarts=0
+  ((SECONDS - begin >= healthy_seconds)) && restarts=0 pause=$pause_seconds
   if ((++restarts > max_restarts)); then
     echo "Supervisor: died $restarts times in a row within $healthy_seconds s; giving up (code $code)." >&2
     exit "$code"
   fi
-  echo "Supervisor: ended with code $code; starting it again ($restarts)." >&2
-  sleep "$pause_seconds" &
+  echo "Supervisor: ended with code $code; restarting in $pause s ($restarts)." >&2
+  sleep "$pause" &
   wait $! # unlike sleep itself, wait lets a trap run at once
   [[ -n $signal ]] && exit "$code"
+  ((pause = pause * 2 > 300 ? 300 : pause * 2))
 done

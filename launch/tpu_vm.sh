@@ -11,7 +11,7 @@
 #
 #   launch/tpu_vm.sh keep --config=... --workdir=gs://...        # all of it, again after every preemption, until done
 #
-# `run` with the same arguments goes on from the newest checkpoint, so the workdir must outlive the slice. VERSION is the
+# `run` with the same arguments resumes from the newest checkpoint, so the workdir must outlive the slice. VERSION is the
 # runtime version of the machines' image, which goes with TYPE.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -131,16 +131,16 @@ keep() {
     fi
     case $state/$code in
       READY/0) echo "Done."; return 0 ;;
-      READY/1) fail "The run ended with exit code 1, which going on would not change: launch/tpu_vm.sh logs" ;;
+      READY/1) fail "The run ended with exit code 1, which a restart would not change: launch/tpu_vm.sh logs" ;;
       READY/) ;; # it runs
       READY/unreachable) echo "$(date +%H:%M:%S) worker 0 does not answer" ;;
       READY/*)
-        echo "$(date +%H:%M:%S) the run ended with exit code $code; going on"
+        echo "$(date +%H:%M:%S) the run ended with exit code $code; restarting it"
         run "$@"
         ;;
       CREATING/ | STARTING/ | RESTARTING/ | REPAIRING/) ;;
       *)
-        echo "$(date +%H:%M:%S) slice $NAME: ${state:-not there}; making it anew"
+        echo "$(date +%H:%M:%S) slice $NAME: ${state:-not there}; creating it again"
         if [[ -n $state$(request) ]]; then delete || true; fi
         if ! { "$0" create && "$0" setup && "$0" run "$@"; }; then
           echo "$(date +%H:%M:%S) that failed; trying again"

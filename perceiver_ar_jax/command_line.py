@@ -1,4 +1,7 @@
-"""What every command shares: --config and --workdir, and errors that end in one paragraph with exit code 1.
+"""What every command shares: --config and --workdir, exit codes, and errors that end in one paragraph.
+
+Exit codes: 0 done; 1 bad input or config; 75 a full disk, storage out of reach or an unexpected error (with a
+traceback), so that a restart may help; 128 + signal after a signal.
 
 Nothing here imports JAX or TensorFlow, so that --help and mistakes are answered at once.
 """
@@ -21,6 +24,7 @@ from ml_collections import config_dict, config_flags
 
 import perceiver_ar_jax
 from perceiver_ar_jax import config as config_lib
+from perceiver_ar_jax.config import checks
 
 _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # raised by a config file that cannot be run
 _OF_RUN = pathlib.Path(__file__).parent / "training" / "of_run.py"
@@ -52,7 +56,7 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
   """Parses the flags and exits with the code that `command` returns for the resolved config.
 
   Args:
-    command: returns the exit code; an InputError that it raises becomes the message and code 1.
+    command: returns the exit code; what it raises becomes a message and the exit code above.
     required: names of the flags that must be given, besides --config.
   """
 
@@ -61,10 +65,14 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
       logging.set_verbosity(logging.ERROR)  # libraries report every file they write; --verbosity=0 shows it
     try:
       return command(_resolve(argv, required))
-    except config_lib.InputError as error:
-      return _fail(error)
     except KeyboardInterrupt:
       return 128 + signal.SIGINT
+    except Exception as error:
+      explained = checks.for_user(error)
+      if explained is None:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return checks.EXIT_TRANSIENT
+      return _fail(explained, 1 if isinstance(explained, config_lib.InputError) else checks.EXIT_TRANSIENT)
 
   with _tolerant_stdout():
     app.run(main, flags_parser=_parse)
@@ -195,7 +203,8 @@ def _check(argument: str) -> None:
       section = section[word] if isinstance(section[word], config_dict.ConfigDict) else {}
 
 
-def _fail(error: Exception):
+def _fail(error: Exception, code: int = 1):
   message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-  print(f"Error: {message}", file=sys.stderr, flush=True)
-  sys.exit(1)
+  with contextlib.suppress(OSError):  # standard error may be a file on the full disk
+    print(f"Error: {message}", file=sys.stderr, flush=True)
+  sys.exit(code)

@@ -8,6 +8,9 @@ data), or plan (compile the step for the chips of a pod: does it fit, and what d
 
 --config names an experiment of configs/; perceiver_ar_jax/config documents every setting, and each can be
 overridden: --config.train.steps=100 --config.model.num_layers=6. The same command resumes a run that was stopped.
+
+Exit codes: 0 done; 1 bad input or config; 75 a full disk, storage out of reach or an unexpected error, after which a
+restart may help (launch/supervise.sh); 128 + signal after a signal, with everything saved.
 """
 
 from absl import flags

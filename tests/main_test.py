@@ -206,7 +206,7 @@ def test_a_workdir_of_another_config_is_left_alone(tmp_path):
   before = sorted(os.listdir(tmp_path / "checkpoints"))
   tiny.expect_error(
     tiny.run(tmp_path, model__num_layers=3),
-    "holds the checkpoints of another config",
+    "contains the checkpoints of another config",
     "model.num_layers is 2 there and 3 here",
   )
   assert sorted(os.listdir(tmp_path / "checkpoints")) == before

@@ -381,5 +381,5 @@ def test_the_command_writes_samples_and_says_what_is_wrong(trained, tmp_path):
   report = json.loads((trained / "samples" / "samples.json").read_text())
   assert report["seed"] == 0 and report["tokens_per_second"] > 0 and len(report["files"]) == 2
   assert all(len(np.load(trained / "samples" / name)) == 33 for name in report["files"])
-  with pytest.raises(InputError, match="holds no run"):
+  with pytest.raises(InputError, match="contains no run"):
     Sampler.from_workdir(tmp_path)

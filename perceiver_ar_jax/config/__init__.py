@@ -14,7 +14,16 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from perceiver_ar_jax.config.checks import InputError, lookup, nearest, require, require_seed, writing
+from perceiver_ar_jax.config.checks import (
+  InputError,
+  TransientError,
+  lookup,
+  nearest,
+  reading,
+  require,
+  require_seed,
+  writing,
+)
 from perceiver_ar_jax.config.data import DATA_PATHS, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ModelConfig
@@ -36,9 +45,11 @@ __all__ = [
   "PlanConfig",
   "SampleConfig",
   "TrainConfig",
+  "TransientError",
   "defaults",
   "lookup",
   "nearest",
+  "reading",
   "resolve",
   "writing",
 ]

@@ -245,18 +245,21 @@ class TrainIterator:
     (directory / f"{self._name}.json").write_text(json.dumps(state, indent=2) + "\n")
 
   def restore(self, directory: os.PathLike | str) -> None:
-    """Takes up the state that `save` wrote: the next batch is the one that followed then.
+    """Restores the state that `save` wrote: the next batch is the one that followed then.
 
     Raises:
-      InputError: there is no state of this shard, or it belongs to another stream (other settings).
+      InputError: the state is of other shards, or belongs to another stream (other settings).
+      FileNotFoundError: `directory` contains no state at all.
     """
     directory = epath.Path(directory)
     settings = directory / f"{self._name}.json"
     if not settings.exists():
-      found = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
+      shards = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
+      if not shards:
+        raise FileNotFoundError(f"{directory} contains no state of a data iterator")
       raise InputError(
-        f"{directory} holds no data iterator state for {self._name}"
-        + (f", only for {', '.join(found)}: set data.shards as it was." if found else ": start in a new workdir.")
+        f"{directory} contains no data iterator state for {self._name}, only for {', '.join(shards)}: set data.shards"
+        " back to what it was."
       )
     state = json.loads(settings.read_text())
     saved = state["stream"]

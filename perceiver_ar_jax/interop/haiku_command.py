@@ -58,8 +58,7 @@ def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.
   _check_shapes(params, abstract.params)
   if (workdir / "checkpoints").exists():
     raise InputError(f"--workdir={workdir} already contains a run: give a new folder.")
-  workdir_lib.prepare(config, workdir)
-  with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir) as checkpointer:
+  with workdir_lib.own(config, workdir), jax.set_mesh(mesh), checkpoint.Checkpointer(workdir) as checkpointer:
     params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)

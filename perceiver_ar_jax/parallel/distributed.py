@@ -22,11 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.config.checks import EXIT_TRANSIENT, for_user
 
 HEARTBEAT_SECONDS = 30
 """A process without a heartbeat for this long counts as dead, and the others exit."""
-PEER_DIED = 75
-"""Exit code of a process that exits because another one died: all of them should be restarted."""
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -147,9 +146,10 @@ class EndTogether:
       wait_for_all("end")
       return
     me = f"process {jax.process_index()} of {jax.process_count()}"
-    if isinstance(error, InputError):
-      print(f"Error: {' '.join(str(error).split())} ({me})", file=sys.stderr, flush=True)
-      os._exit(1)
+    explained = for_user(error)
+    if explained:
+      print(f"Error: {' '.join(str(explained).split())} ({me})", file=sys.stderr, flush=True)
+      os._exit(1 if isinstance(explained, InputError) else EXIT_TRANSIENT)
     if isinstance(error, KeyboardInterrupt):
       os._exit(128 + signal.SIGINT)
     sys.excepthook(kind, error, traceback)
@@ -157,4 +157,4 @@ class EndTogether:
       print(f"A computation failed in {me}; probably another process has died.", file=sys.stderr, flush=True)
       time.sleep(HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died
     print(f"{me} exits.", file=sys.stderr, flush=True)
-    os._exit(PEER_DIED)
+    os._exit(EXIT_TRANSIENT)

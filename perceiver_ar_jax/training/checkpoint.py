@@ -1,104 +1,92 @@
-"""Checkpoints: weights, optimizer, step and data position in one atomic Orbax step.
+"""Checkpoints: weights, optimizer state, step and data position in one atomic Orbax step.
 
-A step either is there as a whole or not at all, whenever the process dies. Every one carries a fingerprint
-of its values, so that damaged files are noticed even where they still parse; `restore` then falls back to
-the newest good one and moves the damaged ones aside, deleting nothing. Where none is good, nothing moves.
+A step exists as a whole or not at all, whenever the process dies. Each carries a fingerprint of its values
+(training/fingerprint.py), so that damaged files are noticed even where they still parse. `restore` separates two kinds
+of failure. A *damaged* checkpoint (values that differ, undecodable or missing files) is moved aside, and the one before
+it is used; nothing is deleted, and nothing moves where no checkpoint is good. A checkpoint that *could not be read*
+(no permission, storage that does not answer, no memory, any unknown error) may be good: nothing moves, and the error
+is raised.
 """
 
-import dataclasses
 import json
+import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.config import InputError, TransientError, checks, reading, writing
 from perceiver_ar_jax.parallel import distributed
+from perceiver_ar_jax.training import checkpoint_items as items_lib
+from perceiver_ar_jax.training import fingerprint
 from perceiver_ar_jax.training.state import TrainState
 
-_HAS_DATA = "has_data"  # beside the bit sums: whether the step holds a data position
+_HAS_DATA = "has_data"
+"""Key next to the checksums: whether the step contains a data position."""
+
+_DAMAGED, _UNREAD, _UNFIT = 1, 2, 3
+"""Severity of an error at restore, in the order in which processes that met different ones decide together: damage,
+could not be read, and valid but not for this config (InputError)."""
 
 
-_SEVERITY = {type(None): 0, InputError: 2}
-"""Of what a restore raised, to find the worst over all processes; any other error, damage, is 1."""
+class _Damaged(ValueError):
+  """The checkpoint's values are not those that were saved."""
 
 
-class Saveable(Protocol):
-  """A data iterator whose complete position lives in files under a directory."""
-
-  def save(self, directory: epath.Path) -> None: ...
-
-  def restore(self, directory: epath.Path) -> None: ...
+class _FailedElsewhere(Exception):
+  """This process succeeded, and another one failed."""
 
 
-class _Failure:
-  """What a restore raised on this process, to be weighed once all processes are through."""
+_DAMAGE = (_Damaged, FileNotFoundError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
+_DAMAGE_WORDS = re.compile(
+  "^(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE):"  # TensorStore; its other statuses have other causes as well
+  "|Truncated Zstd|[Cc]orrupt|[Cc]hecksum|sstable|Read less bytes|No such file|Failed to find any matching files"
+  "|was not found in the checkpoint|pytree structure error"
+)
 
-  def __init__(self, error: Exception):
-    self.error = error
+
+# Where several arrays fail, as on a full disk, Orbax raises the first error, and asyncio logs tracebacks of the others.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
-class _ArrayHandler(ocp.StandardCheckpointHandler):
-  """Arrays; what fails is returned, since Orbax makes all processes wait for one that raises."""
+class _Manager(ocp.CheckpointManager):
+  """Reads the metrics of every step when it is made; damaged ones must not cost the steps."""
 
-  def restore(self, *args, **kwargs):
+  def metrics(self, step: int):
     try:
-      return super().restore(*args, **kwargs)
-    except Exception as error:
-      return _Failure(error)
-
-
-@ocp.args.register_with_handler(_ArrayHandler, for_save=True)
-@dataclasses.dataclass
-class ArraySave(ocp.args.StandardSave):
-  """A tree of arrays to save."""
-
-
-@ocp.args.register_with_handler(_ArrayHandler, for_restore=True)
-@dataclasses.dataclass
-class ArrayRestore(ocp.args.StandardRestore):
-  """The shapes and layout of a tree of arrays to restore."""
-
-
-class DataHandler(ocp.CheckpointHandler):
-  """Lets a data iterator write its own files into the step, inside Orbax's atomic commit."""
-
-  def save(self, directory: epath.Path, args: "DataSave") -> None:
-    args.iterator.save(directory)
-
-  def restore(self, directory: epath.Path, args: "DataRestore") -> _Failure | None:
-    try:
-      args.iterator.restore(directory)
-    except Exception as error:
-      return _Failure(error)
-
-
-@ocp.args.register_with_handler(DataHandler, for_save=True)
-@dataclasses.dataclass
-class DataSave(ocp.args.CheckpointArgs):
-  """A data iterator whose position to save."""
-
-  iterator: Saveable
-
-
-@ocp.args.register_with_handler(DataHandler, for_restore=True)
-@dataclasses.dataclass
-class DataRestore(ocp.args.CheckpointArgs):
-  """A data iterator to move to the saved position."""
-
-  iterator: Saveable
+      return super().metrics(step)
+    except ValueError:  # what undecodable JSON raises
+      return None
 
 
 class Checkpointer:
-  """The checkpoints of one workdir: the newest `keep`, and the best by nats per token at evaluation."""
+  """The checkpoints of one workdir: the newest `keep`, and the best by nats per token at evaluation.
 
-  def __init__(self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False):
-    self._directory = epath.Path(workdir).absolute() / "checkpoints"
+  Args:
+    workdir: folder of the run.
+    keep: how many of the newest checkpoints to keep.
+    read_only: only restore; nothing is created, moved or deleted.
+    before_save: called before each save; raises if this run may no longer write to the workdir.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    keep: int = 1,
+    read_only: bool = False,
+    before_save: Callable[[], None] = lambda: None,
+  ):
+    workdir = epath.Path(workdir)
+    if not workdir.is_absolute():  # `absolute` would make a local path of a URL such as gs://bucket
+      workdir = workdir.absolute()
+    self._directory = workdir / "checkpoints"
     self._read_only = read_only
+    self._before_save = before_save
     policies = ocp.checkpoint_managers
     distributed.wait_for_all("checkpoints")  # compilation or imports may have taken one of them much longer
     best = policies.BestN(
@@ -107,21 +95,22 @@ class Checkpointer:
       n=1,
       keep_checkpoints_without_metrics=False,
     )
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        create=not read_only,
-      ),
-      item_handlers={
-        "params": _ArrayHandler(),
-        "optimizer": _ArrayHandler(),
-        "fingerprint": ocp.JsonCheckpointHandler(),
-        "data": DataHandler(),
-      },
-    )
+    with reading(self._directory, "give this user access"):
+      self._manager = _Manager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+          cleanup_tmp_directories=not read_only,
+          read_only=read_only,
+          create=not read_only,
+        ),
+        item_handlers={
+          "params": items_lib.ArrayHandler(),
+          "optimizer": items_lib.ArrayHandler(),
+          "fingerprint": items_lib.JsonHandler(),
+          "data": items_lib.DataHandler(),
+        },
+      )
 
   def __enter__(self) -> "Checkpointer":
     return self
@@ -129,39 +118,44 @@ class Checkpointer:
   def __exit__(self, *unused) -> None:
     self._written(self._manager.close)  # waits for a save under way
 
-  def save(self, state: TrainState, data: Saveable | None) -> None:
+  def save(self, state: TrainState, data: items_lib.Saveable | None) -> None:
     """Starts to save `state` and the position of `data`; returns once both may change again.
 
     Without `data` (weights from elsewhere), training resumed from here starts over with the data. A step that is saved
     already is left alone.
 
     Raises:
-      InputError: it, or the checkpoint before it, could not be written.
+      TransientError: it, or the checkpoint before it, could not be written, and may be later (a full disk).
+      InputError: this user may not write it, or this run may not (`before_save`).
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    fingerprint = _fingerprint("params", state.params) | _fingerprint("optimizer", state.opt_state)
+    self._before_save()
+    checksums = fingerprint.of({"params": state.params, "optimizer": state.opt_state})
     items = {
-      "params": ArraySave(state.params),
-      "optimizer": ArraySave({"step": state.step, "opt_state": state.opt_state}),
-      "fingerprint": ocp.args.JsonSave(fingerprint | {_HAS_DATA: int(data is not None)}),
+      "params": items_lib.ArraySave(state.params),
+      "optimizer": items_lib.ArraySave({"step": state.step, "opt_state": state.opt_state}),
+      "fingerprint": items_lib.JsonSave(checksums | {_HAS_DATA: int(data is not None)}),
     }
     if data is not None:
-      items["data"] = DataSave(data)
+      items["data"] = items_lib.DataSave(data)
     self._written(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
   def _written(self, write: Callable[[], None]) -> None:
-    """Calls `write`; raises InputError if a checkpoint, this one or the one before, could not be written."""
+    """Calls `write`, which writes this checkpoint or finishes the one before; raises as `save`."""
     try:
       write()
-    except TimeoutError:  # another process did not write its part: it is dead, and a restart mends that
+    except Exception as error:
+      message = (
+        f"A checkpoint could not be written to {self._directory} ({checks.one_line(error)}). The checkpoints before it"
+        " are intact."
+      )
+      if checks.is_transient(error):
+        raise TransientError(f"{message} To resume from the newest, {checks.WHEN_STORAGE_IS_BACK}") from error
+      if checks.is_denied(error):
+        raise InputError(f"{message} Give this user write access, and start the same command again.") from error
       raise
-    except (OSError, ValueError) as error:  # a full disk has many faces, TensorStore's own among them
-      raise InputError(
-        f"A checkpoint could not be written to {self._directory}: {' '.join(str(error).split())[:300]} Those before it"
-        " are as they were: make room, and the same command goes on from the newest."
-      ) from error
 
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
     """Adds the metrics of an evaluation, `nats_per_token` among them, to the saved `step`; they decide on the best.
@@ -189,84 +183,143 @@ class Checkpointer:
     """Returns whether the saved `step` has the metrics of an evaluation."""
     return bool(self._manager.metrics(step))
 
-  def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:
-    """The newest good state in the layout of `abstract`, with `data` moved to its position.
+  def restore(self, abstract: TrainState, data: items_lib.Saveable) -> TrainState | None:
+    """Returns the newest good state in the layout of `abstract`, with `data` moved to its position.
 
-    Returns None where no checkpoint exists. A damaged one is reported and moved to `damaged/`, and the one
-    before it is taken.
+    Returns None where no checkpoint exists. A damaged checkpoint is reported and moved to `damaged/`, and the one
+    before it is used.
 
     Raises:
-      InputError: every checkpoint is damaged, or `data` does not fit the saved position.
+      InputError: every checkpoint is damaged, `data` does not fit the saved position, or a file may not be read.
+      TransientError: a checkpoint could not be read, and may be later; nothing was moved.
     """
     items = {
-      "params": ArrayRestore(abstract.params),
-      "optimizer": ArrayRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
-      "data": DataRestore(data),
+      "params": items_lib.ArrayRestore(abstract.params),
+      "optimizer": items_lib.ArrayRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+      "data": items_lib.DataRestore(data),
     }
-    restored = self._restore_newest(items)
+    restored = self._restore_newest(items, skip_damaged=True)
     if restored is None:
       return None
     _, values = restored
     return TrainState(params=values["params"], **values["optimizer"])
 
   def restore_params(self, abstract_params: dict) -> tuple[int, dict] | None:
-    """(step, weights) of the newest good checkpoint, or None; damaged ones are treated as in `restore`."""
-    restored = self._restore_newest({"params": ArrayRestore(abstract_params)})
+    """Returns (step, weights) of the newest checkpoint, or None where no checkpoint exists.
+
+    Raises:
+      InputError: it is damaged (an older one is never used instead), or may not be read.
+      TransientError: it could not be read, and may be later.
+    """
+    restored = self._restore_newest({"params": items_lib.ArrayRestore(abstract_params)}, skip_damaged=False)
     return restored and (restored[0], restored[1]["params"])
 
-  def _restore_newest(self, items: dict[str, ocp.args.CheckpointArgs]):
-    """(step, {item: value}) of the newest checkpoint that is whole, or None where there is none at all."""
+  def _restore_newest(self, items: dict[str, ocp.args.CheckpointArgs], skip_damaged: bool):
+    """Returns (step, {item: value}) of the newest good checkpoint, or None where no checkpoint exists."""
     damaged = []
-    for step in sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []:
+    steps = sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []
+    for index, step in enumerate(steps):
       values, error = self._attempt(step, items)
-      worst = distributed.largest(_SEVERITY.get(type(error), 1))  # the same on all processes
-      if worst == _SEVERITY[InputError]:
-        elsewhere = InputError(f"Another process cannot go on from step {step}: its own message says why.")
-        raise error if isinstance(error, InputError) else elsewhere
-      if worst:
-        reason = " ".join(str(error or "another process cannot read it").split())[:300]
-        print(f"The checkpoint of step {step} in {self._directory} is damaged: {reason}", file=sys.stderr)
-        damaged.append(step)
-      else:
+      severity = self._severity(step, error)
+      worst = distributed.largest(severity)  # the same on all processes
+      if worst == 0:
         self._set_aside(damaged)
         return step, values
+      reason = checks.one_line(_root(error or _FailedElsewhere("another process cannot read it")))
+      if worst > _DAMAGED:
+        raise self._cannot_read(step, error, reason, worst, severity)
+      if not skip_damaged:
+        raise InputError(self._refusal(step, reason, steps[index + 1 :]))
+      print(f"The checkpoint of step {step} in {self._directory} is damaged: {reason}", file=sys.stderr)
+      damaged.append(step)
     if damaged:
       raise InputError(
-        f"None of the checkpoints {sorted(damaged)} in {self._directory} can be read. Put back a good copy, or start"
-        " anew with another --workdir."
+        f"All checkpoints ({', '.join(map(str, sorted(damaged)))}) in {self._directory} are damaged; none was moved."
+        " Put back a good copy, or start over with another --workdir."
       )
     return None
 
   def _attempt(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> tuple[dict | None, Exception | None]:
-    """(values, None) of a step, or (None, what is wrong with it)."""
+    """Returns (values, None) of a step, or (None, the error)."""
     try:
       return self._restore_step(step, items), None
-    except Exception as error:  # whatever a damaged file makes its reader raise; it is reported
+    except Exception as error:  # `_severity` classifies it
       return None, error
 
+  def _severity(self, step: int, error: Exception | None) -> int:
+    """0 without an error; `_DAMAGED` only where the error shows it: a checkpoint that is moved is lost to the run."""
+    if error is None:
+      return 0
+    if isinstance(error, InputError):
+      return _UNFIT
+    if isinstance(error, _FailedElsewhere):
+      return _DAMAGED  # whatever the other process says is at least as severe
+    if checks.is_transient(error) or checks.is_denied(error) or not (self._directory / str(step)).exists():
+      return _UNREAD
+    error = _root(error)
+    shows_damage = isinstance(error, _DAMAGE) or _DAMAGE_WORDS.search(checks.one_line(error))
+    return _DAMAGED if shows_damage else _UNREAD
+
+  def _cannot_read(self, step: int, error: Exception | None, reason: str, worst: int, severity: int) -> Exception:
+    """The error to raise for a step that is not damaged."""
+    where = f"the checkpoint of step {step} in {self._directory}"
+    if severity < worst:
+      kind = InputError if worst == _UNFIT else TransientError
+      return kind(f"Another process cannot resume from {where}: see its message. Nothing was moved.")
+    if worst == _UNFIT:
+      return error
+    if checks.is_denied(error):
+      kind, fix = InputError, "give this user access to it."
+    elif checks.is_transient(error):
+      kind, fix = TransientError, "start the same command again once storage and memory are available."
+    else:
+      error.add_note(f"This happened while restoring {where}. Nothing was moved.")
+      return error
+    result = kind(f"Could not read {where} ({reason}). It may be good, so nothing was moved: {fix}")
+    result.__cause__ = error
+    return result
+
+  def _refusal(self, step: int, reason: str, older: list[int]) -> str:
+    """The message for those who only read: which step is damaged, and how to choose an older one."""
+    fix = "Put back a good copy."
+    if older:
+      fix = (
+        f"An older checkpoint is not used unasked. To use step {older[0]}, resume training with this --workdir, which"
+        f" moves step {step} to damaged/, or move {self._directory / str(step)} to another folder yourself."
+      )
+    return f"The newest checkpoint in {self._directory}, of step {step}, is damaged: {reason}. {fix}"
+
   def _restore_step(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> dict:
-    saved = self._manager.restore(step, args=ocp.args.Composite(fingerprint=ocp.args.JsonRestore()))["fingerprint"]
+    values = self._restore_items(step, {"fingerprint": items_lib.JsonRestore()})
+    saved = values["fingerprint"]
     arrays = {name: item for name, item in items.items() if name != "data"}
-    values = self._manager.restore(step, args=ocp.args.Composite(**arrays))
-    _raise_together(values)
-    found = _fingerprint("params", values["params"])
-    if "optimizer" in items:
-      found |= _fingerprint("optimizer", values["optimizer"]["opt_state"])
-    differing = [name for name in found if saved.get(name) != found[name]]
+    values = self._restore_items(step, arrays)
+    trees = {name: value["opt_state"] if name == "optimizer" else value for name, value in values.items()}
+    differing = fingerprint.differences(saved, trees)
     if differing:
-      raise ValueError(f"the values of {', '.join(differing[:3])} are not those that were saved")
+      raise _Damaged(f"the values of {', '.join(differing[:3])} are not those that were saved")
     if "optimizer" in items and int(values["optimizer"]["step"]) != step:
-      raise ValueError(f"it says that it is of step {values['optimizer']['step']}")
-    if "data" in items and saved.get(_HAS_DATA, 1):  # last, so that a step given up leaves the data where it was
-      _raise_together(self._manager.restore(step, args=ocp.args.Composite(data=items["data"])))
-    return {name: values[name] for name in arrays}
+      raise _Damaged(f"its optimizer state is of step {values['optimizer']['step']}")
+    if "data" in items and saved.get(_HAS_DATA, 1):  # last, so that a damaged step leaves the data position alone
+      self._restore_items(step, {"data": items["data"]})
+    return values
+
+  def _restore_items(self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
+    """Returns the values of some items of a step; raises on all processes if one of them fails."""
+    values = self._manager.restore(step, args=ocp.args.Composite(**items))
+    errors = [value.error for value in values.values() if isinstance(value, items_lib.Failure)]
+    # The computations that follow need all processes.
+    if distributed.largest(len(errors)):
+      raise errors[0] if errors else _FailedElsewhere("another process cannot read it")
+    return values
 
   def _set_aside(self, steps: list[int]) -> None:
-    """Moves damaged steps out of the way of the run that goes on, deleting nothing."""
+    """Moves damaged steps out of the way of the run that resumes; deletes nothing."""
     if not steps or self._read_only:
       return
     if jax.process_index() == 0:
-      self._move(steps)
+      with writing(self._directory.parent / "damaged", "give this user write access"):
+        self._move(steps)
     distributed.wait_for_all("damaged checkpoints are moved")
     self._manager.reload()
 
@@ -277,31 +330,11 @@ class Checkpointer:
       copies = sum(path.name.split("-")[0] == str(step) for path in damaged.iterdir())
       target = damaged / (f"{step}-{copies}" if copies else str(step))
       (self._directory / str(step)).rename(target)
-      print(f"Step {step} was moved to {target}; the checkpoint before it is taken.", file=sys.stderr)
+      print(f"Step {step} was moved to {target}; the checkpoint before it is used.", file=sys.stderr)
 
 
-def _raise_together(values: Mapping[str, Any]) -> None:
-  """Raises what failed here or, if all went well here but not on another process, an error of its own."""
-  errors = [value.error for value in values.values() if isinstance(value, _Failure)]
-  # The computations that follow need all processes.
-  if distributed.largest(len(errors)):
-    raise errors[0] if errors else ValueError("another process cannot read it")
-
-
-@jax.jit
-def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
-  """uint32 sums of each array's bits: the same on every mesh, different after almost any damage."""
-  kinds = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}
-
-  def bit_sum(leaf):
-    bits = jax.lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize])
-    return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-  return [bit_sum(leaf) for leaf in leaves]
-
-
-def _fingerprint(prefix: str, tree) -> dict[str, int]:
-  """{path of each array: its bit sum}."""
-  paths, leaves = zip(*jax.tree.leaves_with_path(tree))
-  sums = jax.device_get(_bit_sums(list(leaves)))
-  return {prefix + jax.tree_util.keystr(path): int(value) for path, value in zip(paths, sums)}
+def _root(error: BaseException) -> BaseException:
+  """The error at the start of the chain of explicit causes; those that wrap it say less."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error

@@ -41,8 +41,9 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   resumes the run.
 
   Raises:
-    InputError: the config does not fit the data, the devices, their memory or the workdir; the loss is no longer
-      finite; or the final evaluation failed. Checkpoints are kept as they are.
+    InputError: the config does not fit the data, the devices, their memory or the workdir; another run is in the
+      workdir; the loss is no longer finite; or the final evaluation failed. Checkpoints are kept as they are.
+    TransientError: the disk is full or storage out of reach; the same command resumes once that has passed.
   """
   workdir, startup = epath.Path(workdir), _Startup()
   warn_once.reset()  # skipped files are counted from here on
@@ -59,18 +60,18 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   exhibit = write.Exhibit(config, mesh, num_samples) if num_samples else None
   data = HostBatches(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
   pipeline.check_held_out(config)
-  workdir_lib.prepare(config, workdir)
   startup.done("data")
 
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
   distributed.log(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
-  with signals.Signals() as stop_signals, jax.set_mesh(mesh):
+  with workdir_lib.own(config, workdir) as check_owner, signals.Signals() as stop_signals, jax.set_mesh(mesh):
     train_step = memory.compile_step(config, optimizer, abstract, data.spec, mesh)
     if exhibit:
       memory.check_samples(num_samples, abstract, exhibit.compile)
     startup.done("compilation")
-    with checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
+    keep = config.train.keep_checkpoints
+    with checkpoint.Checkpointer(workdir, keep=keep, before_save=check_owner) as checkpointer:
       state = checkpointer.restore(abstract, data)
       if state is None:
         state = state_lib.init_state(config, optimizer, mesh)
@@ -152,6 +153,7 @@ class _Run:
         self._checkpointer.save(state, data)
         if evaluates and not stop:
           result = self._evaluate(state.params, step)
+        self._log.flush()
     return state, result
 
   def _is_evaluated_at(self, step: int) -> bool:
@@ -215,6 +217,7 @@ class _Run:
       if not self._checkpointer.has_metrics(step):
         metrics = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
         self._log.write(step, metrics)
+        self._log.flush()
         self._checkpointer.add_metrics(step, {"nats_per_token": result["nats_per_token"]})
         self._draw_samples(params, step)
     self._last_report = time.monotonic()

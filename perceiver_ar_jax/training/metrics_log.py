@@ -1,7 +1,6 @@
 """Writes the metrics of a run to metrics.jsonl, TensorBoard and the terminal."""
 
 import html
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ import tqdm
 from clu import metric_writers
 from etils import epath
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+from perceiver_ar_jax.training import metrics_file
 
 _CHARTS = {
   "loss": [("loss", "eval_nats_per_token")],
@@ -29,6 +30,8 @@ class NoLog:
 
   def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None: ...
 
+  def flush(self) -> None: ...
+
   def say(self, message: str) -> None: ...
 
   def __enter__(self) -> "NoLog":
@@ -41,7 +44,7 @@ class MetricsLog:
   """Writes the metrics of one run; a resumed run continues from its checkpoint, so that no step is logged twice.
 
   Args:
-    workdir: for metrics.jsonl (one object per line) and TensorBoard event files.
+    workdir: for metrics.jsonl (training/metrics_file.py) and TensorBoard event files.
     first_step: lines of later steps, from a run that died after its checkpoint, are dropped.
     total_steps: end of the progress bar.
     bits_name: the name of nats / ln 2, such as "bits/dim".
@@ -57,13 +60,7 @@ class MetricsLog:
     bits_name: str,
     settings: Mapping[str, bool | int | float | str],
   ):
-    self._path = workdir / "metrics.jsonl"
-    if self._path.exists():
-      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
-      temporary = self._path.with_suffix(".tmp")
-      temporary.write_text("".join(line + "\n" for line in kept))
-      temporary.replace(self._path)
-    self._file = self._path.open("a")
+    self._file = metrics_file.MetricsFile(workdir, first_step)
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
     self._tensorboard.write_hparams(settings)
     self._tensorboard.write_summaries(
@@ -92,8 +89,7 @@ class MetricsLog:
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Appends {"step": step, **metrics} to metrics.jsonl and the scalars to TensorBoard."""
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN or infinity
-    self._file.write(json.dumps({"step": step, **finite}) + "\n")
-    self._file.flush()
+    self._file.append(step, finite)
     self._tensorboard.write_scalars(step, finite)
 
   def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None:
@@ -103,6 +99,10 @@ class MetricsLog:
         self._tensorboard.write_texts(step, {f"sample/{index}": f"<pre>{html.escape(sample)}</pre>"})
       else:
         self._tensorboard.write_images(step, {f"sample/{index}": sample[None]})
+
+  def flush(self) -> None:
+    """Writes what object stores get in parts."""
+    self._file.flush()
 
   def say(self, message: str) -> None:
     """Prints a line to standard output without breaking the progress bar."""
@@ -127,11 +127,3 @@ def _layout() -> layout_pb2.Layout:
       tags = [f"^{name}$" for name in names]
       category.chart.add(title=", ".join(names), multiline=layout_pb2.MultilineChartContent(tag=tags))
   return result
-
-
-def _step_of(line: str) -> float:
-  """Returns the step of a line; infinity for a line that a kill cut short."""
-  try:
-    return json.loads(line)["step"]
-  except (ValueError, KeyError, TypeError):
-    return math.inf

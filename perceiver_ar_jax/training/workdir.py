@@ -1,16 +1,18 @@
-"""The folder of one run: that it can be written, and that it belongs to the config that is about to use it."""
+"""The folder of one run: that it can be written, and that it belongs to the config and the run about to use it."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.config import Config, InputError, reading, writing
+from perceiver_ar_jax.training.owner import Owner, write_atomically
 
-# A run may go on with other values of these; anything else would make it another experiment.
+# A run may resume with other values of these; any other change would make it another experiment.
 RESUMABLE = (
   "train.steps",
   "train.microbatches",
@@ -29,7 +31,7 @@ RESUMABLE = (
   "mesh.",
   "compilation_cache",
   "plan.",
-  "data.data_dir",  # where the data lies; that it is the same data, the pipeline checks by itself
+  "data.data_dir",  # where the data is; the pipeline itself checks that it is the same data
   "data.cache_dir",
   "data.files",
   "data.validation_files",
@@ -38,7 +40,7 @@ RESUMABLE = (
   "model.logits_chunk",
   "model.remat",
 )
-# Trained weights keep their meaning under other values of these, and of all that is not the model's.
+# Trained weights keep their meaning under other values of these.
 SAME_WEIGHTS = (
   "model.num_latents",
   "model.segment",
@@ -83,45 +85,66 @@ def keep_split_rule(config: Config, workdir: epath.Path) -> Config:
   return dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule=rule))
 
 
-def prepare(config: Config, workdir: epath.Path) -> None:
-  """Makes the folder ready for `config` and writes config.json.
+@contextlib.contextmanager
+def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
+  """A context in which `workdir` is prepared for `config` and belongs to this run; process 0 owns it for all.
+
+  Yields a function that raises InputError once another run has taken the workdir over.
 
   Raises:
-    InputError: it cannot be written, or holds checkpoints of another experiment.
+    InputError: as `prepare`, or another run owns the workdir.
+    TransientError: as `prepare`.
+  """
+  with _writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+  with contextlib.nullcontext() if jax.process_index() else Owner(workdir) as owner:
+    prepare(config, workdir)
+    yield owner.check if owner else lambda: None
+
+
+def prepare(config: Config, workdir: epath.Path) -> None:
+  """Creates the folder and writes config.json.
+
+  Raises:
+    InputError: it cannot be written, or contains checkpoints of another experiment.
+    TransientError: it cannot be written, and may be later, such as on a full disk.
   """
   path = workdir / "config.json"
-  with writing(f"--workdir={workdir}", "give a folder that you may write to"):
+  with _writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
-  checkpoints, fingerprint = workdir / "checkpoints", _sentencepiece_fingerprint(config)
-  if path.exists() and checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
-    saved = load_config(workdir)
-    changed = _differences(config, saved, ignored=RESUMABLE) + _other_sentencepiece(config, saved)
-    fingerprint = saved.data.sentencepiece_fingerprint  # None in an old run, whose data position has it
-    if changed:
-      raise InputError(
-        f"--workdir={workdir} holds the checkpoints of another config: {'; '.join(changed)}. Give another --workdir, or"
-        " resume with the settings in its config.json."
-      )
-  config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece_fingerprint=fingerprint))
-  if jax.process_index() == 0:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(config.to_json())
-    temporary.replace(path)
+    checkpoints, fingerprint = workdir / "checkpoints", _sentencepiece_fingerprint(config)
+    if path.exists() and checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
+      saved = load_config(workdir)
+      changed = _differences(config, saved, ignored=RESUMABLE) + _other_sentencepiece(config, saved)
+      fingerprint = saved.data.sentencepiece_fingerprint  # None in an old run, whose data position has it
+      if changed:
+        raise InputError(
+          f"--workdir={workdir} contains the checkpoints of another config: {'; '.join(changed)}. Give another"
+          " --workdir, or resume with the settings in its config.json."
+        )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece_fingerprint=fingerprint))
+    if jax.process_index() == 0:
+      write_atomically(path, config.to_json())
+
+
+def _writing(workdir: epath.Path) -> contextlib.AbstractContextManager:
+  return writing(f"--workdir={workdir}", "give a folder that you may write to")
 
 
 def check_model(config: Config, workdir: epath.Path) -> None:
   """Raises InputError unless the weights of `workdir`, and token ids and positions, have the same meaning in `config`.
 
-  Prints a line if the data differ.
+  Prints a line if the data differ from those of training.
   """
   saved = load_config(workdir)
-  others = [name for name, value in flatten(config).items() if name in _DATA and flatten(saved)[name] != value]
-  if others and jax.process_index() == 0:
+  changed_data = [name for name, value in flatten(config).items() if name in _DATA and flatten(saved)[name] != value]
+  if changed_data and jax.process_index() == 0:
     print(
-      f"Not the data that {workdir} was trained on: {', '.join(others)} differ. (Without --config they are its own.)"
+      f"Not the data that {workdir} was trained on: {', '.join(changed_data)} differ. (Without --config, the run's own"
+      " settings are used.)"
     )
   changed = _differences(config, saved, ignored=SAME_WEIGHTS)
   if changed:
@@ -171,12 +194,14 @@ def _other_sentencepiece(config: Config, saved: Config) -> list[str]:
 
 
 def load_config(workdir: epath.Path) -> Config:
-  """The config that a run wrote; raises InputError where there is none, or none that can be read."""
+  """Returns the config that a run wrote; raises InputError where it is missing or invalid."""
   path = workdir / "config.json"
   if not path.exists():
-    raise InputError(f"--workdir={workdir} holds no run (no config.json): train first, or check the path.")
+    raise InputError(f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
+  with reading(path, "give this user access"):
+    text = path.read_text()
   try:
-    return Config.from_json(path.read_text())
+    return Config.from_json(text)
   except (ValueError, TypeError, AttributeError) as error:
     raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
 
@@ -191,13 +216,13 @@ def _differences(config: Config, saved: Config, ignored: tuple[str, ...]) -> lis
 
 
 def flatten(config: Config) -> dict[str, Any]:
-  """Every setting by its dotted name, such as train.steps."""
-  return dict(_walk(dataclasses.asdict(config)))
+  """Returns every setting by its dotted name, such as train.steps."""
+  return dict(_flatten(dataclasses.asdict(config)))
 
 
-def _walk(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
   for name, value in tree.items():
     if isinstance(value, dict):
-      yield from _walk(value, f"{prefix}{name}.")
+      yield from _flatten(value, f"{prefix}{name}.")
     else:
       yield prefix + name, value
