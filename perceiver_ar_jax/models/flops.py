@@ -85,6 +85,7 @@ def _transformer_xl_step(model: ModelConfig, rows: int) -> int:
 
 def _segment(model: ModelConfig, rows: int) -> dict[str, int]:
   """Returns the forward FLOPs of one segment of `rows` sequences by kind of product, without logits."""
+  assert model.segment  # validated for this architecture
   d, n, size, memory = model.latent_width, model.num_layers, model.segment, model.remembered
   return {
     "to_latents": rows * size * 2 * model.input_width * d,
