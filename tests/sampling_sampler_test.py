@@ -123,7 +123,7 @@ def test_a_file_without_a_text_is_told_and_one_of_spaces_scored(text, tmp_path):
     ("x", {"prompt_tokens": 0}, "prompt_tokens=0 must be at least 1"),
     ("x", {"temprature": 1}, "Unknown setting 'temprature'.*Did you mean 'temperature'"),
     ("  ", {}, "prompt is empty"),
-    ("data", {}, "'validation' of text_files holds no document that can be read. The last reason: .*b.txt is empty"),
+    ("data", {}, "'validation' of text_files contains no document that can be read: .*b.txt is empty"),
     (np.array([], np.int32), {}, "no events"),
     (np.array([2, 999]), {}, "unknown token 999"),
   ],
