@@ -204,7 +204,7 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
 
 def test_a_split_without_documents_is_an_error(tmp_path):
   write(tmp_path, {"train/a.txt": "a", "validation/b.txt": ""})
-  with pytest.raises(InputError, match="'validation' of text_files has no document that can be read"):
+  with pytest.raises(InputError, match="'validation' of text_files contains no document that can be read"):
     inspect.inspect(settings(tmp_path, task="text_files"), tmp_path / "run")
 
 
