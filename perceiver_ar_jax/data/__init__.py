@@ -1,7 +1,8 @@
 """Sequences: where they come from, how they become events, and how events become batches.
 
 registry.py says what a task is, tasks.py has those of the project, sources.py and photos.py know where records lie;
-images.py, texts.py, music.py and codes.py turn a record into the events of a document (documents.py) and back;
+images.py, texts.py, music.py (with midi.py) and codes.py turn a record into the events of a document (documents.py) and
+back;
 records.py opens a source's documents, features.py cuts them into model inputs, pipeline.py feeds hosts. Beside the way:
 cache.py stores documents, train_sentencepiece.py makes a vocabulary, inspect.py, render.py and heat.py show what there
 is. This room knows no model.
