@@ -40,6 +40,7 @@ VOCAB_SIZE = _NUM_VALUES + NUM_SPECIAL
 
 _PEDAL_DOWN = 64
 _PERCUSSION_CHANNEL = 9
+_NUM_CHANNELS = 16
 
 
 class Note(NamedTuple):
@@ -208,42 +209,42 @@ def _read(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
   """Returns pitches int64[N], velocities int64[N], onsets float64[N] and offsets float64[N] of a MIDI file's notes."""
   file = midi.read(content)
   note_ons, end_ticks = [], []  # of each note: the index of its note-on message, and the tick at which it ends
-  held = collections.defaultdict(collections.deque)  # (channel, pitch) -> indices of note-ons, the earliest first
-  sustained = collections.defaultdict(collections.deque)  # the same for released notes that the pedal keeps sounding
-  pedal_down = set()
+  # Of each channel: {pitch: indices of note-ons, the earliest first} of notes whose key is held, and of released notes
+  # that the pedal keeps sounding.
+  held = [collections.defaultdict(collections.deque) for _ in range(_NUM_CHANNELS)]
+  sustained = [collections.defaultdict(collections.deque) for _ in range(_NUM_CHANNELS)]
+  pedal_down = [False] * _NUM_CHANNELS
 
-  def end(sounding, channels):
-    for key in [key for key in sounding if key[0] in channels]:
-      ended = sounding.pop(key)
+  def end(sounding):
+    for ended in sounding.values():
       note_ons.extend(ended)
       end_ticks.extend([tick] * len(ended))
+    sounding.clear()
 
   for index, (tick, status, number, value) in enumerate(zip(*file.messages_Nx4.T.tolist())):
     channel = status & 0x0F
     if status >= midi.CONTROL_CHANGE:
-      if number == midi.SUSTAIN_PEDAL and value >= _PEDAL_DOWN:
-        pedal_down.add(channel)
-      elif number not in (midi.SUSTAIN_PEDAL, midi.RESET_ALL_CONTROLLERS):
-        end(held, [channel])
-        end(sustained, [channel])
-      elif channel in pedal_down:
-        pedal_down.remove(channel)
-        end(sustained, [channel])
+      if number in (midi.SUSTAIN_PEDAL, midi.RESET_ALL_CONTROLLERS):
+        pedal_down[channel] = number == midi.SUSTAIN_PEDAL and value >= _PEDAL_DOWN
+      else:
+        end(held[channel])
+        end(sustained[channel])
+      if not pedal_down[channel]:
+        end(sustained[channel])
     elif channel != _PERCUSSION_CHANNEL:
-      key = channel, number
+      keys = held[channel][number]
       if status >= midi.NOTE_ON and value:
-        if key in sustained:
-          end({key: sustained.pop(key)}, [channel])
-        held[key].append(index)
-      elif held[key]:
-        if channel in pedal_down:
-          sustained[key].append(held[key].popleft())
-        else:
-          note_ons.append(held[key].popleft())
-          end_ticks.append(tick)
+        if number in sustained[channel]:
+          end({number: sustained[channel].pop(number)})
+        keys.append(index)
+      elif keys and pedal_down[channel]:
+        sustained[channel][number].append(keys.popleft())
+      elif keys:
+        note_ons.append(keys.popleft())
+        end_ticks.append(tick)
   tick = file.end_tick
-  end(held, range(16))
-  end(sustained, range(16))
+  for sounding in (*held, *sustained):
+    end(sounding)
   onset_ticks_N, _, pitches_N, velocities_N = file.messages_Nx4[note_ons].T
   return pitches_N, velocities_N, file.seconds(onset_ticks_N), file.seconds(np.array(end_ticks, np.int64))
 

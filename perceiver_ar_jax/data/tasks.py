@@ -272,7 +272,7 @@ def _maestro(version: str, data: DataConfig, max_events: int) -> Task:
 
 
 def _midi_files(data: DataConfig, max_events: int) -> Task:
-  return _music_task(data, functools.partial(_list_files, data, (".mid", ".midi")), _OWN_SPLITS)
+  return _music_task(data, functools.partial(_list_files, data, (".mid", ".midi", ".rmi")), _OWN_SPLITS)
 
 
 # Codes of neural codecs
