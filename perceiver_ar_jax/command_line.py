@@ -24,10 +24,10 @@ from ml_collections import config_dict, config_flags
 
 import perceiver_ar_jax
 from perceiver_ar_jax import config as config_lib
-from perceiver_ar_jax.config import checks
+from perceiver_ar_jax.config import checks, config_from_run
 
 _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # raised by a config file that cannot be run
-_OF_RUN = pathlib.Path(__file__).parent / "training" / "of_run.py"
+_CONFIG_FROM_RUN = pathlib.Path(config_from_run.__file__)
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   help_string="The experiment: a file such as configs/photos32.py. Default: the config of the run in --workdir.",
@@ -110,19 +110,12 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
       example = " ".join(f"--{each}={_EXAMPLES.get(each, '...')}" for each in ("config", *required))
       raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help} For example: {example}")
   try:
-    return _keep_split_rule(config_lib.resolve(_CONFIG.value))
+    config = config_lib.resolve(_CONFIG.value)
+    return config if WORKDIR.value is None else config_from_run.keep_split_rule(config, epath.Path(WORKDIR.value))
   except _UNLOADABLE as error:  # raised when the config is first read
     raise config_lib.InputError(
       f"The file given as --config cannot be loaded: {error}. (Run from the folder that contains configs/.)"
     ) from error
-
-
-def _keep_split_rule(config: config_lib.Config) -> config_lib.Config:
-  if WORKDIR.value is None:
-    return config
-  from perceiver_ar_jax.training import workdir as workdir_lib
-
-  return workdir_lib.keep_split_rule(config, epath.Path(WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -174,10 +167,8 @@ def _config_of_run(arguments: list[str]) -> list[str]:
   workdir = given.get("workdir")
   if "config" in given or not workdir or not (epath.Path(workdir) / "config.json").exists():
     return []
-  from perceiver_ar_jax.training import workdir as workdir_lib
-
-  workdir_lib.load_config(epath.Path(workdir))  # raises InputError if it cannot be read
-  return [f"--config={_OF_RUN}:{workdir}"]
+  config_from_run.load_config(epath.Path(workdir))  # raises InputError if it cannot be read
+  return [f"--config={_CONFIG_FROM_RUN}:{workdir}"]
 
 
 def _check(argument: str) -> None:

@@ -54,6 +54,9 @@ def main(config: Config) -> int:
 
 
 def _on_devices(config: Config) -> int:
+  from perceiver_ar_jax.models import architectures
+
+  architectures.check(config.model)  # before the seconds that importing TensorFlow takes
   if _MODE.value in ("sample", "score"):
     from perceiver_ar_jax.sampling import write
 
@@ -72,7 +75,7 @@ def _on_devices(config: Config) -> int:
   if _MODE.value == "eval":
     evaluate.evaluate(config, command_line.WORKDIR.value)
     return 0
-  from perceiver_ar_jax.training import loop
+  from perceiver_ar_jax import loop
 
   return loop.train(config, command_line.WORKDIR.value)
 

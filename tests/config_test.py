@@ -13,9 +13,9 @@ from etils import epath
 
 from perceiver_ar_jax import PerceiverAR, command_line
 from perceiver_ar_jax import config as config_lib
-from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.config import InputError, config_from_run
 from perceiver_ar_jax.data import tasks
-from perceiver_ar_jax.training import of_run, workdir
+from perceiver_ar_jax.training import workdir
 from tests import tiny
 
 CONFIG_FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -41,7 +41,7 @@ def test_every_config_resolves_and_names_a_task_that_fits(name):
 def test_every_config_comes_back_from_its_run(name, tmp_path):
   config = config_lib.resolve(_config(name))
   (tmp_path / "config.json").write_text(config.to_json())
-  assert config_lib.resolve(of_run.get_config(str(tmp_path))) == config
+  assert config_lib.resolve(config_from_run.get_config(str(tmp_path))) == config
 
 
 def test_config_json_of_an_older_version_may_contain_removed_settings():

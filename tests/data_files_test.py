@@ -8,7 +8,7 @@ import socket
 import numpy as np
 import pytest
 
-from perceiver_ar_jax.config import Config, DataConfig, InputError
+from perceiver_ar_jax.config import Config, DataConfig, InputError, config_from_run
 from perceiver_ar_jax.data import files, pipeline, tasks, texts, warn_once
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
@@ -206,14 +206,14 @@ def test_a_config_without_a_rule_keeps_that_of_older_runs():
 
 def test_a_run_keeps_the_rule_it_was_begun_with(tmp_path, capsys):
   config = tiny.config()
-  assert workdir_lib.keep_split_rule(config, tmp_path) == config, "there is no run yet"
+  assert config_from_run.keep_split_rule(config, tmp_path) == config, "there is no run yet"
   (tmp_path / "config.json").write_text(config.to_json().replace('    "split_rule": "path",\n', ""))
-  kept = workdir_lib.keep_split_rule(config, tmp_path)
+  kept = config_from_run.keep_split_rule(config, tmp_path)
   assert kept == dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule="name"))
   assert "data.split_rule=name, and keeps it" in capsys.readouterr().out
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
   workdir_lib.prepare(kept, tmp_path)
-  assert workdir_lib.load_config(tmp_path).data.split_rule == "name"
+  assert config_from_run.load_config(tmp_path).data.split_rule == "name"
 
 
 @pytest.mark.parametrize("split_rule", ["path", "name"])

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import pipeline, records, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable
@@ -19,7 +20,7 @@ from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import loop, state
+from perceiver_ar_jax.training import state
 from tests import batches, golden, tiny
 
 

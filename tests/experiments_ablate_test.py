@@ -7,10 +7,10 @@ import subprocess
 import pytest
 from etils import epath
 
+from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError, resolve
 from perceiver_ar_jax.experiments import ablate
 from perceiver_ar_jax.models import flops
-from perceiver_ar_jax.training import loop
 
 _FILE = '''"""Are two layers better than one?
 

@@ -9,11 +9,11 @@ import pytest
 from etils import epath
 from flax import linen as nn
 
+from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError, ModelConfig
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.experiments import sweep
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
-from perceiver_ar_jax.training import loop
 from tests import tiny
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from etils import epath
 
+from perceiver_ar_jax.config.config_from_run import load_config
 from perceiver_ar_jax.sampling.sampler import Sampler
-from perceiver_ar_jax.training.workdir import load_config
 from tests import tiny
 
 SETTINGS = {

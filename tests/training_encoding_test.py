@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from perceiver_ar_jax.config import DataConfig, InputError
+from perceiver_ar_jax.config import DataConfig, InputError, config_from_run
 from perceiver_ar_jax.data import pipeline, sources, texts
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.sampling.sampler import Sampler
@@ -21,7 +21,7 @@ def begin(workdir, **data):
   """Makes `workdir` one of a run that has a checkpoint; returns its config."""
   workdir_lib.prepare(config_of(**data), workdir)
   (workdir / "checkpoints" / "3").mkdir(parents=True)
-  return workdir_lib.load_config(workdir)
+  return config_from_run.load_config(workdir)
 
 
 def write_model(path, seed):
@@ -87,7 +87,7 @@ def test_another_sentencepiece_model_is_refused(models, tmp_path):
         use(other, tmp_path)
     with pytest.raises(InputError, match="holds the checkpoints of another config: data.sentencepiece was"):
       workdir_lib.prepare(other, tmp_path)
-  assert workdir_lib.load_config(tmp_path) == saved, "a refused command has changed the run"
+  assert config_from_run.load_config(tmp_path) == saved, "a refused command has changed the run"
 
 
 def test_a_model_replaced_at_its_path_is_refused_and_a_moved_one_is_not(models, tmp_path):
@@ -120,12 +120,12 @@ def test_runs_without_a_fingerprint_load(models, tmp_path):
   path = tmp_path / "config.json"
   lines = [line for line in path.read_text().splitlines() if "fingerprint" not in line]
   path.write_text("\n".join(lines))
-  older = workdir_lib.load_config(tmp_path)
+  older = config_from_run.load_config(tmp_path)
   assert older.data.sentencepiece_fingerprint is None
   workdir_lib.check_model(older, tmp_path)
   # Which model an older run was trained with is known for sure only to its data position, so none is recorded here.
   workdir_lib.prepare(older, tmp_path)
-  assert workdir_lib.load_config(tmp_path) == older != saved
+  assert config_from_run.load_config(tmp_path) == older != saved
 
 
 def test_a_new_run_records_its_model_and_bytes_have_none(models, tmp_path):
@@ -134,4 +134,4 @@ def test_a_new_run_records_its_model_and_bytes_have_none(models, tmp_path):
   config = batches.config(data, context=16, latents=4, sizes=(300,), vocab_size=300)
   workdir_lib.prepare(config, tmp_path / "run")
   workdir_lib.prepare(config, tmp_path / "run")
-  assert workdir_lib.load_config(tmp_path / "run").data.sentencepiece_fingerprint.startswith("crc32 ")
+  assert config_from_run.load_config(tmp_path / "run").data.sentencepiece_fingerprint.startswith("crc32 ")

@@ -19,12 +19,14 @@ from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
-from perceiver_ar_jax.config import OPTIMIZERS, InputError, TransientError
+from perceiver_ar_jax import loop
+from perceiver_ar_jax.config import InputError, TransientError
 from perceiver_ar_jax.data.global_batch import HostBatches
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import checkpoint, loop, metrics_log, optimizer
+from perceiver_ar_jax.training import checkpoint, metrics_log, optimizer
+from perceiver_ar_jax.training import optimizer as optimizer_lib
 from tests import batches, tiny
 
 
@@ -231,7 +233,7 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(fini
   assert (finished / "metrics.jsonl").read_text() == logged
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adam"])
+@pytest.mark.parametrize("name", [name for name in optimizer_lib.OPTIMIZERS if name != "adam"])
 def test_every_optimizer_trains_and_resumes(name, tmp_path):
   settings = {"train__optimizer__name": name, "train__optimizer__schedule": "constant"}
   for steps in (3, 4):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from perceiver_ar_jax.config import OPTIMIZERS, Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig, TrainConfig
+from perceiver_ar_jax.config import Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig, TrainConfig
 from perceiver_ar_jax.data.global_batch import HostBatches
 from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.parallel.mesh import make_mesh
@@ -150,7 +150,7 @@ def _after_three_updates(optimizer, weights, gradients, path) -> dict[str, jax.A
 
 
 @pytest.mark.parametrize("path", [("layers_0",), ("segments", "layers")], ids=["perceiver_ar", "transformer_xl"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizer_lib.OPTIMIZERS)
 def test_stacked_layers_are_updated_as_optax_updates_them_unstacked(name, path, monkeypatch):
   config = OptimizerConfig(name=name, learning_rate=0.1, clip_norm=0.0, weight_decay=0.01)
   optimizer = optimizer_lib.make_optimizer(config, steps=10)
@@ -184,7 +184,7 @@ def test_factored_second_moments_have_the_shapes_of_one_layer_and_whole_ones_the
   assert rule["bias"].v.sharding == abstract.params["layers_0"]["mlp"]["up"]["bias"].sharding
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizer_lib.OPTIMIZERS)
 def test_every_optimizer_lowers_a_quadratic(name):
   config = OptimizerConfig(name=name, learning_rate=0.02, weight_decay=1e-3 if name == "adamw" else 0.0)
   optimizer = optimizer_lib.make_optimizer(config, steps=60)

@@ -27,7 +27,7 @@ from perceiver_ar_jax.config.checks import (
 from perceiver_ar_jax.config.data import DATA_PATHS, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ModelConfig
-from perceiver_ar_jax.config.training import MESH_AXES, OPTIMIZERS, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
+from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
 __all__ = [
   "AttentionMapConfig",
@@ -40,7 +40,6 @@ __all__ = [
   "MESH_AXES",
   "MeshConfig",
   "ModelConfig",
-  "OPTIMIZERS",
   "OptimizerConfig",
   "PlanConfig",
   "SampleConfig",

@@ -4,8 +4,6 @@ import dataclasses
 
 from perceiver_ar_jax.config.checks import choice, require
 
-OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "sgd", "sm3")
-SCHEDULES = ("constant", "cosine", "steps", "t5")
 LOSS_REDUCTIONS = ("mean", "sum")
 ON_NONFINITE = ("stop", "skip")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -43,8 +41,6 @@ class OptimizerConfig:
   """Decoupled weight decay (adamw, lamb)."""
 
   def __post_init__(self):
-    choice("train.optimizer.name", self.name, OPTIMIZERS)
-    choice("train.optimizer.schedule", self.schedule, SCHEDULES)
     require(
       self.cosine_steps is None or self.cosine_steps >= 1,
       f"train.optimizer.cosine_steps={self.cosine_steps} must be at least 1, or None: from the end of the warm-up.",

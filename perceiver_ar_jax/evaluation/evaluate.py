@@ -17,7 +17,7 @@ import tqdm
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
 from perceiver_ar_jax.data import pipeline, records
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.features import Batch
@@ -281,7 +281,7 @@ def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:
     InputError: no run, or no readable checkpoint; or the devices do not fit the run's config.
   """
   workdir = epath.Path(workdir).expanduser()
-  config = workdir_lib.load_config(workdir)
+  config = config_from_run.load_config(workdir)
   _, step, params = restore(config, workdir)
   return Checkpoint(config, step, params)
 

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
 from perceiver_ar_jax.experiments import plots
 from perceiver_ar_jax.models.architectures import num_params
-from perceiver_ar_jax.training import workdir as workdir_lib
 
 _MAX_SAMPLES = 12
 _MAX_CHARACTERS = 2000
@@ -31,7 +30,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
     InputError: the workdir contains no run, the run has not logged a step, or the file cannot be written.
   """
   workdir = epath.Path(workdir)
-  config, path = workdir_lib.load_config(workdir), workdir / "metrics.jsonl"
+  config, path = config_from_run.load_config(workdir), workdir / "metrics.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []
   lines = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have left the last one incomplete
   steps = [line for line in lines if "loss" in line]

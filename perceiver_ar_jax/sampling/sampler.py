@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from perceiver_ar_jax.config import Config, InputError, SampleConfig, nearest
+from perceiver_ar_jax.config import Config, InputError, SampleConfig, config_from_run, nearest
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.warn_once import warn_once
@@ -31,7 +31,6 @@ from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
 from perceiver_ar_jax.sampling.prompts import Prompt
 from perceiver_ar_jax.training import memory
-from perceiver_ar_jax.training import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Sampler:
       InputError: there is no run or no readable checkpoint, or one of another model than the config's.
     """
     workdir = epath.Path(workdir).expanduser()
-    config = config or workdir_lib.load_config(workdir)
+    config = config or config_from_run.load_config(workdir)
     mesh, step, params = evaluate.restore(config, workdir)
     return cls(config, params, mesh, step)
 

@@ -1,4 +1,7 @@
-"""Update rules and learning-rate schedules: two tables of optax transformations, as in the published runs."""
+"""Update rules and learning-rate schedules: two tables of optax transformations, as in the published runs.
+
+To add one, add an entry to OPTIMIZERS or SCHEDULES; `train.optimizer.name` or `.schedule` then accepts its name.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from perceiver_ar_jax.config import OptimizerConfig
+from perceiver_ar_jax.config import OptimizerConfig, lookup
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -16,16 +19,20 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   but is stretched over all steps, so it never reaches that value.)
   """
   peak, warmup = config.learning_rate, config.warmup_steps
-  after_warmup = _SCHEDULES[config.schedule](config, steps)
+  after_warmup = lookup("train.optimizer.schedule", config.schedule, SCHEDULES)(config, steps)
   if not warmup:
     return after_warmup
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after_warmup], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Chains clipping by global norm, the update rule, and scaling by the schedule."""
+  """Chains clipping by global norm, the update rule, and scaling by the schedule.
+
+  Raises:
+    InputError: the name of the rule or the schedule is unknown.
+  """
   schedule = make_schedule(config, steps)
-  rule = _RULES[config.name](config)
+  rule = lookup("train.optimizer.name", config.name, OPTIMIZERS)(config)
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   return optax.chain(*clip, rule, optax.scale_by_learning_rate(schedule))
 
@@ -101,14 +108,14 @@ def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformati
   return optax.GradientTransformation(init, update)
 
 
-_SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
+SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
   "constant": _constant,
   "cosine": _cosine,
   "steps": _steps,
   "t5": _t5,
 }
 
-_RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
   "adam": _adam,
   "adamw": lambda config: optax.chain(_adam(config), _decay(config)),
   "adafactor": lambda config: optax.chain(

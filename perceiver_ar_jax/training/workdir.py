@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, reading, writing
+from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.config.config_from_run import flatten, load_config
 from perceiver_ar_jax.training.owner import Owner, write_atomically
 
 # A run may resume with other values of these; any other change would make it another experiment.
@@ -70,19 +70,6 @@ _DATA = (
   "data.validation_files",
   "data.validation_fraction",
 )
-
-
-def keep_split_rule(config: Config, workdir: epath.Path) -> Config:
-  """Returns `config` with the data.split_rule of the run in `workdir`, if there is one: its split must not change."""
-  try:
-    rule = load_config(workdir).data.split_rule
-  except InputError:  # what needs the run reports it
-    return config
-  if rule == config.data.split_rule:
-    return config
-  if jax.process_index() == 0:
-    print(f"{workdir} was begun with data.split_rule={rule}, and keeps it.")
-  return dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule=rule))
 
 
 @contextlib.contextmanager
@@ -193,19 +180,6 @@ def _other_sentencepiece(config: Config, saved: Config) -> list[str]:
   return [f"data.sentencepiece was {old_path!r} ({old}) and is {path!r} ({new})"]
 
 
-def load_config(workdir: epath.Path) -> Config:
-  """Returns the config that a run wrote; raises InputError where it is missing or invalid."""
-  path = workdir / "config.json"
-  if not path.exists():
-    raise InputError(f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
-  with reading(path, "give this user access"):
-    text = path.read_text()
-  try:
-    return Config.from_json(text)
-  except (ValueError, TypeError, AttributeError) as error:
-    raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
-
-
 def _differences(config: Config, saved: Config, ignored: tuple[str, ...]) -> list[str]:
   new, old = flatten(config), flatten(saved)
   return [
@@ -213,16 +187,3 @@ def _differences(config: Config, saved: Config, ignored: tuple[str, ...]) -> lis
     for name in new
     if new[name] != old[name] and not name.startswith(ignored)
   ]
-
-
-def flatten(config: Config) -> dict[str, Any]:
-  """Returns every setting by its dotted name, such as train.steps."""
-  return dict(_flatten(dataclasses.asdict(config)))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      yield from _flatten(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value

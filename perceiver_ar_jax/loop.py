@@ -16,7 +16,7 @@ import tqdm
 from clu import parameter_overview
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
 from perceiver_ar_jax.data import pipeline, warn_once
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
@@ -281,7 +281,7 @@ def _make_log(config: Config, workdir: epath.Path, first_step: int, task: Task):
   bits_name = "bits/dim" if task.unit == "bits_per_dim" else "bits/token"
   settings = {
     name: value
-    for name, value in workdir_lib.flatten(config).items()
+    for name, value in config_from_run.flatten(config).items()
     if name.startswith(("model.", "train.")) and isinstance(value, (bool, int, float, str))
   }
   return metrics_log.MetricsLog(

@@ -1,0 +1,58 @@
+"""The config of an existing run, from the config.json in its workdir.
+
+This is also the config file of commands that are given --workdir and no --config (command_line.py).
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from perceiver_ar_jax.config import Config, InputError, defaults, reading
+
+
+def get_config(workdir: str):
+  """Returns the settings of the run in `workdir` as a ConfigDict, to be overridden like those of any config file."""
+  config = defaults()
+  config.update(dataclasses.asdict(load_config(epath.Path(workdir))))
+  return config
+
+
+def load_config(workdir: epath.Path) -> Config:
+  """Returns the config that a run wrote; raises InputError where it is missing or invalid."""
+  path = workdir / "config.json"
+  if not path.exists():
+    raise InputError(f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
+  with reading(path, "give this user access"):
+    text = path.read_text()
+  try:
+    return Config.from_json(text)
+  except (ValueError, TypeError, AttributeError) as error:
+    raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
+
+
+def keep_split_rule(config: Config, workdir: epath.Path) -> Config:
+  """Returns `config` with the data.split_rule of the run in `workdir`, if there is one: its split must not change."""
+  try:
+    rule = load_config(workdir).data.split_rule
+  except InputError:  # what needs the run reports it
+    return config
+  if rule == config.data.split_rule:
+    return config
+  print(f"{workdir} was started with data.split_rule={rule}, and keeps it.", file=sys.stderr)
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule=rule))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+  """Returns every setting by its dotted name, such as train.steps."""
+  return dict(_flatten(dataclasses.asdict(config)))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
