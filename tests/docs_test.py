@@ -8,12 +8,16 @@ import re
 import types
 import typing
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from perceiver_ar_jax.config import Config, DataConfig
-from perceiver_ar_jax.models import attention_kernels
+from perceiver_ar_jax.models import architectures, attention, perceiver_ar, positions
+from perceiver_ar_jax.training import optimizer
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -106,8 +110,8 @@ def test_links_out_of_the_site_become_addresses_or_paths(repo_url, expected):
 def _snippet(beginning):
   """The code in extending.md that defines what `beginning` names."""
   blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-  (found,) = [block for block in blocks if beginning in block]
-  return found
+  (snippet,) = [block for block in blocks if beginning in block]
+  return snippet
 
 
 def test_the_task_of_the_snippet_makes_documents():
@@ -120,12 +124,49 @@ def test_the_task_of_the_snippet_makes_documents():
 
 
 def test_the_kernel_of_the_snippet_equals_reference():
-  names = dict(vars(attention_kernels))
+  names = dict(vars(attention))
   exec(_snippet("def xla"), names)
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.normal(size=(2, length, 3, 4)), jnp.float32) for length in (4, 13, 13))
   valid = np.arange(13) >= np.array([[0], [3]])
-  ours, truth = (
-    kernel(q, attention_kernels.Keys.of(k, v), valid) for kernel in (names["xla"], attention_kernels.reference)
+  ours, expected = (
+    kernel(q, attention.Keys.from_arrays(k, v), valid) for kernel in (names["xla"], attention.reference)
   )
-  np.testing.assert_allclose(ours, truth, atol=2e-6)
+  np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_the_position_encoding_of_the_snippet_runs_in_the_model(monkeypatch):
+  names = dict(vars(positions))
+  exec(_snippet("def binary"), names)
+  np.testing.assert_array_equal(
+    names["binary"](np.array([[5, 2]]), size=8, width=4), [[[1, -1, 1, 1], [-1, 1, -1, -1]]]
+  )
+  monkeypatch.setitem(positions.ENCODINGS, "binary", positions.Encoding(table=names["binary"]))
+  config = tiny.config(model__position_encoding="binary", model__position_sizes=(40,)).model
+  assert architectures.num_params(config) > 0
+
+
+def test_the_optimizer_and_the_schedule_of_the_snippets_update_weights(monkeypatch):
+  monkeypatch.setattr(optimizer, "OPTIMIZERS", dict(optimizer.OPTIMIZERS))
+  monkeypatch.setattr(optimizer, "SCHEDULES", dict(optimizer.SCHEDULES))
+  names = dict(vars(optimizer))
+  exec(_snippet('OPTIMIZERS["lion"]'), names)
+  exec(_snippet('SCHEDULES["linear"]'), names)
+  config = OptimizerConfig(name="lion", schedule="linear", learning_rate=0.5, end_learning_rate=0.1)
+  rule = optimizer.make_optimizer(config, steps=4)
+  weights = {"kernel": jnp.ones(3)}
+  updates, _ = rule.update({"kernel": jnp.ones(3)}, rule.init(weights), weights)
+  np.testing.assert_allclose(updates["kernel"], -0.5)
+  np.testing.assert_allclose(optimizer.make_schedule(config, 4)(4), 0.1)
+
+
+def test_the_model_of_the_snippet_caps_its_logits(monkeypatch):
+  names = {}
+  exec(_snippet("class Capped"), names)
+  capped = architectures.Architecture(names["Capped"], perceiver_ar.check, perceiver_ar.flops)
+  monkeypatch.setitem(architectures.ARCHITECTURES, "capped", capped)
+  model = architectures.make_model(tiny.config(model__architecture="capped").model)
+  tokens, positions_1xLx1 = jnp.ones((1, 12), jnp.int32), jnp.arange(1, 13)[None, :, None]
+  variables = nn.meta.unbox(model.init(jax.random.key(0), tokens, positions_1xLx1))
+  variables["params"]["to_logits"]["bias"] += 1e3
+  np.testing.assert_allclose(model.apply(variables, tokens, positions_1xLx1), 30.0, rtol=1e-5)
