@@ -17,8 +17,8 @@ from clu import parameter_overview
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
-from perceiver_ar_jax.data import pipeline, warn_once
-from perceiver_ar_jax.data.global_batch import HostBatches, to_global
+from perceiver_ar_jax.data import splits, warn_once
+from perceiver_ar_jax.data.loader import TrainLoader, to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import architectures, flops
@@ -58,8 +58,8 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   if num_samples is None:
     num_samples = _SAMPLES_ON_ONE_DEVICE if mesh.size == 1 else 0
   exhibit = write.Exhibit(config, mesh, num_samples) if num_samples else None
-  data = HostBatches(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
-  pipeline.check_held_out(config)
+  data = TrainLoader(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
+  splits.check_held_out(config)
   startup.done("data")
 
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
@@ -120,7 +120,7 @@ class _Run:
     self._step_flops = flops.train_step(config)
     self._chip = chips.chip_of_device(mesh.devices.flat[0].device_kind)
 
-  def __call__(self, state: state_lib.TrainState, data: HostBatches):
+  def __call__(self, state: state_lib.TrainState, data: TrainLoader):
     """Returns (the last state, the result of the evaluation at the last step, None after a signal).
 
     Raises:

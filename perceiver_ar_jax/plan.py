@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError, writing
-from perceiver_ar_jax.data import features
+from perceiver_ar_jax.data import windows
 from perceiver_ar_jax.models import architectures, flops
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.chips import Topology, parse_topology
@@ -247,7 +247,7 @@ def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes and shardings of a global batch, without reading data."""
   model, batch_size = config.model, config.train.batch_size
   dims = len(model.position_sizes) or 1
-  row = features.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
+  row = windows.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
   shapes = {name: (batch_size, *array.shape[1:]) for name, array in row.items()}
   layout = sharding.batch_shardings(mesh, shapes)
   return {name: jax.ShapeDtypeStruct(shapes[name], array.dtype, sharding=layout[name]) for name, array in row.items()}

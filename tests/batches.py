@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from perceiver_ar_jax import config as config_lib
-from perceiver_ar_jax.data import pipeline
+from perceiver_ar_jax.data import loader, splits
 
 
 def write(folder: pathlib.Path, contents: dict[str, bytes | str]) -> pathlib.Path:
@@ -49,6 +49,17 @@ def config(
   )
 
 
+def train_loader(config: config_lib.Config, batch_size: int, shard: int = 0, shards: int = 1) -> loader.TrainLoader:
+  """The loader of a host that provides the `batch_size` rows of one shard."""
+  config = dataclasses.replace(
+    config,
+    train=dataclasses.replace(config.train, batch_size=batch_size * shards),
+    data=dataclasses.replace(config.data, shards=shards),
+  )
+  rows_of_hosts = [range(host * batch_size, (host + 1) * batch_size) for host in range(shards)]
+  return loader.TrainLoader(config, rows_of_hosts, shard)
+
+
 def take(iterator, count: int) -> list:
   return [next(iterator) for _ in range(count)]
 
@@ -58,7 +69,7 @@ def evaluate(config: config_lib.Config, hosts: int = 1, batch: int = 4, **settin
   changed = dataclasses.replace(config.eval, batch_size=hosts * batch, **settings)
   config = dataclasses.replace(config, eval=changed)
   shares = [range(host * batch, (host + 1) * batch) for host in range(hosts)]
-  return [list(pipeline.eval_batches(config, pipeline.eval_documents(config), rows)) for rows in shares]
+  return [list(splits.eval_batches(config, splits.eval_documents(config), rows)) for rows in shares]
 
 
 def assert_equal(ones: list, others: list) -> None:

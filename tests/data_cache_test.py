@@ -15,7 +15,7 @@ import sentencepiece
 import seqio
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import music, pipeline, records, registry, sources, tasks, texts, warn_once
+from perceiver_ar_jax.data import music, registry, sources, splits, tasks, texts, warn_once
 from perceiver_ar_jax.data.music import Note
 from perceiver_ar_jax.data.tf_cpu import tf
 from tests import batches, tiny
@@ -136,7 +136,7 @@ def whole_documents(config, split):
       document.positions(0, len(document)).tolist(),
       sorted(document.counts().items()),
     )
-    for _, document in records.documents(config, split)
+    for _, document in splits.documents(config, split)
   ]
   return sorted(found)
 
@@ -171,14 +171,14 @@ def test_evaluation_scores_the_same_events_words_and_bytes(hosts, data, stored):
 @pytest.mark.parametrize("hosts", [1, 2, 3])
 def test_hosts_train_on_documents_of_their_own_and_together_on_all(hosts, data, stored):
   config = settings(data, cache_dir=str(stored), min_crop=101)  # Each row is a whole document.
-  seen = [set.union(*map(crops, take(pipeline.TrainIterator(config, 5, host, hosts), 6))) for host in range(hosts)]
+  seen = [set.union(*map(crops, take(batches.train_loader(config, 5, host, hosts), 6))) for host in range(hosts)]
   assert sum(map(len, seen)) == len(set.union(*seen)), "two hosts read the same document"
   assert set.union(*seen) == {tuple(events) for events, *_ in whole_documents(settings(data), "train")}
 
 
 def test_an_epoch_sees_each_document_once_and_the_next_in_another_order(stored, folder):
   config = settings(data_of(folder, "audio"), cache_dir=str(stored), min_crop=101)
-  iterator = pipeline.TrainIterator(config, 1)
+  iterator = batches.train_loader(config, 1)
   epochs = [[crop for batch in take(iterator, 9) for crop in crops(batch)] for _ in range(4)]
   for epoch in epochs:
     assert sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 9
@@ -188,11 +188,11 @@ def test_an_epoch_sees_each_document_once_and_the_next_in_another_order(stored, 
 @pytest.mark.parametrize("step", [0, 2, 7])
 def test_a_restored_iterator_goes_on_as_if_nothing_had_happened(step, data, stored, tmp_path):
   config = settings(data, cache_dir=str(stored), context=9, shuffle_buffer=4)
-  iterator = pipeline.TrainIterator(config, 3)
+  iterator = batches.train_loader(config, 3)
   take(iterator, step)
   iterator.save(tmp_path)
   expected = take(iterator, 8)
-  restored = pipeline.TrainIterator(config, 3)
+  restored = batches.train_loader(config, 3)
   take(restored, 2)  # What it did before must not matter.
   restored.restore(tmp_path)
   batches.assert_equal(take(restored, 8), expected)
@@ -201,14 +201,14 @@ def test_a_restored_iterator_goes_on_as_if_nothing_had_happened(step, data, stor
 def test_music_from_a_cache_is_augmented_as_ever(folder, stored):
   plain = settings(data_of(folder, "midi"), cache_dir=str(stored), context=30)
   moved = dataclasses.replace(plain, data=dataclasses.replace(plain.data, max_transposition=5))
-  steps = next(pipeline.TrainIterator(moved, 64))["inputs"] - next(pipeline.TrainIterator(plain, 64))["inputs"]
+  steps = next(batches.train_loader(moved, 64))["inputs"] - next(batches.train_loader(plain, 64))["inputs"]
   assert steps.min() < 0 < steps.max() and np.abs(steps).max() <= 5
 
 
 def read(config):
   """Training and evaluation, each to be called."""
   return (
-    lambda: next(pipeline.TrainIterator(config, 2)),
+    lambda: next(batches.train_loader(config, 2)),
     lambda: evaluate(config),
   )
 
@@ -285,7 +285,7 @@ def test_crops_of_cached_audio_count_frames_from_their_start(folder, tmp_path):
   )
   store(data, tmp_path / "cache")
   ones, others = (
-    next(pipeline.TrainIterator(settings(data, context=10, cache_dir=where), 4))
+    next(batches.train_loader(settings(data, context=10, cache_dir=where), 4))
     for where in (None, str(tmp_path / "cache"))
   )
   np.testing.assert_array_equal(ones["inputs"], others["inputs"])
@@ -298,7 +298,7 @@ def test_a_host_whose_files_are_empty_is_told(folder, tmp_path):
   for n in (1, 3):
     (tmp_path / "midi_files" / f"train.tfrecord-0000{n}-of-00004").write_bytes(b"")
   with pytest.raises(InputError, match="Shard 1 of 2 has no record of midi_files.*fewer --shards"):
-    next(pipeline.TrainIterator(settings(data_of(folder, "midi"), cache_dir=str(tmp_path)), 2, 1, 2))
+    next(batches.train_loader(settings(data_of(folder, "midi"), cache_dir=str(tmp_path)), 2, 1, 2))
 
 
 def test_a_crop_of_a_long_text_does_not_encode_all_of_it(folder, tmp_path, monkeypatch):
@@ -312,5 +312,5 @@ def test_a_crop_of_a_long_text_does_not_encode_all_of_it(folder, tmp_path, monke
     validation_files=str(tmp_path / "v"),
     sentencepiece=str(folder / "letters.model"),
   )
-  next(pipeline.TrainIterator(settings(data), 4))
+  next(batches.train_loader(settings(data), 4))
   assert sum(encoded) < 100_000

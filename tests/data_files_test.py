@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import Config, DataConfig, InputError, config_from_run
-from perceiver_ar_jax.data import files, pipeline, tasks, texts, warn_once
+from perceiver_ar_jax.data import files, splits, tasks, texts, warn_once
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
 from perceiver_ar_jax.training import workdir as workdir_lib
@@ -304,12 +304,12 @@ def test_texts_that_are_something_else_are_warned_of_once(kind, tmp_path, capsys
   write(tmp_path, {f"{number}.txt": HEADS[kind] for number in range(5)} | {"validation/v.txt": "naïve 猫".encode()})
   data = DataConfig(task="text_files", files=str(tmp_path), validation_files=str(tmp_path / "validation"))
   config = batches.config(data, context=16, latents=4, sizes=(300,))
-  batch = next(pipeline.TrainIterator(config, 16))
+  batch = next(batches.train_loader(config, 16))
   assert batch["weights"].any(axis=1).all()
   lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Held out")]
   (line,) = lines
   assert kind in line and ".txt is " in line
-  list(pipeline.eval_batches(config))
+  list(splits.eval_batches(config, splits.eval_documents(config)))
   assert not capsys.readouterr().err
 
 
@@ -327,9 +327,9 @@ def test_a_text_that_may_not_be_read_is_skipped_in_training_and_evaluation(tmp_p
   monkeypatch.setattr("builtins.open", refuse)
   data = DataConfig(task="text_files", files=f"{tmp_path}/train", validation_files=f"{tmp_path}/validation")
   config = batches.config(data, context=16, latents=4, sizes=(300,))
-  for batch in batches.take(pipeline.TrainIterator(config, 4), 2):
+  for batch in batches.take(batches.train_loader(config, 4), 2):
     assert batch["weights"].any(axis=1).all()
-  scored = sum(np.sum(batch["weights"]) for batch in pipeline.eval_batches(config))
+  scored = sum(np.sum(batch["weights"]) for batch in splits.eval_batches(config, splits.eval_documents(config)))
   assert scored == len(b"some text") + 1
   messages = capsys.readouterr().err
   assert messages.count("locked.txt cannot be read: Permission denied") == 2

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, pipeline, texts, warn_once
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, texts, warn_once
 from perceiver_ar_jax.data.music import Note
 from tests import batches
 from tests.batches import evaluate, take, write
@@ -338,7 +338,7 @@ def test_the_test_split_is_another_one(name, cases):
 @pytest.mark.parametrize("name", NAMES)
 def test_training_rows_are_stretches_of_the_documents(name, cases):
   case = cases[name]
-  iterator = pipeline.TrainIterator(settings(case, context=12, latents=5), 6)
+  iterator = batches.train_loader(settings(case, context=12, latents=5), 6)
   documents = [as_string(document) for document in case.documents["train"]]
   seen = set()
   for batch in take(iterator, 10):
@@ -367,7 +367,7 @@ def test_training_rows_are_stretches_of_the_documents(name, cases):
 
 @pytest.mark.parametrize("name", TEXT_NAMES)
 def test_training_rows_of_texts_decode_to_what_is_written(name, cases):
-  iterator = pipeline.TrainIterator(settings(cases[name], context=12, latents=5), 6)
+  iterator = batches.train_loader(settings(cases[name], context=12, latents=5), 6)
   written = [content.decode() for content in cases[name].contents["train"]]
   for batch in take(iterator, 5):
     for row in batch["inputs"]:
@@ -388,27 +388,27 @@ def test_a_restored_iterator_goes_on_as_if_nothing_had_happened(variant, cases, 
   if name in ONE_RECORD:
     monkeypatch.setattr(texts, "PART_BYTES", 10)  # many records of one file
   config = settings(cases[name], **RESUMED[variant])
-  iterator = pipeline.TrainIterator(config, 3)
+  iterator = batches.train_loader(config, 3)
   take(iterator, 5)
   iterator.save(tmp_path)
   expected = take(iterator, 8)
-  restored = pipeline.TrainIterator(config, 3)
+  restored = batches.train_loader(config, 3)
   take(restored, 2)  # What it did before must not matter.
   restored.restore(tmp_path)
   batches.assert_equal(take(restored, 8), expected)
-  other = pipeline.TrainIterator(dataclasses.replace(config, seed=1), 3)
+  other = batches.train_loader(dataclasses.replace(config, seed=1), 3)
   assert not all(np.array_equal(one["inputs"], two["inputs"]) for one, two in zip(take(other, 8), expected))
 
 
 def test_augmentation_changes_pitches_and_times_but_not_the_shapes(cases):
   case = cases["maestro_v3"]
-  plain = next(pipeline.TrainIterator(settings(case), 99))
-  moved = next(pipeline.TrainIterator(settings(case, max_transposition=5), 99))
+  plain = next(batches.train_loader(settings(case), 99))
+  moved = next(batches.train_loader(settings(case, max_transposition=5), 99))
   notes = (moved["inputs"] >= NUM_SPECIAL) & (moved["inputs"] < NUM_SPECIAL + 256)
   steps = (moved["inputs"] - plain["inputs"])[notes]
   assert set(steps) == set(range(-5, 6)), "crops are not transposed by -5..5"
   np.testing.assert_array_equal(moved["inputs"][~notes], plain["inputs"][~notes], err_msg="more than notes changed")
-  stretched = next(pipeline.TrainIterator(settings(case, max_stretch=0.2), 99))
+  stretched = next(batches.train_loader(settings(case, max_stretch=0.2), 99))
   assert {key: value.shape for key, value in stretched.items()} == {key: value.shape for key, value in plain.items()}
   assert (stretched["inputs"] != plain["inputs"]).any()
 
@@ -418,7 +418,7 @@ def test_hosts_read_documents_of_their_own_and_together_all(name, cases):
   case = cases[name]
   config = settings(case, context=200, min_crop=201)  # Each row is a whole document.
   seen = [
-    {crop for batch in take(pipeline.TrainIterator(config, 8, host, HOSTS), 8) for crop in crops(batch)}
+    {crop for batch in take(batches.train_loader(config, 8, host, HOSTS), 8) for crop in crops(batch)}
     for host in range(HOSTS)
   ]
   assert sum(map(len, seen)) == len(set.union(*seen)), "two hosts read the same document"
@@ -431,7 +431,7 @@ def test_hosts_share_the_parts_of_one_large_file(name, cases, monkeypatch):
   (document,) = map(as_string, cases[name].documents["train"])
   seen = []
   for host in range(HOSTS):
-    iterator = pipeline.TrainIterator(settings(cases[name], context=20), 64, host, HOSTS)
+    iterator = batches.train_loader(settings(cases[name], context=20), 64, host, HOSTS)
     some = {crop for batch in take(iterator, 25) for crop in crops(batch)}
     seen.append({document.index(crop) + len(crop) for crop in some})
   assert sum(map(len, seen)) == len(set.union(*seen)), "two hosts train on crops that end at the same event"
@@ -440,12 +440,12 @@ def test_hosts_share_the_parts_of_one_large_file(name, cases, monkeypatch):
 
 def test_more_hosts_than_files_is_an_error(cases):
   with pytest.raises(InputError, match="'train' of text_files has 6 records, fewer than data.shards=7"):
-    pipeline.TrainIterator(settings(cases["text_files"]), 2, 0, 7)
+    batches.train_loader(settings(cases["text_files"]), 2, 0, 7)
 
 
 def test_a_mixture_draws_its_tasks_by_their_shares(cases):
   config = settings(cases["mixture"], context=200, min_crop=201)
-  drawn = [crop for batch in take(pipeline.TrainIterator(config, 100), 20) for crop in crops(batch)]
+  drawn = [crop for batch in take(batches.train_loader(config, 100), 20) for crop in crops(batch)]
   books = {as_string(document) for document in cases["pg19"].documents["train"]}
   assert sum(crop in books for crop in drawn) / len(drawn) == pytest.approx(0.75, abs=0.03)
 
@@ -457,9 +457,9 @@ def test_a_single_file_cannot_be_split_by_file_but_by_position(tmp_path):
   write(tmp_path, {"only.txt": b"0123456789" * 4})
   case = Case({"task": "text_files", "files": str(tmp_path)}, {})
   with pytest.raises(InputError, match="validation_files.*split_by=position"):
-    pipeline.TrainIterator(settings(case), 2)
+    batches.train_loader(settings(case), 2)
   by_position = settings(case, context=60, min_crop=61, split_by="position", validation_fraction=0.1)
-  assert set(crops(next(pipeline.TrainIterator(by_position, 2)))) == {as_string(of_text(b"0123456789" * 3 + b"012345"))}
+  assert set(crops(next(batches.train_loader(by_position, 2)))) == {as_string(of_text(b"0123456789" * 3 + b"012345"))}
   targets = [row["targets"][row["weights"] == 1].tolist() for row in rows(by_position, batch=1)]
   assert targets == [of_text(b"6789")[1:]]
 
@@ -473,7 +473,7 @@ OWN_FILES = ("text_files", "midi_files", "image_files", "audio_codes", "video_co
 def both(case, **more):
   """Training and evaluation under the same settings, each to be called."""
   return (
-    lambda: next(pipeline.TrainIterator(settings(case, **more), 2)),
+    lambda: next(batches.train_loader(settings(case, **more), 2)),
     lambda: evaluate(settings(case, **more)),
   )
 
@@ -507,7 +507,7 @@ def test_a_release_that_is_not_given_or_not_there_is_asked_for(name, release, mi
     with pytest.raises(InputError, match=f"reads your copy of {release}: set data.data_dir"):
       read()
   with pytest.raises(InputError, match=missing) as error:
-    next(pipeline.TrainIterator(settings(cases[name], data_dir=str(tmp_path)), 2))
+    next(batches.train_loader(settings(cases[name], data_dir=str(tmp_path)), 2))
   assert str(tmp_path) in str(error.value) and "data.data_dir" in str(error.value)
 
 
@@ -528,7 +528,7 @@ def test_a_split_that_own_files_have_not_names_those_they_have(name, cases):
   with pytest.raises(InputError, match=f"{name} has no split 'test'.*train, validation"):
     evaluate(settings(cases[name]), split="test")
   with pytest.raises(InputError, match=f"{name} has no split 'trian'. Did you mean 'train'"):
-    pipeline.TrainIterator(settings(cases[name], train_split="trian"), 2)
+    batches.train_loader(settings(cases[name], train_split="trian"), 2)
 
 
 def test_a_mixture_of_different_vocabularies_names_them(cases):
@@ -598,12 +598,12 @@ def good_and_bad(cases, bad, folder):
 def test_what_cannot_be_used_is_named_once_and_replaced_by_other_crops(bad, cases, tmp_path, capsys):
   case, message = good_and_bad(cases, bad, tmp_path)
   (document,) = map(as_string, case.documents["train"])
-  iterator = pipeline.TrainIterator(settings(case), 8)
+  iterator = batches.train_loader(settings(case), 8)
   taken = take(iterator, 4)
   drawn = [crop for batch in taken for crop in crops(batch)]
   assert all(len(crop) > 1 and crop in document for crop in drawn), "a row is empty or made of something else"
   assert len(set(drawn)) > 8, "the rows of unreadable records repeat those of others"
-  batches.assert_equal(take(pipeline.TrainIterator(settings(case), 8), 4), taken)
+  batches.assert_equal(take(batches.train_loader(settings(case), 8), 4), taken)
   (line,) = skipped(capsys)
   assert str(tmp_path / "train") in line and line.endswith("(1 skipped so far).")
   assert re.search(message, line), line
@@ -615,7 +615,7 @@ def test_what_cannot_be_used_is_named_once_and_replaced_by_other_crops(bad, case
 
 @pytest.mark.parametrize("name", ["pg19", "midi_files"])
 def test_each_record_that_is_skipped_is_counted(name, cases, capsys):
-  take(pipeline.TrainIterator(settings(cases[name]), 8), 4)
+  take(batches.train_loader(settings(cases[name]), 8), 4)
   expected = {
     "pg19": [r"The book 'train 2' of pg19 is empty"],
     "midi_files": [r"train.1.mid contains no notes", r"broken.midi cannot be read as a MIDI file"],
@@ -635,7 +635,7 @@ def test_a_split_of_which_nothing_can_be_read_is_an_error(bad, hosts, cases, tmp
   write(tmp_path, {f"{split}/{number}-{file}": content for split in ("train", "validation") for number in range(4)})
   case = dataclasses.replace(cases[name], data=cases[name].data | halves(tmp_path))
   with pytest.raises(InputError, match=f"'train' of {name} has 4 records, and none can be read: .*bad"):
-    next(pipeline.TrainIterator(settings(case), 3, hosts - 1, hosts))
+    next(batches.train_loader(settings(case), 3, hosts - 1, hosts))
   assert skipped(capsys), "there are no reasons above"
   assert rows(settings(case), hosts) == []
 
@@ -643,7 +643,7 @@ def test_a_split_of_which_nothing_can_be_read_is_an_error(bad, hosts, cases, tmp
 def test_a_text_that_disappears_while_training_is_named_and_left_out(cases, tmp_path, capsys):
   folder = write(tmp_path, {f"{number}.txt": b"here today" for number in range(3)} | {"validation/v.txt": b"v"})
   case = dataclasses.replace(cases["text_files"], data=cases["text_files"].data | halves(folder))
-  iterator = pipeline.TrainIterator(settings(case), 6)
+  iterator = batches.train_loader(settings(case), 6)
   next(iterator)
   (folder / "1.txt").unlink()
   assert all(batch["weights"].any(axis=1).all() for batch in take(iterator, 5)), "its rows are empty"
@@ -679,4 +679,4 @@ def test_a_mixture_with_an_unreadable_task_goes_on(cases, tmp_path):
     None,
     391,
   )
-  assert next(pipeline.TrainIterator(settings(case), 2))["weights"].any(axis=1).all(), "a row is empty"
+  assert next(batches.train_loader(settings(case), 2))["weights"].any(axis=1).all(), "a row is empty"

@@ -13,7 +13,7 @@ import pytest
 
 from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data import pipeline, records, texts
+from perceiver_ar_jax.data import splits, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.evaluation import evaluate, figures
 from perceiver_ar_jax.interop import haiku
@@ -257,8 +257,8 @@ def test_parts_of_documents_with_unknown_counts_are_not_scored():
 def test_a_bound_below_the_first_document_is_explained():
   stored = Document(np.arange(3, 13, dtype=np.int32), counts={"words": 2, "bytes": 9})
   with pytest.raises(InputError, match="eval.max_tokens=3 ends within the first document"):
-    next(records._bounded([stored], 3))
-  assert list(records._bounded([stored, stored], 12)) == [stored]
+    next(splits._bounded([stored], 3))
+  assert list(splits._bounded([stored, stored], 12)) == [stored]
 
 
 def test_progress_has_a_total(tmp_path, capfd, monkeypatch):
@@ -286,7 +286,7 @@ def test_data_that_fails_to_be_read_fails_on_all_processes(capfd, monkeypatch):
     yield
 
   with monkeypatch.context() as patch:
-    patch.setattr(pipeline, "eval_batches", batches_of_a_bad_disk)
+    patch.setattr(splits, "eval_batches", batches_of_a_bad_disk)
     with pytest.raises(InputError, match=r"cannot be read \(OSError: Input/output error\)"):
       _fresh_result(tiny.config())
     assert "Traceback" in capfd.readouterr().err

@@ -9,8 +9,10 @@ import pytest
 from flax import linen as nn
 
 from perceiver_ar_jax import ModelConfig, PerceiverAR
+from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.models.layers import Embed
 from perceiver_ar_jax.models.perceiver_ar import drop_context
+from tests import tiny
 
 CONFIG = ModelConfig(
   vocab_size=20,
@@ -266,3 +268,17 @@ def test_depth_does_not_grow_the_program():
 def test_more_latents_than_inputs_are_refused():
   with pytest.raises(ValueError, match="num_latents=13 exceeds the 12 inputs"):
     PerceiverAR(CONFIG).apply({"params": {}}, _tokens(), num_latents=13)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"position_encoding": "learned", "position_sizes": (34,)}, r"3 dimensions, but .*position_sizes=\(34,\) has 1"),
+    ({"position_encoding": "rotary", "position_sizes": ()}, "3 dimensions, and model.position_encoding=rotary uses"),
+  ],
+)
+def test_positions_with_other_dimensions_are_refused(changes, message):
+  config = tiny.config(**{f"model__{name}": value for name, value in changes.items()}).model
+  tokens, positions = jnp.ones((1, 12), jnp.int32), jnp.ones((1, 12, 3), jnp.int32)
+  with pytest.raises(InputError, match=message):
+    PerceiverAR(config).init(jax.random.key(0), tokens, positions)

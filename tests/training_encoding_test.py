@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from perceiver_ar_jax.config import DataConfig, InputError, config_from_run
-from perceiver_ar_jax.data import pipeline, sources, texts
+from perceiver_ar_jax.data import sources, splits, texts
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.sampling.sampler import Sampler
 from perceiver_ar_jax.training import workdir as workdir_lib
@@ -112,7 +112,7 @@ def test_weights_load_without_the_model_and_text_does_not(tmp_path, models):
   texts.tokenizer.cache_clear()
   workdir_lib.check_model(saved, run)
   with pytest.raises(InputError, match=r"gone.model cannot be read: No such file.*--config.data.sentencepiece=FILE"):
-    next(pipeline.eval_batches(saved))
+    next(splits.eval_batches(saved, splits.eval_documents(saved)))
 
 
 def test_runs_without_a_fingerprint_load(models, tmp_path):

@@ -21,7 +21,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError, TransientError
-from perceiver_ar_jax.data.global_batch import HostBatches
+from perceiver_ar_jax.data.loader import TrainLoader
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.sampling import write
@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 def test_a_profile_is_kept_however_the_run_ends(end, tmp_path, monkeypatch):
   """The trace covers 3 steps; the run may end within them."""
   config = tiny.config(train__profile_at=5 if end == "last step" else 2, train__steps=6)
-  draw, drawn = HostBatches.__next__, []
+  draw, drawn = TrainLoader.__next__, []
 
   def disturb(self):
     drawn.append(None)
@@ -289,7 +289,7 @@ def test_a_profile_is_kept_however_the_run_ends(end, tmp_path, monkeypatch):
       raise InputError("no more data")
     return draw(self)
 
-  monkeypatch.setattr(HostBatches, "__next__", disturb)
+  monkeypatch.setattr(TrainLoader, "__next__", disturb)
   if end == "error":
     with pytest.raises(InputError, match="no more data"):
       loop.train(config, tmp_path)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from perceiver_ar_jax.config import Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig, TrainConfig
-from perceiver_ar_jax.data.global_batch import HostBatches
+from perceiver_ar_jax.data.loader import TrainLoader
 from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -231,7 +231,7 @@ def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   step = jax.jit(step_lib.make_train_step(config, optimizer))
-  good = next(HostBatches(config))
+  good = next(TrainLoader(config))
   state, _ = step(state_lib.init_state(config, optimizer, mesh), good, jax.random.key(0))
   skipped, metrics = step(state, good | {"weights": good["weights"] * np.inf}, jax.random.key(0))
   assert not np.isfinite(metrics["loss"]) and skipped.step == state.step + 1

@@ -10,7 +10,7 @@ import tqdm
 from etils import epath
 
 from perceiver_ar_jax.config import Config, writing
-from perceiver_ar_jax.data import NUM_SPECIAL, pipeline, records, render, warn_once
+from perceiver_ar_jax.data import NUM_SPECIAL, loader, render, splits, warn_once, windows
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
@@ -28,13 +28,13 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
   """Prints a report on the data, writes WORKDIR/data/ (report.json, examples.txt, examples.png) and returns the report.
 
   Raises:
-    InputError: as pipeline.TrainIterator; a split has no documents, or the folder cannot be written.
+    InputError: as loader.TrainLoader; a split has no documents, or the folder cannot be written.
   """
   folder = epath.Path(workdir) / "data"
   with writing(f"--workdir={workdir}", "give another"):
     folder.mkdir(parents=True, exist_ok=True)
   warn_once.reset()
-  train = pipeline.TrainIterator(config, config.train.batch_size)
+  train = loader.TrainLoader(config)
   report = {
     "task": config.data.task,
     "modality": train.task.modality,
@@ -73,7 +73,7 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     if len(examples) < _MAX_EXAMPLES:
       examples.append((task, events, positions))
   if not lengths:
-    raise records.none_readable(config, split)
+    raise splits.none_readable(config, split)
   shares = histogram[histogram > 0] / histogram.sum()
   stats = {
     "documents": len(lengths),
@@ -96,10 +96,10 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
 
 def _documents(config: Config, split: str) -> Iterable[tuple[Task, Document]]:
   """The first documents of a split, with a progress bar if reading them takes long."""
-  tasks = get_tasks(config.data, records.longest_crop(config))
-  counts = [records.num_records(task, split) for task, _ in tasks]
+  tasks = get_tasks(config.data, windows.longest_crop(config))
+  counts = [task.num_records(split) for task, _ in tasks]
   total = sum(_MAX_DOCUMENTS if count is None else min(count, _MAX_DOCUMENTS) for count in counts)
-  documents = records.documents(config, split, _MAX_DOCUMENTS)
+  documents = splits.documents(config, split, _MAX_DOCUMENTS)
   return tqdm.tqdm(
     documents,
     f"Reading {split}",
@@ -110,7 +110,7 @@ def _documents(config: Config, split: str) -> Iterable[tuple[Task, Document]]:
   )
 
 
-def _rate(train: pipeline.TrainIterator, config: Config) -> dict:
+def _rate(train: loader.TrainLoader, config: Config) -> dict:
   """Returns the speed of the pipeline alone."""
   start, batches = time.monotonic(), 0
   while (seconds := time.monotonic() - start) < _RATE_SECONDS:

@@ -27,13 +27,17 @@ from typing import Any
 import numpy as np
 import seqio
 
-from perceiver_ar_jax.config import DataConfig, InputError, nearest
+from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
-from perceiver_ar_jax.data.sources import CachedSource
+from perceiver_ar_jax.data.sources import CachedSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import tf
-from perceiver_ar_jax.data.warn_once import warn_once
+from perceiver_ar_jax.data.warn_once import newest_messages, warn_once
 
+PREFETCH = 64
+"""Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
+_TF_THREADS = 8
+"""Threads that read and decode records, in TensorFlow."""
 UNITS = ("accuracy", "bits_per_byte", "bits_per_dim", "nats_per_token", "word_perplexity")
 MODALITIES = ("audio", "copy", "image", "music", "text", "video")
 
@@ -114,12 +118,65 @@ class Task:
       self.skip(record, Unreadable(f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})"))
     return None
 
+  def num_records(self, split: str) -> int | None:
+    """Returns the number of records of a split, None if unknown.
+
+    Raises:
+      InputError: an unknown split, or missing data.
+    """
+    if not isinstance(self.source, TfdsSource) and split not in self.source.splits:
+      raise InputError(f"The task {self.name} has no split {split!r}. {nearest(split, self.source.splits)}")
+    return self.source.num_input_examples(split)
+
+  def shard_records(self, split: str, *, seed: int, index: int, count: int) -> tf.data.Dataset:
+    """Returns shard `index` of `count` of the records; files are in a different order in each epoch."""
+    if self.source.supports_arbitrary_sharding:
+      shard = seqio.ShardInfo(index=index, num_shards=count)
+      return self.source.get_dataset(split=split, shuffle=True, seed=seed, shard_info=shard)
+    return self.source.get_dataset(split=split, shuffle=False).shard(count, index)
+
+  def preprocess(self, records: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns the records after TensorFlow's part of the work, which continues in the background."""
+    for preprocessor in self.preprocessors:
+      records = preprocessor(records)
+    if self.preprocessors:
+      records = records.prefetch(PREFETCH)
+    options = tf.data.Options()
+    options.deterministic = True
+    # All elements that a stage has ready are part of the saved state, so every buffer is bounded: parallel maps by the
+    # number of threads, and no stages that TensorFlow adds.
+    options.threading.private_threadpool_size = _TF_THREADS
+    options.autotune.enabled = False
+    options.experimental_optimization.inject_prefetch = False
+    options.experimental_optimization.map_and_batch_fusion = False
+    return records.with_options(options)
+
+  def check_vocabulary(self, config: Config) -> None:
+    """Raises InputError if the model has fewer token ids than the task."""
+    if self.vocab_size > config.model.vocab_size:
+      raise InputError(
+        f"The task {self.name} has {self.vocab_size} token ids (PAD, EOS and SOS included), but model.vocab_size is"
+        f" {config.model.vocab_size}: set --config.model.vocab_size={self.vocab_size} or more."
+      )
+
   def skip(self, record: Record, error: Unreadable) -> None:
     """Reports that a record is not used; a file counts once, however many of its records are skipped, and how often."""
     warn_once("skipped", f"Skipped: {error}", subject=self._describe(record) if "path" in record else None)
 
   def _describe(self, record: Record) -> str:
     return os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
+
+
+def to_records(batch: Mapping[str, tf.Tensor]) -> list[Record]:
+  """Splits a batch of records."""
+  values = [value.numpy() for value in batch.values()]
+  return [dict(zip(batch, record)) for record in zip(*values)]
+
+
+def skip_reasons() -> str:
+  """Returns the newest reasons for which records were skipped."""
+  reasons = [message.removeprefix("Skipped: ") for message in newest_messages("skipped", 3)]
+  return "; ".join(reasons) or "it is empty"
 
 
 def allow(vocab_size: int, *ids: Iterable[int]) -> np.ndarray:

@@ -17,7 +17,7 @@ from etils import epath
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError, writing
-from perceiver_ar_jax.data import records, tasks, texts
+from perceiver_ar_jax.data import splits, tasks, texts, windows
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
 _VOCAB_SIZE = flags.DEFINE_integer(
@@ -34,7 +34,7 @@ def main(config: Config) -> int:
   import sentencepiece
 
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece=None, cache_dir=None))
-  for task, _ in tasks.get_tasks(config.data, records.longest_crop(config)):
+  for task, _ in tasks.get_tasks(config.data, windows.longest_crop(config)):
     if task.modality != "text":
       raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")
   path = epath.Path(_OUTPUT.value)
@@ -81,7 +81,7 @@ def _lines(config: Config, max_bytes: int) -> Iterator[bytes]:
   """Lines of the training split; of every n-th stretch of it where it exceeds `max_bytes`."""
 
   def all_texts() -> Iterator[texts.Text]:  # read twice, since all of them may not fit into memory
-    for _, document in records.documents(config, config.data.train_split):
+    for _, document in splits.documents(config, config.data.train_split):
       yield document.text
 
   total = sum(map(len, all_texts()))

@@ -1,7 +1,7 @@
 """Scores held-out sequences: every token once, in blocks of `stride` new tokens with as much context as fits.
 
 This is how the paper measures likelihood: a smaller stride gives each token more context and needs more windows.
-data/pipeline.py makes the windows; this module computes metrics from logits.
+data/splits.py makes the windows; this module computes metrics from logits.
 """
 
 import json
@@ -18,10 +18,10 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
-from perceiver_ar_jax.data import pipeline, records
+from perceiver_ar_jax.data import splits
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.features import Batch
-from perceiver_ar_jax.data.global_batch import to_global
+from perceiver_ar_jax.data.loader import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.evaluation import figures
@@ -37,7 +37,7 @@ _SILENT_SECONDS = 5
 
 
 def make_eval_step(config: Config):
-  """Returns the pure function (params, batch) -> sums, for batches of pipeline.eval_batches.
+  """Returns the pure function (params, batch) -> sums, for batches of splits.eval_batches.
 
   By row: `document` int32[B], and float32[B] `nats`, `right` and `tokens`. By row and bucket, float32[B, K] each:
   `nats_by_position` and `tokens_by_position` of the targets by their place in the document, `nats_by_context` and
@@ -173,19 +173,19 @@ class Evaluator:
       documents: score these instead of a split.
 
     Raises:
-      InputError: as pipeline.eval_documents and eval_batches, or no document can be read. All processes raise it,
+      InputError: as splits.eval_documents and eval_batches, or no document can be read. All processes raise it,
         whichever of them the cause occurred in.
     """
     config, totals = self._config, figures.Totals()
     size = config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
     if documents is None:
-      num_documents = records.num_documents(config, config.eval.split, config.eval.max_sequences)
-      documents = pipeline.eval_documents(config)
+      num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
+      documents = splits.eval_documents(config)
     else:
       num_documents = len(documents)
     with jax.set_mesh(self._mesh), _Progress(num_documents) as progress:
-      batches, pending = pipeline.eval_batches(config, progress.watch(documents), rows), None
+      batches, pending = splits.eval_batches(config, progress.watch(documents), rows), None
       while (batch := _next_on_all(batches)) is not None:
         if should_stop():
           return None
@@ -196,7 +196,7 @@ class Evaluator:
         progress.update(totals.num_tokens)
       totals.add(pending)
     if not totals.num_tokens:
-      raise records.none_readable(config, config.eval.split)
+      raise splits.none_readable(config, config.eval.split)
     num_latents = config.eval.num_latents or config.model.num_latents
     task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
     return {

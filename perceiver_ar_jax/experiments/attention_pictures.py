@@ -22,9 +22,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
 from perceiver_ar_jax.config import Config, InputError, writing
-from perceiver_ar_jax.data import NUM_SPECIAL, features, music, records
+from perceiver_ar_jax.data import NUM_SPECIAL, music, splits, windows
 from perceiver_ar_jax.data.documents import Document
-from perceiver_ar_jax.data.global_batch import to_global
+from perceiver_ar_jax.data.loader import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.evaluation import evaluate
@@ -84,7 +84,7 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
   """
   context, num_latents = config.model.max_context, config.eval.num_latents or config.model.num_latents
   batch_size, dims = mesh.shape["data"] * mesh.shape["fsdp"], document.positions(0, 1).shape[1]
-  batch = features.empty_batch(batch_size, context=context, latents=num_latents, position_dims=dims)
+  batch = windows.empty_batch(batch_size, context=context, latents=num_latents, position_dims=dims)
   layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
   run = jax.jit(
     functools.partial(
@@ -95,10 +95,10 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
   result = []
   with jax.set_mesh(mesh):
     for first in range(0, len(outputs), batch_size):
-      batch = features.empty_batch(batch_size, context=context, latents=num_latents, position_dims=dims)
+      batch = windows.empty_batch(batch_size, context=context, latents=num_latents, position_dims=dims)
       batch_outputs = outputs[first : first + batch_size]
       for index, output in enumerate(batch_outputs):
-        features.eval_window(features.row_of(batch, index), document, output + 1, 1)
+        windows.eval_window(windows.row_of(batch, index), document, output + 1, 1)
       arrays = to_global(batch, range(batch_size), batch_size, layout)
       result += list(np.asarray(run(params, arrays["inputs"], arrays["positions"]))[: len(batch_outputs)])
   return result
@@ -107,9 +107,9 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
 def _document(config: Config) -> tuple[Task, Document]:
   prompt = config.attention_map.prompt
   if prompt == "data":
-    for task, document in records.documents(config, config.eval.split, 1):
+    for task, document in splits.documents(config, config.eval.split, 1):
       return task, document
-    raise records.none_readable(config, config.eval.split)
+    raise splits.none_readable(config, config.eval.split)
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
   document = prompts.read_setting(task, prompt)[0]
   if not document.has_targets():

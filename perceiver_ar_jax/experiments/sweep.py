@@ -23,7 +23,7 @@ from etils import epath
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError, ModelConfig
-from perceiver_ar_jax.data import records
+from perceiver_ar_jax.data import splits
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.experiments import plots
 from perceiver_ar_jax.models import flops
@@ -119,7 +119,7 @@ def first_layers(model: ModelConfig, params: Mapping) -> dict:
 def _score(config: Config, mesh, params, step: int) -> dict:
   """Returns the metrics of one point and their cost."""
   evaluator = evaluate.Evaluator(config, mesh)
-  evaluator(params, step, documents=list(records.documents(config, config.eval.split, 1))[:1])  # compiles
+  evaluator(params, step, documents=list(splits.documents(config, config.eval.split, 1))[:1])  # compiles
   start = time.monotonic()
   result = evaluator(params, step)
   seconds = time.monotonic() - start

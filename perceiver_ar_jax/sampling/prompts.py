@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import EOS, SOS, records
+from perceiver_ar_jax.data import EOS, SOS, splits
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.warn_once import warn_once
@@ -72,9 +72,9 @@ def find(
   if prompt is None and task.place is not None:
     return [Prompt(task, np.array([SOS], np.int32), task.place, task.length)]
   if prompt is None or prompt == DATA:
-    documents = list(itertools.islice(records.documents(config, config.eval.split, count), count))
+    documents = list(itertools.islice(splits.documents(config, config.eval.split, count), count))
     if not documents:
-      raise records.none_readable(config, config.eval.split)
+      raise splits.none_readable(config, config.eval.split)
     if prompt is None:  # of a video, even the grid is the document's
       prompt_tokens = 1
     return [_beginning(config, task, document, prompt_tokens) for task, document in documents]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data.documents import Document
 
 Batch = dict[str, np.ndarray]
@@ -22,6 +23,25 @@ Batch = dict[str, np.ndarray]
 
 MIN_EVENTS = 2
 """The shortest document or crop that has anything to predict: one input and its target."""
+
+
+def longest_crop(config: Config) -> int:
+  """In events: the context's inputs and the target of the last one."""
+  return config.model.max_context + 1
+
+
+def check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
+  """Raises InputError if a position is outside the model's tables."""
+  sizes = config.model.position_sizes
+  if not config.model.positions_from_data or len(sizes) != positions_BxLxP.shape[-1]:
+    return  # without tables, or refused by the model
+  # One dimension at a time: over all at once, NumPy takes ten times as long.
+  largest = [int(positions_BxLxP[..., dimension].max()) for dimension in range(len(sizes))]
+  if any(position >= size for position, size in zip(largest, sizes)):
+    raise InputError(
+      f"The task {config.data.task} has positions up to {tuple(largest)}, beyond model.position_sizes={sizes}: make"
+      " each size at least the largest position + 1 of all documents, which --mode=data shows."
+    )
 
 
 def empty_batch(size: int, *, context: int, latents: int, position_dims: int) -> Batch:

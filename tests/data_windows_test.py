@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from perceiver_ar_jax.data import EOS, SOS, documents, features
+from perceiver_ar_jax.data import EOS, SOS, documents, windows
 from perceiver_ar_jax.data.documents import Document
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "data.npz")
@@ -22,15 +22,15 @@ def document(events, positions=None, scored=None):
 
 
 def window(events, end, num_new, context, latents, dims=1, **more):
-  batch = features.empty_batch(1, context=context, latents=latents, position_dims=dims)
-  row = features.row_of(batch, 0)
-  features.eval_window(row, document(events, **more), end, num_new)
+  batch = windows.empty_batch(1, context=context, latents=latents, position_dims=dims)
+  row = windows.row_of(batch, 0)
+  windows.eval_window(row, document(events, **more), end, num_new)
   return row
 
 
 def eval_windows(events, stride, context, latents, **more):
   """The rows of all windows of one document, in order."""
-  blocks = features.eval_blocks(len(events), stride)
+  blocks = windows.eval_blocks(len(events), stride)
   return [window(events, end, num_new, context, latents, **more) for end, num_new in blocks]
 
 
@@ -69,7 +69,7 @@ def test_only_new_targets_that_are_scored_weigh():
 
 
 def test_a_row_that_is_not_filled_is_all_padding():
-  batch = features.empty_batch(2, context=3, latents=2, position_dims=2)
+  batch = windows.empty_batch(2, context=3, latents=2, position_dims=2)
   assert {name: value.shape for name, value in batch.items()} == {
     "inputs": (2, 3),
     "positions": (2, 3, 2),
@@ -98,10 +98,10 @@ def test_inputs_and_targets_are_the_events_shifted_by_one():
 
 def train_rows(events, min_crop, context, count, first_seed=0, **more):
   """`count` training crops of one document, stacked."""
-  batch = features.empty_batch(count, context=context, latents=context, position_dims=1)
+  batch = windows.empty_batch(count, context=context, latents=context, position_dims=1)
   for index in range(count):
     draw = np.random.default_rng([7, first_seed + index]).random()
-    features.train_window(features.row_of(batch, index), document(events, **more), draw, min_crop=min_crop)
+    windows.train_window(windows.row_of(batch, index), document(events, **more), draw, min_crop=min_crop)
   return batch
 
 
@@ -156,9 +156,9 @@ def test_an_augmented_crop_keeps_its_newest_events_and_counts_them_anew():
   def double(events):
     return np.repeat(events, 2)
 
-  batch = features.empty_batch(1, context=5, latents=5, position_dims=1)
+  batch = windows.empty_batch(1, context=5, latents=5, position_dims=1)
   plain = Document(np.array([2, 10, 11, 12], np.int32))
-  features.train_window(features.row_of(batch, 0), plain, 0.5, min_crop=4, augment=double)
+  windows.train_window(windows.row_of(batch, 0), plain, 0.5, min_crop=4, augment=double)
   assert batch["inputs"].tolist() == [[10, 10, 11, 11, 12]] and batch["targets"].tolist() == [[10, 11, 11, 12, 12]]
   assert batch["positions"][0, :, 0].tolist() == [1, 2, 3, 4, 5]
 

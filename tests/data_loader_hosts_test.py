@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data.global_batch import HostBatches, to_global
+from perceiver_ar_jax.data.loader import TrainLoader, to_global
 from tests import tiny
 
 HOSTS = [
@@ -17,7 +17,7 @@ HOSTS = [
 ]
 
 
-def _batch(hosts: list[HostBatches]) -> np.ndarray:
+def _batch(hosts: list[TrainLoader]) -> np.ndarray:
   """The inputs of the next global batch, which hosts of the same rows must agree on."""
   inputs = np.full((8, 32), -1)
   for host in hosts:
@@ -30,24 +30,24 @@ def _batch(hosts: list[HostBatches]) -> np.ndarray:
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_batches_are_the_same_on_any_hosts_and_go_on_on_others(shards, tmp_path):
   config = tiny.config(data__shards=shards)
-  one = HostBatches(config)
+  one = TrainLoader(config)
   expected = [next(one)["inputs"] for _ in range(4)]
   assert len({tuple(row) for batch in expected for row in batch.tolist()}) == 32, "rows are repeated"
   for number, rows in enumerate(HOSTS):
-    hosts = [HostBatches(config, rows, host) for host in range(len(rows))]
+    hosts = [TrainLoader(config, rows, host) for host in range(len(rows))]
     for index in range(2):
       np.testing.assert_array_equal(_batch(hosts), expected[index])
     for host in hosts:
       host.save(tmp_path / str(number))
     others = HOSTS[number - 1]
-    resumed = [HostBatches(config, others, host) for host in range(len(others))]
+    resumed = [TrainLoader(config, others, host) for host in range(len(others))]
     for host in resumed:
       host.restore(tmp_path / str(number))
     np.testing.assert_array_equal(_batch(resumed), expected[2])
 
 
 def test_a_host_makes_only_rows_of_its_own():
-  host = HostBatches(tiny.config(data__shards=4), [[0, 1], [2, 3], [4, 5], [6, 7]], 2)
+  host = TrainLoader(tiny.config(data__shards=4), [[0, 1], [2, 3], [4, 5], [6, 7]], 2)
   assert next(host)["inputs"].shape == (2, 32)
   assert host.spec["inputs"].shape == (8, 32)
   assert len(host._parts) == 1, "it reads records that it does not need"

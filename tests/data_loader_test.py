@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import images, pipeline, records
+from perceiver_ar_jax.data import images, registry
 from tests import batches, tiny
 from tests.batches import evaluate, take
 from tests.tiny_imagenet import NUM_TRAIN, NUM_VALIDATION
@@ -35,7 +35,7 @@ def test_plain_tfds_reads_the_tiny_dataset(data_dir):
 
 
 def test_batches_have_the_shapes_of_the_contract(data_dir):
-  batch = next(pipeline.TrainIterator(settings("imagenet32", data_dir), 4))
+  batch = next(batches.train_loader(settings("imagenet32", data_dir), 4))
   described = {name: (value.dtype.name, value.shape) for name, value in batch.items()}
   assert described == {
     "inputs": ("int32", (4, 3072)),
@@ -52,7 +52,7 @@ def test_pictures_arrive_pixel_for_pixel(data_dir):
     for row in tfds.load("downsampled_imagenet/32x32", data_dir=data_dir, split="train").as_numpy_iterator()
   }
   for task, order in (("imagenet32", "pixel_raster"), ("imagenet32_rgb_planes", "rgb_planes")):
-    batch = next(pipeline.TrainIterator(settings(task, data_dir, min_crop=3073), 4))
+    batch = next(batches.train_loader(settings(task, data_dir, min_crop=3073), 4))
     for inputs, targets in zip(batch["inputs"], batch["targets"]):
       image = images.to_image(np.append(inputs, targets[-1]), 32, order)
       np.testing.assert_array_equal(image, stored[int(image[0, 0, 0])])
@@ -60,14 +60,14 @@ def test_pictures_arrive_pixel_for_pixel(data_dir):
 
 def test_each_epoch_sees_each_record_once_in_a_new_order(data_dir):
   for buffer in (1000, 5):
-    iterator = pipeline.TrainIterator(whole(data_dir, shuffle_buffer=buffer), 11)
+    iterator = batches.train_loader(whole(data_dir, shuffle_buffer=buffer), 11)
     epochs = [numbers(next(iterator)) + numbers(next(iterator)) for _ in range(3)]
     assert all(sorted(epoch) == list(range(NUM_TRAIN)) for epoch in epochs), f"an epoch blurs with buffer {buffer}"
     assert len({tuple(epoch) for epoch in epochs}) == 3, "epochs repeat their order"
 
 
 def test_the_seed_fixes_the_stream(data_dir):
-  first, again, other = (take(pipeline.TrainIterator(whole(data_dir, seed=seed), 4), 4) for seed in (1, 1, 2))
+  first, again, other = (take(batches.train_loader(whole(data_dir, seed=seed), 4), 4) for seed in (1, 1, 2))
   batches.assert_equal(first, again)
   assert numbers(first[0]) != numbers(other[0])
 
@@ -86,23 +86,23 @@ CASES = {
 )
 def test_a_restored_iterator_goes_on_as_if_nothing_had_happened(case, step, data_dir, tmp_path):
   config = settings(data_dir=data_dir if case == "imagenet32" else None, **CASES[case])
-  iterator = pipeline.TrainIterator(config, 4)
+  iterator = batches.train_loader(config, 4)
   take(iterator, step)
   iterator.save(tmp_path / "state")
   expected = take(iterator, 8)
-  restored = pipeline.TrainIterator(config, 4)
+  restored = batches.train_loader(config, 4)
   take(restored, 2)  # What it did before must not matter.
   restored.restore(tmp_path / "state")
   batches.assert_equal(take(restored, 8), expected)
 
 
 def test_a_second_save_replaces_the_first(tmp_path):
-  iterator = pipeline.TrainIterator(settings(**CASES["copy"]), 2)
+  iterator = batches.train_loader(settings(**CASES["copy"]), 2)
   iterator.save(tmp_path)
   take(iterator, 3)
   iterator.save(tmp_path)
   expected = take(iterator, 2)
-  restored = pipeline.TrainIterator(settings(**CASES["copy"]), 2)
+  restored = batches.train_loader(settings(**CASES["copy"]), 2)
   restored.restore(tmp_path)
   batches.assert_equal(take(restored, 2), expected)
 
@@ -111,9 +111,9 @@ RESUME = """
 import pathlib, sys
 import numpy as np
 from perceiver_ar_jax import config as config_lib
-from perceiver_ar_jax.data import pipeline
+from tests import batches
 folder = pathlib.Path(sys.argv[1])
-iterator = pipeline.TrainIterator(config_lib.Config.from_json((folder / "config.json").read_text()), 4)
+iterator = batches.train_loader(config_lib.Config.from_json((folder / "config.json").read_text()), 4)
 iterator.restore(folder / "state")
 np.savez(folder / "after.npz", *[next(iterator)["inputs"] for _ in range(6)])
 """
@@ -121,7 +121,7 @@ np.savez(folder / "after.npz", *[next(iterator)["inputs"] for _ in range(6)])
 
 def test_another_process_goes_on_with_the_same_batches(data_dir, tmp_path):
   config = settings("imagenet32", data_dir, shuffle_buffer=6)
-  iterator = pipeline.TrainIterator(config, 4)
+  iterator = batches.train_loader(config, 4)
   take(iterator, 7)
   iterator.save(tmp_path / "state")
   (tmp_path / "config.json").write_text(config.to_json())
@@ -133,15 +133,15 @@ def test_another_process_goes_on_with_the_same_batches(data_dir, tmp_path):
 
 
 def test_the_state_is_little_more_than_the_encoded_records_in_the_shuffle(data_dir, tmp_path):
-  iterator = pipeline.TrainIterator(whole(data_dir, shuffle_buffer=1000), 4)
+  iterator = batches.train_loader(whole(data_dir, shuffle_buffer=1000), 4)
   take(iterator, 3)
   iterator.save(tmp_path)
   # A PNG of noise is 3.3 kB, and the pictures that are ready are of 3.1 kB; 1000 decoded sequences would be 61 MB.
-  assert state_bytes(tmp_path) < (1000 + 2 * records.AHEAD) * 3500
+  assert state_bytes(tmp_path) < (1000 + 2 * registry.PREFETCH) * 3500
 
 
 def test_the_state_does_not_grow_with_the_batch(tmp_path):
-  iterator = pipeline.TrainIterator(settings("photos32"), 400)  # 20 MB a batch.
+  iterator = batches.train_loader(settings("photos32"), 400)  # 20 MB a batch.
   take(iterator, 2)
   iterator.save(tmp_path)
   assert state_bytes(tmp_path) < 1_000_000
@@ -152,15 +152,15 @@ def state_bytes(folder):
 
 
 def test_a_state_of_another_stream_is_refused(tmp_path):
-  pipeline.TrainIterator(settings(**CASES["copy"]), 2).save(tmp_path)
+  batches.train_loader(settings(**CASES["copy"]), 2).save(tmp_path)
   with pytest.raises(InputError, match="seed was 0 and is 5"):
-    pipeline.TrainIterator(settings(**CASES["copy"], seed=5), 2).restore(tmp_path)
+    batches.train_loader(settings(**CASES["copy"], seed=5), 2).restore(tmp_path)
   with pytest.raises(InputError, match="batch_size_per_shard was 2 and is 3"):
-    pipeline.TrainIterator(settings(**CASES["copy"]), 3).restore(tmp_path)
+    batches.train_loader(settings(**CASES["copy"]), 3).restore(tmp_path)
   with pytest.raises(InputError, match="only for shard-00000-of-00001: set data.shards back"):
-    pipeline.TrainIterator(settings(**CASES["copy"]), 2, 0, 2).restore(tmp_path)
+    batches.train_loader(settings(**CASES["copy"]), 2, 0, 2).restore(tmp_path)
   with pytest.raises(FileNotFoundError, match="contains no state of a data iterator"):
-    pipeline.TrainIterator(settings(**CASES["copy"]), 2).restore(tmp_path / "nowhere")
+    batches.train_loader(settings(**CASES["copy"]), 2).restore(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3])
@@ -168,13 +168,13 @@ def test_hosts_share_an_epoch_without_loss_or_repetition(hosts, data_dir):
   seen = []
   for host in range(hosts):
     mine = len(range(host, NUM_TRAIN, hosts))  # The first hosts have one more where the count does not divide.
-    seen += numbers(next(pipeline.TrainIterator(whole(data_dir), mine, host, hosts)))
+    seen += numbers(next(batches.train_loader(whole(data_dir), mine, host, hosts)))
   assert sorted(seen) == list(range(NUM_TRAIN))
 
 
 def test_hosts_crop_differently():
   config = settings("copy", context=63, sizes=(64,))
-  ends = [(next(pipeline.TrainIterator(config, 16, host, 2))["inputs"] > 0).sum(axis=1).tolist() for host in range(2)]
+  ends = [(next(batches.train_loader(config, 16, host, 2))["inputs"] > 0).sum(axis=1).tolist() for host in range(2)]
   assert ends[0] != ends[1]
 
 
@@ -244,7 +244,7 @@ def test_evaluation_is_the_same_each_time_and_can_be_cut_short():
 
 def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_get_it(tmp_path):
   for read in (
-    lambda: pipeline.TrainIterator(settings("imagenet64", tmp_path), 2),
+    lambda: batches.train_loader(settings("imagenet64", tmp_path), 2),
     lambda: evaluate(settings("imagenet64", tmp_path)),
   ):
     with pytest.raises(InputError) as error:
@@ -256,21 +256,21 @@ def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_get_it(tmp_pa
 
 def test_unknown_splits_name_the_known_ones(data_dir):
   with pytest.raises(InputError, match="no split 'trian'. Did you mean 'train'.*validation"):
-    pipeline.TrainIterator(settings("imagenet32", data_dir, train_split="trian"), 2)
+    batches.train_loader(settings("imagenet32", data_dir, train_split="trian"), 2)
   with pytest.raises(InputError, match="no split 'test'. .*Known: train, validation"):
     evaluate(settings("photos32"), split="test")
 
 
 def test_parts_of_a_split_can_be_named(data_dir):
-  rows = numbers(next(pipeline.TrainIterator(whole(data_dir, train_split="train[:5]"), 5)))
+  rows = numbers(next(batches.train_loader(whole(data_dir, train_split="train[:5]"), 5)))
   assert len(set(rows)) == 5
   with pytest.raises(InputError, match="'train\\[:x' of .* cannot be read"):
-    pipeline.TrainIterator(whole(data_dir, train_split="train[:x"), 5)
+    batches.train_loader(whole(data_dir, train_split="train[:x"), 5)
 
 
 def test_more_hosts_than_records_is_an_error(data_dir):
   with pytest.raises(InputError, match="22 records, fewer than data.shards=23"):
-    pipeline.TrainIterator(settings("imagenet32", data_dir), 2, 0, 23)
+    batches.train_loader(settings("imagenet32", data_dir), 2, 0, 23)
 
 
 def test_an_endless_split_needs_a_limit():
@@ -282,13 +282,9 @@ def test_a_vocabulary_that_is_too_small_is_an_error():
   config = settings("photos32")
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=256))
   with pytest.raises(InputError, match="259 token ids.*model.vocab_size is 256"):
-    pipeline.TrainIterator(config, 2)
+    batches.train_loader(config, 2)
 
 
 def test_positions_beyond_their_tables_are_an_error():
   with pytest.raises(InputError, match=r"up to \(33, 33, 4\), beyond model.position_sizes=\(33, 34, 5\)"):
-    next(pipeline.TrainIterator(settings("photos32", sizes=(33, 34, 5), min_crop=3073), 2))
-  with pytest.raises(InputError, match=r"3 dimensions, but model.position_sizes=\(34,\) has 1"):
-    next(pipeline.TrainIterator(settings("photos32", sizes=(34,)), 2))
-  with pytest.raises(InputError, match="3 position dimensions, and rotary positions are one number"):
-    next(pipeline.TrainIterator(settings("photos32", sizes=(), encoding="rotary"), 2))
+    next(batches.train_loader(settings("photos32", sizes=(33, 34, 5), min_crop=3073), 2))
