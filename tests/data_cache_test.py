@@ -304,8 +304,10 @@ def test_a_host_whose_files_are_empty_is_told(folder, tmp_path):
 def test_a_crop_of_a_long_text_does_not_encode_all_of_it(folder, tmp_path, monkeypatch):
   write(tmp_path, {"t/long.txt": b"tick tock " * 100_000, "v/v.txt": b"tick"})
   encoded = []
-  plain = texts.Pieces.encode
-  monkeypatch.setattr(texts.Pieces, "encode", lambda self, text: encoded.append(len(text)) or plain(self, text))
+  plain = texts.SubwordTokenizer.encode
+  monkeypatch.setattr(
+    texts.SubwordTokenizer, "encode", lambda self, text: encoded.append(len(text)) or plain(self, text)
+  )
   data = DataConfig(
     task="text_files",
     files=str(tmp_path / "t"),

@@ -9,7 +9,7 @@ import pytest
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, tasks, texts
 from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.texts import ByteDocument, Bytes, FileText, PieceDocument, Pieces, Text
+from perceiver_ar_jax.data.texts import ByteDocument, ByteTokenizer, FileText, SubwordDocument, SubwordTokenizer, Text
 from tests import tiny
 
 SYLLABLES = ("ba", "ko", "ri", "mu", "te", "sha", "lo", "né", "vi", "du")
@@ -55,14 +55,14 @@ def test_bytes_are_start_bytes_end():
 
 def test_all_256_bytes_are_told_apart():
   everything = bytes(range(256))
-  events = Bytes().encode(everything)
+  events = ByteTokenizer().encode(everything)
   assert events.tolist() == list(range(3, 259)) and Bytes.vocab_size == 259
   document = ByteDocument(Text(everything))
   np.testing.assert_array_equal(document.read(0, 258), [SOS, *events, EOS])
 
 
 def test_decoding_leaves_out_specials_and_marks_what_is_no_utf8():
-  tokens = Bytes()
+  tokens = ByteTokenizer()
   text = "a\tb  ü語\n"
   assert tokens.decode([SOS, *tokens.encode(text.encode()), EOS, PAD]) == text
   assert tokens.decode(tokens.encode("ü".encode()[:1])) == "\ufffd"
@@ -203,7 +203,7 @@ class Trained(NamedTuple):
   path: str
   content: bytes
   stdout: str
-  tokens: Pieces
+  tokens: SubwordTokenizer
 
 
 def train(folder, output, vocab_size):
@@ -228,7 +228,7 @@ def trained(folder):
   path = folder / "pieces.model"
   result = train(folder, path, 400)
   assert result.returncode == 0, result.stderr
-  return Trained(str(path), path.read_bytes(), result.stdout, Pieces(str(path)))
+  return Trained(str(path), path.read_bytes(), result.stdout, SubwordTokenizer(str(path)))
 
 
 class RecordingPieces:
@@ -295,7 +295,7 @@ def test_pieces_give_back_every_text_to_the_letter(trained):
 
 
 def test_a_document_of_pieces_is_start_pieces_end(trained):
-  document = PieceDocument(Text(LONG_TEXT.encode()), trained.tokens)
+  document = SubwordDocument(Text(LONG_TEXT.encode()), trained.tokens)
   expected = [SOS, *trained.tokens.encode(LONG_TEXT.encode()), EOS]
   assert len(document) == len(expected)
   for start, end in stretches(len(expected), 30):
@@ -309,7 +309,7 @@ def test_a_document_of_pieces_is_start_pieces_end(trained):
 @pytest.mark.parametrize("num_scored", [1, 2, 5, 100, 1000, 10**6])
 def test_the_head_of_a_text_of_pieces_is_a_stretch_of_whole_words_with_its_own_counts(num_scored, trained):
   text = CountingText(LONG_TEXT.encode())
-  head = PieceDocument(text, trained.tokens).head(num_scored)
+  head = SubwordDocument(text, trained.tokens).head(num_scored)
   shown = trained.tokens.decode(head.read(0, len(head)))
   assert LONG_TEXT.startswith(shown) and head.counts() == texts.count(Text(shown.encode()))
   assert head.num_scored <= num_scored
@@ -322,7 +322,7 @@ def test_the_head_of_a_text_of_pieces_is_a_stretch_of_whole_words_with_its_own_c
 
 
 def test_a_crop_of_pieces_is_a_full_stretch_of_the_text_that_ends_with_a_word(trained):
-  document = PieceDocument(Text(LONG_TEXT.encode()), trained.tokens)
+  document = SubwordDocument(Text(LONG_TEXT.encode()), trained.tokens)
   at_start = 0
   for draw in [*np.linspace(0, 0.02, 50), *np.linspace(0.02, 0.98, 100), *np.linspace(0.98, 1 - 1e-9, 50)]:
     events, positions = document.crop(draw, 40, 2)
@@ -340,20 +340,20 @@ def test_a_crop_of_pieces_is_a_full_stretch_of_the_text_that_ends_with_a_word(tr
 
 
 def test_the_first_and_the_last_crop_meet_the_ends_of_the_text(trained):
-  document = PieceDocument(Text(LONG_TEXT.encode()), trained.tokens)
+  document = SubwordDocument(Text(LONG_TEXT.encode()), trained.tokens)
   first, _ = document.crop(0, 40, 1)
   assert trained.tokens.decode(first) == LONG_TEXT.split()[0] and first[0] == SOS
   later, _ = document.crop(0, 80, 40)
   assert 160 <= len(trained.tokens.decode(later).encode()) < 160 + 64, "40 pieces count as 160 bytes, and a word"
   last, _ = document.crop(1 - 1e-9, 40, 1)
   assert len(last) == 40 and last[-1] == EOS and LONG_TEXT.endswith(trained.tokens.decode(last))
-  whole, _ = PieceDocument(Text(b"bako rimu"), trained.tokens).crop(1 - 1e-9, 40, 40)
+  whole, _ = SubwordDocument(Text(b"bako rimu"), trained.tokens).crop(1 - 1e-9, 40, 40)
   assert whole.tolist() == [SOS, *trained.tokens.encode(b"bako rimu"), EOS]
 
 
 def test_a_crop_of_pieces_does_without_the_rest_of_the_text(trained):
   text, recording = CountingText(LONG_TEXT.encode()), RecordingPieces(trained.tokens)
-  events, _ = PieceDocument(text, recording).crop(0.5, 40, 2)
+  events, _ = SubwordDocument(text, recording).crop(0.5, 40, 2)
   assert len(events) == 40
   assert text.num_read < 500 and len(recording.given[0]) < 500, f"{text.num_read} of {len(text)} bytes were read"
 
@@ -366,7 +366,7 @@ class WholeWords:
 
 
 def test_a_crop_of_few_long_pieces_is_short_and_begins_without_sos():
-  events, _ = PieceDocument(Text(b"characteristically " * 100), WholeWords()).crop(0.5, 40, 2)
+  events, _ = SubwordDocument(Text(b"characteristically " * 100), WholeWords()).crop(0.5, 40, 2)
   assert 10 < len(events) < 20 and SOS not in events and EOS not in events
 
 
@@ -376,7 +376,7 @@ def test_without_any_space_no_crop_cuts_a_character(trained):
   character_ends = np.cumsum([len(character.encode()) for character in text])
   for end in range(1, len(content) - 64):
     recording = RecordingPieces(trained.tokens)
-    PieceDocument(Text(content), recording, part=(end, end)).crop(0, 12, 2)
+    SubwordDocument(Text(content), recording, part=(end, end)).crop(0, 12, 2)
     (given,) = recording.given
     assert given.decode() in text  # strict: raises for a character in part
     assert content[: character_ends[character_ends >= end][0]].endswith(given), f"the crop to byte {end} ends elsewhere"
@@ -388,14 +388,14 @@ def test_parts_end_their_crops_of_pieces_where_one_document_would(trained, tmp_p
   (tmp_path / "a.txt").write_bytes(content * 2)
   monkeypatch.setattr(texts, "PART_BYTES", 50)
   documents = parts(tmp_path, sentencepiece=trained.path)
-  whole = PieceDocument(Text(content), trained.tokens)
+  whole = SubwordDocument(Text(content), trained.tokens)
   assert len(documents) > 2 and [part.continues for part in documents] == [False] + [True] * (len(documents) - 1)
   assert set().union(*(prefixes(part, 100) for part in documents)) == prefixes(whole, 400)
   assert all(part.read(0, len(part)).tolist() == whole.read(0, len(whole)).tolist() for part in documents)
 
 
 def test_bytes_that_are_no_utf8_are_replaced_and_said_once(trained, capsys):
-  document = PieceDocument(Text(b"bako \xff rimu\n", "an odd text"), trained.tokens)
+  document = SubwordDocument(Text(b"bako \xff rimu\n", "an odd text"), trained.tokens)
   for _ in range(2):
     events, _ = document.crop(1 - 1e-9, 40, 2)
     assert trained.tokens.decode(events) == "bako \ufffd rimu\n"
@@ -423,13 +423,13 @@ def test_the_text_task_takes_its_vocabulary_from_the_model(trained, folder):
 def test_the_last_character_is_not_cut(text, trained):
   content = text.encode()
   for end in range(1, len(content) + 1):
-    events, _ = PieceDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)
+    events, _ = SubwordDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)
     assert trained.tokens.decode(events) == text, f"a crop that ends at byte {end}"
 
 
 def test_the_last_word_is_not_cut(trained):
   content = b"bako rimu"
-  crops = [PieceDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)[0] for end in range(1, 10)]
+  crops = [SubwordDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)[0] for end in range(1, 10)]
   assert {trained.tokens.decode(crop) for crop in crops} == {"bako", "bako rimu"}
   assert all((crop[-1] == EOS) == (trained.tokens.decode(crop) == "bako rimu") for crop in crops)
 
@@ -437,7 +437,7 @@ def test_the_last_word_is_not_cut(trained):
 def test_an_empty_model_file_is_named(tmp_path):
   (tmp_path / "empty.model").write_bytes(b"")
   with pytest.raises(InputError, match="data.sentencepiece does not name.*empty.model is empty"):
-    Pieces(str(tmp_path / "empty.model"))
+    SubwordTokenizer(str(tmp_path / "empty.model"))
 
 
 def test_a_stretch_beyond_the_end_of_a_file_text_is_empty(tmp_path):

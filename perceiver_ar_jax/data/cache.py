@@ -1,4 +1,4 @@
-"""Stores a task's documents ready-made, with seqio's Beam pipeline; training reads them with `data.cache_dir`.
+"""Caches a task's encoded documents with seqio's Beam pipeline; training reads them with `data.cache_dir`.
 
   python -m perceiver_ar_jax.data.cache --config=configs/pg19.py --output=DIR [--beam_options=--runner=...,...]
 
@@ -25,7 +25,7 @@ _SHARDS = flags.DEFINE_integer(
   "shards", 16, "Files for each split; a multiple of the hosts that will read them.", lower_bound=1
 )
 _BEAM_OPTIONS = flags.DEFINE_list(
-  "beam_options", ["--runner=FnApiRunner"], "Options of the Beam pipeline: where and with how many workers it runs."
+  "beam_options", ["--runner=FnApiRunner"], "Options of the Beam pipeline, such as its runner and workers."
 )
 
 
@@ -55,7 +55,7 @@ def cache(data: DataConfig, output: str) -> None:
     raise InputError(f"{folder} holds a finished cache already: delete it, or choose another --output.")
   task = tasks.register(data)
   if not task.supports_caching:
-    raise InputError(f"The task {data.task} is made on the spot from numbers: there is nothing to store.")
+    raise InputError(f"The task {data.task} is generated from numbers: caching is not supported.")
   splits = [split for split in task.source.splits if task.source.num_input_examples(split)]
   with beam.Pipeline(options=PipelineOptions(_BEAM_OPTIONS.value)) as pipeline:
     for split in splits:

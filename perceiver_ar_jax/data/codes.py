@@ -143,16 +143,16 @@ def audio_frames(codes: np.ndarray, levels: int, layout: str, name: str) -> np.n
   if layout == "levels_frames":
     codes = codes.T
   num_frames, num_levels = codes.shape
-  other = "frames_levels" if layout == "levels_frames" else "levels_frames"
+  transposed = "frames_levels" if layout == "levels_frames" else "levels_frames"
   if num_levels > num_frames >= levels:
     raise Unreadable(
       f"{name} has the shape {shape}, which as {axes} would be {num_levels:,} levels of only {num_frames:,} frames: set"
-      f" data.code_layout={other}"
+      f" data.code_layout={transposed}"
     )
   if num_levels < levels:
     raise Unreadable(
       f"{name} has the shape {shape}, which as {axes} is {num_levels:,} levels, fewer than data.code_levels={levels}"
-      + (f": set data.code_layout={other}, or fewer levels" if num_frames >= levels else "")
+      + (f": set data.code_layout={transposed}, or fewer levels" if num_frames >= levels else "")
     )
   return codes[:, :levels]
 

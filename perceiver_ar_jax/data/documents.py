@@ -1,4 +1,4 @@
-"""A document: one whole sequence of events, of which any stretch can be read without reading the rest."""
+"""A document: one whole sequence of events, any range of which can be read without reading the rest."""
 
 from collections.abc import Mapping
 
@@ -8,25 +8,26 @@ from perceiver_ar_jax.config import InputError
 
 
 class Unreadable(InputError):
-  """A record holds no usable document; the message says which and why. Pipelines count it, say so and go on."""
+  """A record contains no usable document; the message names it and the reason. Loaders report, count and skip it."""
 
 
 class Document:
-  """A sequence of N events; this class holds them in memory, subclasses read and encode stretches when asked.
+  """A sequence of N events; this class keeps them in memory, subclasses read and encode ranges on demand.
 
   Args:
     events: int32[N].
-    positions: int32[N, P], 1-based; None: they count from the first event of whatever stretch is read, so that a text's
-      positions stay within the context however long the text is.
-    counts: what to divide the likelihood of the whole document by, such as {"words": 3}.
-    scored: bool[N]: the events that count in evaluation; None: all of them.
+    positions: int32[N, P], 1-based; None: they count from the first event of the range that is read, so that the
+      positions of a text stay within the context however long the text is.
+    counts: counts of the whole document by which evaluation divides its likelihood, such as {"words": 3}.
+    scored: bool[N]: the events that are scored in evaluation; None: all of them.
   """
 
   ends: tuple[int, int] | None = None
   """(first, last) number of events at which a training crop may end; None: 1..N. A document in several records has one
   part of them in each."""
   continues: bool = False
-  """Whether another record holds the document's beginning; evaluation, which reads it whole there, leaves this out."""
+  """Whether another record contains the document's beginning; evaluation reads the whole document there and skips this
+  one."""
 
   def __init__(
     self,
@@ -83,8 +84,8 @@ class Document:
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
     """A training crop: (events int32[n], positions int32[n, P]), n <= `longest`.
 
-    It ends anywhere from event `shortest` to the last, evenly, as `draw` in [0, 1) says, and reaches back as far as
-    `longest` allows. Documents shorter than `shortest` come whole.
+    It ends anywhere from event `shortest` to the last, uniformly, as `draw` in [0, 1) determines, and is as long as
+    `longest` allows. Documents shorter than `shortest` are not cropped.
     """
     first, last = self.ends or (1, len(self))
     first = max(first, min(shortest, last))

@@ -95,7 +95,7 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
 
 
 def own_files(data: DataConfig, suffixes: Sequence[str]) -> list[str]:
-  """Returns the files that `data.files` names; raises InputError if there are none."""
+  """Returns the files that `data.files` names; raises InputError if there is no file."""
   if not data.files:
     raise InputError(
       f"The task {data.task} reads your own files: set data.files to a folder, or to a glob in quotes as in"

@@ -46,7 +46,7 @@ _FORMATS = (
 )
 """Pillow's names of the formats above. Others are not tried: some start programs, such as Ghostscript for EPS."""
 _BACKGROUND = "white"
-"""What is seen through transparent pixels, whose own colors nobody was meant to see."""
+"""Background of transparent pixels, whose own colors are not meant to be visible."""
 
 
 def num_events(size: int) -> int:

@@ -178,17 +178,17 @@ class TrainLoader:
   def _replace_unreadable(
     self, shard: _Shard, batch: Batch, examples: list[_Example], readable: dict[int, bool]
   ) -> bool:
-    """Fills rows whose record is unreadable with a crop of the next readable example; False if there is none.
+    """Fills rows whose record is unreadable with a crop of the next readable example; False if all are unreadable.
 
     The example may belong to a row of another host, so that a batch is the same for any number of hosts.
     """
     for index, row in enumerate(shard.rows):
       if readable[row]:
         continue
-      for other in ((row + step) % len(examples) for step in range(1, len(examples))):
-        if readable.get(other, True):
-          readable[other] = self._try(batch, index, examples[row], examples[other])
-          if readable[other]:
+      for candidate in ((row + step) % len(examples) for step in range(1, len(examples))):
+        if readable.get(candidate, True):
+          readable[candidate] = self._try(batch, index, examples[row], examples[candidate])
+          if readable[candidate]:
             break
       else:
         return False

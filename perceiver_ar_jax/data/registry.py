@@ -1,7 +1,7 @@
-"""The registry: a task names its source, makes documents of its records, and says how they are scored and shown.
+"""Tasks and their registry: a task defines a source, converts its records to documents, and names their unit.
 
-A fork adds a task in a few lines: a builder that makes it for the config's data settings, and `add`. To read, say, the
-poems of a prepared TFDS dataset, as bytes or as the pieces of `data.sentencepiece`:
+A fork adds a task in a few lines: a builder that creates it for the config's data settings, and `add`. To read, for
+example, the poems of a prepared TFDS dataset, as bytes or as subword tokens of `data.sentencepiece`:
 
     def poems(data, max_events):
       tokens = texts.tokenizer(data.sentencepiece)
@@ -14,8 +14,7 @@ poems of a prepared TFDS dataset, as bytes or as the pieces of `data.sentencepie
 
     registry.add("poems", poems)
 
-Each task is also a seqio task of the same name (`to_seqio`), which is how it is cached offline and looked at with
-seqio's own tools.
+Each task is also a seqio task of the same name (`to_seqio`), by which seqio's tools cache it offline and inspect it.
 """
 
 import dataclasses
@@ -51,41 +50,41 @@ class Task:
 
   name: str
   source: seqio.DataSource
-  """Where the records come from."""
+  """The source of the records."""
   document: Callable[[Record], Document]
-  """The document of a record; what it raises about the record's content skips the record (see `open`)."""
+  """Converts a record to a document; errors about the record's content skip the record (see `open`)."""
   modality: str
-  """What a document is: one of MODALITIES."""
+  """The kind of its documents: one of MODALITIES."""
   unit: str
-  """The task's own figure of merit: one of UNITS."""
+  """The task's own metric: one of UNITS."""
   vocab_size: int
   """Number of event ids, PAD, EOS and SOS included."""
   decode: Callable[[np.ndarray], Any]
-  """What events int32[n] stand for: a picture, a text, notes, codes (of video: flat, as the grid is the file's)."""
+  """Converts events int32[n] to a picture, a text, notes or codes (of video: flat, since each file has its grid)."""
   position_dims: int = 1
-  """P: how many numbers a position is."""
+  """P: the number of position dimensions."""
   encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  """Settings that decide what ids and positions mean: a model can only be used with those it was trained with."""
+  """Settings that determine the meaning of ids and positions: a model can only be used with those of its training."""
   preprocessors: Sequence[Callable[..., tf.data.Dataset]] = ()
-  """TensorFlow's part, between source and `document`, such as decoding PNG; functions from dataset to dataset."""
+  """Functions from dataset to dataset between source and `document`, such as decoding PNG in TensorFlow."""
   augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
   """Changes the events of a training crop at random."""
   stored: Callable[[np.ndarray, np.ndarray | None, Mapping[str, int]], Document] = Document
-  """(events, positions or None where they count, counts) -> the document as it was before it was cached."""
+  """(events, positions or None for 1, 2, ..., counts) -> the document as it was before it was cached."""
   unknown: int | None = None
-  """The event that stands for what the vocabulary lacks."""
+  """The event for everything that is not in the vocabulary."""
   read: Callable[[Any], Document] | None = None
   """Returns the document of a prompt, given the bytes of a text or, for other modalities, the path (str) of a file;
   None: the task has no prompts but its own documents."""
   length: int | None = None
   """Events of every document; None: they vary."""
   place: Callable[[int, int], np.ndarray] | None = lambda start, end: count_positions(end - start)
-  """(start, end) -> positions int32[end - start, P] of these events in a window from `start` on of a document in the
-  making; None: only the document itself knows."""
+  """(start, end) -> positions int32[end - start, P] of these events of a document that is being generated, in a window
+  from `start`; None: they are part of the document."""
   groups: Callable[[], np.ndarray] | None = None
-  """-> bool[G, V]: events that may stand on places of each group; None: one group, of all but PAD and SOS."""
+  """-> bool[G, V]: the events allowed at the indices of each group; None: one group, of all events but PAD and SOS."""
   group: Callable[[np.ndarray], np.ndarray] = np.zeros_like
-  """Places int[n] in a document -> their groups int[n]."""
+  """Indices int[n] in a document -> their groups int[n]."""
 
   def __post_init__(self):
     for field, known in (("unit", UNITS), ("modality", MODALITIES)):
@@ -182,8 +181,8 @@ def skip_reasons() -> str:
 def allow(vocab_size: int, *ids: Iterable[int]) -> np.ndarray:
   """bool[1, vocab_size], True for the given ids."""
   result = np.zeros((1, vocab_size), bool)
-  for some in ids:
-    result[0, list(some)] = True
+  for allowed_ids in ids:
+    result[0, list(allowed_ids)] = True
   return result
 
 
@@ -261,7 +260,7 @@ def _mixture_rates(name: str) -> dict[str, float]:
     except ValueError:
       rates[task] = 0
     if not 0 < rates[task] < float("inf"):
-      raise InputError(f"data.task={name!r}: {rate!r} is no share of the mixture; give a number above 0.")
+      raise InputError(f"data.task={name!r}: {rate!r} is not a valid share of the mixture: give a number above 0.")
   return rates
 
 

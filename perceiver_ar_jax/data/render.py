@@ -1,4 +1,4 @@
-"""Events as people look at them: pictures, piano rolls, text."""
+"""Renders events for people: pictures, piano rolls, text."""
 
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -14,11 +14,11 @@ _GREY = 128
 _MIN_PIXELS = 128
 _MAX_FRAMES = 16
 _MAX_STEPS = 1000
-"""Columns of a picture of music or audio: 10 s, or so many frames."""
+"""Columns of a picture of music (10 s) or of audio codes (frames)."""
 
 
 def text(task: Task, events: np.ndarray) -> str:
-  """Events in words: text as it is, anything else as its numbers."""
+  """Returns events as text; other modalities as their numbers."""
   if task.modality == "text":
     return task.decode(events)
   if task.modality == "music":
@@ -31,10 +31,10 @@ def text(task: Task, events: np.ndarray) -> str:
 
 
 def picture(task: Task, events: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
-  """A picture uint8[height, width, 3] of a document's events; None for what has none (text, copies, too few events).
+  """Returns a picture uint8[height, width, 3] of a document's events; None for text, copies and too few events.
 
-  Images are themselves, music a piano roll (time to the right, pitch upwards, loud is bright), audio codes a map of
-  levels over frames, video codes their frames side by side, each code a shade. Small ones are enlarged.
+  Music is drawn as a piano roll (time to the right, pitch upwards, loud is bright), audio codes as a map of levels over
+  frames, video codes as frames side by side, each code a shade. Small pictures are enlarged.
 
   Args:
     task: the events' task.
@@ -64,7 +64,7 @@ def picture(task: Task, events: np.ndarray, positions: np.ndarray) -> np.ndarray
 
 
 def _shades(values: np.ndarray) -> np.ndarray:
-  """Codes as uint8 shades, over the whole range of those there are."""
+  """Returns codes as uint8 shades, scaled to their largest."""
   return (values * (255 / max(values.max(initial=0), 1))).astype(np.uint8)
 
 
@@ -74,23 +74,23 @@ def _enlarge(pixels: np.ndarray) -> np.ndarray:
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-  """One picture of several uint8[height, width, 3], in rows of `columns`, cells as large as the largest."""
+  """Arranges pictures uint8[height, width, 3] in rows of `columns`, in cells as large as the largest."""
   height, width = (max(picture.shape[axis] for picture in pictures) + _GAP for axis in (0, 1))
   rows = -(-len(pictures) // columns)
   sheet = np.full((rows * height + _GAP, min(columns, len(pictures)) * width + _GAP, 3), _GREY, np.uint8)
-  for index, one in enumerate(pictures):
+  for index, pixels in enumerate(pictures):
     top, left = index // columns * height + _GAP, index % columns * width + _GAP
-    sheet[top : top + one.shape[0], left : left + one.shape[1]] = one
+    sheet[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
   return sheet
 
 
 def save_png(pixels: np.ndarray, file: BinaryIO) -> None:
-  """Writes a picture uint8[height, width, 3] into an open file."""
+  """Writes a picture uint8[height, width, 3] to an open file."""
   PIL.Image.fromarray(pixels).save(file, format="PNG")
 
 
 def colours(values: np.ndarray) -> np.ndarray:
-  """Dark blue to yellow for 0..255: uint8[..., 3]."""
+  """Maps 0..255 to colours from dark blue to yellow: uint8[..., 3]."""
   values = values.astype(np.float32)[..., None] / 255
   low, high = np.array([20, 20, 60]), np.array([255, 230, 80])
   return (low + (high - low) * values).astype(np.uint8)

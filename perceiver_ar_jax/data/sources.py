@@ -96,7 +96,7 @@ class ListSource(seqio.FunctionDataSource):
   """Records listed by a function on first use, each a dict of the `path` of a file and other small values.
 
   Args:
-    list_records: split -> records, all with the same keys; raises InputError if there are none.
+    list_records: split -> records, all with the same keys; raises InputError if there is no record.
     splits: names of the splits.
   """
 

@@ -134,7 +134,7 @@ def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig,
   )
 
 
-def _part_of_file(tokens: texts.Bytes | texts.Pieces, record: Record) -> Document:
+def _part_of_file(tokens: texts.ByteTokenizer | texts.SubwordTokenizer, record: Record) -> Document:
   """Returns the document of a record of `_parts`."""
   text = texts.FileText(_path(record), int(record["offset"]), int(record["size"]))
   if not len(text):

@@ -17,9 +17,9 @@ from perceiver_ar_jax.data.warn_once import inform_once, warn_once
 PART_BYTES = 2**20
 """Bytes per record of a large file, so that hosts can share it and that crops are drawn evenly from all of it."""
 
-_BYTES_PER_PIECE = 8
+_BYTES_PER_SUBWORD = 8
 """Bytes read per subword token of a crop: ample, since with fewer the crop would be shorter than the context."""
-_TYPICAL_BYTES_PER_PIECE = 4
+_TYPICAL_BYTES_PER_SUBWORD = 4
 _LONGEST_WORD_BYTES = 64
 _WHITESPACE = re.compile(rb"\s")
 _WORDS = re.compile(rb"\S+")
@@ -40,7 +40,7 @@ _FORMATS = {
 """How files begin that are probably not meant to be read byte by byte."""
 
 
-class Bytes:
+class ByteTokenizer:
   """The vocabulary of the 256 byte values."""
 
   vocab_size = 256 + NUM_SPECIAL
@@ -61,7 +61,7 @@ class Bytes:
     return ByteDocument(text, part)
 
 
-class Pieces:
+class SubwordTokenizer:
   """The vocabulary of a SentencePiece model.
 
   Args:
@@ -107,14 +107,14 @@ class Pieces:
     return self._model.decode((known - NUM_SPECIAL).tolist())
 
   def document(self, text: "Text", part: tuple[int, int] | None = None) -> Document:
-    """Returns the document of a text; see PieceDocument."""
-    return PieceDocument(text, self, part)
+    """Returns the document of a text; see SubwordDocument."""
+    return SubwordDocument(text, self, part)
 
 
 @functools.lru_cache(maxsize=8)
-def tokenizer(path: str | None) -> Bytes | Pieces:
+def tokenizer(path: str | None) -> ByteTokenizer | SubwordTokenizer:
   """Returns the vocabulary of a SentencePiece model file, or of bytes for None."""
-  return Bytes() if path is None else Pieces(path)
+  return ByteTokenizer() if path is None else SubwordTokenizer(path)
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -209,17 +209,17 @@ class ByteDocument(Document):
     return Head(self, 1 + num_scored, count(self.text.head(num_scored)))
 
 
-class PieceDocument(Document):
+class SubwordDocument(Document):
   """A text as subword tokens: all are encoded once their number is needed, otherwise only those of a crop.
 
   Args:
     text: not empty.
-    pieces: the SentencePiece model.
+    tokenizer: of the SentencePiece model.
     part: (first, last + 1) of the bytes at which training crops may end; None: all.
   """
 
-  def __init__(self, text: Text, pieces: Pieces, part: tuple[int, int] | None = None):
-    self.text, self._pieces, self._part = text, pieces, part or (0, len(text))
+  def __init__(self, text: Text, tokenizer: SubwordTokenizer, part: tuple[int, int] | None = None):
+    self.text, self._tokenizer, self._part = text, tokenizer, part or (0, len(text))
     self._positions = self._scored = None
     self.continues = self._part[0] > 0
 
@@ -234,7 +234,7 @@ class PieceDocument(Document):
     except UnicodeDecodeError:
       warn_once("such texts", f"{self.text.name} is not all UTF-8: SentencePiece reads U+FFFD where it is not")
     sos, eos = [SOS] * (start == 0), [EOS] * (start + len(content) == len(self.text))
-    return np.array([*sos, *self._pieces.encode(content), *eos], np.int32)
+    return np.array([*sos, *self._tokenizer.encode(content), *eos], np.int32)
 
   def has_targets(self) -> bool:
     return len(self.text) > 0  # without encoding it
@@ -247,28 +247,28 @@ class PieceDocument(Document):
 
   def head(self, num_scored: int) -> Document:
     """As Document.head, but cut between words and with up to some percent fewer events: only the part is encoded."""
-    num_bytes = num_scored * _BYTES_PER_PIECE
+    num_bytes = num_scored * _BYTES_PER_SUBWORD
     if num_bytes >= len(self.text) and self.num_scored <= num_scored:
       return self
     while True:
       num_bytes = _previous_boundary(self.text, num_bytes)
-      part = PieceDocument(self.text.head(num_bytes), self._pieces)
-      num_pieces = len(part) - 2
-      if num_pieces <= num_scored:
-        return Head(part, 1 + num_pieces, part.counts())  # the part's EOS is not the text's
-      num_bytes = min(num_bytes * num_scored // num_pieces, num_bytes - 1)
+      part = SubwordDocument(self.text.head(num_bytes), self._tokenizer)
+      num_subwords = len(part) - 2
+      if num_subwords <= num_scored:
+        return Head(part, 1 + num_subwords, part.counts())  # the part's EOS is not the text's
+      num_bytes = min(num_bytes * num_scored // num_subwords, num_bytes - 1)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
     """As Document.crop, but drawn in bytes and cut between words, so that only the crop of a long text is encoded.
 
-    `shortest` is converted at `_TYPICAL_BYTES_PER_PIECE`.
+    `shortest` is converted at `_TYPICAL_BYTES_PER_SUBWORD`.
     """
     first, last = self._part
-    first = max(first, 1, min(shortest * _TYPICAL_BYTES_PER_PIECE, last))
+    first = max(first, 1, min(shortest * _TYPICAL_BYTES_PER_SUBWORD, last))
     end = first + int(draw * (last - first + 1))
     ahead = self.text.read(end, end + _LONGEST_WORD_BYTES)
     end += _next_boundary(ahead if len(ahead) == _LONGEST_WORD_BYTES else ahead + b"\n")  # a text's end ends a word
-    start = max(end - longest * _BYTES_PER_PIECE, 0)
+    start = max(end - longest * _BYTES_PER_SUBWORD, 0)
     text = self.text.read(start, end)
     if start > 0:
       cut = _next_boundary(text[:_LONGEST_WORD_BYTES])

@@ -1,7 +1,7 @@
-"""TensorFlow, kept off accelerators and quiet: the rest of the room imports `tf` from here.
+"""TensorFlow, hidden from accelerators and quiet: all modules of this package import `tf` from here.
 
-TensorFlow takes all the memory of every GPU it can see at its first operation, and then none is left for JAX. Import
-this before anything else runs a TensorFlow operation.
+At its first operation, TensorFlow allocates all memory of every GPU that it sees, which leaves none for JAX. Import
+this module before anything else runs a TensorFlow operation.
 """
 
 import tensorflow as tf

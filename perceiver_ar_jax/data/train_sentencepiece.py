@@ -1,10 +1,10 @@
 """Trains a SentencePiece model on the training split of any text task.
 
-  python -m perceiver_ar_jax.data.train_sentencepiece --config=configs/text_files.py --output=pieces.model
+  python -m perceiver_ar_jax.data.train_sentencepiece --config=configs/text_files.py --output=subwords.model
 
-Then train with --config.data.sentencepiece=pieces.model and a model.vocab_size of its pieces + 3. The same data and
-settings give the same model. Nothing of the text is lost: no normalisation, spaces kept as they are, and what no piece
-covers is spelt in bytes. (But for U+2581, which SentencePiece itself writes for a space, and reads as one.)
+Then train with --config.data.sentencepiece=subwords.model and model.vocab_size = number of subword tokens + 3. The same
+data and settings give the same model. Tokenization is lossless: no normalisation, spaces are kept, and characters
+outside the vocabulary are encoded as bytes. (The exception is U+2581, by which SentencePiece represents a space.)
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from perceiver_ar_jax.data import splits, tasks, texts, windows
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
 _VOCAB_SIZE = flags.DEFINE_integer(
-  "vocab_size", 32_000, "Pieces of the model, its 256 bytes included.", lower_bound=300
+  "vocab_size", 32_000, "Subword tokens of the model, its 256 bytes included.", lower_bound=300
 )
 
 _MAX_BYTES = 100 * 10**6
@@ -57,13 +57,11 @@ def main(config: Config) -> int:
       num_threads=16,  # the result depends on it, so it must not depend on the machine
       minloglevel=2,
     )
-  except RuntimeError as error:  # says how many pieces the text allows at most
-    raise InputError(
-      f"SentencePiece cannot make --vocab_size={_VOCAB_SIZE.value} pieces of this text: {error}"
-    ) from error
+  except RuntimeError as error:  # names the largest size that the text allows
+    raise InputError(f"SentencePiece cannot train --vocab_size={_VOCAB_SIZE.value} on this text: {error}") from error
   with writing(f"--output={path}", "give another"):
     path.write_bytes(content.value)
-  size = texts.Pieces(_OUTPUT.value).vocab_size
+  size = texts.SubwordTokenizer(_OUTPUT.value).vocab_size
   print(f"Wrote {path}. Train with --config.data.sentencepiece={path} --config.model.vocab_size={size}")
   return 0
 

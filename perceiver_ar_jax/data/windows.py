@@ -1,14 +1,14 @@
-"""Documents become model inputs: crops for training, sliding blocks for evaluation, all of one fixed shape.
+"""Converts documents to model inputs: crops for training, sliding blocks for evaluation, all of one fixed shape.
 
 Events e_0 .. e_{N-1} of a document give the inputs e_0 .. e_{N-2} and the targets e_1 .. e_{N-1}: each target is the
-event after its input. A window is the stretch of at most `context` inputs that ends at a given event, right-aligned
+event after its input. A window is the range of at most `context` inputs that ends at a given event, right-aligned
 (PAD on the left), with the targets of its last `latents` inputs:
 
     context 4, latents 2, events SOS a b c d e:   ending at e:   inputs   a   b   c   d   targets d e
                                                   ending at b:   inputs PAD PAD SOS   a   targets a b
 
-A batch is a dict of arrays that begin as padding, `empty_batch`; each row of it is filled with one window. Everything
-here is NumPy and depends on its arguments alone.
+A batch is a dict of arrays that are initially padding, `empty_batch`; each row is filled with one window. All functions
+here are pure, in NumPy.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ def check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
 
 
 def empty_batch(size: int, *, context: int, latents: int, position_dims: int) -> Batch:
-  """B = `size` rows of padding that score nothing; L = `context`, M = `latents`, P = `position_dims`."""
+  """B = `size` rows of padding with weight 0; L = `context`, M = `latents`, P = `position_dims`."""
   return {
     "inputs": np.zeros((size, context), np.int32),
     "positions": np.zeros((size, context, position_dims), np.int32),
@@ -67,14 +67,14 @@ def train_window(
   min_crop: int,
   augment: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
-  """Fills an empty row with a random window of a document, every target of which weighs 1.
+  """Fills an empty row with a random window of a document; every target has weight 1.
 
   Args:
     row: see `row_of`.
-    document: at least MIN_EVENTS long; what it says of scoring is for evaluation and has no effect here.
-    draw: a random number in [0, 1) that decides on the crop, see Document.crop.
-    min_crop: shortest crop in events, target included: keeps the first events, which every short crop holds, from
-      being seen too often.
+    document: at least MIN_EVENTS long; which events it scores matters in evaluation only.
+    draw: a random number in [0, 1) that determines the crop, see Document.crop.
+    min_crop: shortest crop in events, target included: keeps the first events, which every short crop contains, from
+      being over-sampled.
     augment: events of the crop -> other events; positions must be those that count from the crop's start.
   """
   longest = len(row["inputs"]) + 1
@@ -88,7 +88,7 @@ def train_window(
 def eval_window(row: Batch, document: Document, end: int, num_new: int) -> None:
   """Fills an empty row with the window whose last target is event `end` - 1 of a document, `end` in 2..N.
 
-  At most the last `num_new` targets weigh 1, where the document says that they count; the others only provide context.
+  At most the last `num_new` targets have weight 1, if the document scores them; the others only provide context.
   """
   start = max(end - 1 - len(row["inputs"]), 0)
   _fill(row, document.read(start, end), document.positions(start, end), document.scored(start, end), num_new)
@@ -106,7 +106,7 @@ def eval_blocks(num_events: int, stride: int) -> Iterator[tuple[int, int]]:
 
 
 def _fill(row: Batch, events: np.ndarray, positions: np.ndarray, scored: np.ndarray, num_new: int) -> None:
-  """Writes n inputs and the last of their n targets, made of n + 1 events."""
+  """Writes n inputs and the last of their n targets, from n + 1 events."""
   count = len(events) - 1
   if count < 1:
     return

@@ -38,7 +38,7 @@ def check(config: ModelConfig) -> None:
 
 
 class UnstackedParams(NamedTuple):
-  """A model's parameters, those of each layer by itself: stacked ones would be copied for every token."""
+  """A model's parameters, unstacked by layer: stacked ones would be copied for every token."""
 
   params: Any
   layers: list[list[Any]]

@@ -48,7 +48,7 @@ class PerceiverAR(nn.Module):
 
     Args:
       tokens_BxL: int32 token ids, right-aligned, 0 = padding.
-      positions_BxLxP: int32, 1-based, 0 on padding; None, or if the config says so: distance
+      positions_BxLxP: int32, 1-based, 0 on padding; None, or with positions_from_data=False: distance
         from the last token (P = 1).
       num_latents: M, at most L; None: the config's.
       deterministic: False applies dropout of every kind and needs the "dropout" random key.
