@@ -25,7 +25,7 @@ setuptools.setup(
     "numpy>=2.0,<3",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
-    "pillow>=10.1",
+    "pillow>=11.3",
     "psutil>=5.9",
     # Two packages for the photographs in them (data/photos.py), which train without a download.
     "scikit-image>=0.24,<0.27",

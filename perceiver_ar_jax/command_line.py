@@ -165,7 +165,14 @@ def _config_of_run(arguments: list[str]) -> list[str]:
   """Returns the flag --config for the run in --workdir, if there is one and --config is not given."""
   given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
   workdir = given.get("workdir")
-  if "config" in given or not workdir or not (epath.Path(workdir) / "config.json").exists():
+  if "config" in given:
+    return []
+  if not workdir or not (epath.Path(workdir) / "config.json").exists():
+    if any(name.startswith("config.") for name in given):  # which absl would call unknown flags
+      raise config_lib.InputError(
+        f"--config is missing, and --workdir={workdir or ''} contains no run whose config could be used. For example:"
+        f" --config={_EXAMPLES['config']}"
+      )
     return []
   config_from_run.load_config(epath.Path(workdir))  # raises InputError if it cannot be read
   return [f"--config={_CONFIG_FROM_RUN}:{workdir}"]

@@ -159,6 +159,11 @@ def test_pictures_are_turned_upright():
 # What cannot be read
 
 
+def test_an_empty_file_is_called_empty():
+  with pytest.raises(Unreadable, match="a picture is empty"):
+    load(b"")
+
+
 def test_programs_are_not_started_for_what_is_no_picture_of_pixels():
   with pytest.raises(Unreadable, match="a picture is not an image that can be read"):
     load(encode(COLORS, "EPS"))

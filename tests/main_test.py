@@ -89,6 +89,7 @@ def test_the_papers_config_trains_resumes_and_evaluates_on_prepared_data(data_di
       ["nowhere/copy.py does not exist", "the folder that contains configs/"],
     ),
     (["--config=configs/copy.py"], ["--workdir is missing"]),
+    (["--config.train.steps=3", "--workdir=x"], ["--config is missing", "contains no run", "configs/photos32.py"]),
     (["--config=configs/copy.py", "--wrokdir=x"], ["wrokdir", "workdir"]),
     (["--config=configs/copy.py", "--workdir=x", "--mode=trian"], ["trian", "train"]),
     (["--config=configs/copy.py", "--workdir=x", "train"], ["Unexpected argument 'train'"]),

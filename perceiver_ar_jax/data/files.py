@@ -176,7 +176,9 @@ def _base_folder(path: str) -> str:
 
 
 def _relative(path: str, folder: str) -> str:
-  return path.removeprefix(folder).lstrip("/") if _is_remote(path) else os.path.relpath(path, folder or ".")
+  if path.startswith(folder):  # nearly always, and much faster
+    return os.path.normpath(path.removeprefix(folder).lstrip("/"))
+  return os.path.relpath(path, folder)
 
 
 def _list_remote(path: str, is_folder: bool) -> list[str]:
@@ -272,7 +274,7 @@ def _once_each(paths: Iterable[str], folder: str) -> list[str]:
   paths, real_folder = sorted(paths), os.path.realpath(folder)
   by_file: dict[str, str] = {}
   for path, real in zip(paths, _real_paths(paths)):
-    if real not in by_file or real == os.path.join(real_folder, _relative(path, folder)):
+    if by_file.setdefault(real, path) != path and real == os.path.join(real_folder, _relative(path, folder)):
       by_file[real] = path
   return sorted(by_file.values())
 

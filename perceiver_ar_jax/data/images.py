@@ -73,6 +73,8 @@ def load(content: bytes, name: str, size: int) -> np.ndarray:
   Raises:
     Unreadable: Pillow cannot read it, or its values have no known range; `name` is for the message.
   """
+  if not content:
+    raise Unreadable(f"{name} is empty")
   try:
     with PIL.Image.open(io.BytesIO(content), formats=_formats()) as image:
       image.draft("RGB", (size, size))  # JPEG decoders can shrink while they decode, which saves most of the time
