@@ -42,7 +42,7 @@ def file_text(folder, content):
   return FileText(str(folder / "text"), 6, len(content))
 
 
-# Bytes
+# Byte tokenizer
 
 
 def test_bytes_are_start_bytes_end():
@@ -56,7 +56,7 @@ def test_bytes_are_start_bytes_end():
 def test_all_256_bytes_are_told_apart():
   everything = bytes(range(256))
   events = ByteTokenizer().encode(everything)
-  assert events.tolist() == list(range(3, 259)) and Bytes.vocab_size == 259
+  assert events.tolist() == list(range(3, 259)) and ByteTokenizer.vocab_size == 259
   document = ByteDocument(Text(everything))
   np.testing.assert_array_equal(document.read(0, 258), [SOS, *events, EOS])
 

@@ -56,7 +56,8 @@ class TransientError(RuntimeError):
 
 def causes(error: BaseException) -> Iterator[BaseException]:
   """Yields the error, and those it was raised from or while handling."""
-  seen, pending = set(), [error]
+  seen: set[int] = set()
+  pending: list[BaseException | None] = [error]
   while pending:
     current = pending.pop()
     if current is not None and id(current) not in seen:

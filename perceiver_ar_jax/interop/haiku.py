@@ -118,7 +118,7 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
   state = state if isinstance(state, dict) else {}
   params: Any = state.get("params")
   step = state.get("global_step", 0)
-  modules = list(params.values()) if isinstance(params, dict) else [None]
+  modules: list[Any] = list(params.values()) if isinstance(params, dict) else [None]
   are_arrays = (
     all(isinstance(module, dict) for module in modules)
     and sum(map(len, modules)) <= _MAX_PARAMETERS  # modules may be one and the same, so a small file can have many
@@ -203,10 +203,10 @@ def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: Mode
     if length:
       params[f"layers_{run}"] = _stack([layer(index) for index in range(start, start + length)])
     start += length
-  if positions.encoding_of(config).table:
+  encode = positions.encoding_of(config).table
+  if encode is not None:
     for dimension, size in enumerate(config.position_sizes):
       path = f"embed_{dimension + 1}"
-      encode = positions.encoding_of(config).table
       table = encode(jnp.arange(size)[None], size=size, width=config.input_width)[0]
       stored = modules.get(path, {}).get("embeddings")
       if stored is not None and stored.shape == table.shape and np.allclose(stored, table, atol=1e-3):
@@ -291,7 +291,7 @@ def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.
     raise InputError(
       f"Official checkpoints are of Perceiver AR, not of model.architecture={config.model.architecture}: leave it out."
     )
-  workdir, mesh = epath.Path(workdir), make_mesh(config.mesh)
+  folder, mesh = epath.Path(workdir), make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
   params, unused = params_of(haiku_params, config.model)
@@ -301,9 +301,9 @@ def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.
       f"{' and others' if len(unused) > 5 else ''}. Give the config of the model that it was trained with."
     )
   _check_shapes(params, abstract.params)
-  if (workdir / "checkpoints").exists():
+  if (folder / "checkpoints").exists():
     raise InputError(f"--workdir={workdir} already contains a run: give a new folder.")
-  with workdir_lib.own(config, workdir), jax.set_mesh(mesh), checkpoint.Checkpointer(workdir) as checkpointer:
+  with workdir_lib.own(config, folder), jax.set_mesh(mesh), checkpoint.Checkpointer(folder) as checkpointer:
     params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)

@@ -84,7 +84,7 @@ def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   if mesh is None:
     return
   platform = mesh.devices.flat[0].platform
-  if kernel.platform not in (None, platform):
+  if kernel.platform is not None and kernel.platform != platform:
     raise InputError(
       f"model.attention={config.attention} runs on {kernel.platform.upper()}s only, and the devices here are"
       f" {platform.upper()}s: choose one of {general}."

@@ -108,11 +108,11 @@ class Embed(nn.Module):
       )
     for dimension, size in enumerate(config.position_sizes):
       positions_BxL = positions_BxLxP[..., dimension]
-      if encoding.learned:
+      if encoding.table is not None:
+        x_BxLxE += encoding.table(positions_BxL, size=size, width=width).astype(dtype)
+      else:
         table = self.param(f"position_{dimension}", _table_init, (size, width), jnp.float32)
         x_BxLxE += table[positions_BxL].astype(dtype)
-      else:
-        x_BxLxE += encoding.table(positions_BxL, size=size, width=width).astype(dtype)
     return x_BxLxE
 
 
