@@ -50,7 +50,7 @@ def test_a_host_makes_only_rows_of_its_own():
   host = TrainLoader(tiny.config(data__shards=4), [[0, 1], [2, 3], [4, 5], [6, 7]], 2)
   assert next(host)["inputs"].shape == (2, 32)
   assert host.spec["inputs"].shape == (8, 32)
-  assert len(host._parts) == 1, "it reads records that it does not need"
+  assert len(host._shards) == 1, "it reads records that it does not need"
 
 
 def test_shards_must_divide_the_batch():
