@@ -3,8 +3,9 @@
   python -m benchmarks.long_run --steps=5000 --folder=/tmp/long
   python -m benchmarks.long_run --checkpoint_mib=600 --folder=/tmp/saves
 
-The first trains a tiny model on 8 virtual devices and reports the process's resident memory at each tenth of the run. The
-second saves a state of that size while steps run, and reports how long the loop was blocked and how long writing took.
+The first trains a tiny model on 8 virtual devices and reports the process's resident memory at each tenth of the run.
+The second saves a state of that size while steps run, and reports how long the loop was blocked and how long writing
+took.
 """
 
 import json

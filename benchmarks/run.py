@@ -3,9 +3,9 @@
   python -m benchmarks.run --contexts 2048 8192 32768 --attention auto reference --peer --out=results.json
 
 Every measurement runs in a process of its own, so that its peak memory includes nothing else. The processes take turns
-for --rounds rounds, so that a temporarily slow machine affects all of them; the results are medians over the rounds. Other
-arguments, such as --config.train.batch_size=1, are passed to the config. `python -m benchmarks.plot results.json plot.png`
-plots the results.
+for --rounds rounds, so that a temporarily slow machine affects all of them; the results are medians over the rounds.
+Other arguments, such as --config.train.batch_size=1, are passed to the config. `python -m benchmarks.plot results.json
+plot.png` plots the results.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def _median(row: list[dict]) -> dict:
 def _line(row: dict) -> str:
   temp = f"{row['temp_bytes'] / 2**20:8.0f} MiB temporary" if row["temp_bytes"] is not None else " " * 22
   return (
-    f"{row['implementation']:20s} {row['attention']:10s} context {row['context']:9,d}: {row['seconds']:8.3f} s per step,"
-    f" {row['targets_per_second']:8,.0f} targets/s, {temp}, {row['peak_rss_bytes'] / 2**20:6.0f} MiB peak RSS,"
+    f"{row['implementation']:20s} {row['attention']:10s} context {row['context']:9,d}: {row['seconds']:8.3f} s per"
+    f" step, {row['targets_per_second']:8,.0f} targets/s, {temp}, {row['peak_rss_bytes'] / 2**20:6.0f} MiB peak RSS,"
     f" compiled in {row['compile_seconds']:.1f} s"
   )
 

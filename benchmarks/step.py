@@ -34,7 +34,7 @@ _SECONDS = flags.DEFINE_float(
 def measure(config: Config, steps: int, seconds: float) -> dict:
   """Returns metrics of one compiled step: seconds (median), targets_per_second, compile_seconds, temp_bytes and more.
 
-  peak_rss_bytes is that of the whole process, compiler included; state_bytes is the size of weights and optimizer state.
+  peak_rss_bytes is that of the whole process, compiler included; state_bytes that of weights and optimizer state.
   """
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
