@@ -1,4 +1,4 @@
-"""ImageNet at 64x64 with all red, then all green, then all blue sub-pixels: a bad order that a long context compensates.
+"""ImageNet at 64x64, all red, then all green, then all blue sub-pixels: a bad order that long context compensates.
 
 Reproduces: the paper's ablation of the order. The same pixel of the previous plane is 4,096 tokens back, so a
   short context does not contain it.

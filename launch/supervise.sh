@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Restarts a command whenever it dies, until it is done:
+# Restarts a command whenever it dies, until it has finished:
 #
 #   launch/supervise.sh launch/local.sh 2 --config=configs/copy.py --workdir=/tmp/run
 #   launch/supervise.sh .venv/bin/python -m perceiver_ar_jax.main --config=configs/copy.py --workdir=/tmp/run
 #
 # A run resumes exactly from its newest good checkpoint, so the command stays the same. Exit codes: 0 (done) and 1 (bad
-# input or config) end the script. Any other code restarts the command, such as 75 (a full disk, storage out of reach, an
+# input or config) end the script. Any other code restarts the command, such as 75 (a full disk, storage not available, an
 # unexpected error) or 137 (kill -9). SIGTERM, SIGINT, SIGHUP and SIGUSR1 are forwarded once to the command, which saves,
 # and end the script.
 # The pause before a restart is PAUSE_SECONDS (5), and doubles up to 300 while the command dies within HEALTHY_SECONDS
