@@ -3,9 +3,10 @@
 #
 #   launch/local.sh 2 --config=configs/copy.py --workdir=/tmp/run
 #
-# Each line of output is prefixed with the number of its process. If one process fails, the others are terminated, and its
-# exit code is the script's. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 are forwarded once to every process, so that all
-# save; a second signal terminates them at once. Virtual CPU devices for each: XLA_FLAGS=--xla_force_host_platform_device_count=4.
+# Each line of output is prefixed with the number of its process. If one process fails, the others are terminated, and
+# its exit code is the script's. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 are forwarded once to every process, so
+# that all save; a second signal terminates them at once.
+# Virtual CPU devices for each: XLA_FLAGS=--xla_force_host_platform_device_count=4.
 set -uo pipefail
 set -m # process groups of their own: the terminal's Ctrl-C must not reach them a second time
 usage="Usage: launch/local.sh N --config=... --workdir=..., N processes, at least 1"

@@ -15,7 +15,7 @@ set -m # a process group of its own for the command: the terminal's Ctrl-C must 
 (($#)) || { echo "Usage: launch/supervise.sh COMMAND [ARGUMENT...]" >&2; exit 1; }
 max_restarts=${MAX_RESTARTS:-10} healthy_seconds=${HEALTHY_SECONDS:-300} pause_seconds=${PAUSE_SECONDS:-5}
 
-signal= child=
+signal='' child=''
 forward() {
   signal=$1
   [[ -n $child ]] && kill -s "$1" "$child" 2>/dev/null
