@@ -31,7 +31,7 @@ _READ_ERRORS = flags.DEFINE_integer("read_errors", 5, "How many times a checkpoi
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Processes of the run.")
 _DEVICES = flags.DEFINE_integer("devices", 2, "Virtual CPU devices of each.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of the run.")
-_FOLDER = flags.DEFINE_string("folder", None, "Folder of the runs and of the drill's own notes.", required=True)
+_FOLDER = flags.DEFINE_string("folder", None, "Folder of the runs and of the drill's notes.", required=True)
 _SECONDS = flags.DEFINE_float("seconds", float("inf"), "Stop after this long; the same command resumes.")
 
 _PHASES = ("starting", "training", "evaluating", "saving")

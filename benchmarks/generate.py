@@ -1,9 +1,9 @@
-"""Measures generation with any config and random weights, and prints one JSON object.
+"""Measures generation with random weights, for any config, and prints one JSON object.
 
   python -m benchmarks.generate --config=benchmarks/point_a.py --tokens=8000
 
-Milliseconds a token step (one token for each row of the batch), refills and the host's loop included, compilation not:
-the median over blocks, the first and the last thousand tokens, and a whole pass for each token beside it.
+Reports milliseconds per step (one token for each row of the batch), with refills and the loop on the host, without
+compilation: the mean, the median over blocks, the first and the last thousand tokens; and of a full pass per token.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from perceiver_ar_jax.sampling.sampler import Sampler
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
 
-_BATCH = flags.DEFINE_integer("batch", 4, "Sequences at a time.")
-_TOKENS = flags.DEFINE_integer("tokens", 8000, "New tokens of each.")
-_EXACT_TOKENS = flags.DEFINE_integer("exact_tokens", 20, "New tokens without a cache; 0: none.")
+_BATCH = flags.DEFINE_integer("batch", 4, "Sequences per batch.")
+_TOKENS = flags.DEFINE_integer("tokens", 8000, "New tokens per sequence.")
+_EXACT_TOKENS = flags.DEFINE_integer("exact_tokens", 20, "New tokens to measure without a cache; 0: none.")
 
 
 def measure(config: Config, batch: int, tokens: int, exact_tokens: int) -> dict:
-  """Figures of one run: milliseconds a step by kind, tokens_per_second over all rows."""
+  """Returns metrics of one run: milliseconds per step of each kind, and tokens_per_second over all rows."""
   mesh = make_mesh(config.mesh)
   params = state_lib.init_state(config, optimizer_lib.make_optimizer(config.train.optimizer, 1000), mesh).params
 
   def times(length: int, cache: bool) -> list[tuple[int, float]]:
-    """(new tokens so far, seconds) after each block, of a second call."""
+    """Returns (new tokens so far, seconds) after each block of a second call, which does not compile."""
     changed = dataclasses.replace(config, sample=dataclasses.replace(config.sample, cache=cache))
     sampler = Sampler(changed, params, mesh)
     stamps = []

@@ -1,11 +1,11 @@
-"""Host memory of a long run, and what checkpoints hold up; prints JSON objects.
+"""Measures the host memory of a long run, or the delay by a checkpoint; prints one JSON object.
 
   python -m benchmarks.long_run --steps=5000 --folder=/tmp/long
   python -m benchmarks.long_run --checkpoint_mib=600 --folder=/tmp/saves
 
-The first trains a tiny model on 8 virtual devices and looks at the process's resident memory every tenth of the run.
-The second saves a state of that size while steps run, and tells how long the loop stood still and how long writing went
-on.
+The first trains a tiny model on 8 virtual devices and reports the process's resident memory at each tenth of the run.
+The second saves a state of that size while steps run, and reports how long the loop was blocked and how long writing
+took.
 """
 
 import json
@@ -21,7 +21,7 @@ from benchmarks.tiny_run import ARGUMENTS
 
 _STEPS = flags.DEFINE_integer("steps", 5000, "Steps of the run.")
 _CHECKPOINT_MIB = flags.DEFINE_integer("checkpoint_mib", None, "Measure saving a state of about this size instead.")
-_FOLDER = flags.DEFINE_string("folder", None, "Where the run lies; should be empty.", required=True)
+_FOLDER = flags.DEFINE_string("folder", None, "Folder of the run; it should be empty.", required=True)
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 
 
 def _memory(workdir: pathlib.Path, steps: int) -> dict:
-  """{step: MiB resident} of a run on 8 virtual devices."""
+  """Returns the resident memory in MiB by step of a run on 8 virtual devices, with its duration and exit code."""
   import psutil
 
   settings = [*ARGUMENTS, "--config.train.log_every=10", "--config.train.checkpoint_every=500"]

@@ -1,7 +1,7 @@
-"""Measures the training step of the package perceiver-ar-pytorch, with the fields that step.py prints.
+"""Measures the training step of the package perceiver-ar-pytorch, and prints the same fields as step.py.
 
-Runs in an environment of its own, which run.py --peer makes. Same sizes and optimizer as point_a.py: its blocks differ
-in detail (GELU, learned and rotary positions together, no z-loss), its matrix products do not.
+Runs in an environment of its own, which run.py --peer creates. Sizes and optimizer are those of point_a.py. Its blocks
+differ in details (GELU, learned and rotary positions together, no z-loss), but its matrix products are the same.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main():
     if time.perf_counter() - begin > arguments.seconds:
       break
   timed = times[1:] or times
-  figures = {
+  metrics = {
     "implementation": "perceiver-ar-pytorch",
     "version": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
     "attention": "its own",
@@ -61,7 +61,7 @@ def main():
     "num_params": sum(parameter.numel() for parameter in model.parameters()),
     "loss": float(loss),
   }
-  print(json.dumps(figures), flush=True)
+  print(json.dumps(metrics), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws step seconds and memory over context, from the JSON of run.py.
+"""Plots seconds per step and memory over the context, from the JSON of run.py.
 
 python -m benchmarks.plot results.json plot.png
 """

@@ -1,7 +1,7 @@
-"""A small model whose step is mostly context: the point at which implementations are compared.
+"""Point A: a small model with a large context, used to compare implementations.
 
 Batch 2, 256 latents, width 256, 8 heads, 4 layers, widening 4, dropout 0.1, 259 tokens, rotary positions, Adam with
-clipping, summed losses. The benchmark sets the context; batches are random tokens.
+clipping, summed losses. The benchmark sets the context and draws random tokens.
 """
 
 from perceiver_ar_jax import config as config_lib
@@ -20,7 +20,7 @@ def get_config():
     position_encoding="rotary",
     dropout=0.1,
   )
-  config.data.task = "copy"  # named only because every experiment has one; nothing is read
+  config.data.task = "copy"  # every config names a task; no data is read
   config.train.update(steps=1000, batch_size=2, loss_reduction="sum")
   config.eval.batch_size = 2
   return config

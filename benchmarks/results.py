@@ -3,7 +3,7 @@
   python -m benchmarks.results --workdir=runs/results           # hours on 2 cores; resumes where it was interrupted
   python -m benchmarks.results --workdir=runs/results context   # only the named experiments
 
-Each section names the command of its experiment; docs/results has the page, plot and numbers of each.
+Each section contains the command of its experiment; docs/results has the page, plot and numbers of each.
 """
 
 import argparse
@@ -40,13 +40,13 @@ _SWEEPS = {
     ["--num_latents=32,64,128,256,512,1024", "--stride=32", "--config.eval.max_sequences=8"],
   ),
 }
-"""Of each sweep: title, the ablation and variant whose run with seed 0 it scores, arguments."""
+"""Title, ablation, variant (its run with seed 0 is scored) and arguments of each sweep."""
 _OUTPUTS = "(64,96,127)"
 _INTRODUCTION = """# Results
 
-Results of this project's commands at the scale of a laptop: small models, minutes of training, one or two seeds. They
-show directions, not the paper's numbers; every experiment is a config file that runs at full scale on a pod. This page
-is written by `python -m benchmarks.results`."""
+Results of small experiments on a laptop: small models, minutes of training, one or two seeds. They show trends, not the
+paper's numbers. Every experiment is a config file that can run at full scale on a pod. This page is written by
+`python -m benchmarks.results`."""
 
 
 def main():

@@ -1,10 +1,11 @@
-"""Measures training steps over contexts and attention kernels, prints a table and stores every figure as JSON.
+"""Measures training steps over contexts and attention kernels, prints a table and stores all metrics as JSON.
 
   python -m benchmarks.run --contexts 2048 8192 32768 --attention auto reference --peer --out=results.json
 
-Every measurement is a process of its own, so that its peak memory is its own; all of them take turns for --rounds, so
-that a machine that slows down slows all of them; figures are medians over the rounds. Other arguments, such as
---config.train.batch_size=1, go to the config. `python -m benchmarks.plot results.json plot.png` draws the result.
+Every measurement runs in a process of its own, so that its peak memory includes nothing else. The processes take turns
+for --rounds rounds, so that a temporarily slow machine affects all of them; the results are medians over the rounds.
+Other arguments, such as --config.train.batch_size=1, are passed to the config. `python -m benchmarks.plot results.json
+plot.png` plots the results.
 """
 
 import argparse
@@ -31,8 +32,8 @@ def main():
   )
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--steps", type=int, default=7)
-  parser.add_argument("--seconds", type=float, default=60.0, help="the longest time for one measurement's steps")
-  parser.add_argument("--out", required=True, help="JSON file; figures are added to what it holds")
+  parser.add_argument("--seconds", type=float, default=60.0, help="maximum time for the steps of one measurement")
+  parser.add_argument("--out", required=True, help="JSON file; results are appended to its content")
   arguments, overrides = parser.parse_known_args()
   if arguments.peer and (overrides or arguments.config != parser.get_default("config")):
     parser.error("--peer measures its own copy of point A: leave --config and other settings as they are")
@@ -59,7 +60,7 @@ def main():
     for command, row in zip(commands, rows):
       row.append(_measure(command))
       print(f"round {index + 1} of {arguments.rounds}: {_line(row[-1])}", flush=True)
-    # After every round, so that a later failure loses no earlier figure.
+    # After every round, so that a later failure loses no earlier measurement.
     results = [_median(row) | {"overrides": overrides, "rounds": len(row)} for row in rows]
     out.write_text(json.dumps(stored + results, indent=2) + "\n")
   print(f"\nMedians of {arguments.rounds} rounds, {platform.machine()}, also in {out}:")
@@ -79,10 +80,10 @@ def _median(row: list[dict]) -> dict:
 
 
 def _line(row: dict) -> str:
-  temp = f"{row['temp_bytes'] / 2**20:8.0f} MiB temp" if row["temp_bytes"] is not None else " " * 17
+  temp = f"{row['temp_bytes'] / 2**20:8.0f} MiB temporary" if row["temp_bytes"] is not None else " " * 22
   return (
-    f"{row['implementation']:20s} {row['attention']:10s} context {row['context']:9,d}: {row['seconds']:8.3f} s a step,"
-    f" {row['targets_per_second']:8,.0f} targets/s, {temp}, {row['peak_rss_bytes'] / 2**20:6.0f} MiB peak RSS,"
+    f"{row['implementation']:20s} {row['attention']:10s} context {row['context']:9,d}: {row['seconds']:8.3f} s per"
+    f" step, {row['targets_per_second']:8,.0f} targets/s, {temp}, {row['peak_rss_bytes'] / 2**20:6.0f} MiB peak RSS,"
     f" compiled in {row['compile_seconds']:.1f} s"
   )
 

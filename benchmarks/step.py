@@ -1,8 +1,9 @@
-"""Measures the training step of any config on random tokens, in a process of its own, and prints one JSON object.
+"""Measures the training step of any config on random tokens, and prints one JSON object.
 
   python -m benchmarks.step --config=benchmarks/point_a.py --context=8192
 
-It runs the production step: forward, backward, clipping and update, with the state donated. run.py calls it for a grid.
+It runs the production step: forward, backward, clipping and update, with the state donated. run.py runs it for a grid
+of contexts and kernels.
 """
 
 import dataclasses
@@ -24,16 +25,16 @@ from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training.step import make_train_step
 
 _CONTEXT = flags.DEFINE_integer("context", None, "Input tokens; default: the config's max_context.")
-_STEPS = flags.DEFINE_integer("steps", 7, "Steps to time, after one that is not timed.")
+_STEPS = flags.DEFINE_integer("steps", 7, "Steps to time, after a warm-up step.")
 _SECONDS = flags.DEFINE_float(
-  "seconds", 60.0, "Stop after this long; a first step beyond it is itself the measurement."
+  "seconds", 60.0, "Stop after this time; if the first step takes longer, it is the measurement."
 )
 
 
 def measure(config: Config, steps: int, seconds: float) -> dict:
-  """Figures of one compiled step: seconds (median), targets_per_second, compile_seconds, temp_bytes and more.
+  """Returns metrics of one compiled step: seconds (median), targets_per_second, compile_seconds, temp_bytes and more.
 
-  peak_rss_bytes is the whole process's, compiler included; state_bytes are the weights and the optimizer's part of it.
+  peak_rss_bytes is that of the whole process, compiler included; state_bytes that of weights and optimizer state.
   """
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
@@ -73,7 +74,7 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
 
 
 def at_context(config: Config, context: int | None) -> Config:
-  """The config at another context; a single table of positions grows with it."""
+  """Returns the config with another context; a single position table grows with it."""
   if context is None:
     return config
   sizes = (context + 2,) if len(config.model.position_sizes) == 1 else config.model.position_sizes
@@ -81,7 +82,7 @@ def at_context(config: Config, context: int | None) -> Config:
 
 
 def random_batch(config: Config) -> dict[str, np.ndarray]:
-  """A batch of random tokens, every target of which is scored; positions fit the config's tables."""
+  """Returns a batch of random tokens with all targets scored; positions are within the config's tables."""
   model, rows = config.model, config.train.batch_size
   rng = np.random.default_rng(0)
   dimensions = len(model.position_sizes) or 1

@@ -1,4 +1,4 @@
-"""Settings of a run whose steps take milliseconds, for drills and long runs."""
+"""Settings of a run whose steps take milliseconds, for the fault drill and long runs."""
 
 ARGUMENTS = (
   "--config=configs/copy.py",

@@ -1,12 +1,12 @@
 """Codes of a neural audio codec (SoundStream, EnCodec, DAC, ...), from .npy or .npz files of frames x levels.
 
-Reproduces: the paper's audio experiments in outline: residual codes flattened frame by frame, 1,024 codes a level, 12
-  layers, 1,024 latents, context 8,192 to 65,536, rotary positions. The paper's codes come 24 a frame at 12 kbps, 36 at
-  18, 44 at 22 (--config.data.code_levels); its codec is not public.
-Published: 2.49 nats a code on the validation and 2.34 on the test split, at 12 kbps and context 65,536.
-Cost: 215M parameters; accelerators for days.
+Reproduces: the paper's audio experiments in outline: residual codes flattened frame by frame, 1,024 codes per level,
+  12 layers, 1,024 latents, context 8,192 to 65,536, rotary positions. The paper has 24 codes per frame at 12 kbps, 36
+  at 18, 44 at 22 (--config.data.code_levels); its codec is not public.
+Published: 2.49 nats per code on the validation and 2.34 on the test split, at 12 kbps and context 65,536.
+Cost: 215M parameters; days on accelerators.
 Your files: --config.data.files=folder --config.data.code_levels=8 --config.data.codebook_size=1024, and
-  --config.model.vocab_size= code_levels * codebook_size + 3. For files of levels x frames also
+  --config.model.vocab_size set to code_levels * codebook_size + 3. For files of levels x frames, add
   --config.data.code_layout=levels_frames.
 """
 

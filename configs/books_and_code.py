@@ -1,6 +1,6 @@
 """A mixture: half of the training crops from PG-19's books, half from your own text files, all as bytes.
 
-Reproduces nothing published. Any tasks of one vocabulary mix, with a share each: --config.data.task=pg19:3+enwik8:1
+Reproduces no published result. Tasks with the same vocabulary can be mixed: --config.data.task=pg19:3+enwik8:1
 Data: the TFDS builder pg19 in --config.data.data_dir; text files as in configs/text_files.py.
 Cost: 1.1M parameters, a laptop.
 """

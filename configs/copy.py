@@ -1,9 +1,8 @@
-"""The mirrored copy task: random bytes, then the same in reverse; the second half tests how far back a model sees.
+"""The mirrored copy task: random bytes and their mirror image; the second half tests how far back a model attends.
 
 Reproduces: the paper's copy task, whose model of 6 layers copies 131,072 tokens without error after about 25,000
-  steps (configs/copy131072.py). This file is its small sibling of 32 tokens, which learns on a laptop's CPU; any length
-  is three overrides away: --config.model.max_context=L --config.model.position_sizes="(L+2,)"
-  --config.data.min_crop=L/2
+  steps (configs/copy131072.py). This file has 32 tokens, so that it learns on a laptop's CPU. Another length L needs
+  three settings: --config.model.max_context=L --config.model.position_sizes="(L+2,)" --config.data.min_crop=L/2
 Measured: 99.7% of the second half after 500 steps, 99.9% after 1,000.
 Cost: 0.1M parameters, two minutes on 2 shared cores.
 """

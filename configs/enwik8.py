@@ -1,7 +1,7 @@
 """enwik8: the first 100 MB of an English Wikipedia dump as bytes, split 90 / 5 / 5; likelihood of bytes.
 
-Reproduces nothing in the paper; the benchmark is the field's usual one for byte-level models.
-Cost: 41M parameters; one accelerator for days. A laptop runs it with width and depth cut down.
+Reproduces no result of the paper; this is the usual benchmark of byte-level models.
+Cost: 41M parameters; days on one accelerator. A laptop can train it with reduced width and depth.
 Data: the unpacked file enwik8 in --config.data.data_dir.
 """
 

@@ -1,7 +1,7 @@
-"""ImageNet at 32x32: configs/imagenet64.py on a quarter of the tokens, for shorter experiments.
+"""ImageNet at 32x32: configs/imagenet64.py with a quarter of the tokens, for shorter experiments.
 
-Reproduces nothing published; the recipe is that of the 64x64 model with a context of 3,072 sub-pixels and half the
-  depth. No result has been measured.
+Reproduces no published result; the recipe is that of the 64x64 model with a context of 3,072 sub-pixels and half the
+  depth. Not measured.
 Cost: 390M parameters; one host of accelerators.
 Data: the TFDS builder downsampled_imagenet/32x32, prepared in --config.data.data_dir.
 """

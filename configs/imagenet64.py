@@ -1,11 +1,11 @@
-"""ImageNet at 64x64, likelihood of sub-pixels in raster order: the paper's main image experiment.
+"""ImageNet at 64x64, sub-pixels in raster order: the paper's main image experiment.
 
 Reproduces: the paper's ImageNet 64x64 model: 60 layers, 1,024 latents, context 12,416 (12,288 sub-pixels, SOS,
   padding), learned (x, y, channel) position tables, batch 2,048, Adam at 3e-4, constant, then cosine over the
   last 50,000 of 750,000 steps; losses summed, gradients clipped at norm 1.
 Published: 3.40 bits/dim on the validation split.
-Cost: 770M parameters; a pod of accelerators for days (docs/pods.md has plans of it). A laptop runs it with width,
-  depth and batch cut down (README), or configs/photos64.py.
+Cost: 770M parameters; days on a pod of accelerators (docs/pods.md has plans). A laptop can train it with reduced
+  width, depth and batch (docs/data.md), or configs/photos64.py.
 Data: the TFDS builder downsampled_imagenet/64x64, prepared in --config.data.data_dir.
 """
 

@@ -1,7 +1,7 @@
-"""ImageNet at 64x64 with all of red first, then green, then blue: a bad order that long context makes up for.
+"""ImageNet at 64x64, all red, then all green, then all blue sub-pixels: a bad order that long context compensates.
 
-Reproduces: the paper's ablation of the order. A channel's own pixel in the previous plane lies 4,096 tokens
-  back, so a short context cannot see it.
+Reproduces: the paper's ablation of the order. The same pixel of the previous plane is 4,096 tokens back, so a
+  short context does not contain it.
 Published (a smaller model than configs/imagenet64.py; from memory of the paper, to be verified): 3.53 bits/dim at full
   context against 4.63 with 1,024 tokens of it.
 Cost and data: as configs/imagenet64.py, from which only the order differs.

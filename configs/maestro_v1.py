@@ -1,6 +1,6 @@
-"""MAESTRO v1: configs/maestro_v3.py on the first version of the data, the one that most papers report.
+"""MAESTRO v1: configs/maestro_v3.py on the first version of the data, which most papers report.
 
-Published: 1.82 nats an event on the validation and on the test split; Music Transformer, with augmentation, 1.84.
+Published: 1.82 nats per event on the validation and on the test split; Music Transformer, with augmentation, 1.84.
 """
 
 from configs import maestro_v3

@@ -1,10 +1,11 @@
-"""MAESTRO v3: piano performances as Music-Transformer events, likelihood of events.
+"""MAESTRO v3: piano performances as Music Transformer events.
 
 Reproduces: the paper's symbolic music model: 12 layers, 2,048 latents, context 4,096, rotary positions on a quarter of
-  each head, 1 cross head, 4 self heads, cross-attend dropout 0.7, constant rate 1e-4, a million steps, no augmentation.
-Published: 1.90 nats an event on the validation and 1.91 on the test split (v1, configs/maestro_v1.py: 1.82 and 1.82).
-Not published: width and batch; those here are ours.
-Cost: 166M parameters; accelerators for days.
+  each head, 1 cross head, 4 self heads, cross-attention dropout 0.7, constant rate 1e-4, a million steps, no
+  augmentation.
+Published: 1.90 nats per event on the validation and 1.91 on the test split (v1, configs/maestro_v1.py: 1.82 and 1.82).
+Not published: width and batch; the values here are our choice.
+Cost: 166M parameters; days on accelerators.
 Data: the unpacked release (maestro-v3.0.0.csv and its folders) in --config.data.data_dir.
 """
 

@@ -1,6 +1,6 @@
-"""Your own MIDI files as Music-Transformer events: configs/maestro_v3.py cut down to a laptop.
+"""Your own MIDI files as Music Transformer events: configs/maestro_v3.py reduced to a laptop.
 
-Your files: --config.data.files='folder/**/*.mid' (in quotes), or --config.data.files=folder. Percussion is left out.
+Your files: --config.data.files='folder/**/*.mid' (in quotes), or --config.data.files=folder. Percussion is dropped.
 Cost: 1.1M parameters, a laptop.
 """
 

@@ -1,14 +1,15 @@
-"""PG-19: books of before 1919, likelihood of words: the paper's long-document text experiment.
+"""PG-19: books published before 1919, the paper's long-document text experiment.
 
 Reproduces: the paper's PG-19 model: 60 layers, 1,024 latents, context 2,048 (also 4,096:
-  --config.model.max_context=4096), rotary positions, embedding width 4,096, 128 cross heads, cross-attend dropout,
-  batch 2,048, about 200,000 steps, SentencePiece with 32,000 pieces.
+  --config.model.max_context=4096), rotary positions, embedding width 4,096, 128 cross heads, cross-attention
+  dropout, batch 2,048, about 200,000 steps, SentencePiece with 32,000 subword tokens.
 Published: word perplexity 45.9 on the validation and 28.9 on the test split, at context 2,048.
-Not published: the rate of cross-attend dropout (0.875 to 0.97 is told), the schedule and the width of the cross-attend;
-  those here are ours.
-Cost: 974M parameters; a pod of accelerators for days.
+Not published: the rate of cross-attention dropout (only a range, 0.875 to 0.97), the schedule, and the width of the
+  cross-attention; the values here are our choice.
+Cost: 974M parameters; days on a pod of accelerators.
 Data: the TFDS builder pg19, prepared in --config.data.data_dir, and a SentencePiece model trained on it (docs/data.md);
-  launch/cache_tasks.sh stores the pieces. --config.data.sentencepiece=None --config.model.vocab_size=259 reads bytes.
+  launch/cache_tasks.sh stores the encoded text. To read bytes: --config.data.sentencepiece=None
+  --config.model.vocab_size=259.
 """
 
 from perceiver_ar_jax import config as config_lib

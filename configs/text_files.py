@@ -1,6 +1,6 @@
-"""Your own text, as bytes or SentencePiece; without any setting, the source code of Python's standard library.
+"""Your own text, as bytes or SentencePiece; by default, the source code of Python's standard library.
 
-Reproduces nothing published; the paper's text experiments are configs/pg19.py and configs/wikitext103.py.
+Reproduces no published result; the paper's text experiments are configs/pg19.py and configs/wikitext103.py.
 Your files: --config.data.files='folder/**/*.txt' (in quotes), or --config.data.files=folder.
 Cost: 1.1M parameters, a laptop.
 """

@@ -1,9 +1,9 @@
 """Codes of a video tokenizer (a VQ-GAN on DMLab, Minecraft, ...), from .npy or .npz files of time x height x width.
 
-Reproduces nothing of this paper; others report a Perceiver AR as their baseline on such codes (DMLab 64x64: FVD 96).
-Your files: --config.data.files=folder --config.data.codebook_size=1024, and --config.model.vocab_size= codebook_size
-  + 3; --config.model.position_sizes="(T + 2, H + 2, W + 2)" for the longest video.
-Cost: 117M parameters; one accelerator for days.
+Reproduces no result of the paper; others report a Perceiver AR as their baseline on such codes (DMLab 64x64: FVD 96).
+Your files: --config.data.files=folder --config.data.codebook_size=1024, and --config.model.vocab_size set to
+  codebook_size + 3; --config.model.position_sizes="(T + 2, H + 2, W + 2)" for the longest video.
+Cost: 117M parameters; days on one accelerator.
 """
 
 from perceiver_ar_jax import config as config_lib

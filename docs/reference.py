@@ -1,7 +1,7 @@
-"""What the site makes itself, as an mkdocs hook: the page of all settings, and links to files outside docs/.
+"""An mkdocs hook: generates the page of all settings, and rewrites links to files outside docs/.
 
-The page comes from perceiver_ar_jax/config as it stands, read and not imported, so it is never stale and a build of
-the site needs nothing but mkdocs.
+The page is generated from the source of perceiver_ar_jax/config, which is parsed and not imported, so that it is never
+stale and a build of the site needs only mkdocs.
 """
 
 import ast
@@ -16,14 +16,14 @@ PAGE = "config.md"
 
 _INTRODUCTION = """# Configs
 
-A config file such as [configs/photos32.py](../configs/photos32.py) sets some of the fields below, and each can be set
-on the command line as well: `--config.train.steps=100 --config.model.num_layers=6`. Lists are written
-`--config.model.position_sizes="(34, 34, 5)"`, and `None` where a field allows it. A misspelt name, a value of another
-type and settings that cannot work together end in one paragraph that names the fix, with exit code 1. What a run
-resolved to is in its `config.json`.
+A config file such as [configs/photos32.py](../configs/photos32.py) sets some of the fields below. Each field can also
+be set on the command line: `--config.train.steps=100 --config.model.num_layers=6`. Tuples are written
+`--config.model.position_sizes="(34, 34, 5)"`; `None` is accepted where the type allows it. A misspelt name, a value of
+the wrong type or incompatible settings end with exit code 1 and one paragraph that names the fix. The `config.json` of
+a run contains all resolved settings.
 
-A field's full name begins with its section: `num_layers` of `model` is `model.num_layers`. A field without a default
-must be set, and every file in configs/ sets it.
+The full name of a field begins with its section: `num_layers` of `model` is `model.num_layers`. A field without a
+default must be set; every file in configs/ sets it.
 """
 
 
@@ -33,7 +33,7 @@ class Field(NamedTuple):
   name: str
   type: str
   default: str | None
-  """Its expression; None: the setting has no default."""
+  """The expression of the default; None: the setting has no default."""
   text: str
 
 
@@ -41,21 +41,21 @@ class Section(NamedTuple):
   """The settings of one dataclass."""
 
   prefix: str
-  """Of their names, such as "train.optimizer."."""
+  """Prefix of their names, such as "train.optimizer."."""
   text: str
   fields: list[Field]
 
 
 def source() -> str:
-  """The text of all modules of config."""
+  """Returns the source of all modules of config."""
   return "\n".join(path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py")))
 
 
 def sections(text: str) -> list[Section]:
-  """The settings that `Config` holds in the text of its modules, section by section.
+  """Returns the settings of `Config`, section by section, from the source of its modules.
 
   Raises:
-    ValueError: a field has no docstring under it.
+    ValueError: a field has no docstring below it.
   """
   classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
   return _sections(classes, "Config", "")
@@ -63,7 +63,7 @@ def sections(text: str) -> list[Section]:
 
 def _sections(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> list[Section]:
   body = classes[name].body
-  own, nested = [], []
+  fields, nested = [], []
   for node, after in zip(body, [*body[1:], None]):
     if not isinstance(node, ast.AnnAssign):
       continue
@@ -74,14 +74,14 @@ def _sections(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> list[
       continue
     text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
     if not isinstance(text, str):
-      raise ValueError(f"{name}.{field} has no docstring under it.")
+      raise ValueError(f"{name}.{field} has no docstring below it.")
     default = ast.unparse(node.value) if node.value else None
-    own.append(Field(field, kind, default, " ".join(text.split())))
-  return [Section(prefix, ast.get_docstring(classes[name]) or "", own), *nested]
+    fields.append(Field(field, kind, default, " ".join(text.split())))
+  return [Section(prefix, ast.get_docstring(classes[name]) or "", fields), *nested]
 
 
 def page(text: str) -> str:
-  """The page of settings, in Markdown."""
+  """Returns the page of settings, in Markdown."""
   parts = [_INTRODUCTION]
   for section in sections(text):
     title = f"`{section.prefix.rstrip('.')}`" if section.prefix else "The experiment"
@@ -104,7 +104,7 @@ def _escaped(text: str) -> str:
   return text.replace("<", "&lt;").replace("|", "\\|").replace("**", "`**`")
 
 
-# The hook.
+# The functions that mkdocs calls.
 
 
 def on_files(files, config):
@@ -116,22 +116,22 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-  """The page with links that lead out of docs/ turned into the repository's address, or, without one, into the path.
+  """Returns the page with links to files outside docs/ replaced by URLs of the repository, or by paths without one.
 
-  So pages link to code as they do on a checkout, where the links work too. config has its page instead.
+  In a checkout the original links work. A link to perceiver_ar_jax/config becomes a link to the page of settings.
   """
   del files
 
   def link(match):
-    words, target = match.groups()
+    label, target = match.groups()
     path, _, anchor = target.partition("#")
     inside = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), path))
     if inside.startswith("docs/") or "://" in target or not path:
       return match[0]
     if inside == "perceiver_ar_jax/config":
-      return f"[{words}]({'../' * page.file.src_uri.count('/')}{PAGE})"
+      return f"[{label}]({'../' * page.file.src_uri.count('/')}{PAGE})"
     if config.repo_url:
-      return f"[{words}]({config.repo_url.rstrip('/')}/blob/HEAD/{inside}{'#' + anchor if anchor else ''})"
-    return f"{words} (`{inside}`)" if words != inside else f"`{inside}`"
+      return f"[{label}]({config.repo_url.rstrip('/')}/blob/HEAD/{inside}{'#' + anchor if anchor else ''})"
+    return f"{label} (`{inside}`)" if label != inside else f"`{inside}`"
 
   return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", link, markdown)

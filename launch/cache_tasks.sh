@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Stores a task's documents ready-made, so that training reads events instead of making them:
+# Encodes a task's documents once, so that training reads the stored events:
 #
 #   launch/cache_tasks.sh --config=configs/pg19.py --config.data.data_dir=DIR --output=CACHE
 #
-# Then train with --config.data.cache_dir=CACHE. Beam gets an environment of its own, CACHE_VENV (.venv-cache), since it
-# holds packages back that training wants newer. All arguments go to perceiver_ar_jax.data.cache. On Dataflow, first
-# `.venv-cache/bin/pip install 'apache-beam[gcp]'`, then add
+# Then train with --config.data.cache_dir=CACHE. Beam is installed into an environment of its own, CACHE_VENV
+# (.venv-cache), since it requires older versions of some packages than training. All arguments are passed to
+# perceiver_ar_jax.data.cache. On Dataflow, first run `.venv-cache/bin/pip install 'apache-beam[gcp]'`, then add
 #   --beam_options=--runner=DataflowRunner,--project=P,--region=R,--temp_location=gs://B/tmp,--setup_file=./setup.py
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -7,7 +7,7 @@
 #   launch/gke.sh logs                 # follow the first host
 #   launch/gke.sh delete
 #
-# The image is launch/Dockerfile's. JobSet restarts all hosts when one fails; they go on from the newest checkpoint.
+# The image is launch/Dockerfile's. JobSet restarts all hosts when one fails; they resume from the newest checkpoint.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -16,14 +16,14 @@ fail() {
   exit 1
 }
 
-[[ $# -gt 0 ]] || fail "Say what to do: apply, show, logs or delete (see the head of $0)."
+[[ $# -gt 0 ]] || fail "Give a command: apply, show, logs or delete (see the top of $0)."
 command=$1
 shift
 [[ -n ${NAME:-} ]] || fail "Set NAME, the run's name: lower-case letters, digits and dashes."
 
 manifest() {
   [[ $# -gt 0 ]] || fail "$command needs main.py's arguments: --config=... --workdir=gs://..."
-  [[ -n ${IMAGE:-} ]] || fail "Set IMAGE, the container image that launch/Dockerfile made."
+  [[ -n ${IMAGE:-} ]] || fail "Set IMAGE, the container image built from launch/Dockerfile."
   local version=${SLICE:-} topology chips=1 hosts_chips=4 accelerator text
   topology=${version#*:} version=${version%%:*}
   case $version in

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs one training (or anything else main.py does) as N processes on this machine:
+# Runs training (or any other mode of main.py) as N processes on this machine:
 #
 #   launch/local.sh 2 --config=configs/copy.py --workdir=/tmp/run
 #
-# Each process's output comes with its number in front. If one fails, the others are ended, and its exit code is the
-# script's. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 reach every process once, so that all save; a second one ends
-# them at once. Virtual CPU devices for each: XLA_FLAGS=--xla_force_host_platform_device_count=4.
+# Each line of output is prefixed with the number of its process. If one process fails, the others are terminated, and
+# its exit code is the script's. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 are forwarded once to every process, so
+# that all save; a second signal terminates them at once.
+# Virtual CPU devices for each: XLA_FLAGS=--xla_force_host_platform_device_count=4.
 set -uo pipefail
 set -m # process groups of their own: the terminal's Ctrl-C must not reach them a second time
 usage="Usage: launch/local.sh N --config=... --workdir=..., N processes, at least 1"
@@ -15,7 +16,7 @@ shift
 here=$(cd "$(dirname "$0")/.." && pwd) || exit 1
 python=${PYTHON:-$here/.venv/bin/python}
 port=${PORT:-$((20000 + RANDOM % 12000))}
-grace_seconds=60 # for those that save before they end
+grace_seconds=60 # for processes that save before they exit
 
 cd "$here" || exit 1
 pids=()
@@ -25,9 +26,9 @@ for ((index = 0; index < number; index++)); do
   pids[index]=$!
 done
 
-told= # processes save and end at the first signal, and drop everything at the second: it must not be ours
+forwarded= # processes save and exit at the first signal, and exit without saving at a second, which must not be ours
 forward() {
-  told=1
+  forwarded=1
   for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done
 }
 for name in TERM INT HUP USR1; do
@@ -44,8 +45,8 @@ while ((${#pids[@]})); do
     unset "pids[$index]"
     if ((code && !result)); then
       result=$code
-      [[ -n $told ]] || deadline=$((SECONDS + grace_seconds))
-      if [[ -z $told ]] && ((${#pids[@]})); then
+      [[ -n $forwarded ]] || deadline=$((SECONDS + grace_seconds))
+      if [[ -z $forwarded ]] && ((${#pids[@]})); then
         echo "Process $index ended with code $code; ending the other ${#pids[@]}." >&2
         forward TERM
       fi

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Restarts a command whenever it dies, until it is done:
+# Restarts a command whenever it dies, until it has finished:
 #
 #   launch/supervise.sh launch/local.sh 2 --config=configs/copy.py --workdir=/tmp/run
 #   launch/supervise.sh .venv/bin/python -m perceiver_ar_jax.main --config=configs/copy.py --workdir=/tmp/run
 #
 # A run resumes exactly from its newest good checkpoint, so the command stays the same. Exit codes: 0 (done) and 1 (bad
-# input or config) end the script. Any other code restarts the command, such as 75 (a full disk, storage out of reach, an
+# input or config) end the script. Any other code restarts the command, such as 75 (a full disk, storage not available, an
 # unexpected error) or 137 (kill -9). SIGTERM, SIGINT, SIGHUP and SIGUSR1 are forwarded once to the command, which saves,
 # and end the script.
 # The pause before a restart is PAUSE_SECONDS (5), and doubles up to 300 while the command dies within HEALTHY_SECONDS
@@ -15,7 +15,7 @@ set -m # a process group of its own for the command: the terminal's Ctrl-C must 
 (($#)) || { echo "Usage: launch/supervise.sh COMMAND [ARGUMENT...]" >&2; exit 1; }
 max_restarts=${MAX_RESTARTS:-10} healthy_seconds=${HEALTHY_SECONDS:-300} pause_seconds=${PAUSE_SECONDS:-5}
 
-signal= child=
+signal='' child=''
 forward() {
   signal=$1
   [[ -n $child ]] && kill -s "$1" "$child" 2>/dev/null

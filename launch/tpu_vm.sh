@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A training run on a slice of Cloud TPU VMs, from nothing to gone:
+# A training run on a slice of Cloud TPU VMs, from its creation to its deletion:
 #
-#   export NAME=imagenet64 ZONE=us-central2-b TYPE=v4-256       # and PROJECT, if it is not gcloud's own
+#   export NAME=imagenet64 ZONE=us-central2-b TYPE=v4-256       # and PROJECT, if it is not gcloud's default
 #   launch/tpu_vm.sh create                                      # QUEUED=1: wait in the queue; SPOT=1: cheaper, preemptible
 #   launch/tpu_vm.sh setup                                       # this commit and its packages on all workers
 #   launch/tpu_vm.sh run --config=configs/imagenet64.py --workdir=gs://BUCKET/imagenet64
 #   launch/tpu_vm.sh logs                                        # follow worker 0; logs 3: worker 3
-#   launch/tpu_vm.sh stop                                        # SIGTERM: all workers save and end
+#   launch/tpu_vm.sh stop                                        # SIGTERM: all workers save and exit
 #   launch/tpu_vm.sh delete
 #
-#   launch/tpu_vm.sh keep --config=... --workdir=gs://...        # all of it, again after every preemption, until done
+#   launch/tpu_vm.sh keep --config=... --workdir=gs://...        # all of these, again after every preemption, until done
 #
 # `run` with the same arguments resumes from the newest checkpoint, so the workdir must outlive the slice. VERSION is the
-# runtime version of the machines' image, which goes with TYPE.
+# runtime version of the machines' image, by default the one for TYPE.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 poll_seconds=${POLL_SECONDS:-60}
@@ -22,7 +22,7 @@ fail() {
   exit 1
 }
 
-[[ $# -gt 0 ]] || fail "Say what to do: create, setup, run, logs, status, stop, keep or delete (see the head of $0)."
+[[ $# -gt 0 ]] || fail "Give a command: create, setup, run, logs, status, stop, keep or delete (see the top of $0)."
 command=$1
 shift
 [[ -n ${NAME:-} && -n ${ZONE:-} ]] || fail "Set NAME and ZONE: export NAME=imagenet64 ZONE=us-central2-b TYPE=v4-256"
@@ -57,7 +57,7 @@ create() {
       echo "$(date +%H:%M:%S) queued resource $NAME: $state"
       case $state in
         ACTIVE) ;;
-        FAILED | SUSPENDED | SUSPENDING) fail "The request came to nothing ($state): launch/tpu_vm.sh delete, then again." ;;
+        FAILED | SUSPENDED | SUSPENDING) fail "The request failed ($state): run launch/tpu_vm.sh delete, then create again." ;;
         *) sleep "$poll_seconds" ;;
       esac
     done
@@ -85,16 +85,16 @@ setup() {
       python3.11 -m venv .venv
     fi
     .venv/bin/python -m pip install --quiet --upgrade pip
-    .venv/bin/python -m pip install --quiet --editable '.[tpu,music]'"
+    .venv/bin/python -m pip install --quiet --editable '.[tpu]'"
 }
 
 run() {
   [[ $# -gt 0 ]] || fail "run needs main.py's arguments: --config=... --workdir=gs://..."
   local arguments
   arguments=$(printf '%q ' "$@")
-  # A shell of its own remembers the exit code; what runs already is left alone.
+  # A separate shell stores the exit code. A process that is running already is not disturbed.
   on_workers all "cd perceiver_ar_jax
-    if [ -e pid ] && kill -0 \$(cat pid) 2> /dev/null; then echo It runs already.; exit 1; fi
+    if [ -e pid ] && kill -0 \$(cat pid) 2> /dev/null; then echo It is running already.; exit 1; fi
     rm -f exit_code
     nohup bash -c '.venv/bin/python -m perceiver_ar_jax.main \"\$@\" & echo \$! > pid; wait \$!; echo \$? > exit_code' \
       run ${arguments}>> train.log 2>&1 < /dev/null &"
@@ -104,11 +104,11 @@ logs() { on_workers "${1:-0}" "tail -n 100 -F perceiver_ar_jax/train.log"; }
 
 stop() { on_workers all "kill -TERM \$(cat perceiver_ar_jax/pid)"; }
 
-status() { # the slice's state, or nothing if there is none
+status() { # prints the slice's state, or nothing if the slice does not exist
   tpu tpu-vm describe "$NAME" --format="value(state)" 2> /dev/null || true
 }
 
-request() { # the same of the queued resource
+request() { # prints the same for the queued resource
   [[ -z ${QUEUED:-} ]] || tpu queued-resources describe "$NAME" --format="value(state.state)" 2> /dev/null || true
 }
 
@@ -131,8 +131,8 @@ keep() {
     fi
     case $state/$code in
       READY/0) echo "Done."; return 0 ;;
-      READY/1) fail "The run ended with exit code 1, which a restart would not change: launch/tpu_vm.sh logs" ;;
-      READY/) ;; # it runs
+      READY/1) fail "The run ended with exit code 1, which a restart would not change: see launch/tpu_vm.sh logs" ;;
+      READY/) ;; # it is running
       READY/unreachable) echo "$(date +%H:%M:%S) worker 0 does not answer" ;;
       READY/*)
         echo "$(date +%H:%M:%S) the run ended with exit code $code; restarting it"
@@ -140,7 +140,7 @@ keep() {
         ;;
       CREATING/ | STARTING/ | RESTARTING/ | REPAIRING/) ;;
       *)
-        echo "$(date +%H:%M:%S) slice $NAME: ${state:-not there}; creating it again"
+        echo "$(date +%H:%M:%S) slice $NAME: ${state:-does not exist}; creating it again"
         if [[ -n $state$(request) ]]; then delete || true; fi
         if ! { "$0" create && "$0" setup && "$0" run "$@"; }; then
           echo "$(date +%H:%M:%S) that failed; trying again"
