@@ -2,7 +2,7 @@
 
 Reproduces no published result; the recipe is that of the 64x64 model with a context of 3,072 sub-pixels and half the
   depth. Not measured.
-Cost: 390M parameters; one host of accelerators.
+Cost: 392M parameters; one host of accelerators.
 Data: the TFDS builder downsampled_imagenet/32x32, prepared in --config.data.data_dir.
 """
 
