@@ -25,7 +25,7 @@ from perceiver_ar_jax.data.global_batch import HostBatches
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import checkpoint, metrics_log, optimizer
+from perceiver_ar_jax.training import checkpoint, metrics, optimizer
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from tests import batches, tiny
 
@@ -159,7 +159,7 @@ def test_failing_samples_cost_no_step(tmp_path, monkeypatch, capfd):
 
 def test_samples_are_drawn_for_one_device_and_fit_its_memory(tmp_path, monkeypatch):
   drawn = []
-  monkeypatch.setattr(metrics_log.MetricsLog, "write_samples", lambda self, step, samples: drawn.append(len(samples)))
+  monkeypatch.setattr(metrics.MetricsLog, "write_samples", lambda self, step, samples: drawn.append(len(samples)))
   assert loop.train(tiny.config(eval__num_samples=None, train__steps=3), tmp_path / "default") == 0
   assert drawn == [2]
   monkeypatch.setattr(write.Exhibit, "compile", lambda self, params: 2**60)

@@ -8,14 +8,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
-import seqio
 
 from perceiver_ar_jax.config import Config, InputError, nearest
 from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import ListSource, TfdsSource
 from perceiver_ar_jax.data.tasks import get_tasks
-from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.tf_cpu import seqio, tf
 from perceiver_ar_jax.data.warn_once import newest_messages
 
 AHEAD = 64

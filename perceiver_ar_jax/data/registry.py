@@ -25,13 +25,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import seqio
 
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.sources import CachedSource
-from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.tf_cpu import seqio, tf
 from perceiver_ar_jax.data.warn_once import warn_once
 
 UNITS = ("accuracy", "bits_per_byte", "bits_per_dim", "nats_per_token", "word_perplexity")

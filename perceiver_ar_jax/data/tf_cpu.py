@@ -1,13 +1,48 @@
-"""TensorFlow, kept off accelerators and quiet: the rest of the room imports `tf` from here.
+"""TensorFlow, kept off accelerators and quiet, and the libraries that import it: other modules import them from here.
 
-TensorFlow takes all the memory of every GPU it can see at its first operation, and then none is left for JAX. Import
-this before anything else runs a TensorFlow operation.
+TensorFlow takes all the memory of every GPU it can see at its first operation, and then none is left for JAX.
 """
 
-import tensorflow as tf
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
 
-tf.get_logger().setLevel("ERROR")
-for _kind in ("GPU", "TPU"):
-  tf.config.set_visible_devices([], _kind)
+_START_UP_LINES = r"/^(WARNING: All log messages before absl|[IWE]0000 |[0-9-]+ [0-9:.]+: [IWE] )/d"
+"""sed: deletes what TensorFlow's C++ code logs, errors of a missing CUDA included; fatal errors (F) stay."""
 
-__all__ = ["tf"]
+
+@contextlib.contextmanager
+def _without_start_up_lines() -> Iterator[None]:
+  """A context in which sed filters stderr: TensorFlow has no setting for lines that it logs while it is loaded.
+
+  The filter is a process, so that the last words of a process that crashes still reach the terminal.
+  """
+  try:
+    stderr = os.dup(2)
+    sed = subprocess.Popen(["sed", "-E", _START_UP_LINES], stdin=subprocess.PIPE, stdout=stderr, start_new_session=True)
+  except OSError:  # stderr is closed, or no sed
+    yield
+    return
+  os.dup2(sed.stdin.fileno(), 2)
+  sed.stdin.close()
+  try:
+    yield
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process started meanwhile keeps the pipe open
+      sed.wait(timeout=5)
+
+
+with _without_start_up_lines():
+  import seqio
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  tf.get_logger().setLevel("ERROR")
+  for _kind in ("GPU", "TPU"):
+    tf.config.set_visible_devices([], _kind)
+  tf.constant(0)  # some lines are logged at the first operation
+
+__all__ = ["seqio", "tf", "tfds"]

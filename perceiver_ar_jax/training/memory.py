@@ -1,6 +1,6 @@
-"""Whether a run fits into the memory of its devices: checked before weights are created.
+"""Checks that a run fits into the memory of its devices, before weights are created.
 
-XLA's own count of a compiled program is exact, but needs a compilation, which may crash for shapes far beyond the
+XLA's memory analysis of a compiled program is exact, but needs a compilation, which may crash for shapes far beyond the
 memory of any machine. So a lower limit is checked first.
 """
 
@@ -63,12 +63,12 @@ def compile_step(
 
 
 def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Callable[[dict], int]) -> None:
-  """Checks that drawing samples during training fits beside the training state, and reports its memory.
+  """Checks that drawing samples fits in memory together with the training state, and reports its memory.
 
   Args:
-    num_samples: `eval.num_samples`.
+    num_samples: the resolved `eval.num_samples`.
     abstract: shapes and shardings of the training state.
-    compile_sampler: shapes of the weights -> bytes on each device beside the weights.
+    compile_sampler: from shapes of the weights to bytes on each device in addition to the weights.
 
   Raises:
     InputError: it exceeds the devices' memory.
@@ -81,12 +81,12 @@ def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Calla
     f"Compiled the sampler in {time.monotonic() - start:.1f} s. Memory on each device: weights and optimizer state"
     f" {_size(state_bytes)}, {num_samples} samples {_size(sampler_bytes)}, available {_size(available)}."
   )
-  what = f"Training that draws {num_samples} samples (eval.num_samples) needs"
-  _check(what, state_bytes + sampler_bytes, available, _FEWER_SAMPLES)
+  program = f"Training that draws {num_samples} samples (eval.num_samples) needs"
+  _check(program, state_bytes + sampler_bytes, available, _FEWER_SAMPLES)
 
 
 def bytes_beside_arguments(compiled: jax.stages.Compiled) -> int:
-  """Bytes that a program needs on each device in addition to its arguments: temporary memory and new outputs."""
+  """Returns the bytes that a program needs on each device besides its arguments: temporary memory and new outputs."""
   memory = compiled.memory_analysis()
   return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
 
@@ -95,18 +95,18 @@ def _check_lower_limit(config: Config, abstract: TrainState, mesh: Mesh) -> None
   """Raises InputError if weights, optimizer state, gradients and the input of each layer alone exceed the memory."""
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
   latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
-  least = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params) + model.num_layers * latents
-  _check("The train step needs at least", least, _bytes_per_device(), _LESS_MEMORY)
+  minimum = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
+  _check("The train step needs at least", minimum + model.num_layers * latents, _bytes_per_device(), _LESS_MEMORY)
 
 
-def _check(what_needs: str, needed: int, available: int, fix: str) -> None:
+def _check(program: str, needed: int, available: int, fix: str) -> None:
   if needed > available:
-    raise InputError(f"{what_needs} {_size(needed)} on each device, and each has {_size(available)}. {fix}")
+    raise InputError(f"{program} {_size(needed)} on each device, and each has {_size(available)}. {fix}")
 
 
 @contextlib.contextmanager
 def _refusal(program: str, fix: str) -> Iterator[None]:
-  """A context that compiles: the TPU compiler's refusal of a program that is too large becomes an InputError."""
+  """A context for compilation: an InputError replaces the TPU compiler's refusal of a program that is too large."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
@@ -120,6 +120,6 @@ def _size(num_bytes: int) -> str:
 
 
 def _bytes_per_device() -> int:
-  """Bytes that a local device may use; CPU devices share the memory that the machine has left."""
+  """Returns the bytes that a local device may use; CPU devices share the available memory of the machine."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()

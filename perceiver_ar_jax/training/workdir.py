@@ -1,4 +1,4 @@
-"""The folder of one run: that it can be written, and that it belongs to the config and the run about to use it."""
+"""The folder of one run: checks that it can be written, and that it belongs to the config and the run that use it."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ RESUMABLE = (
   "data.cache_dir",
   "data.files",
   "data.validation_files",
-  "data.sentencepiece",  # and its fingerprint, which `prepare` compares by itself
+  "data.sentencepiece",  # and its fingerprint, which `prepare` compares separately
   "model.attention",
   "model.logits_chunk",
   "model.remat",
@@ -100,7 +100,7 @@ def prepare(config: Config, workdir: epath.Path) -> None:
   with _writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
-    probe.write_text("")
+    probe.touch()
     probe.unlink()
     checkpoints, fingerprint = workdir / "checkpoints", _sentencepiece_fingerprint(config)
     if path.exists() and checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
@@ -124,14 +124,14 @@ def _writing(workdir: epath.Path) -> contextlib.AbstractContextManager:
 def check_model(config: Config, workdir: epath.Path) -> None:
   """Raises InputError unless the weights of `workdir`, and token ids and positions, have the same meaning in `config`.
 
-  Prints a line if the data differ from those of training.
+  Prints a line if the data differ from the training data.
   """
   saved = load_config(workdir)
   changed_data = [name for name, value in flatten(config).items() if name in _DATA and flatten(saved)[name] != value]
   if changed_data and jax.process_index() == 0:
     print(
-      f"Not the data that {workdir} was trained on: {', '.join(changed_data)} differ. (Without --config, the run's own"
-      " settings are used.)"
+      f"The data differ from the training data of {workdir}: {', '.join(changed_data)} differ. (Without --config, the"
+      " settings of the run are used.)"
     )
   changed = _differences(config, saved, ignored=SAME_WEIGHTS)
   if changed:
@@ -147,12 +147,12 @@ def check_model(config: Config, workdir: epath.Path) -> None:
 
 
 def _other_encoding(config: Config, saved: Config) -> list[str]:
-  """Differences in what ids and positions mean, apart from the SentencePiece model."""
+  """Returns the differences in the meaning of ids and positions, apart from the SentencePiece model."""
   from perceiver_ar_jax.data import tasks  # imports TensorFlow
 
   if config.data == saved.data:
     return []
-  # With one SentencePiece model for both: that of `saved` may have been moved, and its fingerprint is compared instead.
+  # With the same SentencePiece model: that of `saved` may have been moved, and its fingerprint is compared separately.
   old_data = dataclasses.replace(saved.data, sentencepiece=config.data.sentencepiece)
   new, old = (
     {"modality": task.modality, **task.encoding}
@@ -166,7 +166,7 @@ def _sentencepiece_fingerprint(config: Config) -> str | None:
   from perceiver_ar_jax.data import sources  # imports TensorFlow
 
   path = config.data.sentencepiece
-  # Who reads text misses the file with a message of its own; weights alone can be used without it.
+  # Reading text raises an error if the file is missing; weights alone can be used without it.
   return sources.sentencepiece_fingerprint(config.data) if path and epath.Path(path).exists() else None
 
 
