@@ -6,8 +6,10 @@ import json
 import pathlib
 import signal
 import sys
+import types
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -90,7 +92,7 @@ def test_the_imagenet_model_has_the_papers_size():
     ({"model.cross_attend_width": 6}, "model.cross_attend_width=6 is not divisible by model.num_cross_heads=4"),
     ({"model.architecture": "transformerxl"}, "Did you mean 'transformer_xl'"),
     ({"model.segment": 8}, "model.segment=8 is a setting of transformer_xl"),
-    ({"model.position_encoding": "relative"}, "is transformer_xl's alone"),
+    ({"model.position_encoding": "relative"}, "is supported by transformer_xl only"),
     ({"model.architecture": "transformer_xl"}, "set --config.model.position_encoding=relative"),
     (XL | {"model.segment": None}, "model.segment=None must be at least 1 for transformer_xl"),
     (XL | {"model.memory": -1}, "model.memory=-1 must not be negative"),
@@ -126,8 +128,8 @@ def test_mistakes_are_named(changes, message):
   with pytest.raises(InputError) as error:
     config = config_lib.resolve(config_lib.config_dict.ConfigDict(values))
     # The modules that own the tables of implementations check their names.
-    sizes = tuple(max(getattr(config.mesh, axis), 1) for axis in config_lib.MESH_AXES)
-    architectures.check(config.model, jax.sharding.AbstractMesh(sizes, config_lib.MESH_AXES))
+    mesh = types.SimpleNamespace(shape={"context": config.mesh.context}, devices=np.array(jax.devices()))
+    architectures.check(config.model, mesh)
     optimizer.make_optimizer(config.train.optimizer, config.train.steps)
   assert message in str(error.value)
 

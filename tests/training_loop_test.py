@@ -93,9 +93,9 @@ def test_tensorboard_compares_settings_and_groups_curves(uninterrupted):
   (layout,) = events.Tensors("custom_scalars__config__")
   categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
   tags = [tag for category in categories for chart in category.chart for tag in chart.multiline.tag]
-  there = events.Tags()["tensors"]
+  curves = events.Tags()["tensors"]
   assert {"^loss$", "^eval_nats_per_token$"} < set(tags)
-  assert all(any(re.search(tag, name) for name in there) for tag in tags), (tags, there)
+  assert all(any(re.search(tag, name) for name in curves) for tag in tags), (tags, curves)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -349,7 +349,7 @@ def _lines(workdir) -> list[dict]:
 
 
 def test_skipped_updates_are_counted_through_a_restart_and_leave_the_learning_rate(tmp_path, monkeypatch):
-  """Batches 4 and 5 hold no number; the schedule does not advance there."""
+  """Batches 4 and 5 are NaN; the schedule does not advance on them."""
   from_array, num_batches = loop.to_global, 0
 
   def spoil(batch, *arguments):

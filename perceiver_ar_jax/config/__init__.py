@@ -98,7 +98,7 @@ class Config:
 
 
 def defaults() -> config_dict.ConfigDict:
-  """Returns a ConfigDict of all defaults; settings without a default are None, for the config file to fill."""
+  """Returns a ConfigDict of all defaults, with None for settings that have no default: the config file sets them."""
   return _defaults(Config)
 
 
