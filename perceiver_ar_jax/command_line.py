@@ -157,12 +157,9 @@ def _normalise(arguments: list[str]) -> list[str]:
 
 
 def _takes_value(name: str) -> bool:
-  if not name.startswith("config."):
-    return name in flags.FLAGS and not flags.FLAGS[name].boolean
-  setting = config_lib.defaults()
-  for word in name.split(".")[1:]:
-    setting = setting.get(word) if isinstance(setting, config_dict.ConfigDict) else None
-  return not isinstance(setting, bool)
+  if name.startswith("config."):
+    return not isinstance(_default_of(name), bool)
+  return name in flags.FLAGS and not flags.FLAGS[name].boolean
 
 
 def _config_of_run(arguments: list[str]) -> list[str]:
@@ -187,12 +184,19 @@ def _check(name: str, value: str) -> None:
     if "://" not in value and not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
       raise config_lib.InputError(f"--{name}={value} does not exist: give the path of an existing file or folder.")
   if name.startswith("config."):
-    section, path = config_lib.defaults(), name.split(".")[1:]
-    for position, word in enumerate(path):
-      if word not in section:
-        key = ".".join(path[: position + 1])
-        raise config_lib.InputError(f"Unknown config key {key!r}. {config_lib.nearest(word, section)}")
-      section = section[word] if isinstance(section[word], config_dict.ConfigDict) else {}
+    _default_of(name)
+
+
+def _default_of(name: str):
+  """Returns the default of a setting, given as config.SECTION.NAME; raises InputError if it is unknown."""
+  value, path = config_lib.defaults(), name.split(".")[1:]
+  for position, word in enumerate(path):
+    known = value if isinstance(value, config_dict.ConfigDict) else {}
+    if word not in known:
+      key = ".".join(path[: position + 1])
+      raise config_lib.InputError(f"Unknown config key {key!r}. {config_lib.nearest(word, known)}")
+    value = known[word]
+  return value
 
 
 def _fail(error: Exception, code: int = 1):

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -97,23 +98,14 @@ def for_user(error: BaseException) -> InputError | TransientError | None:
   return TransientError(f"{one_line(error)}: {WHEN_STORAGE_IS_BACK}")
 
 
-def writing(path: object, fix: str) -> contextlib.AbstractContextManager:
-  """A context that writes to a path that the user chose.
+@contextlib.contextmanager
+def _accessing(participle: str, path: object, fix: str) -> Iterator[None]:
+  """A context that accesses a path that the user chose.
 
   Raises:
     TransientError: a full disk or another error that may pass.
     InputError: any other OSError; the message names the path and the fix.
   """
-  return _accessing(path, "written", fix)
-
-
-def reading(path: object, fix: str) -> contextlib.AbstractContextManager:
-  """A context that reads from a path that the user chose; raises like `writing`."""
-  return _accessing(path, "read", fix)
-
-
-@contextlib.contextmanager
-def _accessing(path: object, participle: str, fix: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
@@ -121,6 +113,9 @@ def _accessing(path: object, participle: str, fix: str) -> Iterator[None]:
     if is_transient(error):
       raise TransientError(f"{message}: {WHEN_STORAGE_IS_BACK}") from error
     raise InputError(f"{message}: {fix}.") from error
+
+
+reading, writing = functools.partial(_accessing, "read"), functools.partial(_accessing, "written")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -42,23 +42,23 @@ def compile_step(
   Raises:
     InputError: the update exceeds the devices' memory.
   """
-  _check_lower_limit(config, abstract, mesh)
+  # The lower limit: weights, optimizer state, gradients and the input of each layer.
+  model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
+  latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
+  minimum = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
+  _check("The train step needs at least", minimum + model.num_layers * latents, _LESS_MEMORY)
   shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
   batch = {
     name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in batch_spec.items()
   }
-  start = time.monotonic()
-  with _refusal("The train step", _LESS_MEMORY):
+  with _compiling("the train step", _LESS_MEMORY):
     compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
   memory = compiled.memory_analysis()
-  needed = memory.argument_size_in_bytes + bytes_beside_arguments(compiled)
-  available = _bytes_per_device()
   distributed.log(
-    f"Compiled the train step in {time.monotonic() - start:.1f} s. Memory on each of {mesh.size} devices: weights,"
-    f" optimizer state and batch {_size(memory.argument_size_in_bytes)}, temporary {_size(memory.temp_size_in_bytes)},"
-    f" available {_size(available)}."
+    f"Memory on each of {mesh.size} devices: weights, optimizer state and batch {_size(memory.argument_size_in_bytes)},"
+    f" temporary {_size(memory.temp_size_in_bytes)}, available {_size(_bytes_per_device())}."
   )
-  _check("The train step needs", needed, available, _LESS_MEMORY)
+  _check("The train step needs", memory.argument_size_in_bytes + bytes_beside_arguments(compiled), _LESS_MEMORY)
   return compiled
 
 
@@ -73,16 +73,15 @@ def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Calla
   Raises:
     InputError: it exceeds the devices' memory.
   """
-  start = time.monotonic()
-  with _refusal("The sampler", _FEWER_SAMPLES):
+  with _compiling("the sampler", _FEWER_SAMPLES):
     sampler_bytes = compile_sampler(abstract.params)
-  state_bytes, available = sharding.bytes_per_device(abstract), _bytes_per_device()
+  state_bytes = sharding.bytes_per_device(abstract)
   distributed.log(
-    f"Compiled the sampler in {time.monotonic() - start:.1f} s. Memory on each device: weights and optimizer state"
-    f" {_size(state_bytes)}, {num_samples} samples {_size(sampler_bytes)}, available {_size(available)}."
+    f"Memory on each device: weights and optimizer state {_size(state_bytes)}, {num_samples} samples"
+    f" {_size(sampler_bytes)}, available {_size(_bytes_per_device())}."
   )
   program = f"Training that draws {num_samples} samples (eval.num_samples) needs"
-  _check(program, state_bytes + sampler_bytes, available, _FEWER_SAMPLES)
+  _check(program, state_bytes + sampler_bytes, _FEWER_SAMPLES)
 
 
 def bytes_beside_arguments(compiled: jax.stages.Compiled) -> int:
@@ -91,28 +90,23 @@ def bytes_beside_arguments(compiled: jax.stages.Compiled) -> int:
   return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
 
 
-def _check_lower_limit(config: Config, abstract: TrainState, mesh: Mesh) -> None:
-  """Raises InputError if weights, optimizer state, gradients and the input of each layer alone exceed the memory."""
-  model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
-  latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
-  minimum = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
-  _check("The train step needs at least", minimum + model.num_layers * latents, _bytes_per_device(), _LESS_MEMORY)
-
-
-def _check(program: str, needed: int, available: int, fix: str) -> None:
+def _check(program: str, needed: int, fix: str) -> None:
+  available = _bytes_per_device()
   if needed > available:
     raise InputError(f"{program} {_size(needed)} on each device, and each has {_size(available)}. {fix}")
 
 
 @contextlib.contextmanager
-def _refusal(program: str, fix: str) -> Iterator[None]:
-  """A context for compilation: an InputError replaces the TPU compiler's refusal of a program that is too large."""
+def _compiling(program: str, fix: str) -> Iterator[None]:
+  """A context that compiles; an InputError replaces the TPU compiler's refusal of a program that is too large."""
+  start = time.monotonic()
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise InputError(f"{program} exceeds the devices' memory. {fix}") from error
+    raise InputError(f"{program.capitalize()} exceeds the devices' memory. {fix}") from error
+  distributed.log(f"Compiled {program} in {time.monotonic() - start:.1f} s.")
 
 
 def _size(num_bytes: int) -> str:

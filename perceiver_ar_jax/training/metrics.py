@@ -73,11 +73,6 @@ class MetricsFile:
     self._pending, self._number = [], self._number + is_object
 
 
-def read(workdir: epath.Path) -> list[dict]:
-  """Returns the logged objects, in order; without a line that a kill cut short."""
-  return [entry for path in _paths(workdir) for line in path.read_text().splitlines() if (entry := _parse(line))]
-
-
 def _paths(workdir: epath.Path) -> list[epath.Path]:
   whole = workdir / "metrics.jsonl"
   return [*([whole] if whole.exists() else []), *sorted(workdir.glob("metrics-*.jsonl"))]
