@@ -33,14 +33,22 @@ PROSE = (
   "docs/*.py",
   "examples/*.ipynb",
   "launch/*",
-  "perceiver_ar_jax/experiments/*.py",
+  "perceiver_ar_jax/command_line.py",
+  "perceiver_ar_jax/config/*.py",
   "perceiver_ar_jax/data/*.py",
+  "perceiver_ar_jax/experiments/*.py",
+  "perceiver_ar_jax/loop.py",
+  "perceiver_ar_jax/main.py",
   "perceiver_ar_jax/models/*.py",
   "perceiver_ar_jax/parallel/*.py",
   "perceiver_ar_jax/plan.py",
+  "perceiver_ar_jax/training/*.py",
+  "tests/config_test.py",
   "tests/experiments_*.py",
   "tests/models_flops_test.py",
+  "tests/parallel_*.py",
   "tests/plan_test.py",
+  "tests/training_*.py",
 )
 """Files whose prose is checked: extend this list until it contains all of them."""
 VAGUE_NAMES = {"found", "made", "one", "other", "own", "some", "there"}

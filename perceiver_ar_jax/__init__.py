@@ -10,7 +10,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads, whoever loads it first
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when XLA or TensorFlow is loaded
 
 from perceiver_ar_jax.config import ModelConfig
 

@@ -1,9 +1,9 @@
-"""What every command shares: --config and --workdir, exit codes, and errors that end in one paragraph.
+"""The part that all commands share: --config and --workdir, exit codes, and errors that end in one paragraph.
 
 Exit codes: 0 done; 1 bad input or config; 75 a full disk, storage out of reach or an unexpected error (with a
 traceback), so that a restart may help; 128 + signal after a signal.
 
-Nothing here imports JAX or TensorFlow, so that --help and mistakes are answered at once.
+Nothing here imports JAX, TensorFlow or other slow libraries, so that --help and mistakes are answered at once.
 """
 
 import contextlib
@@ -19,15 +19,13 @@ import sys
 from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import config_dict, config_flags
 
 import perceiver_ar_jax
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import checks, config_from_run
 
-_UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # raised by a config file that cannot be run
-_CONFIG_FROM_RUN = pathlib.Path(config_from_run.__file__)
+_UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # raised by a config file that cannot be executed
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   help_string="The experiment: a file such as configs/photos32.py. Default: the config of the run in --workdir.",
@@ -56,7 +54,7 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
   """Parses the flags and exits with the code that `command` returns for the resolved config.
 
   Args:
-    command: returns the exit code; what it raises becomes a message and the exit code above.
+    command: returns the exit code; its errors are reported and determine the exit code.
     required: names of the flags that must be given, besides --config.
   """
 
@@ -80,7 +78,7 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
 
 @contextlib.contextmanager
 def _tolerant_stdout() -> Iterator[None]:
-  """A context in which stdout replaces what it cannot encode, and a reader that is gone (| head) ends the program."""
+  """A context in which stdout replaces characters it cannot encode, and a closed reader (| head) ends the program."""
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")
   try:
@@ -91,7 +89,7 @@ def _tolerant_stdout() -> Iterator[None]:
   except BrokenPipeError:
     stdout = select.poll()
     stdout.register(sys.stdout, 0)
-    if not stdout.poll(0):  # it has a reader, so another pipe is broken
+    if not stdout.poll(0):  # stdout has a reader, so another pipe is broken
       raise
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it ends
     sys.exit(128 + signal.SIGPIPE)
@@ -107,15 +105,15 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
     raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
   for name in ("config", *required):
     if flags.FLAGS[name].value is None:
-      example = " ".join(f"--{each}={_EXAMPLES.get(each, '...')}" for each in ("config", *required))
+      example = " ".join(f"--{flag}={_EXAMPLES.get(flag, '...')}" for flag in ("config", *required))
       raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help} For example: {example}")
   try:
     config = config_lib.resolve(_CONFIG.value)
-    return config if WORKDIR.value is None else config_from_run.keep_split_rule(config, epath.Path(WORKDIR.value))
   except _UNLOADABLE as error:  # raised when the config is first read
     raise config_lib.InputError(
       f"The file given as --config cannot be loaded: {error}. (Run from the folder that contains configs/.)"
     ) from error
+  return config_from_run.keep_split_rule(config, WORKDIR.value) if WORKDIR.value else config
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -123,7 +121,7 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     arguments = _normalise(argv[1:])
     for argument in arguments:
-      _check(argument)
+      _check(*_split(argument))
     sys.argv = [argv[0], *_config_of_run(arguments), *arguments]  # config_flags looks for overrides there
     return flags.FLAGS(sys.argv)
   except BrokenPipeError:  # --help | head
@@ -132,17 +130,23 @@ def _parse(argv: list[str]) -> list[str]:
     return _fail(error)
 
 
+def _split(argument: str) -> tuple[str, str]:
+  """Returns the name and the value of a flag."""
+  name, _, value = argument.lstrip("-").partition("=")
+  return name, value
+
+
 def _normalise(arguments: list[str]) -> list[str]:
   """Rewrites `--name value` as --name=value, and ~/ at the beginning of a value as the home folder.
 
-  Settings of the config expand ~ by themselves, where they are paths.
+  Settings of the config that are paths expand ~ themselves.
   """
   result, rest = [], iter(arguments)
   for argument in rest:
     if argument == "--":
       return [*result, argument, *rest]
-    name, equals, value = argument.lstrip("-").partition("=")
-    if argument.startswith("-") and not equals and _takes_value(name):
+    name, value = _split(argument)
+    if argument.startswith("-") and "=" not in argument and _takes_value(name):
       value = next(rest, None)
       if value is not None:
         argument = f"--{name}={value}"
@@ -153,52 +157,53 @@ def _normalise(arguments: list[str]) -> list[str]:
 
 
 def _takes_value(name: str) -> bool:
-  if not name.startswith("config."):
-    return name in flags.FLAGS and not flags.FLAGS[name].boolean
-  value = config_lib.defaults()
-  for word in name.split(".")[1:]:
-    value = value.get(word) if isinstance(value, config_dict.ConfigDict) else None
-  return not isinstance(value, bool)
+  if name.startswith("config."):
+    return not isinstance(_default_of(name), bool)
+  return name in flags.FLAGS and not flags.FLAGS[name].boolean
 
 
 def _config_of_run(arguments: list[str]) -> list[str]:
-  """Returns the flag --config for the run in --workdir, if there is one and --config is not given."""
-  given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
+  """Returns the flag --config for the run in --workdir, if it contains one and --config is not given."""
+  given = dict(map(_split, arguments))
   workdir = given.get("workdir")
   if "config" in given:
     return []
-  if not workdir or not (epath.Path(workdir) / "config.json").exists():
+  if not workdir or not config_from_run.exists(workdir):
     if any(name.startswith("config.") for name in given):  # which absl would call unknown flags
       raise config_lib.InputError(
         f"--config is missing, and --workdir={workdir or ''} contains no run whose config could be used. For example:"
         f" --config={_EXAMPLES['config']}"
       )
     return []
-  config_from_run.load_config(epath.Path(workdir))  # raises InputError if it cannot be read
-  return [f"--config={_CONFIG_FROM_RUN}:{workdir}"]
+  config_from_run.load_config(workdir)  # raises InputError if it cannot be read
+  return [f"--config={config_from_run.__file__}:{workdir}"]
 
 
-def _check(argument: str) -> None:
-  """Raises InputError for a path that does not exist or a setting that is unknown, with the nearest known one."""
-  name, _, value = argument.lstrip("-").partition("=")
+def _check(name: str, value: str) -> None:
+  """Raises InputError for a path that does not exist or a setting that is unknown, with the nearest known name."""
   if name == "config" and value and not pathlib.Path(value.split(":")[0]).exists():
     siblings = list(map(str, pathlib.Path(value).parent.glob("*.py")))
-    hint = (
-      config_lib.nearest(value, siblings)
-      if siblings
-      else "Run from the folder that contains configs/, or give an absolute path."
+    hint = "Run from the folder that contains configs/, or give an absolute path."
+    raise config_lib.InputError(
+      f"--config={value} does not exist. {config_lib.nearest(value, siblings) if siblings else hint}"
     )
-    raise config_lib.InputError(f"--config={value} does not exist. {hint}")
   if name.removeprefix("config.data.") in config_lib.DATA_PATHS and value not in ("", "None"):
     if "://" not in value and not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
       raise config_lib.InputError(f"--{name}={value} does not exist: give the path of an existing file or folder.")
   if name.startswith("config."):
-    section, path = config_lib.defaults(), name.split(".")[1:]
-    for position, word in enumerate(path):
-      if word not in section:
-        where = ".".join(path[: position + 1])
-        raise config_lib.InputError(f"Unknown config key {where!r}. {config_lib.nearest(word, section)}")
-      section = section[word] if isinstance(section[word], config_dict.ConfigDict) else {}
+    _default_of(name)
+
+
+def _default_of(name: str):
+  """Returns the default of a setting, given as config.SECTION.NAME; raises InputError if it is unknown."""
+  value, path = config_lib.defaults(), name.split(".")[1:]
+  for position, word in enumerate(path):
+    known = value if isinstance(value, config_dict.ConfigDict) else {}
+    if word not in known:
+      key = ".".join(path[: position + 1])
+      raise config_lib.InputError(f"Unknown config key {key!r}. {config_lib.nearest(word, known)}")
+    value = known[word]
+  return value
 
 
 def _fail(error: Exception, code: int = 1):

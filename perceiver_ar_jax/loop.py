@@ -1,14 +1,16 @@
-"""The training run: from a config and a workdir to trained weights, through stops of every kind.
+"""The training loop: from a config and a workdir to trained weights, through interruptions of every kind.
 
 The same command starts a run and resumes it. Resuming is exact because batches, random keys and updates are functions
 of the seed, the data position and the step, and these are saved together. A step is saved before it is evaluated and
 before samples are drawn, so that neither can cost a step.
 """
 
+import dataclasses
 import math
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 import jax
 import psutil
@@ -16,16 +18,15 @@ import tqdm
 from clu import parameter_overview
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
+from perceiver_ar_jax.config import Config, InputError, checks, config_from_run, writing
 from perceiver_ar_jax.data import splits, warn_once
 from perceiver_ar_jax.data.loader import TrainLoader, to_global
-from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import architectures, flops
 from perceiver_ar_jax.parallel import chips, distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import checkpoint, memory, metrics_log, signals
+from perceiver_ar_jax.training import checkpoint, memory, metrics, signals
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
@@ -41,12 +42,12 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   resumes the run.
 
   Raises:
-    InputError: the config does not fit the data, the devices, their memory or the workdir; another run is in the
-      workdir; the loss is no longer finite; or the final evaluation failed. Checkpoints are kept as they are.
-    TransientError: the disk is full or storage out of reach; the same command resumes once that has passed.
+    InputError: the config does not fit the data, the devices, their memory or the workdir; another run uses the
+      workdir; the loss became infinite or NaN; or the final evaluation failed. Checkpoints are left unchanged.
+    TransientError: the disk is full or storage out of reach; the same command resumes once the cause is gone.
   """
   workdir, startup = epath.Path(workdir), _Startup()
-  warn_once.reset()  # skipped files are counted from here on
+  warn_once.reset()  # count the files that this run skips
   mesh = make_mesh(config.mesh)
   startup.done("devices")
   architectures.check(config.model, mesh)
@@ -80,13 +81,22 @@ def train(config: Config, workdir: epath.PathLike) -> int:
       jax.block_until_ready(state)
       startup.done("weights")
       distributed.log(startup.describe())
-      if stop_signals.wait_and_agree():
+      if stop_signals.agree(wait=True):
         distributed.log(f"{stop_signals.name}: stopped at step {int(state.step)}, before the first update.")
         return 128 + stop_signals.agreed
-      with (
-        _make_log(config, workdir, int(state.step), data.task) as log,
-        _Profile(config.train.profile_at, workdir / "profile") as profile,
-      ):
+      settings = {
+        name: value
+        for name, value in config_from_run.flatten(config).items()
+        if name.startswith(("model.", "train.")) and isinstance(value, (bool, int, float, str))
+      }
+      log = metrics.MetricsLog(
+        workdir,
+        first_step=int(state.step),
+        total_steps=config.train.steps,
+        bits_name="bits/dim" if data.task.unit == "bits_per_dim" else "bits/token",
+        settings=settings,
+      )
+      with log, _Profile(config.train.profile_at, workdir / "profile") as profile:
         run = _Run(config, mesh, train_step, evaluator, exhibit, checkpointer, stop_signals, log, profile)
         state, result = run(state, data)
   if stop_signals.agreed:
@@ -102,110 +112,101 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   return 0
 
 
+@dataclasses.dataclass
 class _Run:
-  """The loop over steps, with everything that a step uses."""
+  """The loop over steps, with the objects that a step uses."""
 
-  def __init__(self, config, mesh, train_step, evaluator, exhibit, checkpointer, stop_signals, log, profile):
-    self._config = config
-    self._mesh = mesh
-    self._train_step = train_step
-    self._evaluator = evaluator
-    self._exhibit = exhibit
-    self._checkpointer = checkpointer
-    self._signals = stop_signals
-    self._log = log
-    self._profile = profile
-    self._key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the key itself initialises the weights
-    self._skipped_in_a_row = 0
-    self._step_flops = flops.train_step(config)
-    self._chip = chips.chip_of_device(mesh.devices.flat[0].device_kind)
+  config: Config
+  mesh: jax.sharding.Mesh
+  train_step: Callable
+  evaluator: evaluate.Evaluator
+  exhibit: write.Exhibit | None
+  checkpointer: checkpoint.Checkpointer
+  signals: signals.Signals
+  log: metrics.MetricsLog
+  profile: "_Profile"
 
   def __call__(self, state: state_lib.TrainState, data: TrainLoader):
     """Returns (the last state, the result of the evaluation at the last step, None after a signal).
 
     Raises:
-      InputError: the loss is not finite, or the evaluation at the last step failed, which is saved by then.
+      InputError: the loss is not finite, or the evaluation at the last step, which is saved, failed.
     """
-    train, first = self._config.train, int(state.step) + 1
-    result, pending, self._last_report = None, None, time.monotonic()
-    shardings = sharding.batch_shardings(self._mesh, {name: array.shape for name, array in data.spec.items()})
-    if self._is_evaluated_at(first - 1) and (first > train.steps or not self._checkpointer.has_metrics(first - 1)):
-      result = self._evaluate(state.params, first - 1)  # a signal or a failure came before its end
+    train, first = self.config.train, int(state.step) + 1
+    dropout_key = jax.random.fold_in(jax.random.key(self.config.seed), 1)  # the key of the seed initialises the weights
+    result, pending = None, None
+    self._skipped_in_a_row, self._last_report = 0, time.monotonic()
+    shardings = sharding.batch_shardings(self.mesh, {name: array.shape for name, array in data.spec.items()})
+    if self._is_evaluated_at(first - 1) and (first > train.steps or not self.checkpointer.has_metrics(first - 1)):
+      result = self._evaluate(state.params, first - 1)  # a signal or a failure interrupted it
     for step in range(first, train.steps + 1):
-      if self._signals.agreed:
+      if self.signals.agreed:
         break
       # Dispatch is asynchronous: while the device computes a step, the host reads, checks and transfers the next
       # batch. No batch is drawn before its step, so the position of `data` always matches `state`.
-      self._profile.before(step)
+      self.profile.before(step)
       begin = time.monotonic()
       batch = to_global(next(data), data.rows, train.batch_size, shardings)
       data_seconds = time.monotonic() - begin
       waited = pending is None or all(value.is_ready() for value in pending[1].values())
-      state, metrics = self._train_step(state, batch, jax.random.fold_in(self._key, step))
-      self._profile.after(step, metrics)
+      state, step_metrics = self.train_step(state, batch, jax.random.fold_in(dropout_key, step))
+      self.profile.after(step, step_metrics)
       if pending:
         self._report(*pending)  # one step late: the device never waits for the host
-      pending = step, metrics, {"data_seconds": data_seconds, "data_wait_seconds": data_seconds * waited}
-      stop, evaluates = bool(self._signals.agree()), self._is_evaluated_at(step)
+      pending = step, step_metrics, {"data_seconds": data_seconds, "data_wait_seconds": data_seconds * waited}
+      stop, evaluates = bool(self.signals.agree()), self._is_evaluated_at(step)
       if evaluates or stop or step % train.checkpoint_every == 0:
         self._report(*pending)  # before saving: a loss that is not finite is never saved
         pending = None
-        self._checkpointer.save(state, data)
+        self.checkpointer.save(state, data)
         if evaluates and not stop:
           result = self._evaluate(state.params, step)
-        self._log.flush()
+        self.log.flush()
     return state, result
 
   def _is_evaluated_at(self, step: int) -> bool:
-    return step > 0 and (step >= self._config.train.steps or step % self._config.eval.every == 0)
+    return step > 0 and (step >= self.config.train.steps or step % self.config.eval.every == 0)
 
-  def _report(self, step: int, metrics: dict[str, jax.Array], host_seconds: dict[str, float]) -> None:
+  def _report(self, step: int, step_metrics: dict[str, jax.Array], host_seconds: dict[str, float]) -> None:
     """Shows a finished step and logs it every `log_every` steps; raises InputError if its loss is not finite."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
     now = time.monotonic()
     seconds, self._last_report = now - self._last_report, now
-    train, finite = self._config.train, math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+    train, finite = self.config.train, math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
     self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
     if not finite and train.on_nonfinite == "skip" and self._skipped_in_a_row < train.max_skipped:
-      self._log.say(f"Step {step} was skipped: its loss is {values['loss']}, its gradient norm {values['grad_norm']}.")
+      self.log.print(f"Step {step} was skipped: its loss is {values['loss']}, its gradient norm {values['grad_norm']}.")
     elif not finite:
       times = f", {self._skipped_in_a_row} steps in a row" if self._skipped_in_a_row > 1 else ""
       raise InputError(
         f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}{times}, so training"
-        " stopped. The checkpoints before it are kept as they are: resume from the newest with a lower"
+        " stopped. The checkpoints before it are unchanged: resume from the newest with a lower"
         " --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm (or start over with a longer"
         " warm-up, or in float32)."
       )
     tokens_per_second = values["num_tokens"] / seconds
-    self._log.progress(values["loss"], tokens_per_second)
-    if step % self._config.train.log_every == 0:
-      speed = {"tokens_per_second": tokens_per_second, **self._utilization(seconds)}
+    self.log.progress(values["loss"], tokens_per_second)
+    if step % self.config.train.log_every == 0:
+      flops_per_second = flops.train_step(self.config) / seconds
+      speed = {"tokens_per_second": tokens_per_second, "model_flops_per_second": flops_per_second}
+      if chip := chips.chip_of_device(self.mesh.devices.flat[0].device_kind):
+        speed["model_flops_utilization"] = flops_per_second / (self.mesh.size * chip.peak_flops)
       values["skipped_files"] = warn_once.count("skipped")
-      self._log.write(step, {"seconds": seconds, **host_seconds, **values, **speed})
-
-  def _utilization(self, seconds: float) -> dict[str, float]:
-    """FLOP/s of all devices at a step of this duration, and their share of the peak where that is known."""
-    flops_per_second = self._step_flops / seconds
-    result = {"model_flops_per_second": flops_per_second}
-    if self._chip:
-      result["model_flops_utilization"] = flops_per_second / (self._mesh.size * self._chip.peak_flops)
-    return result
+      self.log.write(step, {"seconds": seconds, **host_seconds, **values, **speed})
 
   def _evaluate(self, params, step: int) -> dict | None:
     """Scores the saved `step`, logs the metrics, and draws samples; returns None after a signal or a failure.
 
-    A failure is reported and training continues, since a run that ended here would end here again after every restart.
-    At the last step there is nothing to continue.
+    After a failure, training continues: a run that ended here would end here again after every restart.
 
     Raises:
       InputError: the evaluation of the last step failed.
     """
-    last = step >= self._config.train.steps
     try:
-      result = self._evaluator(params, step, self._should_stop)
+      result = self.evaluator(params, step, self.signals.agree)
     except Exception as error:
       self._check_is_common(error)
-      if last:
+      if step >= self.config.train.steps:
         raise InputError(
           f"Training is complete and step {step} is saved, but its evaluation failed: {_describe(error)} Score it with"
           " --mode=eval, or run the same command again."
@@ -213,28 +214,24 @@ class _Run:
       self._warn(f"The evaluation of step {step} failed, and training continues without it: {_describe(error)}")
       result = None
     if result:
-      self._log.say(self._evaluator.describe(result))
-      if not self._checkpointer.has_metrics(step):
-        metrics = {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)}
-        self._log.write(step, metrics)
-        self._log.flush()
-        self._checkpointer.add_metrics(step, {"nats_per_token": result["nats_per_token"]})
+      self.log.print(self.evaluator.describe(result))
+      if not self.checkpointer.has_metrics(step):
+        self.log.write(step, {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)})
+        self.log.flush()
+        self.checkpointer.add_metrics(step, {"nats_per_token": result["nats_per_token"]})
         self._draw_samples(params, step)
     self._last_report = time.monotonic()
     return result
 
   def _draw_samples(self, params, step: int) -> None:
-    if not self._exhibit or self._signals.agreed:
+    if not self.exhibit or self.signals.agreed:
       return
-    self._log.say("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
+    self.log.print("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
     try:
-      self._log.write_samples(step, self._exhibit(params, self._should_stop))
+      self.log.write_samples(step, self.exhibit(params, self.signals.agree))
     except Exception as error:
       self._check_is_common(error)
       self._warn(f"No samples of step {step} were drawn: {_describe(error)}")
-
-  def _should_stop(self) -> bool:
-    return bool(self._signals.agree())
 
   def _check_is_common(self, error: Exception) -> None:
     """Raises `error` again unless every process has it: the others would wait for this one in a computation.
@@ -245,20 +242,20 @@ class _Run:
       raise error
 
   def _warn(self, message: str) -> None:
-    # From all processes: the cause may be known to one of them alone.
+    # On every process: the cause may be known to one process alone.
     tqdm.tqdm.write(f"Warning: {message}", file=sys.stderr)
 
 
 def _describe(error: Exception) -> str:
-  """Returns the message of an error on one line; for one that is not the user's, its traceback goes to stderr."""
+  """Returns the error's message; prints the traceback of an error that is not an InputError to stderr."""
   if isinstance(error, InputError):
     return str(error)
   traceback.print_exception(error)
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (see the traceback above)."
+  return f"{type(error).__name__}: {checks.one_line(error)} (see the traceback above)."
 
 
 class _Startup:
-  """How long the phases before the first step took."""
+  """The durations of the phases before the first step."""
 
   def __init__(self):
     self._last = time.time()
@@ -274,21 +271,6 @@ class _Startup:
     return f"Started in {sum(self._seconds.values()):.1f} s: {phases}."
 
 
-def _make_log(config: Config, workdir: epath.Path, first_step: int, task: Task):
-  """Returns the log of this process: one of the processes writes."""
-  if jax.process_index():
-    return metrics_log.NoLog()
-  bits_name = "bits/dim" if task.unit == "bits_per_dim" else "bits/token"
-  settings = {
-    name: value
-    for name, value in config_from_run.flatten(config).items()
-    if name.startswith(("model.", "train.")) and isinstance(value, (bool, int, float, str))
-  }
-  return metrics_log.MetricsLog(
-    workdir, first_step=first_step, total_steps=config.train.steps, bits_name=bits_name, settings=settings
-  )
-
-
 class _Profile:
   """A jax.profiler trace of a few steps, if the config asks for one; it ends with the context at the latest."""
 
@@ -300,9 +282,9 @@ class _Profile:
       jax.profiler.start_trace(str(self._directory))
       self._active = True
 
-  def after(self, step: int, metrics) -> None:
+  def after(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
     if self._active and step >= self._first + _PROFILED_STEPS - 1:
-      jax.block_until_ready(metrics)
+      jax.block_until_ready(step_metrics)
       self._stop()
 
   def __enter__(self) -> "_Profile":
@@ -314,5 +296,5 @@ class _Profile:
 
   def _stop(self) -> None:
     self._active = False
-    with writing(self._directory, "make room, or train without --config.train.profile_at"):
+    with writing(self._directory, "free some space, or train without --config.train.profile_at"):
       jax.profiler.stop_trace()

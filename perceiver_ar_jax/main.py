@@ -3,11 +3,11 @@
   python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=MODE]
 
 MODE is train (the default), eval (score a split), sample (generate), score (the likelihood of a text or file),
-attention (pictures of what the cross-attention attends to), report (one HTML file about the run), data (inspect the
-data), or plan (compile the step for the chips of a pod: does it fit, and what does it need).
+attention (plots of the inputs that the cross-attention attends to), report (one HTML file about the run), data (inspect
+the data), or plan (compile the step for the chips of a pod and report whether it fits).
 
---config names an experiment of configs/; perceiver_ar_jax/config documents every setting, and each can be
-overridden: --config.train.steps=100 --config.model.num_layers=6. The same command resumes a run that was stopped.
+--config names an experiment of configs/; perceiver_ar_jax/config documents every setting, and each can be overridden:
+--config.train.steps=100 --config.model.num_layers=6. The same command resumes a run that was stopped.
 
 Exit codes: 0 done; 1 bad input or config; 75 a full disk, storage out of reach or an unexpected error, after which a
 restart may help (launch/supervise.sh); 128 + signal after a signal, with everything saved.
@@ -16,7 +16,7 @@ restart may help (launch/supervise.sh); 128 + signal after a signal, with everyt
 from absl import flags
 
 from perceiver_ar_jax import command_line
-from perceiver_ar_jax.config import Config
+from perceiver_ar_jax.config import Config, config_from_run
 
 flags.adopt_module_key_flags(command_line)
 _MODES = ["train", "eval", "sample", "score", "attention", "report", "data", "plan"]
@@ -30,54 +30,56 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: the i
 
 
 def main(config: Config) -> int:
-  # Each mode imports what it needs, so that a misspelt flag is answered before JAX and TensorFlow are imported.
-  if _MODE.value == "data":
+  # Each mode imports its own modules, so that a mistake is reported before JAX and TensorFlow are imported.
+  mode, workdir = _MODE.value, command_line.WORKDIR.value
+  if mode in ("eval", "sample", "score", "attention", "report"):
+    config_from_run.load_config(workdir)  # raises InputError if the workdir contains no run
+  if mode == "data":
     from perceiver_ar_jax.data import inspect
 
-    inspect.inspect(config, command_line.WORKDIR.value)
-    return 0
-  if _MODE.value == "report":
+    inspect.inspect(config, workdir)
+  elif mode == "report":
     from perceiver_ar_jax.experiments import report
 
-    print(f"Written to {report.write(command_line.WORKDIR.value)}")
-    return 0
-  if _MODE.value == "plan":
+    print(f"Written to {report.write(workdir)}")
+  elif mode == "plan":
     from perceiver_ar_jax import plan
 
-    return plan.plan(config, command_line.WORKDIR.value)
-  from perceiver_ar_jax.parallel import distributed
+    return plan.plan(config, workdir)
+  else:
+    from perceiver_ar_jax.parallel import distributed
 
-  distributed.cache_compiled(config.compilation_cache)
-  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  with distributed.EndTogether():
-    return _on_devices(config)
+    distributed.cache_compiled(config.compilation_cache)
+    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    with distributed.EndTogether():
+      return _on_devices(mode, config, workdir)
+  return 0
 
 
-def _on_devices(config: Config) -> int:
+def _on_devices(mode: str, config: Config, workdir: str) -> int:
   from perceiver_ar_jax.models import architectures
 
   architectures.check(config.model)  # before the seconds that importing TensorFlow takes
-  if _MODE.value in ("sample", "score"):
-    from perceiver_ar_jax.sampling import write
+  if mode == "train":
+    from perceiver_ar_jax import loop
 
-    if _MODE.value == "sample":
-      write.sample(config, command_line.WORKDIR.value, _STREAM.value)
-    else:
-      write.score(config, command_line.WORKDIR.value)
-    return 0
-  if _MODE.value == "attention":
+    return loop.train(config, workdir)
+  if mode == "eval":
+    from perceiver_ar_jax.evaluation import evaluate
+
+    evaluate.evaluate(config, workdir)
+  elif mode == "attention":
     from perceiver_ar_jax.experiments import attention_pictures
 
-    attention_pictures.write(config, command_line.WORKDIR.value)
-    return 0
-  from perceiver_ar_jax.evaluation import evaluate
+    attention_pictures.write(config, workdir)
+  else:
+    from perceiver_ar_jax.sampling import write
 
-  if _MODE.value == "eval":
-    evaluate.evaluate(config, command_line.WORKDIR.value)
-    return 0
-  from perceiver_ar_jax import loop
-
-  return loop.train(config, command_line.WORKDIR.value)
+    if mode == "sample":
+      write.sample(config, workdir, _STREAM.value)
+    else:
+      write.score(config, workdir)
+  return 0
 
 
 if __name__ == "__main__":

@@ -4,18 +4,23 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import signal
+import sys
+import types
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 
-from perceiver_ar_jax import PerceiverAR, command_line
+from perceiver_ar_jax import PerceiverAR, command_line, main
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError, config_from_run
 from perceiver_ar_jax.data import tasks
-from perceiver_ar_jax.training import workdir
+from perceiver_ar_jax.models import architectures
+from perceiver_ar_jax.training import optimizer, workdir
 from tests import tiny
 
 CONFIG_FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -51,14 +56,14 @@ def test_config_json_of_an_older_version_may_contain_removed_settings():
   assert config_lib.Config.from_json(json.dumps(old)) == config
 
 
-def test_data_that_are_not_the_runs_own_are_told_of(tmp_path, capsys):
+def test_data_that_differ_from_the_training_data_are_reported(tmp_path, capsys):
   config = tiny.config()
   workdir.prepare(config, epath.Path(tmp_path))
   capsys.readouterr()
   workdir.check_model(config, epath.Path(tmp_path))
   assert capsys.readouterr().out == ""
-  other = dataclasses.replace(config, data=dataclasses.replace(config.data, files="elsewhere"))
-  workdir.check_model(other, epath.Path(tmp_path))
+  changed = dataclasses.replace(config, data=dataclasses.replace(config.data, files="elsewhere"))
+  workdir.check_model(changed, epath.Path(tmp_path))
   assert "data.files differ" in capsys.readouterr().out
 
 
@@ -79,28 +84,28 @@ def test_the_imagenet_model_has_the_papers_size():
     ({"model.position_sizes": ()}, "model.position_sizes is empty"),
     ({"model.vocab_size": 2}, "model.vocab_size=2 must exceed 3"),
     ({"model.vocab_size": None}, "config.model.vocab_size is not set"),
-    ({"model.dropout": 1.0}, "model.dropout=1.0 must lie in"),
-    ({"model.cross_attend_dropout": -0.1}, "model.cross_attend_dropout=-0.1 must lie in"),
+    ({"model.dropout": 1.0}, "model.dropout=1.0 must be in"),
+    ({"model.cross_attend_dropout": -0.1}, "model.cross_attend_dropout=-0.1 must be in"),
     ({"model.attention": "stremed"}, "Did you mean 'streamed'"),
     ({"model.attention": "cudnn"}, "set model.dtype=bfloat16"),
     ({"model.attention_chunk": 0}, "model.attention_chunk=0 must be at least 1"),
     ({"model.cross_attend_width": 6}, "model.cross_attend_width=6 is not divisible by model.num_cross_heads=4"),
     ({"model.architecture": "transformerxl"}, "Did you mean 'transformer_xl'"),
     ({"model.segment": 8}, "model.segment=8 is a setting of transformer_xl"),
-    ({"model.position_encoding": "relative"}, "is transformer_xl's alone"),
+    ({"model.position_encoding": "relative"}, "is supported by transformer_xl only"),
     ({"model.architecture": "transformer_xl"}, "set --config.model.position_encoding=relative"),
     (XL | {"model.segment": None}, "model.segment=None must be at least 1 for transformer_xl"),
     (XL | {"model.memory": -1}, "model.memory=-1 must not be negative"),
-    (XL | {"model.latent_dropout": 0.1}, "model.latent_dropout=0.1 has no meaning for transformer_xl: set it to 0.0"),
-    (XL | {"model.attention": "streamed"}, "model.attention=streamed cannot be had with transformer_xl"),
-    (XL | {"mesh.context": 2}, "mesh.context=2 splits the cross-attend's inputs"),
+    (XL | {"model.latent_dropout": 0.1}, "model.latent_dropout=0.1 is not supported by transformer_xl: set it to 0.0"),
+    (XL | {"model.attention": "streamed"}, "model.attention=streamed is not supported by transformer_xl"),
+    (XL | {"mesh.context": 2}, "mesh.context=2 shards the inputs of a cross-attention"),
     ({"model.cross_attend_after": (1,)}, "names a layer outside 0..0"),
     ({"model.cross_attend_after": ("a",)}, "model.cross_attend_after=('a',) names a layer outside 0..0"),
     ({"model.logits_chunk": 0}, "model.logits_chunk=0 must be at least 1, or None"),
     ({"train.optimizer.cosine_steps": -1}, "train.optimizer.cosine_steps=-1 must be at least 1, or None"),
     ({"train.batch_size": 0}, "train.batch_size=0 must be at least 1"),
     ({"train.microbatches": 3}, "train.batch_size=64 is not divisible by train.microbatches=3"),
-    ({"train.steps": 50}, "leaves no room for train.optimizer.warmup_steps=100"),
+    ({"train.steps": 50}, "is too short for train.optimizer.warmup_steps=100"),
     ({"train.optimizer.name": "adan"}, "Did you mean 'adam'"),
     ({"train.optimizer.schedule": "linear"}, "Known: constant, cosine, steps, t5"),
     ({"eval.stride": 17}, "eval.stride=17 exceeds the 16 latents"),
@@ -121,8 +126,36 @@ def test_mistakes_are_named(changes, message):
       section = section[part]
     section[name] = value
   with pytest.raises(InputError) as error:
-    config_lib.resolve(config_lib.config_dict.ConfigDict(values))
+    config = config_lib.resolve(config_lib.config_dict.ConfigDict(values))
+    # The modules that own the tables of implementations check their names.
+    mesh = types.SimpleNamespace(shape={"context": config.mesh.context}, devices=np.array(jax.devices()))
+    architectures.check(config.model, mesh)
+    optimizer.make_optimizer(config.train.optimizer, config.train.steps)
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["eval", "sample", "score", "attention", "report"])
+def test_a_missing_run_is_reported_before_slow_imports(mode, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "perceiver_ar_jax.parallel", None)  # importing it raises ImportError
+  monkeypatch.setitem(sys.modules, "perceiver_ar_jax.experiments", None)
+  with flagsaver.flagsaver():
+    flags.FLAGS(["main", f"--mode={mode}", f"--workdir={tmp_path}"])
+    with pytest.raises(InputError, match="contains no run"):
+      main.main(tiny.config())
+
+
+def test_the_start_up_lines_of_tensorflow_are_hidden_and_other_lines_are_not():
+  program = """
+import os
+from perceiver_ar_jax.data.tf_cpu import _without_start_up_lines
+with _without_start_up_lines():
+  os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called\\nI0000 00:00:1.2 1 a.cc:1] Hidden\\n")
+  os.write(2, b"Shown\\nF0000 00:00:1.2 1 a.cc:1] Last words\\n")
+  os.abort()
+"""
+  result = tiny.python("-c", program)
+  assert result.returncode == -signal.SIGABRT
+  assert result.stderr == "Shown\nF0000 00:00:1.2 1 a.cc:1] Last words\n"
 
 
 def test_the_command_line_keeps_the_split_rule_of_the_run(tmp_path):

@@ -159,7 +159,7 @@ def test_mistakes_are_explained(restored, tmp_path):
   for wrong, message in (
     ({"outputs": (0,)}, "whole numbers from 1 on"),
     ({"prompt": ""}, "attention_map.prompt is empty"),
-    ({"cross_attend": 1}, r"attention_map.cross_attend=1 must lie in 0..0"),
+    ({"cross_attend": 1}, r"attention_map.cross_attend=1 must be in 0..0"),
   ):
     with pytest.raises(InputError, match=message):
       tiny.config(**{f"attention_map__{name}": value for name, value in wrong.items()})

@@ -1,4 +1,4 @@
-"""The slots of a long context spread over devices: the same figures, less memory each, and only latents travel."""
+"""A long context sharded over devices: the same metrics, less memory per device, and only latents travel."""
 
 import json
 

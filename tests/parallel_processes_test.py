@@ -1,4 +1,4 @@
-"""Several processes are one run: the same losses, one decision, one end; and any number of them goes on with it."""
+"""Several processes are one run: the same losses, one decision, one end; and any number of processes resumes it."""
 
 import dataclasses
 import json
@@ -113,8 +113,8 @@ def test_losses_are_those_of_one_process_however_many_there_were(story):
 def test_evaluation_and_samples_of_two_processes_are_those_of_one_and_written_by_process_0(story, tmp_path):
   trained = story["run"]
   evaluated, sampled = (shutil.copytree(trained, tmp_path / mode) for mode in ("eval", "sample"))
-  (evaluated / "eval-validation-60.json").unlink()  # training's own, to be written anew
-  there = _files(trained)
+  (evaluated / "eval-validation-60.json").unlink()  # written by training, to be written again
+  trained_files = _files(trained)
   settings = ("--config.sample.num_samples=3", "--config.sample.batch_size=2", "--config.sample.length=20")
   mesh = ("--config.mesh.data=1", "--config.mesh.context=1")  # fsdp 2: a device each
   evaluating = _start(evaluated, 2, 1, "--mode=eval", *mesh, own_copies=True)
@@ -125,16 +125,16 @@ def test_evaluation_and_samples_of_two_processes_are_those_of_one_and_written_by
   assert _codes(evaluating, 240) == [0, 0], _log(evaluated, 0)
   assert _codes(sampling, 240) == [0, 0], _log(sampled, 0)
 
-  assert _files(evaluated) == there
-  figures = json.loads((evaluated / "eval-validation-60.json").read_text())
+  assert _files(evaluated) == trained_files
+  result = json.loads((evaluated / "eval-validation-60.json").read_text())
   logged = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-  np.testing.assert_allclose(figures["nats_per_token"], logged["eval_nats_per_token"], rtol=1e-6)
+  np.testing.assert_allclose(result["nats_per_token"], logged["eval_nats_per_token"], rtol=1e-6)
   names = [f"samples/60-0/sample-{number}.npy" for number in range(3)]
-  assert _files(sampled) - there == {*names, "samples/60-0/samples.json", "samples/samples.json"}
-  for name, one in zip(names, expected, strict=True):
-    np.testing.assert_array_equal(np.load(sampled / name), one.value)
-  assert _files(f"{evaluated}-of-1") == there - {"eval-validation-60.json"}
-  assert _files(f"{sampled}-of-1") == there
+  assert _files(sampled) - trained_files == {*names, "samples/60-0/samples.json", "samples/samples.json"}
+  for name, sample in zip(names, expected, strict=True):
+    np.testing.assert_array_equal(np.load(sampled / name), sample.value)
+  assert _files(f"{evaluated}-of-1") == trained_files - {"eval-validation-60.json"}
+  assert _files(f"{sampled}-of-1") == trained_files
 
 
 def _files(folder) -> set[str]:

@@ -50,18 +50,18 @@ def test_losses_equal_those_of_one_device(mesh, one_device, tmp_path):
 
 
 def test_every_figure_of_an_evaluation_equals_that_of_one_device(one_device):
-  expected = _figures(one_device)
+  expected = _metrics(one_device)
   mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 2, "eval__batch_size": 4}
   result = tiny.run(one_device, "--mode=eval", num_devices=8, **SHAPE, **mesh)
   assert result.returncode == 0, result.stderr
-  ours = _figures(one_device)
+  ours = _metrics(one_device)
   assert len(ours) > 30 and ours.keys() == expected.keys()
   for name, value in expected.items():
     assert ours[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), name
 
 
-def _figures(workdir) -> dict:
-  """The figures of the evaluation after the last step, by path."""
+def _metrics(workdir) -> dict:
+  """The metrics of the evaluation after the last step, by path."""
   result = json.loads((workdir / "eval-validation-6.json").read_text())
   return {jax.tree_util.keystr(path): value for path, value in jax.tree.leaves_with_path(result)}
 

@@ -60,10 +60,10 @@ def models(tmp_path_factory):
 def test_other_meanings_of_ids_and_positions_are_refused(task, setting, old, new, tmp_path):
   begin(tmp_path, task=task, **{setting: old})
   workdir_lib.check_model(config_of(task=task, files="elsewhere", **{setting: old}), tmp_path)
-  other = config_of(task=task, **{setting: new})
+  changed = config_of(task=task, **{setting: new})
   for use in (workdir_lib.check_model, evaluate.restore, evaluate.evaluate, lambda c, w: Sampler.from_workdir(w, c)):
     with pytest.raises(InputError, match=f"another meaning: {setting} was {old!r} and is {new!r}"):
-      use(other, tmp_path)
+      use(changed, tmp_path)
 
 
 def test_settings_that_the_task_does_not_use_may_differ(tmp_path):
@@ -81,12 +81,12 @@ def test_another_sentencepiece_model_is_refused(models, tmp_path):
   saved = begin(tmp_path, task="text_files", sentencepiece=models[0])
   assert saved.data.sentencepiece_fingerprint == sources.sentencepiece_fingerprint(saved.data)
   for sentencepiece in (models[1], None):
-    other = config_of(task="text_files", sentencepiece=sentencepiece)
+    changed = config_of(task="text_files", sentencepiece=sentencepiece)
     for use in (workdir_lib.check_model, evaluate.evaluate, lambda c, w: Sampler.from_workdir(w, c)):
       with pytest.raises(InputError, match=r"data.sentencepiece was '.*1.model'.* and is "):
-        use(other, tmp_path)
-    with pytest.raises(InputError, match="holds the checkpoints of another config: data.sentencepiece was"):
-      workdir_lib.prepare(other, tmp_path)
+        use(changed, tmp_path)
+    with pytest.raises(InputError, match="contains the checkpoints of another config: data.sentencepiece was"):
+      workdir_lib.prepare(changed, tmp_path)
   assert config_from_run.load_config(tmp_path) == saved, "a refused command has changed the run"
 
 

@@ -12,7 +12,7 @@ VALUES = np.random.default_rng(0).standard_normal((6, 4, 8)).astype(np.float32)
 
 def _differ(old, new) -> bool:
   """Whether the fingerprint of `old` tells it from `new`."""
-  saved = fingerprint.of({"params": {"w": jnp.asarray(old)}})
+  saved = fingerprint.compute({"params": {"w": jnp.asarray(old)}})
   assert not fingerprint.differences(saved, {"params": {"w": jnp.asarray(old)}})
   return fingerprint.differences(saved, {"params": {"w": jnp.asarray(new)}}) == ["params['w']"]
 
@@ -55,14 +55,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from perceiver_ar_jax.training import fingerprint
 mesh = jax.make_mesh((4, 2), ("a", "b"))
 values = np.random.default_rng(0).standard_normal((6, 4, 8)).astype(np.float32)
-print(fingerprint.of({"params": {"w": values}})["params['w']"])
+print(fingerprint.compute({"params": {"w": values}})["params['w']"])
 for spec in [(None, "a"), ("b", "a"), (None, "b", "a"), (None, None, ("a", "b"))]:
   sharded = jax.device_put(values, NamedSharding(mesh, PartitionSpec(*spec)))
-  print(fingerprint.of({"params": {"w": sharded}})["params['w']"])
+  print(fingerprint.compute({"params": {"w": sharded}})["params['w']"])
   program = fingerprint._SUMS[2].lower([sharded]).compile().as_text()
   assert "all-reduce" in program and "all-gather" not in program and "all-to-all" not in program
 """
   result = tiny.python("-c", program, num_devices=8)
   assert result.returncode == 0, result.stderr
-  expected = fingerprint.of({"params": {"w": jnp.asarray(VALUES)}})["params['w']"]
+  expected = fingerprint.compute({"params": {"w": jnp.asarray(VALUES)}})["params['w']"]
   assert result.stdout.split() == [str(expected)] * 5

@@ -25,7 +25,7 @@ from perceiver_ar_jax.data.loader import TrainLoader
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import checkpoint, metrics_log, optimizer
+from perceiver_ar_jax.training import checkpoint, metrics, optimizer
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from tests import batches, tiny
 
@@ -93,9 +93,9 @@ def test_tensorboard_compares_settings_and_groups_curves(uninterrupted):
   (layout,) = events.Tensors("custom_scalars__config__")
   categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
   tags = [tag for category in categories for chart in category.chart for tag in chart.multiline.tag]
-  there = events.Tags()["tensors"]
+  curves = events.Tags()["tensors"]
   assert {"^loss$", "^eval_nats_per_token$"} < set(tags)
-  assert all(any(re.search(tag, name) for name in there) for tag in tags), (tags, there)
+  assert all(any(re.search(tag, name) for name in curves) for tag in tags), (tags, curves)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -159,7 +159,7 @@ def test_failing_samples_cost_no_step(tmp_path, monkeypatch, capfd):
 
 def test_samples_are_drawn_for_one_device_and_fit_its_memory(tmp_path, monkeypatch):
   drawn = []
-  monkeypatch.setattr(metrics_log.MetricsLog, "write_samples", lambda self, step, samples: drawn.append(len(samples)))
+  monkeypatch.setattr(metrics.MetricsLog, "write_samples", lambda self, step, samples: drawn.append(len(samples)))
   assert loop.train(tiny.config(eval__num_samples=None, train__steps=3), tmp_path / "default") == 0
   assert drawn == [2]
   monkeypatch.setattr(write.Exhibit, "compile", lambda self, params: 2**60)
@@ -349,7 +349,7 @@ def _lines(workdir) -> list[dict]:
 
 
 def test_skipped_updates_are_counted_through_a_restart_and_leave_the_learning_rate(tmp_path, monkeypatch):
-  """Batches 4 and 5 hold no number; the schedule does not advance there."""
+  """Batches 4 and 5 are NaN; the schedule does not advance on them."""
   from_array, num_batches = loop.to_global, 0
 
   def spoil(batch, *arguments):

@@ -40,23 +40,25 @@ def test_chunks_of_latents_change_neither_sums_nor_gradients(chunk):
 
   def run(chunk):
     def total(latents, kernel):
-      scored = loss_lib.score(
+      losses = loss_lib.score(
         lambda part: part @ kernel, latents, targets, z_loss=0.1, label_smoothing=0.1, chunk=chunk
       )
-      sums = loss_lib.summed(scored, weights)
+      sums = loss_lib.weighted_sums(losses, weights)
       return sums["loss"] + sums["z_loss"], sums
 
     return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(latents, kernel)
 
-  for one, other in zip(jax.tree.leaves(run(chunk)), jax.tree.leaves(run(None)), strict=True):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+  for chunked, whole in zip(jax.tree.leaves(run(chunk)), jax.tree.leaves(run(None)), strict=True):
+    np.testing.assert_allclose(chunked, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_keep_the_logits_of_a_large_vocabulary_from_existing_at_once():
   def temp_bytes(chunk):
     def total(latents, kernel):
       zeros, ones = jnp.zeros((2, 512), jnp.int32), jnp.ones((2, 512))
-      return loss_lib.summed(loss_lib.score(lambda part: part @ kernel, latents, zeros, chunk=chunk), ones)["loss"]
+      return loss_lib.weighted_sums(loss_lib.score(lambda part: part @ kernel, latents, zeros, chunk=chunk), ones)[
+        "loss"
+      ]
 
     shapes = jax.ShapeDtypeStruct((2, 512, 8), "float32"), jax.ShapeDtypeStruct((8, 8192), "float32")
     compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()

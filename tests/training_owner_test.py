@@ -1,4 +1,4 @@
-"""A workdir has one owner at a time, and a dead owner blocks nobody."""
+"""A workdir has one owner at a time, and a dead owner does not block the next run."""
 
 import errno
 import json
@@ -22,10 +22,10 @@ def quick(monkeypatch):
   monkeypatch.setattr(owner, "WATCH_SECONDS", 1)
 
 
-def _on_another_machine(monkeypatch, tmp_path):
+def _on_another_machine(monkeypatch):
   """From here on, owners are on a machine with locks of its own."""
   monkeypatch.setattr(owner, "_machine", lambda: "another machine")
-  monkeypatch.setattr(owner, "_lock_files", lambda path: [str(tmp_path / "locks-of-another-machine")])
+  monkeypatch.setattr(owner.Owner, "_lock", lambda self, stack: True)
 
 
 def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
@@ -69,7 +69,7 @@ with owner.Owner(epath.Path({str(tmp_path)!r})):
 def test_a_living_owner_on_another_machine_is_seen_by_its_heartbeat(monkeypatch, tmp_path):
   with owner.Owner(epath.Path(tmp_path)) as first:
     with monkeypatch.context() as context:
-      _on_another_machine(context, tmp_path)
+      _on_another_machine(context)
       with pytest.raises(InputError, match="in use by another training run"):
         with owner.Owner(epath.Path(tmp_path)):
           pass
@@ -96,8 +96,8 @@ def test_an_owner_that_was_taken_over_stops_before_it_saves_and_leaves_the_new_o
   with first:
     first.check()
     with monkeypatch.context() as context:
-      _on_another_machine(context, tmp_path)
-      context.setattr(owner.Owner, "_watch_other_machine", lambda self: None)  # as if both had started at once
+      _on_another_machine(context)
+      context.setattr(owner.Owner, "_watch", lambda self, owner: None)  # as if both had started at once
       second = owner.Owner(epath.Path(tmp_path)).__enter__()
     with pytest.raises(InputError, match="has been taken over by another training run"):
       first.check()
@@ -107,21 +107,24 @@ def test_an_owner_that_was_taken_over_stops_before_it_saves_and_leaves_the_new_o
   second.__exit__(None, None, None)
 
 
-def test_object_stores_are_locked_in_the_machines_temporary_folder():
-  (path,) = owner._lock_files(epath.Path("gs://bucket/run"))
-  assert os.path.isdir(os.path.dirname(path))
-  assert owner._lock_files(epath.Path("gs://bucket/other")) != [path]
+@pytest.mark.parametrize("storage", ["object store", "file system without locks"])
+def test_without_locks_the_heartbeat_decides(storage, monkeypatch, tmp_path, capsys):
+  def no_locks(file, operation):
+    raise OSError(errno.ENOLCK, "No locks available")
 
-
-def test_a_file_system_without_locks_uses_the_machines_temporary_folder(monkeypatch, tmp_path):
-  real = owner.fcntl.flock
-
-  def flock(file, operation):
-    if file.name.endswith("/.lock"):
-      raise OSError(errno.ENOLCK, "No locks available")
-    real(file, operation)
-
-  monkeypatch.setattr(owner.fcntl, "flock", flock)
+  if storage == "object store":
+    monkeypatch.setattr(owner, "is_object_store", lambda path: True)
+  monkeypatch.setattr(owner.fcntl, "flock", no_locks)
   with owner.Owner(epath.Path(tmp_path)):
-    with pytest.raises(InputError, match="in use"):
+    with pytest.raises(InputError, match=f"in use by another training run .process {os.getpid()} on "):
       owner.Owner(epath.Path(tmp_path)).__enter__()
+    left = (tmp_path / "owner.json").read_text()
+  assert not (tmp_path / "owner.json").exists()
+  (tmp_path / "owner.json").write_text(left)  # as if it had been killed
+  with owner.Owner(epath.Path(tmp_path)) as ours:
+    ours.check()
+  assert "did not release it" in capsys.readouterr().out
+
+
+def test_urls_are_object_stores():
+  assert owner.is_object_store(epath.Path("gs://bucket/run")) and not owner.is_object_store(epath.Path("/tmp/run"))

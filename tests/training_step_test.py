@@ -220,10 +220,10 @@ def test_microbatches_equal_one_batch(reduction):
     optimizer = optimizer_lib.make_optimizer(config.train.optimizer, 10)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     results.append(jax.jit(step_lib.make_train_step(config, optimizer))(state, batch, jax.random.key(0)))
-  (one, one_metrics), (four, four_metrics) = results
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, four.params)
-  np.testing.assert_allclose(one_metrics["grad_norm"], four_metrics["grad_norm"], rtol=1e-5)
-  np.testing.assert_allclose(one_metrics["loss"], four_metrics["loss"], rtol=1e-6)
+  (whole, whole_metrics), (split, split_metrics) = results
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, split.params)
+  np.testing.assert_allclose(whole_metrics["grad_norm"], split_metrics["grad_norm"], rtol=1e-5)
+  np.testing.assert_allclose(whole_metrics["loss"], split_metrics["loss"], rtol=1e-6)
 
 
 def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_would_be():

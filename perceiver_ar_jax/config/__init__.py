@@ -1,9 +1,9 @@
-"""The experiment's settings: frozen, documented, validated dataclasses.
+"""The settings of an experiment: frozen, documented, validated dataclasses.
 
-A config file builds an `ml_collections.ConfigDict` from `defaults()`, so that every field below can be
-overridden on the command line (`--config.train.steps=100`); `resolve` turns it into a `Config`. This package
-owns names, types, defaults and every check that needs only the settings. What depends on the machine (the
-number of devices, the data on disk) is checked where it is first known.
+A config file builds an `ml_collections.ConfigDict` from `defaults()`, so that every field below can be overridden on
+the command line (`--config.train.steps=100`); `resolve` turns it into a `Config`. This package owns names, types,
+defaults and every check that needs only the settings. What depends on the machine (the number of devices, the data on
+disk) is checked where it is first known, and names of implementations by the module whose table has them.
 """
 
 import dataclasses
@@ -29,36 +29,10 @@ from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, S
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-__all__ = [
-  "AttentionMapConfig",
-  "Config",
-  "DATA_PATHS",
-  "DataConfig",
-  "EvalConfig",
-  "IMAGE_ORDERS",
-  "InputError",
-  "MESH_AXES",
-  "MeshConfig",
-  "ModelConfig",
-  "OptimizerConfig",
-  "PlanConfig",
-  "SampleConfig",
-  "TrainConfig",
-  "TransientError",
-  "defaults",
-  "lookup",
-  "nearest",
-  "reading",
-  "resolve",
-  "writing",
-]
-
 _REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"))
 """Ignored in the config.json of older runs, which they did not affect."""
-
-
 _IMPLICIT_DATA = {"split_rule": "name"}
-"""Data settings that a config.json without them was written under, where these are not the defaults."""
+"""Data settings of a config.json that lacks them, where these are not the defaults."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +42,8 @@ class Config:
   seed: int = 0
   """Seed of weights, dropout, shuffling and crops: 0..2^32-1."""
   compilation_cache: str | None = "~/.cache/perceiver_ar_jax"
-  """Folder of compiled programs, for later starts of any run; JAX_COMPILATION_CACHE_DIR takes precedence. None: every
-  start compiles."""
+  """Folder of compiled programs, used by later starts of any run; JAX_COMPILATION_CACHE_DIR takes precedence. None: no
+  cache."""
   model: ModelConfig
   data: DataConfig
   train: TrainConfig
@@ -89,14 +63,14 @@ class Config:
     kept = self.sample.kept_latents
     require(
       kept is None or 1 <= kept <= self.model.num_latents,
-      f"sample.kept_latents={kept} must lie in 1..{self.model.num_latents}, as the model has {self.model.num_latents}"
+      f"sample.kept_latents={kept} must be in 1..{self.model.num_latents}: the model has {self.model.num_latents}"
       " latents.",
     )
     cross_attends = self.model.num_cross_attends
     require(
       0 <= self.attention_map.cross_attend < cross_attends,
-      f"attention_map.cross_attend={self.attention_map.cross_attend} must lie in 0..{cross_attends - 1}: the model has"
-      f" {cross_attends}, the first and those of model.cross_attend_after={self.model.cross_attend_after}.",
+      f"attention_map.cross_attend={self.attention_map.cross_attend} must be in 0..{cross_attends - 1}: {cross_attends}"
+      f" cross-attentions, the first and those of model.cross_attend_after={self.model.cross_attend_after}.",
     )
     latents = self.eval.num_latents or self.model.num_latents
     stride = self.eval.stride or latents
@@ -124,7 +98,7 @@ class Config:
 
 
 def defaults() -> config_dict.ConfigDict:
-  """Returns a ConfigDict of all defaults; settings without a default are None, for the config file to fill."""
+  """Returns a ConfigDict of all defaults, with None for settings that have no default: the config file sets them."""
   return _defaults(Config)
 
 
@@ -133,19 +107,21 @@ def resolve(config: config_dict.ConfigDict) -> Config:
   return _build(Config, config.to_dict(preserve_field_references=False), prefix="")
 
 
-def _field_type(hint: Any) -> tuple[type, bool]:
-  """Returns (the plain type, whether None is allowed) of a field's annotation."""
-  optional = isinstance(hint, types.UnionType)
-  if optional:
-    (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
-  return typing.get_origin(hint) or hint, optional
+def _typed_fields(cls: type) -> list[tuple[dataclasses.Field, type, bool]]:
+  """Returns (field, its plain type, whether None is allowed) of each field."""
+  hints, result = typing.get_type_hints(cls), []
+  for field in dataclasses.fields(cls):
+    hint = hints[field.name]
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+      (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    result.append((field, typing.get_origin(hint) or hint, optional))
+  return result
 
 
 def _defaults(cls: type) -> config_dict.ConfigDict:
   result = config_dict.ConfigDict()
-  hints = typing.get_type_hints(cls)
-  for field in dataclasses.fields(cls):
-    kind, _ = _field_type(hints[field.name])
+  for field, kind, _ in _typed_fields(cls):
     if dataclasses.is_dataclass(kind):
       result[field.name] = _defaults(kind)
     elif field.default in (dataclasses.MISSING, None):
@@ -157,14 +133,13 @@ def _defaults(cls: type) -> config_dict.ConfigDict:
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
   """Builds a `cls` from plain `values`, recursively; errors name unknown and missing keys with their full path."""
-  hints = typing.get_type_hints(cls)
-  fields = {field.name: field for field in dataclasses.fields(cls)}
+  fields = _typed_fields(cls)
+  known = [field.name for field, _, _ in fields]
   for name in values:
-    require(name in fields, f"Unknown config key {prefix + name!r}. {nearest(name, fields)}")
+    require(name in known, f"Unknown config key {prefix + name!r}. {nearest(name, known)}")
   arguments = {}
-  for name, field in fields.items():
-    kind, optional = _field_type(hints[name])
-    value = values.get(name)
+  for field, kind, optional in fields:
+    name, value = field.name, values.get(field.name)
     if kind is tuple and value == (None,):  # parsed from the flag --config...=None
       value = None
     if dataclasses.is_dataclass(kind):
@@ -182,7 +157,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 def _convert(kind: type, value: Any, path: str) -> Any:
   if kind is tuple and isinstance(value, (list, tuple)):
     return tuple(value)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+  if kind is float and type(value) is int:
     return float(value)
   require(type(value) is kind, f"config.{path}={value!r} must be of type {kind.__name__}.")
   return value

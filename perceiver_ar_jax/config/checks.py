@@ -1,46 +1,20 @@
-"""The errors that users see, checks that raise them, and which errors of the machine they stand for."""
+"""The errors that users see, the checks that raise them, and the classification of the machine's own errors."""
 
 import contextlib
 import difflib
 import errno
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
 EXIT_TRANSIENT = 75
 """Exit code after an error that a restart may fix (EX_TEMPFAIL of sysexits.h); exit code 1 means bad input."""
 
-_TRANSIENT_ERRNO = {
-  getattr(errno, name)
-  for name in (
-    "ENOSPC EDQUOT EFBIG ENOMEM EMFILE ENFILE EAGAIN EBUSY EINTR EIO EREMOTEIO ESTALE ENODEV ENXIO ENOTCONN ESHUTDOWN"
-    " ETIMEDOUT ECONNREFUSED ECONNRESET ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETRESET ENETUNREACH"
-  ).split()
-  if hasattr(errno, name)
-}
 WHEN_STORAGE_IS_BACK = "free some space or restore access, and start the same command again."
-
-_DENIED_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS}
-_TRANSIENT_HTTP = {408, 425, 429, 500, 502, 503, 504}
-
-
-def _words(numbers: set[int], *statuses: str) -> re.Pattern:
-  return re.compile("|".join([*(re.escape(os.strerror(number)) for number in numbers), *statuses]))
-
-
-# TensorStore, XLA and TensorFlow put the name of a status or the text of an errno into the message.
-_TRANSIENT_WORDS = _words(
-  _TRANSIENT_ERRNO,
-  *(r"\bRESOURCE_EXHAUSTED\b", r"\bUNAVAILABLE\b", r"\bDEADLINE_EXCEEDED\b", r"\bABORTED\b"),
-  *("Service Unavailable", "Bad Gateway", "Gateway Time-?out", "Internal Server Error", "Too Many Requests"),
-  r"(?:\bHTTP|[Ss]tatus)\D{0,20}(?:408|425|429|50[0234])\b",
-)
-_DENIED_WORDS = _words(
-  _DENIED_ERRNO, r"\bPERMISSION_DENIED\b", r"\bUNAUTHENTICATED\b", r"(?:\bHTTP|[Ss]tatus)\D{0,20}40[13]\b"
-)
 
 
 class InputError(ValueError):
@@ -54,45 +28,69 @@ class TransientError(RuntimeError):
   """
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-  """Yields the error, and those it was raised from or while handling."""
-  seen: set[int] = set()
-  pending: list[BaseException | None] = [error]
-  while pending:
-    current = pending.pop()
-    if current is not None and id(current) not in seen:
-      seen.add(id(current))
-      yield current
-      pending += [current.__context__, current.__cause__]
+class _Kind:
+  """A kind of error, recognised by class, errno, HTTP code or message.
+
+  TensorStore, XLA and TensorFlow put the name of a status or the text of an errno into the message.
+  """
+
+  def __init__(self, types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], statuses: str):
+    self._types, self._http_codes = types, http_codes
+    self._errnos = [getattr(errno, name) for name in errnos.split() if hasattr(errno, name)]
+    texts = [re.escape(os.strerror(number)) for number in self._errnos]
+    codes = rf"(?:\bHTTP|[Ss]tatus)\D{{0,20}}(?:{'|'.join(map(str, http_codes))})\b"
+    self._message = re.compile("|".join([*texts, codes, statuses]))
+
+  def matches(self, error: BaseException) -> bool:
+    """Returns whether the error, or one that it was raised from or while handling, is of this kind."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+      current = pending.pop()
+      if current is not None and id(current) not in seen:
+        if (
+          isinstance(current, self._types)
+          or getattr(current, "errno", None) in self._errnos
+          or getattr(current, "code", None) in self._http_codes
+          or self._message.search(str(current))
+        ):
+          return True
+        seen.add(id(current))
+        pending += [current.__context__, current.__cause__]
+    return False
+
+
+_TRANSIENT = _Kind(
+  (TransientError, MemoryError, TimeoutError),
+  "ENOSPC EDQUOT EFBIG ENOMEM EMFILE ENFILE EAGAIN EBUSY EINTR EIO EREMOTEIO ESTALE ENODEV ENXIO ENOTCONN ESHUTDOWN"
+  " ETIMEDOUT ECONNREFUSED ECONNRESET ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETRESET ENETUNREACH",
+  (408, 425, 429, 500, 502, 503, 504),
+  r"\bRESOURCE_EXHAUSTED\b|\bUNAVAILABLE\b|\bDEADLINE_EXCEEDED\b|\bABORTED\b"
+  "|Service Unavailable|Bad Gateway|Gateway Time-?out|Internal Server Error|Too Many Requests",
+)
+_DENIED = _Kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERMISSION_DENIED\b|\bUNAUTHENTICATED\b")
 
 
 def is_transient(error: BaseException) -> bool:
-  """Returns whether storage or memory failed in a way that may pass: by type, errno, HTTP code or message."""
-  return any(map(_is_transient, causes(error)))
-
-
-def _is_transient(error: BaseException) -> bool:
-  if isinstance(error, (TransientError, MemoryError, TimeoutError)):
-    return True
-  number, code = getattr(error, "errno", None), getattr(error, "code", None)
-  return number in _TRANSIENT_ERRNO or code in _TRANSIENT_HTTP or bool(_TRANSIENT_WORDS.search(str(error)))
+  """Returns whether storage or memory failed in a way that may pass."""
+  return _TRANSIENT.matches(error)
 
 
 def is_denied(error: BaseException) -> bool:
   """Returns whether the user may not access a file."""
-  return any(isinstance(cause, PermissionError) or _DENIED_WORDS.search(str(cause)) for cause in causes(error))
+  return _DENIED.matches(error)
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-  """The error's message on one line, at most `limit` characters of it; its type if it has none."""
-  return " ".join(str(error).split())[:limit] or type(error).__name__
+def one_line(error: BaseException) -> str:
+  """Returns the first 300 characters of the error's message on one line; its type if it has no message."""
+  return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def for_user(error: BaseException) -> InputError | TransientError | None:
-  """The error as one that a paragraph explains to the user; None for one that needs a traceback.
+  """Returns the error as one that a paragraph explains to the user; None for one that needs a traceback.
 
-  Whatever was being written, a full disk or a file system out of reach is a TransientError. Computations that fail
-  with the same status names (out of memory, a peer that died) are not.
+  A full disk or an unreachable file system is a TransientError. Computations that fail with the same status names (out
+  of memory, a peer that died) are not.
   """
   if isinstance(error, (InputError, TransientError)):
     return error
@@ -101,41 +99,14 @@ def for_user(error: BaseException) -> InputError | TransientError | None:
   return TransientError(f"{one_line(error)}: {WHEN_STORAGE_IS_BACK}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-  """A hint for a misspelt name: the closest known one and the whole list."""
-  known = sorted(known)
-  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-  return (f"Did you mean {close[0]!r}? " if close else "") + "Known: " + ", ".join(known) + "."
-
-
-def require(condition: bool, message: str) -> None:
-  """Raises InputError with the message unless the condition holds."""
-  if not condition:
-    raise InputError(message)
-
-
-def require_seed(field: str, value: int) -> None:
-  """Raises InputError unless the field's value is a seed that random keys and generators tell apart."""
-  require(0 <= value < 2**32, f"{field}={value} must be in 0..4294967295 (2^32-1).")
-
-
-def writing(path: object, fix: str) -> contextlib.AbstractContextManager:
-  """A context that writes to a path that the user chose.
+@contextlib.contextmanager
+def _accessing(participle: str, path: object, fix: str) -> Iterator[None]:
+  """A context that accesses a path that the user chose.
 
   Raises:
     TransientError: a full disk or another error that may pass.
     InputError: any other OSError; the message names the path and the fix.
   """
-  return _accessing(path, "written", fix)
-
-
-def reading(path: object, fix: str) -> contextlib.AbstractContextManager:
-  """A context that reads from a path that the user chose; raises like `writing`."""
-  return _accessing(path, "read", fix)
-
-
-@contextlib.contextmanager
-def _accessing(path: object, participle: str, fix: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
@@ -145,8 +116,18 @@ def _accessing(path: object, participle: str, fix: str) -> Iterator[None]:
     raise InputError(f"{message}: {fix}.") from error
 
 
+reading, writing = functools.partial(_accessing, "read"), functools.partial(_accessing, "written")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """Returns a hint for a misspelt name: the closest known name and the whole list."""
+  known = sorted(known)
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return (f"Did you mean {close[0]!r}? " if close else "") + "Known: " + ", ".join(known) + "."
+
+
 def lookup(field: str, name: str, table: Mapping[str, Value], also: Sequence[str] = ()) -> Value:
-  """The entry `name` of a table of implementations; `also` are further names to list in the message.
+  """Returns the entry `name` of a table of implementations; `also` are further names to list in the message.
 
   Raises:
     InputError: the table has no such entry; the message names the setting and the known names.
@@ -155,6 +136,26 @@ def lookup(field: str, name: str, table: Mapping[str, Value], also: Sequence[str
   return table[name]
 
 
-def choice(field: str, value: str, known: tuple[str, ...]) -> None:
-  """Raises InputError unless the field's value is one of the known ones."""
+def require(condition: bool, message: str) -> None:
+  """Raises InputError with the message unless the condition holds."""
+  if not condition:
+    raise InputError(message)
+
+
+def require_choice(field: str, value: str, known: Iterable[str]) -> None:
+  """Raises InputError unless the field's value is a known name."""
   require(value in known, f"{field}={value!r} is unknown. {nearest(value, known)}")
+
+
+def require_seed(field: str, value: int) -> None:
+  """Raises InputError unless random keys and generators distinguish the seed from all others."""
+  require(0 <= value < 2**32, f"{field}={value} must be in 0..4294967295 (2^32-1).")
+
+
+def require_at_least(minimum: int, section: str, config: Any, *names: str) -> None:
+  """Raises InputError unless these settings are at least `minimum` (0 or 1), or None where None is the default."""
+  for name in names:
+    value = getattr(config, name)
+    or_none = ", or None" if getattr(type(config), name, minimum) is None else ""
+    limit = f"be at least {minimum}{or_none}" if minimum else "not be negative"
+    require(value is None or value >= minimum, f"{section}.{name}={value} must {limit}.")

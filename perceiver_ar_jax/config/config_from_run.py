@@ -4,11 +4,10 @@ This is also the config file of commands that are given --workdir and no --confi
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
-
-from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, defaults, reading
 
@@ -16,13 +15,18 @@ from perceiver_ar_jax.config import Config, InputError, defaults, reading
 def get_config(workdir: str):
   """Returns the settings of the run in `workdir` as a ConfigDict, to be overridden like those of any config file."""
   config = defaults()
-  config.update(dataclasses.asdict(load_config(epath.Path(workdir))))
+  config.update(dataclasses.asdict(load_config(workdir)))
   return config
 
 
-def load_config(workdir: epath.Path) -> Config:
+def exists(workdir: str | os.PathLike) -> bool:
+  """Returns whether `workdir` contains a run."""
+  return _path(workdir).exists()
+
+
+def load_config(workdir: str | os.PathLike) -> Config:
   """Returns the config that a run wrote; raises InputError where it is missing or invalid."""
-  path = workdir / "config.json"
+  path = _path(workdir)
   if not path.exists():
     raise InputError(f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
   with reading(path, "give this user access"):
@@ -33,11 +37,11 @@ def load_config(workdir: epath.Path) -> Config:
     raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
 
 
-def keep_split_rule(config: Config, workdir: epath.Path) -> Config:
-  """Returns `config` with the data.split_rule of the run in `workdir`, if there is one: its split must not change."""
+def keep_split_rule(config: Config, workdir: str | os.PathLike) -> Config:
+  """Returns `config` with the data.split_rule of the run in `workdir`, if any: its split must not change."""
   try:
     rule = load_config(workdir).data.split_rule
-  except InputError:  # what needs the run reports it
+  except InputError:  # commands that need the run report it
     return config
   if rule == config.data.split_rule:
     return config
@@ -56,3 +60,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
       yield from _flatten(value, f"{prefix}{name}.")
     else:
       yield prefix + name, value
+
+
+def _path(workdir: str | os.PathLike):
+  from etils import epath  # takes longer to import than the rest of the command line
+
+  return epath.Path(workdir) / "config.json"

@@ -1,8 +1,8 @@
-"""Evaluation, sampling and attention maps of a trained model."""
+"""Settings of evaluation, sampling and attention maps."""
 
 import dataclasses
 
-from perceiver_ar_jax.config.checks import require, require_seed
+from perceiver_ar_jax.config.checks import require, require_at_least, require_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,19 +29,14 @@ class EvalConfig:
   single device, otherwise none: weights that are sharded over devices are gathered for each token."""
 
   def __post_init__(self):
-    require(self.every >= 1, f"eval.every={self.every} must be at least 1.")
-    require(
-      self.num_samples is None or self.num_samples >= 0, f"eval.num_samples={self.num_samples} must not be negative."
-    )
-    require(self.batch_size >= 1, f"eval.batch_size={self.batch_size} must be at least 1.")
-    for name in ("stride", "num_latents", "max_sequences", "max_tokens"):
-      value = getattr(self, name)
-      require(value is None or value >= 1, f"eval.{name}={value} must be at least 1.")
+    require_at_least(0, "eval", self, "num_samples")
+    counts = ("every", "batch_size", "stride", "num_latents", "max_sequences", "max_tokens")
+    require_at_least(1, "eval", self, *counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-  """Generation, with --mode=sample and at evaluations in training; and what --mode=score scores."""
+  """Generation, with --mode=sample and at evaluations in training; --mode=score scores the prompt."""
 
   prompt: str | None = None
   """How samples begin. "data": with the first documents of eval.split. @FILE, or a pattern such as @folder/*.mid: with
@@ -49,12 +44,12 @@ class SampleConfig:
   unless it looks like a path, that is, begins with /, ./, ../ or ~/, contains a / but no space, or ends in a usual
   suffix such as .txt. None: with nothing."""
   prompt_tokens: int | None = None
-  """Use only the first tokens of each prompt, at most this many; None: half of a picture or a copy, half a context of
+  """Maximum number of tokens used of each prompt, the first ones; None: half of an image or a copy, half a context of
   other documents of the split, and all of the user's own text, music or codes."""
   length: int | None = None
-  """New tokens of each sample; None: a whole picture, or else as many as fill the context."""
+  """New tokens of each sample; None: a whole image, or for other tasks a full context."""
   num_samples: int = 4
-  """Number of samples; several prompts take turns."""
+  """Number of samples; several prompts are used in turn."""
   batch_size: int = 4
   """Samples drawn at a time."""
   temperature: float = 1.0
@@ -71,36 +66,32 @@ class SampleConfig:
   """The same seed gives the same samples, whatever the batch size: 0..2^32-1."""
 
   def __post_init__(self):
-    require(
-      self.prompt is None or bool(self.prompt), "sample.prompt is empty: leave it out to sample without a prompt."
-    )
+    require(self.prompt != "", "sample.prompt is empty: leave it out to sample without a prompt.")
     require_seed("sample.seed", self.seed)
-    for name in ("prompt_tokens", "length", "num_samples", "batch_size"):
-      value = getattr(self, name)
-      require(value is None or value >= 1, f"sample.{name}={value} must be at least 1.")
+    require_at_least(1, "sample", self, "prompt_tokens", "length", "num_samples", "batch_size")
     require(
       0 <= self.temperature < float("inf"),
       f"sample.temperature={self.temperature} must be 0 (always the likeliest token) or more; 1 is the model's own.",
     )
     require(self.top_k >= 0, f"sample.top_k={self.top_k} must be at least 1, or 0 to draw from all tokens.")
-    require(0 < self.top_p <= 1, f"sample.top_p={self.top_p} must lie in (0, 1]; 1 draws from all tokens.")
+    require(0 < self.top_p <= 1, f"sample.top_p={self.top_p} must be in (0, 1]; 1 draws from all tokens.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionMapConfig:
-  """What --mode=attention shows: which inputs a cross-attend takes from for some outputs of one document."""
+  """What --mode=attention shows: the inputs that a cross-attention attends to for some outputs of one document."""
 
   prompt: str = "data"
   """The document, as in sample.prompt; of several the first."""
   outputs: tuple[int, ...] = ()
   """The outputs: 1 is the first event that is predicted, the document's second. Empty: a few, spread evenly."""
   cross_attend: int = 0
-  """Which cross-attend: 0 is the first, and each entry of model.cross_attend_after adds one."""
+  """Index of the cross-attention: 0 is the first, and each entry of model.cross_attend_after adds one."""
 
   def __post_init__(self):
     require(bool(self.prompt), 'attention_map.prompt is empty: give a file or a text, or leave it out for "data".')
     require(
       all(isinstance(output, int) and output >= 1 for output in self.outputs),
-      f"attention_map.outputs={self.outputs} must be whole numbers from 1 on, 1 being the first event that is"
+      f"attention_map.outputs={self.outputs} must be integers from 1 on, 1 being the first event that is"
       ' predicted: --config.attention_map.outputs="(100,2000)".',
     )

@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from perceiver_ar_jax.config.checks import choice, require
-
-DTYPES = ("float32", "bfloat16")
+from perceiver_ar_jax.config.checks import require, require_at_least, require_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,9 +15,9 @@ class ModelConfig:
   vocab_size: int
   """Number of token ids, PAD 0, EOS 1 and SOS 2 included (259 for bytes and colour values)."""
   max_context: int
-  """L: the most input tokens the model reads at once; shorter inputs are padded on the left."""
+  """L: the maximum number of input tokens; shorter inputs are padded on the left."""
   num_latents: int
-  """M: how many of the last inputs become latents, and so predict; L = M is a plain Transformer."""
+  """M: the number of last inputs that become latents and predict tokens; L = M is a plain Transformer."""
   num_layers: int
   """Self-attention layers after the cross-attention."""
   latent_width: int
@@ -74,10 +72,10 @@ class ModelConfig:
   """Compute type; weights, softmax, norms and loss stay float32."""
 
   def __post_init__(self):
-    counts = ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads")
-    for name in (*counts, "mlp_widening", "attention_chunk"):
-      require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1.")
-    require(self.num_layers >= 0, f"model.num_layers={self.num_layers} must not be negative.")
+    counts = ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads", "mlp_widening")
+    optional_counts = ("embed_width", "cross_attend_width", "rotary_max_wavelength", "logits_chunk")
+    require_at_least(1, "model", self, *counts, "attention_chunk", *optional_counts)
+    require_at_least(0, "model", self, "num_layers")
     require(self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS.")
     require(
       self.num_latents <= self.max_context,
@@ -91,14 +89,11 @@ class ModelConfig:
         f"model.{width}={getattr(self, width)} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
         " width that is a multiple of the number of heads.",
       )
-    for name in ("embed_width", "cross_attend_width", "rotary_max_wavelength", "logits_chunk"):
-      value = getattr(self, name)
-      require(value is None or value >= 1, f"model.{name}={value} must be at least 1, or None.")
     require(
       all(isinstance(size, int) and size >= 1 for size in self.position_sizes),
-      f"model.position_sizes={self.position_sizes} must be whole numbers of at least 1, one for each dimension.",
+      f"model.position_sizes={self.position_sizes} must be integers of at least 1, one for each dimension.",
     )
-    choice("model.dtype", self.dtype, DTYPES)
+    require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
     for name in ("dropout", "latent_dropout", "cross_attend_dropout"):
       require(0 <= getattr(self, name) < 1, f"model.{name}={getattr(self, name)} must be in [0, 1).")
     require(0 <= self.rotary_fraction <= 1, f"model.rotary_fraction={self.rotary_fraction} must be in [0, 1].")

@@ -1,11 +1,9 @@
-"""The training run, and the devices that it is on."""
+"""Settings of the training run and of the devices."""
 
 import dataclasses
 
-from perceiver_ar_jax.config.checks import choice, require
+from perceiver_ar_jax.config.checks import require, require_at_least, require_choice
 
-LOSS_REDUCTIONS = ("mean", "sum")
-ON_NONFINITE = ("stop", "skip")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 
@@ -41,12 +39,9 @@ class OptimizerConfig:
   """Decoupled weight decay (adamw, lamb)."""
 
   def __post_init__(self):
-    require(
-      self.cosine_steps is None or self.cosine_steps >= 1,
-      f"train.optimizer.cosine_steps={self.cosine_steps} must be at least 1, or None: from the end of the warm-up.",
-    )
-    for name in ("learning_rate", "end_learning_rate", "warmup_steps", "clip_norm", "weight_decay"):
-      require(getattr(self, name) >= 0, f"train.optimizer.{name}={getattr(self, name)} must not be negative.")
+    require_at_least(1, "train.optimizer", self, "cosine_steps")
+    rates = ("learning_rate", "end_learning_rate", "warmup_steps", "clip_norm", "weight_decay")
+    require_at_least(0, "train.optimizer", self, *rates)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +53,7 @@ class TrainConfig:
   batch_size: int
   """Sequences per update over all devices and microbatches."""
   microbatches: int = 1
-  """Split each batch into this many parts and add up their gradients, to save memory."""
+  """Parts of each batch that are computed one after the other, to save memory; their gradients are added up."""
   loss_reduction: str = "mean"
   """mean over scored tokens, or sum as in the published runs (so that clipping acts on nearly every step)."""
   z_loss: float = 1e-4
@@ -76,27 +71,26 @@ class TrainConfig:
   profile_at: int | None = None
   """Step at which a jax.profiler trace of 3 steps starts; None: no trace."""
   on_nonfinite: str = "stop"
-  """What a loss or gradient that is not finite does: stop the run, or skip the update and go on with the next batch."""
+  """After a loss or gradient that is not finite: stop the run, or skip the update and continue with the next batch."""
   max_skipped: int = 10
-  """skip: so many updates in a row that are not finite stop the run all the same."""
+  """skip: N updates in a row that are not finite stop the run."""
 
   def __post_init__(self):
     counts = ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints")
-    for name in (*counts, "max_skipped"):
-      require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
+    require_at_least(1, "train", self, *counts, "max_skipped")
+    require_at_least(0, "train", self, "z_loss")
     require(
       self.batch_size % self.microbatches == 0,
       f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}: make the batch"
       " a multiple of it.",
     )
-    choice("train.loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
-    choice("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-    require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must lie in [0, 1).")
-    require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative.")
+    require_choice("train.loss_reduction", self.loss_reduction, ("mean", "sum"))
+    require_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+    require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1).")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps or 1
     require(
       self.optimizer.schedule != "cosine" or warmup + decay <= self.steps,
-      f"train.steps={self.steps} leaves no room for train.optimizer.warmup_steps={warmup} and then a cosine over"
+      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and then a cosine over"
       f" train.optimizer.cosine_steps={self.optimizer.cosine_steps or 'the rest'}: lower these"
       " (--config.train.optimizer.warmup_steps=0) or train longer.",
     )
@@ -104,22 +98,22 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """How devices are arranged; one axis may be -1: all the devices that the others leave."""
+  """Sizes of the mesh axes; one axis may be -1: all remaining devices."""
 
   data: int = -1
-  """Copies of the model, each with its part of the batch."""
+  """Copies of the model; each trains on its part of the batch."""
   fsdp: int = 1
-  """Devices that share weights and optimizer state (ZeRO-3) and also split the batch."""
+  """Devices over which weights and optimizer state (ZeRO-3) are sharded, and the batch as well."""
   tensor: int = 1
-  """Devices that share heads and MLP hidden units."""
+  """Devices over which heads and MLP hidden units are sharded."""
   context: int = 1
-  """Devices that share the long key/value axis of the cross-attend."""
+  """Devices over which the key/value axis of the cross-attention is sharded."""
   across_slices: str = "data"
-  """The axis that reaches across the slices of a TPU multislice, which a slow network joins; others stay within."""
+  """The axis that spans the slices of a TPU multislice, which a slow network connects; others stay within a slice."""
 
   def __post_init__(self):
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-    choice("mesh.across_slices", self.across_slices, MESH_AXES)
+    require_choice("mesh.across_slices", self.across_slices, MESH_AXES)
     require(
       sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),
       f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).",

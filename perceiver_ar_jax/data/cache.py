@@ -12,13 +12,12 @@ import functools
 import json
 import os
 
-import seqio
 from absl import flags
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, DataConfig, InputError
 from perceiver_ar_jax.data import sources, tasks
-from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.tf_cpu import seqio, tf
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of caches; each task gets a folder in it.")
 _SHARDS = flags.DEFINE_integer(

@@ -24,13 +24,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import seqio
 
 from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.sources import CachedSource, TfdsSource
-from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.tf_cpu import seqio, tf
 from perceiver_ar_jax.data.warn_once import newest_messages, warn_once
 
 PREFETCH = 64

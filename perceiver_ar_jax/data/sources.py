@@ -11,12 +11,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import seqio
-import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
 from perceiver_ar_jax.data.files import read_bytes
-from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
 
 class TfdsSource(seqio.TfdsDataSource):

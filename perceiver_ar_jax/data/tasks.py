@@ -22,8 +22,6 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import seqio
-import tensorflow_datasets as tfds
 
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, registry, texts
@@ -31,7 +29,7 @@ from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.files import file_size, own_files, read_bytes, split_files
 from perceiver_ar_jax.data.registry import Record, Task, add, get_tasks, names
 from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource
-from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
 __all__ = ["Task", "add", "get_tasks", "names"]  # of the registry, filled
 

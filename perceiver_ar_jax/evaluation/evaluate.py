@@ -52,18 +52,18 @@ def make_eval_step(config: Config):
     latents_BxMxD = model.apply(
       {"params": params}, batch["inputs"], batch["positions"], num_latents=num_latents, method="latents"
     )
-    scored = loss.score(
+    losses = loss.score(
       lambda latents: model.apply({"params": params}, latents, method="logits"),
       latents_BxMxD,
       targets_BxM,
       chunk=config.model.logits_chunk,
     )
-    nats_BxM = scored.cross_entropy * weights_BxM
+    nats_BxM = losses.cross_entropy * weights_BxM
     before_last_1xM = jnp.arange(num_latents - 1, -1, -1)[None]
     sums = {
       "document": batch["document"],
       "nats": nats_BxM.sum(axis=1),
-      "right": (scored.right * weights_BxM).sum(axis=1),
+      "right": (losses.correct * weights_BxM).sum(axis=1),
       "tokens": weights_BxM.sum(axis=1),
       "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
       **{name: batch[name].sum() for name in ("words", "bytes") if name in batch},
@@ -132,7 +132,7 @@ def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
   except Exception as any_error:  # of whatever library reads the data
     traceback.print_exc()
     error = InputError(f"Held-out data cannot be read ({type(any_error).__name__}: {any_error}).")
-  if distributed.largest(error is not None):
+  if distributed.maximum(error is not None):
     raise error or InputError("Another process cannot read held-out data: its own message gives the reason.")
   return batch
 

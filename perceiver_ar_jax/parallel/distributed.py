@@ -90,8 +90,8 @@ def log(message: str) -> None:
     print(message, flush=True)
 
 
-def largest(value: int) -> int:
-  """The largest `value` of all processes, which synchronize here."""
+def maximum(value: int) -> int:
+  """Returns the largest `value` of all processes, which synchronize here."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.process_allgather(np.int32(value)).max())
@@ -107,8 +107,8 @@ def wait_for_all(name: str) -> None:
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
 
 
-class LargestSoFar:
-  """`largest` without waiting: a call returns the largest value that any process passed to the previous call.
+class DelayedMaximum:
+  """`maximum` without waiting: a call returns the largest value that any process passed to the previous call.
 
   All processes must make the same calls in the same order relative to their other computations.
   """
@@ -117,7 +117,7 @@ class LargestSoFar:
     devices = np.array(jax.devices())
     mesh = Mesh(devices, ("all",))
     self._split, replicated = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
-    self._largest = jax.jit(jnp.max, out_shardings=replicated)
+    self._maximum = jax.jit(jnp.max, out_shardings=replicated)
     self._shape, self._pending = devices.shape, None
 
   def __call__(self, value: int) -> int:
@@ -125,7 +125,7 @@ class LargestSoFar:
       return value
     earlier = self._pending
     values = jax.make_array_from_callback(self._shape, self._split, lambda index: np.full(1, value, np.int32))
-    self._pending = self._largest(values)
+    self._pending = self._maximum(values)
     return 0 if earlier is None else int(earlier)
 
 
@@ -145,16 +145,16 @@ class EndTogether:
     if error is None:
       wait_for_all("end")
       return
-    me = f"process {jax.process_index()} of {jax.process_count()}"
+    name = f"process {jax.process_index()} of {jax.process_count()}"
     explained = for_user(error)
     if explained:
-      print(f"Error: {' '.join(str(explained).split())} ({me})", file=sys.stderr, flush=True)
+      print(f"Error: {' '.join(str(explained).split())} ({name})", file=sys.stderr, flush=True)
       os._exit(1 if isinstance(explained, InputError) else EXIT_TRANSIENT)
     if isinstance(error, KeyboardInterrupt):
       os._exit(128 + signal.SIGINT)
     sys.excepthook(kind, error, traceback)
     if isinstance(error, jax.errors.JaxRuntimeError):
-      print(f"A computation failed in {me}; probably another process has died.", file=sys.stderr, flush=True)
+      print(f"A computation failed in {name}; probably another process has died.", file=sys.stderr, flush=True)
       time.sleep(HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died
-    print(f"{me} exits.", file=sys.stderr, flush=True)
+    print(f"{name} exits.", file=sys.stderr, flush=True)
     os._exit(EXIT_TRANSIENT)

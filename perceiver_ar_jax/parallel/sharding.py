@@ -68,12 +68,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def shardings(boxed_shapes, mesh: Mesh):
   """A tree of NamedShardings for a tree of (possibly nn.Partitioned) shapes, as `jax.eval_shape` gives it."""
 
-  def one(leaf):
+  def layout(leaf):
     if isinstance(leaf, nn.Partitioned):
       return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
     return NamedSharding(mesh, PartitionSpec())
 
-  return jax.tree.map(one, boxed_shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+  return jax.tree.map(layout, boxed_shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
 def bytes_per_device(tree) -> int:

@@ -1,10 +1,10 @@
-"""How the items of a checkpoint are saved and restored by Orbax: arrays, JSON and the position of a data iterator.
+"""The items of a checkpoint, as Orbax saves and restores them: arrays, JSON and the position of a data iterator.
 
-Errors of `restore` are returned as a `Failure`: Orbax makes all processes wait for one that raises.
+Errors of `restore` are returned as a `Failure`: if a process raised, Orbax would make all others wait for it.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -18,16 +18,14 @@ class Saveable(Protocol):
   def restore(self, directory: epath.Path) -> None: ...
 
 
+@dataclasses.dataclass
 class Failure:
   """An error of a restore on this process, kept until all processes have finished theirs."""
 
-  def __init__(self, error: Exception):
-    self.error = error
+  error: Exception
 
 
-class ArrayHandler(ocp.StandardCheckpointHandler):
-  """Arrays. Errors of `restore` are returned: Orbax makes all processes wait for one that raises."""
-
+class _ReturnsErrors:
   def restore(self, *args, **kwargs):
     try:
       return super().restore(*args, **kwargs)
@@ -35,64 +33,47 @@ class ArrayHandler(ocp.StandardCheckpointHandler):
       return Failure(error)
 
 
-@ocp.args.register_with_handler(ArrayHandler, for_save=True)
-@dataclasses.dataclass
-class ArraySave(ocp.args.StandardSave):
-  """A tree of arrays to save."""
+class ArrayHandler(_ReturnsErrors, ocp.StandardCheckpointHandler):
+  """Saves and restores `Arrays`."""
 
 
-@ocp.args.register_with_handler(ArrayHandler, for_restore=True)
-@dataclasses.dataclass
-class ArrayRestore(ocp.args.StandardRestore):
-  """The shapes and shardings of a tree of arrays to restore."""
+class JsonHandler(_ReturnsErrors, ocp.JsonCheckpointHandler):
+  """Saves and restores `Json`."""
 
 
-class JsonHandler(ocp.JsonCheckpointHandler):
-  """JSON; errors of `restore` are returned."""
+class _IteratorHandler(ocp.CheckpointHandler):
+  """The iterator writes its own files into the step, inside Orbax's atomic commit."""
 
-  def restore(self, *args, **kwargs):
-    try:
-      return super().restore(*args, **kwargs)
-    except Exception as error:
-      return Failure(error)
-
-
-@ocp.args.register_with_handler(JsonHandler, for_save=True)
-@dataclasses.dataclass
-class JsonSave(ocp.args.JsonSave):
-  """A dict to save."""
-
-
-@ocp.args.register_with_handler(JsonHandler, for_restore=True)
-@dataclasses.dataclass
-class JsonRestore(ocp.args.JsonRestore):
-  """A dict to restore."""
-
-
-class DataHandler(ocp.CheckpointHandler):
-  """Lets a data iterator write its own files into the step, inside Orbax's atomic commit."""
-
-  def save(self, directory: epath.Path, args: "DataSave") -> None:
+  def save(self, directory: epath.Path, args: "Position") -> None:
     args.iterator.save(directory)
 
-  def restore(self, directory: epath.Path, args: "DataRestore") -> Failure | None:
-    try:
-      args.iterator.restore(directory)
-    except Exception as error:
-      return Failure(error)
+  def restore(self, directory: epath.Path, args: "Position") -> None:
+    args.iterator.restore(directory)
 
 
-@ocp.args.register_with_handler(DataHandler, for_save=True)
+class PositionHandler(_ReturnsErrors, _IteratorHandler):
+  """Saves and restores a `Position`."""
+
+
+@ocp.args.register_with_handler(ArrayHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class DataSave(ocp.args.CheckpointArgs):
-  """A data iterator whose position to save."""
+class Arrays(ocp.args.StandardSave, ocp.args.StandardRestore):
+  """A tree of arrays to save, or the shapes and shardings of one to restore."""
 
-  iterator: Saveable
+  item: Any = None
 
 
-@ocp.args.register_with_handler(DataHandler, for_restore=True)
+@ocp.args.register_with_handler(JsonHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class DataRestore(ocp.args.CheckpointArgs):
-  """A data iterator to move to the saved position."""
+class Json(ocp.args.JsonSave):
+  """A dict to save; nothing to restore one."""
 
-  iterator: Saveable
+  item: Any = None
+
+
+@ocp.args.register_with_handler(PositionHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class Position(ocp.args.CheckpointArgs):
+  """The position of a data iterator to save, or the iterator to move to the saved position."""
+
+  iterator: Saveable | None = None

@@ -7,7 +7,7 @@ the index is hashed as well, swapped rows, columns or shards change it.
 A fingerprint stores its version. Version 1, of older checkpoints, sums the bits alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 _VERSION = "fingerprint_version"
 
 
-def of(trees: Mapping[str, Any]) -> dict[str, int]:
+def compute(trees: Mapping[str, Any]) -> dict[str, int]:
   """Returns {path of an array: its checksum} of all arrays of the named trees, and the version."""
   return _checksums(trees, version=2) | {_VERSION: 2}
 
@@ -38,15 +38,11 @@ def _checksums(trees: Mapping[str, Any], version: int) -> dict[str, int]:
 
 
 def _bits(leaf: jax.Array) -> jax.Array:
-  """uint32 bits of each element; a last axis of two for types of 64 bits."""
+  """Returns the uint32 bits of each element; with a last axis of two for types of 64 bits."""
   if leaf.dtype == bool:
     return leaf.astype(jnp.uint32)
   unsigned = {8: jnp.uint32, 4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize]
   return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-
-
-def _bit_sum(leaf: jax.Array) -> jax.Array:
-  return _bits(leaf).sum(dtype=jnp.uint32)
 
 
 def _ordered_sum(leaf: jax.Array) -> jax.Array:
@@ -65,8 +61,7 @@ def _mix(x: jax.Array) -> jax.Array:
   return x ^ (x >> 16)
 
 
-def _jit(checksum: Callable[[jax.Array], jax.Array]):
-  return jax.jit(lambda leaves: [checksum(leaf) for leaf in leaves])
-
-
-_SUMS = {1: _jit(_bit_sum), 2: _jit(_ordered_sum)}
+_SUMS = {
+  1: jax.jit(lambda leaves: [_bits(leaf).sum(dtype=jnp.uint32) for leaf in leaves]),
+  2: jax.jit(lambda leaves: list(map(_ordered_sum, leaves))),
+}

@@ -1,4 +1,4 @@
-"""The loss of next-token logits (paper's training recipe: cross-entropy with z-loss): per token, and summed up."""
+"""The loss of next-token logits (the paper's training recipe: cross-entropy with z-loss): per token, and summed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,18 +8,20 @@ import jax.numpy as jnp
 
 
 class TokenLosses(NamedTuple):
-  """Per target, unweighted, in nats; the optimised loss is the sum of both."""
+  """float32[B, M] each, unweighted; the optimised loss is `cross_entropy + z_loss`, in nats."""
 
   cross_entropy: jax.Array
   z_loss: jax.Array
+  correct: jax.Array
+  """1 where the likeliest token is the target."""
 
 
 def token_losses(logits_BxMxV, targets_BxM, *, z_loss: float, label_smoothing: float) -> TokenLosses:
-  """float32[B, M] losses of each target.
+  """Returns the losses of each target.
 
-  The z-loss is `z_loss` * log(Z)^2 with Z the softmax's normaliser; it keeps logits from drifting. Label
-  smoothing moves that much probability to the other V - 1 tokens, less the entropy of the smoothed target,
-  so that a perfect model has loss 0.
+  The z-loss is `z_loss` * log(Z)^2 with Z the softmax's normaliser; it keeps logits from drifting. Label smoothing
+  moves this much probability to the other V - 1 tokens, less the entropy of the smoothed target, so that a perfect
+  model has loss 0.
   """
   logits_BxMxV = logits_BxMxV.astype(jnp.float32)
   num_classes = logits_BxMxV.shape[-1]
@@ -27,20 +29,12 @@ def token_losses(logits_BxMxV, targets_BxM, *, z_loss: float, label_smoothing: f
   target_logits_BxM = jnp.take_along_axis(logits_BxMxV, targets_BxM[..., None], axis=-1)[..., 0]
   cross_entropy_BxM = log_z_BxM - target_logits_BxM
   if label_smoothing:
-    confidence, other = 1.0 - label_smoothing, label_smoothing / (num_classes - 1)
-    entropy = -(confidence * jnp.log(confidence) + label_smoothing * jnp.log(other))
+    confidence, rest = 1.0 - label_smoothing, label_smoothing / (num_classes - 1)
+    entropy = -(confidence * jnp.log(confidence) + label_smoothing * jnp.log(rest))
     uniform_BxM = num_classes * log_z_BxM - logits_BxMxV.sum(axis=-1)
-    cross_entropy_BxM = confidence * cross_entropy_BxM + other * (uniform_BxM - cross_entropy_BxM) - entropy
-  return TokenLosses(cross_entropy_BxM, z_loss * jnp.square(log_z_BxM))
-
-
-class Scored(NamedTuple):
-  """Per target, unweighted: float32[B, M] each."""
-
-  cross_entropy: jax.Array
-  z_loss: jax.Array
-  right: jax.Array
-  """1 where the likeliest token is the target."""
+    cross_entropy_BxM = confidence * cross_entropy_BxM + rest * (uniform_BxM - cross_entropy_BxM) - entropy
+  correct_BxM = (logits_BxMxV.argmax(axis=-1) == targets_BxM).astype(jnp.float32)
+  return TokenLosses(cross_entropy_BxM, z_loss * jnp.square(log_z_BxM), correct_BxM)
 
 
 def score(
@@ -51,40 +45,38 @@ def score(
   z_loss: float = 0.0,
   label_smoothing: float = 0.0,
   chunk: int | None = None,
-) -> Scored:
-  """What each target costs, and whether it was guessed.
+) -> TokenLosses:
+  """Returns the losses of each target.
 
   Args:
     logits_fn: from latents [B, C, D] to logits [B, C, V].
-    chunk: latents whose logits exist at a time, forward and backward; None: all. Any number does.
+    chunk: latents whose logits exist at a time, forward and backward; any number, None: all.
   """
 
-  def of(latents_BxCxD, targets_BxC):
-    logits_BxCxV = logits_fn(latents_BxCxD)
-    losses = token_losses(logits_BxCxV, targets_BxC, z_loss=z_loss, label_smoothing=label_smoothing)
-    return Scored(*losses, (logits_BxCxV.argmax(axis=-1) == targets_BxC).astype(jnp.float32))
+  def score_chunk(latents_BxCxD, targets_BxC):
+    return token_losses(logits_fn(latents_BxCxD), targets_BxC, z_loss=z_loss, label_smoothing=label_smoothing)
 
   num_latents = targets_BxM.shape[1]
   if chunk is None or chunk >= num_latents:
-    return of(latents_BxMxD, targets_BxM)
+    return score_chunk(latents_BxMxD, targets_BxM)
 
   def split(x_BxM):
-    """[chunks, B, chunk, ...], filled up with zeros."""
-    filled = jnp.pad(x_BxM, ((0, 0), (0, -num_latents % chunk)) + ((0, 0),) * (x_BxM.ndim - 2))
-    return filled.reshape(x_BxM.shape[0], -1, chunk, *x_BxM.shape[2:]).swapaxes(0, 1)
+    """Returns [chunks, B, chunk, ...], padded with zeros."""
+    padded = jnp.pad(x_BxM, ((0, 0), (0, -num_latents % chunk)) + ((0, 0),) * (x_BxM.ndim - 2))
+    return padded.reshape(x_BxM.shape[0], -1, chunk, *x_BxM.shape[2:]).swapaxes(0, 1)
 
   def join(x_NxBxC):
     return x_NxBxC.swapaxes(0, 1).reshape(targets_BxM.shape[0], -1)[:, :num_latents]
 
-  scored = jax.lax.map(lambda part: jax.checkpoint(of)(*part), (split(latents_BxMxD), split(targets_BxM)))
-  return jax.tree.map(join, scored)
+  chunks = split(latents_BxMxD), split(targets_BxM)
+  return jax.tree.map(join, jax.lax.map(lambda chunk: jax.checkpoint(score_chunk)(*chunk), chunks))
 
 
-def summed(scored: Scored, weights_BxM) -> dict[str, jax.Array]:
-  """Weighted sums over all tokens: `loss` and `z_loss` in nats, `accuracy` (right guesses), `num_tokens` scored."""
+def weighted_sums(losses: TokenLosses, weights_BxM) -> dict[str, jax.Array]:
+  """Returns sums over all tokens: `loss` and `z_loss` in nats, `accuracy` (correct tokens), `num_tokens` scored."""
   return {
-    "loss": (scored.cross_entropy * weights_BxM).sum(),
-    "z_loss": (scored.z_loss * weights_BxM).sum(),
-    "accuracy": (scored.right * weights_BxM).sum(),
+    "loss": (losses.cross_entropy * weights_BxM).sum(),
+    "z_loss": (losses.z_loss * weights_BxM).sum(),
+    "accuracy": (losses.correct * weights_BxM).sum(),
     "num_tokens": weights_BxM.sum(),
   }

@@ -1,6 +1,6 @@
-"""Whether a run fits into the memory of its devices: checked before weights are created.
+"""Checks that a run fits into the memory of its devices, before weights are created.
 
-XLA's own count of a compiled program is exact, but needs a compilation, which may crash for shapes far beyond the
+XLA's memory analysis of a compiled program is exact, but needs a compilation, which may crash for shapes far beyond the
 memory of any machine. So a lower limit is checked first.
 """
 
@@ -42,77 +42,71 @@ def compile_step(
   Raises:
     InputError: the update exceeds the devices' memory.
   """
-  _check_lower_limit(config, abstract, mesh)
+  # The lower limit: weights, optimizer state, gradients and the input of each layer.
+  model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
+  latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
+  minimum = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
+  _check("The train step needs at least", minimum + model.num_layers * latents, _LESS_MEMORY)
   shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
   batch = {
     name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in batch_spec.items()
   }
-  start = time.monotonic()
-  with _refusal("The train step", _LESS_MEMORY):
+  with _compiling("the train step", _LESS_MEMORY):
     compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
   memory = compiled.memory_analysis()
-  needed = memory.argument_size_in_bytes + bytes_beside_arguments(compiled)
-  available = _bytes_per_device()
   distributed.log(
-    f"Compiled the train step in {time.monotonic() - start:.1f} s. Memory on each of {mesh.size} devices: weights,"
-    f" optimizer state and batch {_size(memory.argument_size_in_bytes)}, temporary {_size(memory.temp_size_in_bytes)},"
-    f" available {_size(available)}."
+    f"Memory on each of {mesh.size} devices: weights, optimizer state and batch {_size(memory.argument_size_in_bytes)},"
+    f" temporary {_size(memory.temp_size_in_bytes)}, available {_size(_bytes_per_device())}."
   )
-  _check("The train step needs", needed, available, _LESS_MEMORY)
+  _check("The train step needs", memory.argument_size_in_bytes + bytes_beside_arguments(compiled), _LESS_MEMORY)
   return compiled
 
 
 def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Callable[[dict], int]) -> None:
-  """Checks that drawing samples during training fits beside the training state, and reports its memory.
+  """Checks that drawing samples fits in memory together with the training state, and reports its memory.
 
   Args:
-    num_samples: `eval.num_samples`.
+    num_samples: the resolved `eval.num_samples`.
     abstract: shapes and shardings of the training state.
-    compile_sampler: shapes of the weights -> bytes on each device beside the weights.
+    compile_sampler: from shapes of the weights to bytes on each device in addition to the weights.
 
   Raises:
     InputError: it exceeds the devices' memory.
   """
-  start = time.monotonic()
-  with _refusal("The sampler", _FEWER_SAMPLES):
+  with _compiling("the sampler", _FEWER_SAMPLES):
     sampler_bytes = compile_sampler(abstract.params)
-  state_bytes, available = sharding.bytes_per_device(abstract), _bytes_per_device()
+  state_bytes = sharding.bytes_per_device(abstract)
   distributed.log(
-    f"Compiled the sampler in {time.monotonic() - start:.1f} s. Memory on each device: weights and optimizer state"
-    f" {_size(state_bytes)}, {num_samples} samples {_size(sampler_bytes)}, available {_size(available)}."
+    f"Memory on each device: weights and optimizer state {_size(state_bytes)}, {num_samples} samples"
+    f" {_size(sampler_bytes)}, available {_size(_bytes_per_device())}."
   )
-  what = f"Training that draws {num_samples} samples (eval.num_samples) needs"
-  _check(what, state_bytes + sampler_bytes, available, _FEWER_SAMPLES)
+  program = f"Training that draws {num_samples} samples (eval.num_samples) needs"
+  _check(program, state_bytes + sampler_bytes, _FEWER_SAMPLES)
 
 
 def bytes_beside_arguments(compiled: jax.stages.Compiled) -> int:
-  """Bytes that a program needs on each device in addition to its arguments: temporary memory and new outputs."""
+  """Returns the bytes that a program needs on each device besides its arguments: temporary memory and new outputs."""
   memory = compiled.memory_analysis()
   return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
 
 
-def _check_lower_limit(config: Config, abstract: TrainState, mesh: Mesh) -> None:
-  """Raises InputError if weights, optimizer state, gradients and the input of each layer alone exceed the memory."""
-  model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
-  latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
-  least = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params) + model.num_layers * latents
-  _check("The train step needs at least", least, _bytes_per_device(), _LESS_MEMORY)
-
-
-def _check(what_needs: str, needed: int, available: int, fix: str) -> None:
+def _check(program: str, needed: int, fix: str) -> None:
+  available = _bytes_per_device()
   if needed > available:
-    raise InputError(f"{what_needs} {_size(needed)} on each device, and each has {_size(available)}. {fix}")
+    raise InputError(f"{program} {_size(needed)} on each device, and each has {_size(available)}. {fix}")
 
 
 @contextlib.contextmanager
-def _refusal(program: str, fix: str) -> Iterator[None]:
-  """A context that compiles: the TPU compiler's refusal of a program that is too large becomes an InputError."""
+def _compiling(program: str, fix: str) -> Iterator[None]:
+  """A context that compiles; an InputError replaces the TPU compiler's refusal of a program that is too large."""
+  start = time.monotonic()
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise InputError(f"{program} exceeds the devices' memory. {fix}") from error
+    raise InputError(f"{program.capitalize()} exceeds the devices' memory. {fix}") from error
+  distributed.log(f"Compiled {program} in {time.monotonic() - start:.1f} s.")
 
 
 def _size(num_bytes: int) -> str:
@@ -120,6 +114,6 @@ def _size(num_bytes: int) -> str:
 
 
 def _bytes_per_device() -> int:
-  """Bytes that a local device may use; CPU devices share the memory that the machine has left."""
+  """Returns the bytes that a local device may use; CPU devices share the available memory of the machine."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()

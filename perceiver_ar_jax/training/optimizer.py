@@ -13,10 +13,10 @@ from perceiver_ar_jax.config import OptimizerConfig, lookup
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate by update index: linear warm-up from 0 to the peak, then the configured decay.
+  """Returns the learning rate by update index: linear warm-up from 0 to the peak, then the configured decay.
 
-  The cosine reaches `end_learning_rate` at the last of `steps`. (In the published code it starts after the warm-up
-  but is stretched over all steps, so it never reaches that value.)
+  The cosine reaches `end_learning_rate` at the last of `steps`. (In the published code it starts after the warm-up but
+  is stretched over all steps, so it never reaches this value.)
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   after_warmup = lookup("train.optimizer.schedule", config.schedule, SCHEDULES)(config, steps)
@@ -38,13 +38,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def num_updates(opt_state: optax.OptState) -> jax.Array:
-  """int32: updates applied so far by an optimizer of `make_optimizer`; its schedule is at this index."""
+  """Returns int32: updates applied so far by an optimizer of `make_optimizer`, which index its schedule."""
   return opt_state[-1].count
-
-
-def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  del steps
-  return optax.constant_schedule(config.learning_rate)
 
 
 def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -83,7 +78,7 @@ def _is_kernel(params):
 
 
 def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Applies `rule` to every weight by itself and, below "layers...", to every layer of a stacked weight by itself.
+  """Applies `rule` to every weight separately and, below "layers...", to every layer of a stacked weight separately.
 
   nn.scan stacks the weights of equal layers on a new first axis; a rule that uses the shape or the norm of a weight
   would treat all layers as one. The state is a tree of the rule's states, one per weight; a rule without state keeps
@@ -109,7 +104,7 @@ def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
-  "constant": _constant,
+  "constant": lambda config, steps: optax.constant_schedule(config.learning_rate),
   "cosine": _cosine,
   "steps": _steps,
   "t5": _t5,

@@ -14,7 +14,7 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Signals:
-  """A context that remembers the first of these signals; a second one acts as it would outside of the context.
+  """A context that remembers the first of these signals; a second one has its usual effect.
 
   A second SIGHUP is ignored: a shell whose terminal closes sends one in addition to the kernel's. SIGHUP remains
   ignored where the run was started with it ignored (nohup).
@@ -24,17 +24,15 @@ class Signals:
     self.received = 0
     """The signal that this process received."""
     self.agreed = 0
-    """The signal that any process received, as of the last time that all processes compared."""
-    self._largest = distributed.LargestSoFar()
+    """The signal that any process received, as of the last call of `agree`."""
+    self._maximum = distributed.DelayedMaximum()
 
-  def agree(self) -> int:
-    """Updates and returns `agreed`; all processes call it at the same steps, so they stop at the same one."""
-    self.agreed = self.agreed or self._largest(self.received)
-    return self.agreed
+  def agree(self, wait: bool = False) -> int:
+    """Updates and returns `agreed`; all processes call it at the same steps, so they stop at the same step.
 
-  def wait_and_agree(self) -> int:
-    """The same, up to this moment."""
-    self.agreed = distributed.largest(self.received)
+    Without `wait`, it includes the signals received before the previous call.
+    """
+    self.agreed = self.agreed or (distributed.maximum if wait else self._maximum)(self.received)
     return self.agreed
 
   @property

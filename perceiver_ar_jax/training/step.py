@@ -43,7 +43,7 @@ def make_train_step(
       rngs=None if deterministic else {"dropout": key},
       method="latents",
     )
-    scored = loss_lib.score(
+    losses = loss_lib.score(
       lambda latents: model.apply({"params": params}, latents, method="logits"),
       latents_BxMxD,
       batch["targets"],
@@ -51,7 +51,7 @@ def make_train_step(
       label_smoothing=config.train.label_smoothing,
       chunk=config.model.logits_chunk,
     )
-    sums = loss_lib.summed(scored, batch["weights"])
+    sums = loss_lib.weighted_sums(losses, batch["weights"])
     return sums["loss"] + sums["z_loss"], sums
 
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
@@ -70,8 +70,8 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     if config.train.on_nonfinite == "skip":
       finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-      kept = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-      params, opt_state = kept(params, state.params), kept(opt_state, state.opt_state)
+      select = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+      params, opt_state = select(params, state.params), select(opt_state, state.opt_state)
       metrics["skipped_steps"] = state.step + 1 - optimizer_lib.num_updates(opt_state)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -85,9 +85,9 @@ def lower(
   batch: dict[str, jax.ShapeDtypeStruct],
   mesh: Mesh,
 ) -> jax.stages.Lowered:
-  """The update lowered for a state as `abstract_state` gives it and a global batch, both with their shardings.
+  """Returns the update lowered for shapes and shardings of a state (`state.abstract_state`) and of a global batch.
 
-  Compiled, it takes (state, batch, key) and keeps the state in place. Call it with `mesh` in use (jax.set_mesh).
+  Compiled, it takes (state, batch, key) and donates the state. Call `lower` with `mesh` in use (jax.set_mesh).
   """
   replicated = NamedSharding(mesh, PartitionSpec())
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -97,9 +97,9 @@ def lower(
 
 
 def _accumulate(grad_fn, params, batch: Batch, key: jax.Array, microbatches: int):
-  """(gradients, sums) added up over equal parts of the batch, one part in memory at a time.
+  """Returns (gradients, sums) added up over equal parts of the batch, with one part in memory at a time.
 
-  Part i takes every n-th row, so that each device keeps the rows it holds and nothing moves.
+  A part consists of every n-th row, so that rows stay on their devices.
   """
 
   def split(name, x):

@@ -1,4 +1,4 @@
-"""The folder of one run: that it can be written, and that it belongs to the config and the run about to use it."""
+"""The folder of one run: checks that it can be written, and that it belongs to the config and the run that use it."""
 
 import contextlib
 import dataclasses
@@ -12,64 +12,24 @@ from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.config.config_from_run import flatten, load_config
 from perceiver_ar_jax.training.owner import Owner, write_atomically
 
-# A run may resume with other values of these; any other change would make it another experiment.
-RESUMABLE = (
-  "train.steps",
-  "train.microbatches",
-  "train.optimizer.learning_rate",
-  "train.optimizer.end_learning_rate",
-  "train.optimizer.clip_norm",
-  "train.log_every",
-  "train.checkpoint_every",
-  "train.keep_checkpoints",
-  "train.profile_at",
-  "train.on_nonfinite",
-  "train.max_skipped",
-  "eval.",
-  "sample.",
-  "attention_map.",
-  "mesh.",
-  "compilation_cache",
-  "plan.",
-  "data.data_dir",  # where the data is; the pipeline itself checks that it is the same data
-  "data.cache_dir",
-  "data.files",
-  "data.validation_files",
-  "data.sentencepiece",  # and its fingerprint, which `prepare` compares by itself
-  "model.attention",
-  "model.logits_chunk",
-  "model.remat",
+_RESUMABLE = tuple(
+  "attention_map. compilation_cache eval. mesh. plan. sample. model.attention model.logits_chunk model.remat"
+  " train.checkpoint_every train.keep_checkpoints train.log_every train.max_skipped train.microbatches"
+  " train.on_nonfinite train.optimizer.clip_norm train.optimizer.end_learning_rate train.optimizer.learning_rate"
+  " train.profile_at train.steps"
+  # Paths of the data, which the pipeline compares with the data before, and of the SentencePiece model, whose
+  # fingerprint `prepare` compares.
+  " data.cache_dir data.data_dir data.files data.sentencepiece data.validation_files".split()
 )
-# Trained weights keep their meaning under other values of these.
-SAME_WEIGHTS = (
-  "model.num_latents",
-  "model.segment",
-  "model.memory",
-  "model.dropout",
-  "model.latent_dropout",
-  "model.cross_attend_dropout",
-  "model.attention",
-  "model.logits_chunk",
-  "model.remat",
-  "model.dtype",
-  "data.",
-  "train.",
-  "eval.",
-  "sample.",
-  "attention_map.",
-  "mesh.",
-  "compilation_cache",
-  "plan.",
-  "seed",
+"""Beginnings of the settings that may change when a run resumes; any other change would make it another experiment."""
+_SAME_WEIGHTS = tuple(
+  "attention_map. compilation_cache data. eval. mesh. plan. sample. seed train. model.attention"
+  " model.cross_attend_dropout model.dropout model.dtype model.latent_dropout model.logits_chunk model.memory"
+  " model.num_latents model.remat model.segment".split()
 )
-_DATA = (
-  "data.task",
-  "data.files",
-  "data.split_by",
-  "data.split_rule",
-  "data.validation_files",
-  "data.validation_fraction",
-)
+"""Beginnings of the settings under other values of which trained weights keep their meaning."""
+_DATA = tuple(f"data.{name}" for name in "task files split_by split_rule validation_files validation_fraction".split())
+"""Settings that choose the data."""
 
 
 @contextlib.contextmanager
@@ -100,12 +60,12 @@ def prepare(config: Config, workdir: epath.Path) -> None:
   with _writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
-    probe.write_text("")
+    probe.touch()
     probe.unlink()
     checkpoints, fingerprint = workdir / "checkpoints", _sentencepiece_fingerprint(config)
     if path.exists() and checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
       saved = load_config(workdir)
-      changed = _differences(config, saved, ignored=RESUMABLE) + _other_sentencepiece(config, saved)
+      changed = _differences(config, saved, ignored=_RESUMABLE) + _other_sentencepiece(config, saved)
       fingerprint = saved.data.sentencepiece_fingerprint  # None in an old run, whose data position has it
       if changed:
         raise InputError(
@@ -124,16 +84,16 @@ def _writing(workdir: epath.Path) -> contextlib.AbstractContextManager:
 def check_model(config: Config, workdir: epath.Path) -> None:
   """Raises InputError unless the weights of `workdir`, and token ids and positions, have the same meaning in `config`.
 
-  Prints a line if the data differ from those of training.
+  Prints a line if the data differ from the training data.
   """
   saved = load_config(workdir)
   changed_data = [name for name, value in flatten(config).items() if name in _DATA and flatten(saved)[name] != value]
   if changed_data and jax.process_index() == 0:
     print(
-      f"Not the data that {workdir} was trained on: {', '.join(changed_data)} differ. (Without --config, the run's own"
-      " settings are used.)"
+      f"The data differ from the training data of {workdir}: {', '.join(changed_data)} differ. (Without --config, the"
+      " settings of the run are used.)"
     )
-  changed = _differences(config, saved, ignored=SAME_WEIGHTS)
+  changed = _differences(config, saved, ignored=_SAME_WEIGHTS)
   if changed:
     raise InputError(
       f"--workdir={workdir} contains another model: {'; '.join(changed)}. Use the config it was trained with."
@@ -147,12 +107,12 @@ def check_model(config: Config, workdir: epath.Path) -> None:
 
 
 def _other_encoding(config: Config, saved: Config) -> list[str]:
-  """Differences in what ids and positions mean, apart from the SentencePiece model."""
+  """Returns the differences in the meaning of ids and positions, apart from the SentencePiece model."""
   from perceiver_ar_jax.data import tasks  # imports TensorFlow
 
   if config.data == saved.data:
     return []
-  # With one SentencePiece model for both: that of `saved` may have been moved, and its fingerprint is compared instead.
+  # With the same SentencePiece model: that of `saved` may have been moved, and its fingerprint is compared separately.
   old_data = dataclasses.replace(saved.data, sentencepiece=config.data.sentencepiece)
   new, old = (
     {"modality": task.modality, **task.encoding}
@@ -166,7 +126,7 @@ def _sentencepiece_fingerprint(config: Config) -> str | None:
   from perceiver_ar_jax.data import sources  # imports TensorFlow
 
   path = config.data.sentencepiece
-  # Who reads text misses the file with a message of its own; weights alone can be used without it.
+  # Reading text raises an error if the file is missing; weights alone can be used without it.
   return sources.sentencepiece_fingerprint(config.data) if path and epath.Path(path).exists() else None
 
 

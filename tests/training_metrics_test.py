@@ -7,14 +7,14 @@ import pytest
 from etils import epath
 
 from perceiver_ar_jax.config import TransientError
-from perceiver_ar_jax.training import metrics_file
+from perceiver_ar_jax.training import metrics
 
 
 @pytest.fixture(params=[False, True], ids=["files", "objects"])
 def objects(request, monkeypatch):
-  """Whether the run is in an object store, for which a local folder stands in: it refuses to append."""
+  """Whether the run is in an object store, simulated by a local folder that refuses to append."""
   if request.param:
-    monkeypatch.setattr(metrics_file, "is_object_store", lambda path: True)
+    monkeypatch.setattr(metrics, "is_object_store", lambda path: True)
     path_type = type(epath.Path("/tmp"))
     real = path_type.open
 
@@ -26,8 +26,13 @@ def objects(request, monkeypatch):
   return request.param
 
 
+def _read(workdir) -> list[dict]:
+  """The logged objects of all files, in order."""
+  return [json.loads(line) for path in sorted(workdir.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
 def _log(workdir, first_step, steps, flush_at=()):
-  log = metrics_file.MetricsFile(workdir, first_step)
+  log = metrics.MetricsFile(workdir, first_step)
   for step in steps:
     log.append(step, {"loss": step / 2})
     if step in flush_at:
@@ -36,8 +41,8 @@ def _log(workdir, first_step, steps, flush_at=()):
 
 
 def test_lines_come_back_in_order(objects, tmp_path):
-  _log(epath.Path(tmp_path), 0, range(1, 6), flush_at=(2, 4)).close()
-  assert metrics_file.read(epath.Path(tmp_path)) == [{"step": step, "loss": step / 2} for step in range(1, 6)]
+  _log(epath.Path(tmp_path), 0, range(1, 6), flush_at=(2, 4)).flush()
+  assert _read(tmp_path) == [{"step": step, "loss": step / 2} for step in range(1, 6)]
   names = sorted(path.name for path in tmp_path.iterdir())
   assert names == ([f"metrics-{number:06d}.jsonl" for number in range(3)] if objects else ["metrics.jsonl"])
 
@@ -45,16 +50,15 @@ def test_lines_come_back_in_order(objects, tmp_path):
 def test_a_killed_run_loses_and_repeats_no_step_of_its_checkpoint(objects, tmp_path):
   workdir = epath.Path(tmp_path)
   _log(workdir, 0, range(1, 8), flush_at=(3, 6))  # killed at step 7, which only a file has
-  assert max(entry["step"] for entry in metrics_file.read(workdir)) == (6 if objects else 7)
+  assert max(entry["step"] for entry in _read(workdir)) == (6 if objects else 7)
   _log(workdir, 3, range(4, 10), flush_at=(6, 9))  # resumed from the checkpoint of step 3: that of step 6 was damaged
-  assert [entry["step"] for entry in metrics_file.read(workdir)] == list(range(1, 10))
+  assert [entry["step"] for entry in _read(workdir)] == list(range(1, 10))
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-  assert [entry["step"] for entry in metrics_file.read(epath.Path(tmp_path))] == [1]
-  _log(epath.Path(tmp_path), 5, [2]).close()
-  assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+  _log(epath.Path(tmp_path), 5, [2]).flush()
+  assert [entry["step"] for entry in _read(tmp_path)] == [1, 2]
 
 
 def test_a_full_disk_is_transient(objects, monkeypatch, tmp_path):
@@ -63,10 +67,7 @@ def test_a_full_disk_is_transient(objects, monkeypatch, tmp_path):
   def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  if objects:
-    monkeypatch.setattr(type(epath.Path("/tmp")), "write_text", full)
-  else:
-    log._file = type("Full", (), {"write": full, "flush": full, "close": full})()
+  monkeypatch.setattr(type(epath.Path("/tmp")), "write_text" if objects else "open", full)
   with pytest.raises(TransientError, match="No space left on device"):
     log.append(2, {"loss": 1.0})
     log.flush()
