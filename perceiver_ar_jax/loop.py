@@ -17,7 +17,7 @@ from clu import parameter_overview
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
-from perceiver_ar_jax.data import pipeline, warn_once
+from perceiver_ar_jax.data import pipeline, units, warn_once
 from perceiver_ar_jax.data.global_batch import HostBatches, to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.evaluation import evaluate
@@ -278,7 +278,7 @@ def _make_log(config: Config, workdir: epath.Path, first_step: int, task: Task):
   """Returns the log of this process: one of the processes writes."""
   if jax.process_index():
     return metrics_log.NoLog()
-  bits_name = "bits/dim" if task.unit == "bits_per_dim" else "bits/token"
+  bits_name = units.UNITS[task.unit].token_loss
   settings = {
     name: value
     for name, value in config_from_run.flatten(config).items()

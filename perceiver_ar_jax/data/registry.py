@@ -28,13 +28,12 @@ import numpy as np
 import seqio
 
 from perceiver_ar_jax.config import DataConfig, InputError, nearest
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.sources import CachedSource
 from perceiver_ar_jax.data.tf_cpu import tf
 from perceiver_ar_jax.data.warn_once import warn_once
 
-UNITS = ("accuracy", "bits_per_byte", "bits_per_dim", "nats_per_token", "word_perplexity")
 MODALITIES = ("audio", "copy", "image", "music", "text", "video")
 
 Record = Mapping[str, Any]
@@ -53,7 +52,7 @@ class Task:
   modality: str
   """What a document is: one of MODALITIES."""
   unit: str
-  """The task's own figure of merit: one of UNITS."""
+  """The unit of its held-out loss: one of units.UNITS."""
   vocab_size: int
   """Number of event ids, PAD, EOS and SOS included."""
   decode: Callable[[np.ndarray], Any]
@@ -84,7 +83,7 @@ class Task:
   """Places int[n] in a document -> their groups int[n]."""
 
   def __post_init__(self):
-    for field, known in (("unit", UNITS), ("modality", MODALITIES)):
+    for field, known in (("unit", units.UNITS), ("modality", MODALITIES)):
       value = getattr(self, field)
       if value not in known:
         raise ValueError(f"{field}={value!r} is unknown. {nearest(value, known)}")
