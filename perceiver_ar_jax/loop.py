@@ -57,7 +57,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   num_samples = config.eval.num_samples
   if num_samples is None:
     num_samples = _SAMPLES_ON_ONE_DEVICE if mesh.size == 1 else 0
-  exhibit = write.Exhibit(config, mesh, num_samples) if num_samples else None
+  exhibit = write.PreviewSampler(config, mesh, num_samples) if num_samples else None
   data = HostBatches(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
   pipeline.check_held_out(config)
   startup.done("data")

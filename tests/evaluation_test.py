@@ -13,7 +13,7 @@ import pytest
 
 from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data import pipeline, records, texts
+from perceiver_ar_jax.data import pipeline, records, texts, units
 from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.evaluation import evaluate, metrics
 from perceiver_ar_jax.interop import haiku
@@ -109,7 +109,7 @@ def test_tokens_are_divided_by_place_in_the_document_and_by_context_seen():
   assert [(bucket["from"], bucket["num_tokens"]) for bucket in result["by_context"]] == [(0, 3), (16, 3), (32, 1)]
 
 
-def test_the_interval_treats_documents_as_what_was_drawn():
+def test_the_interval_treats_documents_as_the_random_sample():
   sums = {
     "document": np.array([0, 1, 1, -1]),
     "nats": np.array([2.0, 3.0, 1.0, 9.0]),
@@ -130,6 +130,26 @@ def test_the_interval_treats_documents_as_what_was_drawn():
   alone = metrics.Totals()
   alone.add({name: value[:1] if name != "histogram" else value for name, value in sums.items()})
   assert alone.metrics("bits_per_dim")["interval_95"] is None
+
+
+def test_every_unit_is_computed_and_printed():
+  sums = units.ScoredSums(tokens=4, nats=8 * math.log(2), correct=1, words=2, bytes=16)
+  expected = {
+    "nats_per_token": (2 * math.log(2), "1.386 nats/token, 2.000 bits/token"),
+    "bits_per_token": (2, "2.000 bits/token"),
+    "bits_per_dim": (2, "2.000 bits/dim"),
+    "bits_per_byte": (0.5, "0.500 bits/byte, 2.000 bits/token"),
+    "word_perplexity": (16, "perplexity 16 per word, 2.000 bits/token"),
+    "accuracy": (0.25, "2.000 bits/token"),
+  }
+  assert list(expected) == list(units.UNITS)
+  for name, (value, summary) in expected.items():
+    values = units.compute_all(sums, name)
+    assert values[name] == pytest.approx(value)
+    assert units.UNITS[name].summary.format_map(values) == summary
+  assert "bits_per_dim" not in units.compute_all(sums, "bits_per_byte")
+  without_text = units.compute_all(sums._replace(words=0, bytes=0), "bits_per_dim")
+  assert list(without_text) == ["nats_per_token", "bits_per_token", "bits_per_dim", "accuracy"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Official checkpoints: the file is read without running it, its options are understood or refused, weights arrive."""
+"""Official checkpoints: the file is read without running code from it, options are checked, weights are converted."""
 
 import io
 import json
@@ -126,7 +126,7 @@ def _string(text: bytes) -> bytes:
 
 
 def _nested(innermost: bytes, depth: int) -> bytes:
-  """A tuple of twice the same tuple of twice the same ..., `depth` times: 2^depth visits for who visits all."""
+  """A tuple of twice the same tuple of twice the same ..., `depth` times: 2^depth visits without a memo."""
   return innermost + b"".join(b"q%ch%c\x86" % (index, index) for index in range(depth))
 
 
@@ -156,7 +156,7 @@ def test_nothing_nested_is_hashed_or_printed():
     _load(deep, _string(b"a"), b"\x93")  # the module of a name
 
 
-def test_names_stand_for_nothing_and_cannot_be_changed():
+def test_names_become_none_and_cannot_be_changed():
   assert _load(FROM_BYTES) is None
   assert _load(b"cbuiltins\neval\n") is None
   assert _load(b"cbuiltins\neval\n", _string(b"1+1"), b"\x85R") is None
@@ -270,7 +270,7 @@ def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
 
   result = tiny.run(workdir, model__num_layers=1)
   assert result.returncode == 0 and "Resuming from the checkpoint of step 0" in result.stdout, result.stderr
-  # A fresh model starts at log(259), since its logits are zero; this one goes on from what it was given.
+  # A fresh model starts at log(259), since its logits are zero; this one starts from the converted weights.
   assert tiny.losses(workdir)[1] > 5.6
 
   tiny.expect_error(_convert(file, workdir), "already contains a run")
@@ -292,4 +292,4 @@ def test_parameters_without_a_place_are_named(tmp_path):
 @pytest.mark.parametrize("name", ["a_abs_sinusoidal", "b_rotary_half", "d_abs_random_image_idxs"])
 def test_every_official_parameter_has_a_place(name):
   case = golden.Case(name)
-  assert haiku.params_of(case.tree("params"), haiku._config(case.kwargs))[1] == []
+  assert haiku.convert_params(case.tree("params"), haiku._config(case.kwargs))[1] == []

@@ -263,7 +263,7 @@ class Sampler:
   def _positions(self, row: "_Row", start: int, end: int) -> np.ndarray:
     """Returns positions int32[end - start, P] of existing or future events in the row's window."""
     model = self.config.model
-    if not model.positions_from_data:  # rotary: only differences matter, and they count backwards
+    if not model.positions_from_data:  # rotary: only differences matter, so any origin does
       return -np.arange(start, end, dtype=np.int32)[:, None]
     positions = row.prompt.place(row.start, end)[start - row.start :]
     missing = end - start - len(positions)  # beyond the end of a document, where tokens are not used
