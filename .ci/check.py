@@ -32,13 +32,20 @@ PROSE = (
   "docs/evaluation.md",
   "docs/results.md",
   "docs/results/*.md",
+  "perceiver_ar_jax/data/units.py",
+  "perceiver_ar_jax/evaluation/*.py",
   "perceiver_ar_jax/experiments/*.py",
+  "perceiver_ar_jax/interop/*.py",
   "perceiver_ar_jax/models/flops.py",
   "perceiver_ar_jax/parallel/chips.py",
   "perceiver_ar_jax/plan.py",
+  "perceiver_ar_jax/sampling/*.py",
+  "tests/evaluation_test.py",
   "tests/experiments_*.py",
+  "tests/interop_haiku_test.py",
   "tests/models_flops_test.py",
   "tests/plan_test.py",
+  "tests/sampling_*.py",
 )
 """Files whose prose is checked: extend this list until it is *.py and *.md."""
 VAGUE_NAMES = {"found", "made", "one", "other", "own", "some", "there"}
