@@ -18,8 +18,8 @@ import tqdm
 from clu import parameter_overview
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, checks, config_from_run, writing
-from perceiver_ar_jax.data import splits, warn_once
+from perceiver_ar_jax.config import Config, InputError, TransientError, checks, config_from_run, writing
+from perceiver_ar_jax.data import splits, units, warn_once
 from perceiver_ar_jax.data.loader import TrainLoader, to_global
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import architectures, flops
@@ -58,7 +58,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   num_samples = config.eval.num_samples
   if num_samples is None:
     num_samples = _SAMPLES_ON_ONE_DEVICE if mesh.size == 1 else 0
-  exhibit = write.Exhibit(config, mesh, num_samples) if num_samples else None
+  exhibit = write.PreviewSampler(config, mesh, num_samples) if num_samples else None
   data = TrainLoader(config, rows_of_processes(mesh, config.train.batch_size), jax.process_index())
   splits.check_held_out(config)
   startup.done("data")
@@ -93,7 +93,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
         workdir,
         first_step=int(state.step),
         total_steps=config.train.steps,
-        bits_name="bits/dim" if data.task.unit == "bits_per_dim" else "bits/token",
+        bits_name=units.UNITS[data.task.unit].token_loss,
         settings=settings,
       )
       with log, _Profile(config.train.profile_at, workdir / "profile") as profile:
@@ -120,7 +120,7 @@ class _Run:
   mesh: jax.sharding.Mesh
   train_step: Callable
   evaluator: evaluate.Evaluator
-  exhibit: write.Exhibit | None
+  exhibit: write.PreviewSampler | None
   checkpointer: checkpoint.Checkpointer
   signals: signals.Signals
   log: metrics.MetricsLog
@@ -158,10 +158,10 @@ class _Run:
       if evaluates or stop or step % train.checkpoint_every == 0:
         self._report(*pending)  # before saving: a loss that is not finite is never saved
         pending = None
+        self.log.flush()
         self.checkpointer.save(state, data)
         if evaluates and not stop:
           result = self._evaluate(state.params, step)
-        self.log.flush()
     return state, result
 
   def _is_evaluated_at(self, step: int) -> bool:
@@ -207,6 +207,8 @@ class _Run:
     except Exception as error:
       self._check_is_common(error)
       if step >= self.config.train.steps:
+        if isinstance(error, TransientError):
+          raise
         raise InputError(
           f"Training is complete and step {step} is saved, but its evaluation failed: {_describe(error)} Score it with"
           " --mode=eval, or run the same command again."

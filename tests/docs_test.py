@@ -15,6 +15,7 @@ import pytest
 from flax import linen as nn
 
 from perceiver_ar_jax.config import Config, DataConfig, OptimizerConfig
+from perceiver_ar_jax.data import units
 from perceiver_ar_jax.models import architectures, attention, perceiver_ar, positions
 from perceiver_ar_jax.training import optimizer
 from tests import tiny
@@ -158,6 +159,13 @@ def test_the_optimizer_and_the_schedule_of_the_snippets_update_weights(monkeypat
   updates, _ = rule.update({"kernel": jnp.ones(3)}, rule.init(weights), weights)
   np.testing.assert_allclose(updates["kernel"], -0.5)
   np.testing.assert_allclose(optimizer.make_schedule(config, 4)(4), 0.1)
+
+
+def test_the_unit_of_the_snippet_is_computed_and_printed(monkeypatch):
+  monkeypatch.setattr(units, "UNITS", dict(units.UNITS))
+  exec(_snippet('UNITS["perplexity"]'), dict(vars(units)))
+  values = units.compute_all(units.ScoredSums(tokens=2, nats=2 * np.log(5), correct=0), "perplexity")
+  assert units.UNITS["perplexity"].summary.format_map(values) == "perplexity 5 per token"
 
 
 def test_the_model_of_the_snippet_caps_its_logits(monkeypatch):

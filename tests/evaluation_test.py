@@ -13,9 +13,9 @@ import pytest
 
 from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data import splits, texts
+from perceiver_ar_jax.data import splits, texts, units
 from perceiver_ar_jax.data.documents import Document, Unreadable
-from perceiver_ar_jax.evaluation import evaluate, figures
+from perceiver_ar_jax.evaluation import evaluate, metrics
 from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.parallel.mesh import make_mesh
@@ -37,7 +37,7 @@ def test_block_evaluation_matches_the_reference():
   """The reference's windows, moved to the right edge, with weights on the newest `block` targets of each."""
   case, config, params = _golden_model()
   num_latents, block = config.model.num_latents, int(case["eval_block/eval_block_size"])
-  step, totals = jax.jit(evaluate.make_eval_step(config)), figures.Totals()
+  step, totals = jax.jit(evaluate.make_eval_step(config)), metrics.Totals()
   names = ("inputs", "input_idxs", "targets", "input_lengths")
   for inputs, positions, targets, lengths in zip(*(case[f"eval_block/{name}"] for name in names)):
     counts = (inputs > 0).sum(axis=1)
@@ -58,7 +58,7 @@ def test_incremental_evaluation_matches_the_reference():
   targets[:, -1] = events[np.arange(4), counts]
   inputs = np.where(np.arange(48) < counts[:, None], events[:, :-1], 0)
   weights = (targets > 0).astype(np.float32)
-  totals = figures.Totals()
+  totals = metrics.Totals()
   totals.add(
     jax.jit(evaluate.make_eval_step(config))(params, _rows(inputs, positions[:, :-1], targets, weights, counts))
   )
@@ -77,8 +77,8 @@ def _rows(inputs, positions, targets, weights, counts) -> dict:
   }
 
 
-def _compare(totals: figures.Totals, case: golden.Case, name: str) -> None:
-  result, tokens = totals.figures("nats_per_token"), case[f"{name}/eval_num_examples"]
+def _compare(totals: metrics.Totals, case: golden.Case, name: str) -> None:
+  result, tokens = totals.metrics("nats_per_token"), case[f"{name}/eval_num_examples"]
   assert result["num_tokens"] == tokens
   np.testing.assert_allclose(result["nats_per_token"] * tokens, case[f"{name}/eval_loss"], rtol=1e-5)
   assert round(result["accuracy"] * tokens) == case[f"{name}/eval_accuracy"]
@@ -97,9 +97,9 @@ def test_tokens_are_divided_by_place_in_the_document_and_by_context_seen():
     "document": np.array([0, 1], np.int32),
     "end": np.array([65, 18], np.int32),  # targets are events 61 to 64, and 15 to 17
   }
-  totals = figures.Totals()
+  totals = metrics.Totals()
   totals.add(jax.jit(evaluate.make_eval_step(config))(params, batch))
-  result, nats = totals.figures("nats_per_token"), pytest.approx(math.log(259))
+  result, nats = totals.metrics("nats_per_token"), pytest.approx(math.log(259))
   assert result["by_position"] == [
     {"from": 0, "to": 16, "num_tokens": 1, "nats_per_token": nats},
     {"from": 16, "to": 32, "num_tokens": 2, "nats_per_token": nats},
@@ -109,27 +109,47 @@ def test_tokens_are_divided_by_place_in_the_document_and_by_context_seen():
   assert [(bucket["from"], bucket["num_tokens"]) for bucket in result["by_context"]] == [(0, 3), (16, 3), (32, 1)]
 
 
-def test_the_interval_treats_documents_as_what_was_drawn():
+def test_the_interval_treats_documents_as_the_random_sample():
   sums = {
     "document": np.array([0, 1, 1, -1]),
     "nats": np.array([2.0, 3.0, 1.0, 9.0]),
-    "right": np.array([1.0, 0, 0, 9]),
+    "correct": np.array([1.0, 0, 0, 9]),
     "tokens": np.array([1.0, 0.5, 0.5, 9]),
     "histogram": np.array([0, 0, 0, 1.0, 1.0]),
     **{f"{what}_by_{name}": np.ones((4, 25)) for what in ("nats", "tokens") for name in ("position", "context")},
   }
-  totals = figures.Totals()
+  totals = metrics.Totals()
   totals.add(sums)
-  result = totals.figures("bits_per_dim")
+  result = totals.metrics("bits_per_dim")
   # Two documents of one token each cost 2 and 4: standard error 1, times the 97.5% point of Student's t for one
   # degree of freedom, 12.706.
   assert result["nats_per_token"] == 3 and result["num_documents"] == 2 and result["num_windows"] == 3
   np.testing.assert_allclose(result["interval_95"]["nats_per_token"], [3 - 12.7062, 3 + 12.7062], rtol=1e-5)
   np.testing.assert_allclose(result["interval_95"]["bits_per_dim"], np.array([-9.7062, 15.7062]) / np.log(2), rtol=1e-5)
   assert result["accuracy"] == 0.5
-  alone = figures.Totals()
+  alone = metrics.Totals()
   alone.add({name: value[:1] if name != "histogram" else value for name, value in sums.items()})
-  assert alone.figures("bits_per_dim")["interval_95"] is None
+  assert alone.metrics("bits_per_dim")["interval_95"] is None
+
+
+def test_every_unit_is_computed_and_printed():
+  sums = units.ScoredSums(tokens=4, nats=8 * math.log(2), correct=1, words=2, bytes=16)
+  expected = {
+    "nats_per_token": (2 * math.log(2), "1.386 nats/token, 2.000 bits/token"),
+    "bits_per_token": (2, "2.000 bits/token"),
+    "bits_per_dim": (2, "2.000 bits/dim"),
+    "bits_per_byte": (0.5, "0.500 bits/byte, 2.000 bits/token"),
+    "word_perplexity": (16, "perplexity 16 per word, 2.000 bits/token"),
+    "accuracy": (0.25, "2.000 bits/token"),
+  }
+  assert list(expected) == list(units.UNITS)
+  for name, (value, summary) in expected.items():
+    values = units.compute_all(sums, name)
+    assert values[name] == pytest.approx(value)
+    assert units.UNITS[name].summary.format_map(values) == summary
+  assert "bits_per_dim" not in units.compute_all(sums, "bits_per_byte")
+  without_text = units.compute_all(sums._replace(words=0, bytes=0), "bits_per_dim")
+  assert list(without_text) == ["nats_per_token", "bits_per_token", "bits_per_dim", "accuracy"]
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +159,15 @@ def trained(tmp_path_factory):
   return workdir
 
 
-def test_the_figures_do_not_depend_on_the_batch_and_lie_in_a_file(trained):
+def test_metrics_do_not_depend_on_the_batch_size_and_are_written_to_a_file(trained):
   results = [
     evaluate.evaluate(tiny.config(eval__batch_size=size, eval__stride=5, eval__max_sequences=7), trained)
     for size in (1, 3, 64)
   ]
   assert results[0]["num_tokens"] == 7 * 16  # the mirrored half and EOS of each
   for result in results[1:]:
-    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(results[0]), strict=True):
-      assert one == (other if isinstance(other, str) else pytest.approx(other, rel=1e-6))
+    for value, expected in zip(jax.tree.leaves(result), jax.tree.leaves(results[0]), strict=True):
+      assert value == (expected if isinstance(expected, str) else pytest.approx(expected, rel=1e-6))
   assert (trained / "eval-validation-12.json").exists()
 
 
@@ -158,7 +178,7 @@ def test_the_entropy_of_the_histogram_is_that_of_its_frequencies(trained):
   def one_batch(params, batch):
     histogram = np.zeros(259, np.float32)
     histogram[[3, 4, 5]] = [2, 1, 1]
-    rows = {"document": np.int32([0]), "nats": np.float32([4]), "right": np.float32([1]), "tokens": np.float32([4])}
+    rows = {"document": np.int32([0]), "nats": np.float32([4]), "correct": np.float32([1]), "tokens": np.float32([4])}
     names = [f"{what}_by_{name}" for what in ("nats", "tokens") for name in ("position", "context")]
     return {**rows, "histogram": histogram, **{name: np.ones((1, 25)) for name in names}}
 

@@ -1,4 +1,4 @@
-"""Generation: cached against whole passes and against the reference, contexts that begin anew, rows that do not mix."""
+"""Generation with a cache against full passes and the published implementation; rows do not influence each other."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
 from perceiver_ar_jax.sampling import generate
 from tests import golden
 
-GREEDY = generate.Settings(temperature=0.0)
+GREEDY = generate.SamplingSettings(temperature=0.0)
 VOCAB = 24
 
 
 def model(**more):
-  """(config, params with logits that are not zero) of a small model."""
+  """Returns (config, params with logits that are not zero) of a small model."""
   settings = dict(
     vocab_size=VOCAB,
     max_context=40,
@@ -51,31 +51,31 @@ def right_aligned(prompts, length, first_position=1):
 
 
 def blocks(config, params, prompts, kepts, *, settings=GREEDY, seed=0, exact=False, allowed=None):
-  """(tokens_BxN, logits_BxNxV) after the prompts, in one block for each number of latents to keep."""
+  """Returns (tokens_BxN, logits_BxNxV) after the prompts, from one block for each number of kept latents."""
   tokens, positions = right_aligned(prompts, config.max_context)
   begin = jax.jit(functools.partial(generate.begin, config, cached=not exact))
   state = begin(params, tokens, positions, np.zeros(len(prompts), bool), np.int32(0))
   allowed = np.ones((1, config.vocab_size), bool) if allowed is None else allowed
   ends = np.array([len(prompt) for prompt in prompts])
-  compiled, found, done = {}, [], 0
+  compiled, results, done = {}, [], 0
   for kept in kepts:
     length = config.num_latents - kept + 1
     function = generate.exact_block if exact else functools.partial(generate.cached_block, kept=kept)
     block = compiled.setdefault(kept, jax.jit(functools.partial(function, config)))
     places = (ends[:, None] + 1 + done + np.arange(length)).astype(np.int32)
     group = (done + np.arange(length)) % len(allowed)
-    plan = generate.Plan(places[..., None], np.broadcast_to(group.astype(np.int32), places.shape), allowed)
+    plan = generate.BlockPlan(places[..., None], np.broadcast_to(group.astype(np.int32), places.shape), allowed)
     keys = generate.row_keys(seed, np.arange(len(prompts)))
     state, *new = block(params=params, state=state, plan=plan, settings=settings, keys_B=keys)
-    found.append(jax.tree.map(np.asarray, new))
+    results.append(jax.tree.map(np.asarray, new))
     done += length
-  return tuple(np.concatenate(parts, axis=1) for parts in zip(*found))
+  return tuple(np.concatenate(parts, axis=1) for parts in zip(*results))
 
 
 PROMPTS = [[2, 5, 6, 7, 8, 9, 10, 11, 12, 13], [2, 9, 4]]
 
 
-def test_with_all_latents_computed_anew_for_each_token_the_cache_changes_nothing():
+def test_the_cache_is_exact_if_all_latents_are_recomputed_for_each_token():
   config, params = model()
   cached = blocks(config, params, PROMPTS, [8] * 30)
   exact = blocks(config, params, PROMPTS, [8] * 30, exact=True)
@@ -84,9 +84,9 @@ def test_with_all_latents_computed_anew_for_each_token_the_cache_changes_nothing
 
 
 @pytest.mark.parametrize("encoding", ["rotary", "learned"])
-def test_every_token_is_what_a_whole_pass_over_the_latents_in_the_cache_predicts(encoding):
-  # After a refill of 5, the first token comes of 5 latents, the next of 6, and so on: given the same latents, the
-  # cached logits are those of a whole pass, also after refills and with a second cross-attend between layers.
+def test_cached_logits_equal_a_full_pass_over_the_latents_in_the_cache(encoding):
+  # After a refill of 5, the first token is predicted by 5 latents, the next by 6, and so on. Cached logits are those of a
+  # full pass over as many latents, also after refills and with a second cross-attend between layers.
   sizes = {} if encoding == "rotary" else {"position_sizes": (60,)}
   config, params = model(position_encoding=encoding, cross_attend_after=(0,), **sizes)
   kept = 5
@@ -102,15 +102,15 @@ def test_every_token_is_what_a_whole_pass_over_the_latents_in_the_cache_predicts
 
 def test_rows_do_not_depend_on_their_neighbours():
   config, params = model()
-  drawn = generate.Settings(temperature=1.0, top_k=10, top_p=0.9)
+  drawn = generate.SamplingSettings(temperature=1.0, top_k=10, top_p=0.9)
   run = functools.partial(blocks, config, params, kepts=[5] * 6, settings=drawn)
   together, _ = run(PROMPTS)
   alone, _ = run(PROMPTS[:1])
   np.testing.assert_array_equal(together[:1], alone)
   again, _ = run(PROMPTS)
   np.testing.assert_array_equal(together, again)
-  other, _ = run(PROMPTS, seed=1)
-  assert not np.array_equal(together, other)
+  with_another_seed, _ = run(PROMPTS, seed=1)
+  assert not np.array_equal(together, with_another_seed)
 
 
 def test_positions_that_count_from_the_last_token_are_cached_where_only_differences_matter():
@@ -121,10 +121,10 @@ def test_positions_that_count_from_the_last_token_are_cached_where_only_differen
   state = begin(params, tokens, -positions, np.zeros(1, bool), np.int32(0))
   count = len(PROMPTS[0])
   places = -np.arange(count + 1, count + 5, dtype=np.int32)[None, :, None]
-  plan = generate.Plan(jnp.asarray(places), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, VOCAB), bool))
+  plan = generate.BlockPlan(jnp.asarray(places), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, VOCAB), bool))
   block = jax.jit(functools.partial(generate.cached_block, relative, 5))
-  _, found, logits = block(params, state, plan, GREEDY, generate.row_keys(0, np.arange(1)))
-  sequence = PROMPTS[0] + np.asarray(found)[0].tolist()
+  _, tokens, logits = block(params, state, plan, GREEDY, generate.row_keys(0, np.arange(1)))
+  sequence = PROMPTS[0] + np.asarray(tokens)[0].tolist()
   for index in range(4):
     inputs, _ = right_aligned([sequence[: count + index]], config.max_context)
     expected = PerceiverAR(relative).apply({"params": params}, inputs, num_latents=5 + index)
@@ -136,14 +136,14 @@ def test_only_allowed_tokens_are_drawn_and_never_padding():
   allowed = np.zeros((3, VOCAB), bool)
   for place, ids in enumerate(([0, 7], [0, 8, 9], [0, 10])):
     allowed[place, ids] = True
-  tokens, _ = blocks(config, params, PROMPTS, [6] * 8, settings=generate.Settings(), allowed=allowed)
+  tokens, _ = blocks(config, params, PROMPTS, [6] * 8, settings=generate.SamplingSettings(), allowed=allowed)
   assert set(tokens[:, 0::3].ravel()) == {7} and set(tokens[:, 2::3].ravel()) == {10}
   assert set(tokens[:, 1::3].ravel()) == {8, 9}
 
 
-def test_after_its_end_a_row_is_padding_and_its_neighbour_goes_on():
+def test_after_its_end_a_row_is_padding_and_other_rows_continue():
   config, params = model()
-  tokens, _ = blocks(config, params, PROMPTS, [6] * 10, settings=generate.Settings(temperature=1.5))
+  tokens, _ = blocks(config, params, PROMPTS, [6] * 10, settings=generate.SamplingSettings(temperature=1.5))
   ends = [row.tolist().index(1) if 1 in row else None for row in tokens]
   assert any(end is not None for end in ends), "no row ends: choose another seed"
   for row, end in zip(tokens, ends):
@@ -152,12 +152,12 @@ def test_after_its_end_a_row_is_padding_and_its_neighbour_goes_on():
 
 
 def draws(logits, count=4000, **settings):
-  """How often each token is drawn."""
-  state = generate.State(None, np.zeros(count, bool), jnp.int32(0))
+  """Returns the share of draws of each token."""
+  state = generate.DecodeState(None, np.zeros(count, bool), jnp.int32(0))
   rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-  plan = generate.Plan(None, np.zeros((count, 1), np.int32), jnp.ones((1, len(logits)), bool))
+  plan = generate.BlockPlan(None, np.zeros((count, 1), np.int32), jnp.ones((1, len(logits)), bool))
   keys = generate.row_keys(0, np.arange(count))
-  drawn, _ = generate._draw(rows, plan, 0, generate.Settings(**settings), keys, state)
+  drawn, _ = generate._draw(rows, plan, 0, generate.SamplingSettings(**settings), keys, state)
   return np.bincount(drawn, minlength=len(logits)) / count
 
 
@@ -173,8 +173,8 @@ def test_temperature_top_k_and_top_p_shape_the_draws():
 
 
 @pytest.mark.parametrize("mode", ["uncached", "cached"])
-def test_the_reference_draws_the_same(mode):
-  # With its cache it starts with a single latent at the prompt's end, fills its cache of 16, and then keeps 8 of them.
+def test_tokens_equal_those_of_the_published_implementation(mode):
+  # With its cache, it starts from one latent at the end of the prompt, fills a cache of 16, and then keeps 8 of them.
   case = golden.Case("sample_rotary_z16")
   config, params = haiku.convert(case.tree("params"), case.kwargs)
   start, steps = int(case["start_step"]), int(case["num_steps"])

@@ -1,4 +1,4 @@
-"""Samples in Python and by command: prompts of every kind, contexts that begin anew, devices, mistakes."""
+"""Samples in Python and from the command line: all kinds of prompts, long samples, several devices, mistakes."""
 
 import concurrent.futures
 import dataclasses
@@ -39,7 +39,7 @@ def resolve(module, data=None, model=None, sample=None):
 
 
 def sampler(config) -> Sampler:
-  """Of random weights whose logits are not zero."""
+  """Returns a sampler of random weights whose logits are not zero."""
   tokens = np.ones((1, config.model.num_latents), np.int32)
   positions = np.ones((*tokens.shape, len(config.model.position_sizes) or 1), np.int32)
   params = nn.unbox(jax.jit(make_model(config.model).init)(jax.random.key(0), tokens, positions))["params"]
@@ -50,35 +50,34 @@ def sampler(config) -> Sampler:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-  """A model of bytes, whose own data are a text to train on and an empty one to hold out."""
+  """A model of bytes whose task has a training text and an empty held-out text."""
   folder = tmp_path_factory.mktemp("texts")
   for name, content in (("a", "some"), ("b", "")):
     (folder / f"{name}.txt").write_text(content)
   return sampler(resolve(text_files, dict(files=str(folder), validation_files=str(folder / "b.txt"))))
 
 
-def test_a_text_goes_on_through_many_contexts_and_compiles_once(text):
+def test_a_sample_continues_through_many_contexts_and_compiles_once(text):
   long = text("Once", length=200, num_samples=3, batch_size=3, seed=5)
-  for one in long:
-    assert one.value.startswith("Once") and one.events[0] == SOS
-    assert one.num_new == 200 or one.events[-1] == EOS
-    assert (one.events[1:-1] >= NUM_SPECIAL).all()
-  assert max(one.num_new for one in long) > 2 * text.config.model.max_context
+  for sample in long:
+    assert sample.value.startswith("Once") and sample.events[0] == SOS
+    assert sample.num_new == 200 or sample.events[-1] == EOS
+    assert (sample.events[1:-1] >= NUM_SPECIAL).all()
+  assert max(sample.num_new for sample in long) > 2 * text.config.model.max_context
   again = text("Once", length=200, num_samples=3, batch_size=3, seed=5)
-  assert [one.value for one in again] == [one.value for one in long]
+  assert [sample.value for sample in again] == [sample.value for sample in long]
   assert text("Once", length=50, num_samples=3, batch_size=3, seed=6)[0].value != long[0].value[:54]
   text("Another beginning, of another length.", length=20, num_samples=3, batch_size=3, temperature=0.5, top_k=7)
-  compiled = [function for name, function in text._compiled.items() if name[0] == "block"]
-  assert len(compiled) == 1 and compiled[0]._cache_size() == 1
+  assert len([name for name, *_ in text._compiled if name == "block"]) == 1
 
 
-def test_samples_do_not_depend_on_how_many_are_made_at_a_time(text):
+def test_samples_do_not_depend_on_the_batch_size(text):
   together = text("Ab", length=60, num_samples=3, batch_size=3)
   one_by_one = text("Ab", length=60, num_samples=3, batch_size=1)
-  assert [one.value for one in together] == [one.value for one in one_by_one]
+  assert [sample.value for sample in together] == [sample.value for sample in one_by_one]
 
 
-def test_the_cache_is_exact_where_all_latents_go_through_the_layers_each_time(text):
+def test_the_cache_is_exact_if_all_latents_are_recomputed_for_each_token(text):
   config = dataclasses.replace(text.config, sample=dataclasses.replace(text.config.sample, kept_latents=16))
   cached = Sampler(config, text.params)("Once", length=100, num_samples=2, temperature=0)
   config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, cache=False))
@@ -105,7 +104,7 @@ def test_likelihoods_of_given_texts(text):
   assert text.score("What is the likelihood of this?") == result
 
 
-def test_a_file_without_a_text_is_told_and_one_of_spaces_scored(text, tmp_path):
+def test_an_empty_file_is_refused_and_one_of_spaces_is_scored(text, tmp_path):
   (tmp_path / "empty").write_text("")
   with pytest.raises(InputError, match="empty is empty"):
     text.score(tmp_path / "empty")
@@ -283,13 +282,13 @@ def test_a_picture_is_completed_from_its_top_half(tmp_path):
     PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
   model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned", positions_from_data=True)
   config = resolve(image_files, dict(files=str(tmp_path), image_size=8), model)
-  made = sampler(config)(tmp_path / "*.png", num_samples=5, batch_size=5)
-  assert [len(one.events) for one in made] == [193] * 5
+  samples = sampler(config)(tmp_path / "*.png", num_samples=5, batch_size=5)
+  assert [len(sample.events) for sample in samples] == [193] * 5
   given = np.asarray(PIL.Image.open(tmp_path / "1.png"))
-  np.testing.assert_array_equal(made[1].value[:4], given[:4])
-  assert (made[1].value[4:] != given[4:]).mean() > 0.9
-  assert write.picture(made[0]).shape == (128, 128, 3)
-  sheet = write.grid(made)  # 4 rows: the given half, up to 2 completions, the original
+  np.testing.assert_array_equal(samples[1].value[:4], given[:4])
+  assert (samples[1].value[4:] != given[4:]).mean() > 0.9
+  assert write.picture(samples[0]).shape == (128, 128, 3)
+  sheet = write.grid(samples)  # 4 rows: the given half, up to 2 completions, the original
   assert sheet.shape == (4 * 130 + 2, 4 * 130 + 2, 3)
 
 
@@ -297,21 +296,21 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   notes = [music.Note(60 + index, 64, 0.1 * index, 0.1 * index + 0.1) for index in range(6)]
   (tmp_path / "a.mid").write_bytes(music.to_midi(notes))
   config = resolve(midi_files, dict(files=str(tmp_path)), dict(num_cross_heads=1, rotary_fraction=0.5))
-  (one,) = sampler(config)(tmp_path / "a.mid", num_samples=1, length=40)
-  assert [note.pitch for note in one.value][:6] == [60, 61, 62, 63, 64, 65] and one.num_new > 0
-  files = write.write(epath.Path(tmp_path), [one], "made")
-  assert {"made-0.mid", "made-0.png"} <= set(files[0])
-  assert music.read_notes((tmp_path / "made-0.mid").read_bytes())
+  (sample,) = sampler(config)(tmp_path / "a.mid", num_samples=1, length=40)
+  assert [note.pitch for note in sample.value][:6] == [60, 61, 62, 63, 64, 65] and sample.num_new > 0
+  files = write.write_files(epath.Path(tmp_path), [sample], "new")
+  assert {"new-0.mid", "new-0.png"} <= set(files[0])
+  assert music.read_notes((tmp_path / "new-0.mid").read_bytes())
 
   from configs import audio_codes
 
   np.save(tmp_path / "a.npy", np.arange(20).reshape(10, 2) % 8)
   data = dict(files=str(tmp_path), codebook_size=8, code_levels=2, min_crop=1)
   config = resolve(audio_codes, data, dict(max_context=30, vocab_size=19))
-  (one,) = sampler(config)(tmp_path / "a.npy", num_samples=1, length=50, prompt_tokens=8)
-  levels = (one.events[1:] - NUM_SPECIAL) // 8
+  (sample,) = sampler(config)(tmp_path / "a.npy", num_samples=1, length=50, prompt_tokens=8)
+  levels = (sample.events[1:] - NUM_SPECIAL) // 8
   np.testing.assert_array_equal(levels, np.arange(57) % 2)
-  assert one.value.shape == (28, 2)
+  assert sample.value.shape == (28, 2)
 
 
 @pytest.fixture(scope="module")
@@ -337,9 +336,9 @@ def trained(tmp_path_factory):
 
 
 def test_a_trained_model_copies_through_its_cache(trained):
-  made = Sampler.from_workdir(trained)("data", num_samples=128, batch_size=128, temperature=0)
-  rights = [(one.events[17:32] == one.prompt.original[17:32]).mean() for one in made]
-  assert np.mean(rights) > 0.99
+  samples = Sampler.from_workdir(trained)("data", num_samples=128, batch_size=128, temperature=0)
+  accuracies = [(sample.events[17:32] == sample.prompt.original[17:32]).mean() for sample in samples]
+  assert np.mean(accuracies) > 0.99
   from tensorboard.backend.event_processing import event_accumulator
 
   events = event_accumulator.EventAccumulator(str(trained), size_guidance={"tensors": 0})
@@ -349,14 +348,14 @@ def test_a_trained_model_copies_through_its_cache(trained):
 CHECK = """
 import sys, numpy as np
 from perceiver_ar_jax.sampling.sampler import Sampler
-made = Sampler.from_workdir(sys.argv[1])("data", num_samples=6, batch_size=6, temperature=0.7)
-print("EVENTS", np.stack([one.events for one in made]).tolist())
+samples = Sampler.from_workdir(sys.argv[1])("data", num_samples=6, batch_size=6, temperature=0.7)
+print("EVENTS", np.stack([sample.events for sample in samples]).tolist())
 """
 
 
-def test_eight_devices_draw_what_one_draws(trained, tmp_path):
-  one = Sampler.from_workdir(trained)("data", num_samples=6, batch_size=6, temperature=0.7)
-  expected = [made.events.tolist() for made in one]
+def test_eight_devices_draw_the_same_as_one(trained, tmp_path):
+  samples = Sampler.from_workdir(trained)("data", num_samples=6, batch_size=6, temperature=0.7)
+  expected = [sample.events.tolist() for sample in samples]
   config = json.loads((trained / "config.json").read_text())
   (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
   config["mesh"] = {"data": 2, "fsdp": 2, "tensor": 1, "context": 2}
@@ -367,7 +366,7 @@ def test_eight_devices_draw_what_one_draws(trained, tmp_path):
   assert json.loads(line.removeprefix("EVENTS ")) == expected
 
 
-def test_the_command_writes_samples_and_says_what_is_wrong(trained, tmp_path):
+def test_the_command_writes_samples_and_a_missing_run_is_an_error(trained, tmp_path):
   result = tiny.run(
     trained,
     "--mode=sample",

@@ -150,7 +150,7 @@ def test_failing_samples_cost_no_step(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "checkpoints" / "4" / "metrics").is_dir(), "the step and its metrics were to be saved first"
     raise ValueError("a bug in sampling")
 
-  monkeypatch.setattr(write.Exhibit, "__call__", fail)
+  monkeypatch.setattr(write.PreviewSampler, "__call__", fail)
   assert loop.train(tiny.config(eval__every=4, eval__num_samples=1), tmp_path) == 0
   messages = capfd.readouterr().err
   assert "No samples of step 4 were drawn: ValueError: a bug in sampling" in messages and "Traceback" in messages
@@ -162,7 +162,7 @@ def test_samples_are_drawn_for_one_device_and_fit_its_memory(tmp_path, monkeypat
   monkeypatch.setattr(metrics.MetricsLog, "write_samples", lambda self, step, samples: drawn.append(len(samples)))
   assert loop.train(tiny.config(eval__num_samples=None, train__steps=3), tmp_path / "default") == 0
   assert drawn == [2]
-  monkeypatch.setattr(write.Exhibit, "compile", lambda self, params: 2**60)
+  monkeypatch.setattr(write.PreviewSampler, "compile", lambda self, params: 2**60)
   with pytest.raises(InputError, match="3 samples .* needs 1073741824.0 GiB on each device.*eval.num_samples=0"):
     loop.train(tiny.config(eval__num_samples=3, train__steps=3), tmp_path / "large")
   assert not (tmp_path / "large" / "checkpoints").exists()

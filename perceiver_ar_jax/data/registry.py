@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.sources import CachedSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
@@ -36,7 +36,6 @@ PREFETCH = 64
 """Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
 _TF_THREADS = 8
 """Threads that read and decode records, in TensorFlow."""
-UNITS = ("accuracy", "bits_per_byte", "bits_per_dim", "nats_per_token", "word_perplexity")
 MODALITIES = ("audio", "copy", "image", "music", "text", "video")
 
 Record = Mapping[str, Any]
@@ -55,7 +54,7 @@ class Task:
   modality: str
   """The kind of its documents: one of MODALITIES."""
   unit: str
-  """The task's own metric: one of UNITS."""
+  """The unit of its held-out loss: one of units.UNITS."""
   vocab_size: int
   """Number of event ids, PAD, EOS and SOS included."""
   decode: Callable[[np.ndarray], Any]
@@ -86,7 +85,7 @@ class Task:
   """Indices int[n] in a document -> their groups int[n]."""
 
   def __post_init__(self):
-    for field, known in (("unit", UNITS), ("modality", MODALITIES)):
+    for field, known in (("unit", units.UNITS), ("modality", MODALITIES)):
       value = getattr(self, field)
       if value not in known:
         raise ValueError(f"{field}={value!r} is unknown. {nearest(value, known)}")

@@ -1,11 +1,10 @@
 """Scores held-out sequences: every token once, in blocks of `stride` new tokens with as much context as fits.
 
-This is how the paper measures likelihood: a smaller stride gives each token more context and needs more windows.
-data/splits.py makes the windows; this module computes metrics from logits.
+The paper measures likelihood this way: a smaller stride gives each token more context and needs more windows.
+data/splits.py provides the windows, this module the sums over each batch, and metrics.py the metrics of a split.
 """
 
 import json
-import math
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +17,13 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
-from perceiver_ar_jax.data import splits
+from perceiver_ar_jax.data import splits, units
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.features import Batch
 from perceiver_ar_jax.data.loader import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
-from perceiver_ar_jax.evaluation import figures
+from perceiver_ar_jax.evaluation import metrics
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import distributed, sharding
@@ -34,14 +33,15 @@ from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 _SILENT_SECONDS = 5
+"""An evaluation that takes no longer shows no progress bar."""
 
 
 def make_eval_step(config: Config):
   """Returns the pure function (params, batch) -> sums, for batches of splits.eval_batches.
 
-  By row: `document` int32[B], and float32[B] `nats`, `right` and `tokens`. By row and bucket, float32[B, K] each:
-  `nats_by_position` and `tokens_by_position` of the targets by their place in the document, `nats_by_context` and
-  `tokens_by_context` by how many inputs each was predicted from. Over all rows: `histogram` float32[V], the
+  By row: `document` int32[B], and float32[B] `nats`, `correct` and `tokens`. By row and bucket, float32[B, K] each:
+  `nats_by_position` and `tokens_by_position` by the index of a target in its document, `nats_by_context` and
+  `tokens_by_context` by the number of inputs that it is predicted from. Over all rows: `histogram` float32[V], the
   scored targets by token id, and `words` and `bytes` of texts.
   """
   model = make_model(config.model)
@@ -63,15 +63,15 @@ def make_eval_step(config: Config):
     sums = {
       "document": batch["document"],
       "nats": nats_BxM.sum(axis=1),
-      "right": (losses.correct * weights_BxM).sum(axis=1),
+      "correct": (losses.correct * weights_BxM).sum(axis=1),
       "tokens": weights_BxM.sum(axis=1),
       "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
       **{name: batch[name].sum() for name in ("words", "bytes") if name in batch},
     }
     last_B = {"position": batch["end"] - 1, "context": (batch["inputs"] > 0).sum(axis=1)}
-    for name, of_last_B in last_B.items():
-      bucket_BxM = jnp.searchsorted(jnp.array(figures.EDGES), of_last_B[:, None] - before_last_1xM, side="right") - 1
-      inside_KxBxM = bucket_BxM[None] == jnp.arange(len(figures.EDGES))[:, None, None]
+    for name, index_B in last_B.items():
+      bucket_BxM = jnp.searchsorted(jnp.array(metrics.EDGES), index_B[:, None] - before_last_1xM, side="right") - 1
+      inside_KxBxM = bucket_BxM[None] == jnp.arange(len(metrics.EDGES))[:, None, None]
       sums[f"nats_by_{name}"] = jnp.where(inside_KxBxM, nats_BxM[None], 0).sum(axis=2).T
       sums[f"tokens_by_{name}"] = jnp.where(inside_KxBxM, weights_BxM[None], 0).sum(axis=2).T
     return sums
@@ -79,11 +79,10 @@ def make_eval_step(config: Config):
   return eval_step
 
 
-class _Progress:
+class _EvalProgress:
   """A progress bar over scored tokens, shown once an evaluation has taken 5 seconds.
 
-  The total is extrapolated from the documents opened so far to all of them: exact for a single document and for
-  documents of one length, an estimate for others.
+  The total is extrapolated from the documents opened so far: exact for documents of equal length.
   """
 
   def __init__(self, num_documents: int | None):
@@ -99,7 +98,7 @@ class _Progress:
       disable=jax.process_index() > 0,
     )
 
-  def __enter__(self) -> "_Progress":
+  def __enter__(self) -> "_EvalProgress":
     return self
 
   def __exit__(self, *unused) -> None:
@@ -129,7 +128,7 @@ def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
     batch = next(batches, None)
   except InputError as input_error:
     error = input_error
-  except Exception as any_error:  # of whatever library reads the data
+  except Exception as any_error:  # of any library that reads the data
     traceback.print_exc()
     error = InputError(f"Held-out data cannot be read ({type(any_error).__name__}: {any_error}).")
   if distributed.maximum(error is not None):
@@ -157,26 +156,24 @@ class Evaluator:
     should_stop: Callable[[], bool] = lambda: False,
     documents: Sequence[tuple[Task, Document]] | None = None,
   ) -> dict | None:
-    """Returns nats, bits and the task's own unit per token over the whole split; None if `should_stop` returned True.
+    """Returns the metrics of the whole split; None if `should_stop` returned True.
 
-    A progress bar appears after 5 seconds.
-
-    `histogram_entropy_bits` is the cost of a model that knows only how often each token occurs in the split.
-    `interval_95` has the ends of each metric's 95% interval, documents being the random sample; None for one document.
-    `by_position` and `by_context` divide the tokens by their place in the document (from 0), and by how many inputs
-    they were predicted from.
+    The loss is given in all units that apply (data/units.py). `histogram_entropy_bits` is the loss of a model that only
+    knows how often each token occurs in the split. `interval_95` contains the ends of each metric's 95% interval,
+    documents being the random sample; None for one document. `by_position` and `by_context` group the tokens by their
+    index in the document (from 0), and by the number of inputs that they were predicted from.
 
     Args:
       params: the weights.
       step: their step, for the result.
       should_stop: called once per batch, by all processes.
-      documents: score these instead of a split.
+      documents: scored instead of a split.
 
     Raises:
-      InputError: as splits.eval_documents and eval_batches, or no document can be read. All processes raise it,
-        whichever of them the cause occurred in.
+      InputError: as splits.eval_documents and eval_batches, or no document can be read. All processes raise it if one
+        of them cannot read its rows.
     """
-    config, totals = self._config, figures.Totals()
+    config, totals = self._config, metrics.Totals()
     size = config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
     if documents is None:
@@ -184,7 +181,7 @@ class Evaluator:
       documents = splits.eval_documents(config)
     else:
       num_documents = len(documents)
-    with jax.set_mesh(self._mesh), _Progress(num_documents) as progress:
+    with jax.set_mesh(self._mesh), _EvalProgress(num_documents) as progress:
       batches, pending = splits.eval_batches(config, progress.watch(documents), rows), None
       while (batch := _next_on_all(batches)) is not None:
         if should_stop():
@@ -205,39 +202,26 @@ class Evaluator:
       "step": step,
       "num_latents": num_latents,
       "stride": config.eval.stride or num_latents,
-      **totals.figures(task.unit),
+      **totals.metrics(task.unit),
       "unit": task.unit,
     }
 
   @staticmethod
   def describe(result: dict) -> str:
     """Returns one line: the metrics of the split, and the entropy of its tokens for comparison."""
-    bits, nats = f"{result['bits_per_token']:.3f} bits/token", result["unit"] == "nats_per_token"
-    entropy = result["histogram_entropy_bits"] * (math.log(2) if nats else 1)
-    own = {
-      "bits_per_dim": lambda value: f"{value:.3f} bits/dim",
-      "bits_per_byte": lambda value: f"{value:.3f} bits/byte, {bits}",
-      "word_perplexity": lambda value: f"perplexity {value:.4g} per word, {bits}",
-      "nats_per_token": lambda value: f"{value:.3f} nats/token",
-      "accuracy": lambda value: bits,
-    }[result["unit"]](result[result["unit"]])
     interval = " of one document"
     if result["interval_95"]:
       low, high = result["interval_95"][result["unit"]]
       interval = f" of {result['num_documents']:,} documents ({result['unit']} {low:.4g} to {high:.4g} with 95%)"
     return (
-      f"{result['split']} at step {result['step']}: {own}"
-      f" (entropy of its token histogram: {entropy:.3f} {'nats' if nats else 'bits'}),"
+      f"{result['split']} at step {result['step']}: {units.UNITS[result['unit']].summary.format_map(result)}"
+      f" (entropy of its token histogram: {result['histogram_entropy_bits']:.3f} bits),"
       f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens{interval}"
     )
 
   @staticmethod
   def write(result: dict, workdir: epath.Path) -> None:
-    """Writes eval-<split>-<step>.json; process 0 does.
-
-    Raises:
-      InputError: it cannot be written.
-    """
+    """Writes eval-<split>-<step>.json in process 0; raises InputError if that fails."""
     if jax.process_index():
       return
     path = workdir / f"eval-{result['split']}-{result['step']}.json"
@@ -247,7 +231,7 @@ class Evaluator:
 
 
 def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
-  """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`; changes nothing there.
+  """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, which is only read.
 
   Raises:
     InputError: the workdir has no readable checkpoint, or one of another model; or the devices do not fit the config.

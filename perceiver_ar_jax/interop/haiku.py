@@ -5,8 +5,7 @@
 writes the weights as step 0 of a run in DIR, which can be evaluated and trained further (fine-tuning). The file does
 not contain the architecture, so --config must describe the model it was trained with.
 
-A .dill file is a pickle, and a pickle is a program: read with dill, it can run anything. Here unpickle.py reads it,
-which rebuilds arrays and runs nothing.
+A .dill file is a pickle, which dill would execute. unpickle.py reads its arrays without running code from it.
 """
 
 import pathlib
@@ -31,7 +30,7 @@ from perceiver_ar_jax.training import workdir as workdir_lib
 
 _ACTIVATIONS = {"sq_relu": "squared_relu", "gelu": "gelu"}
 _ENCODINGS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
-# The official constructor's own defaults, for arguments that are left out.
+# Defaults of the official constructor.
 _DEFAULTS: dict[str, Any] = {
   "cross_attention_shape_for_attn": "kv",
   "input_embed_dim": 1024,
@@ -54,7 +53,7 @@ _DEFAULTS: dict[str, Any] = {
   "use_positions_from_data": False,
 }
 _MAX_PARAMETERS = 100_000
-"""Arrays that a checkpoint may have; the largest published model has some hundreds."""
+"""Arrays that a checkpoint may have; the largest published model has hundreds."""
 _REQUIRED = ("num_classes", "input_idx_size", "max_context_length", "position_encoding_type")
 # Options that are not supported, with the one value that can be converted.
 _UNSUPPORTED = {
@@ -91,17 +90,17 @@ def convert(
 
   Args:
     haiku_params: {module path: {name: array}} as in an official checkpoint; Dense weights `w` are [in, out].
-    model_kwargs: the official constructor's arguments, num_classes, input_idx_size and max_context_length included.
+    model_kwargs: arguments of the official constructor, including num_classes, input_idx_size and max_context_length.
 
   Raises:
     InputError: an option is not supported, or a parameter is missing.
   """
   config = _config(model_kwargs)
-  return config, params_of(haiku_params, config)[0]
+  return config, convert_params(haiku_params, config)[0]
 
 
 def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
-  """Returns (parameters by module path, training step) of an official checkpoint.dill, running nothing in it.
+  """Returns (parameters by module path, training step) of an official checkpoint.dill without running code from it.
 
   Raises:
     InputError: the file cannot be read, or is not such a checkpoint.
@@ -111,7 +110,7 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
       state = unpickle.load(file)
   except OSError as error:
     raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
-  except Exception as error:  # whatever a damaged or foreign file causes
+  except Exception as error:  # any error of a damaged or foreign file
     raise InputError(
       f"--checkpoint={path} is not a readable pickle: {error}. Give an official checkpoint.dill."
     ) from error
@@ -121,7 +120,7 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
   modules: list[Any] = list(params.values()) if isinstance(params, dict) else [None]
   are_arrays = (
     all(isinstance(module, dict) for module in modules)
-    and sum(map(len, modules)) <= _MAX_PARAMETERS  # modules may be one and the same, so a small file can have many
+    and sum(map(len, modules)) <= _MAX_PARAMETERS  # modules can share one dictionary, so a small file can have many
     and all(isinstance(value, np.ndarray) for module in modules for value in module.values())
   )
   if not are_arrays or not isinstance(step, (int, np.integer)):
@@ -132,8 +131,8 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
   return params, int(step)
 
 
-def params_of(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> tuple[dict, list[str]]:
-  """Returns (the parameters of `config`, names of official parameters that it does not use).
+def convert_params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> tuple[dict, list[str]]:
+  """Returns (the parameters of `config`, names of official parameters that are not used).
 
   Self-attention layers are stacked for nn.scan. Constant position tables, which official checkpoints contain as well,
   are ignored if they equal those of `config`.
@@ -294,7 +293,7 @@ def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.
   folder, mesh = epath.Path(workdir), make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
-  params, unused = params_of(haiku_params, config.model)
+  params, unused = convert_params(haiku_params, config.model)
   if unused:
     raise InputError(
       f"The checkpoint contains parameters that the model of --config does not have: {', '.join(unused[:5])}"

@@ -1,11 +1,11 @@
-"""Tokens out of a model, a block at a time: pure functions, to be jitted. sampler.py drives them.
+"""Generates tokens with a model, in blocks: pure functions, to be jitted. sampler.py is the loop that calls them.
 
-With a cache (models/decode_cache.py), tokens come in blocks of M - kept + 1: the first from a pass of the newest `kept`
-latents through all layers, the others from one more latent each, until there is no room for another. Without one, every
-token takes a whole pass over all latents: slow, and the truth that the cache is tested against.
+With a cache (models/decode_cache.py), a block has M - kept + 1 tokens: the first is predicted by a pass of the newest
+`kept` latents through all layers, the others by one additional latent each, until the cache has M latents. Without a
+cache, every token takes a pass over all latents: slow, and the reference implementation that the cache is tested with.
 
-One compiled block serves any length of prompt and of output. Shape letters: perceiver_ar.py; T tokens of a block, G
-groups of places.
+One compiled block serves prompts and samples of any length. Shape letters: perceiver_ar.py; T tokens of a block, G
+groups of allowed tokens.
 """
 
 from typing import NamedTuple
@@ -21,61 +21,63 @@ from perceiver_ar_jax.models import decode_cache
 from perceiver_ar_jax.models.architectures import make_model
 
 
-class Settings(NamedTuple):
-  """How a token is drawn from its logits; config.SampleConfig tells of each. They may change without compiling anew."""
+class SamplingSettings(NamedTuple):
+  """How a token is drawn from its logits, as in config.SampleConfig. Other values do not recompile."""
 
   temperature: ArrayLike = 1.0
   top_k: ArrayLike = 0
   top_p: ArrayLike = 1.0
 
 
-class Window(NamedTuple):
-  """All that is known of the sequences without a cache: the newest L tokens, right-aligned."""
+class UncachedContext(NamedTuple):
+  """The newest L tokens of each sequence, right-aligned."""
 
   tokens_BxL: jax.Array
   positions_BxLxP: jax.Array
 
 
-class State(NamedTuple):
-  """A batch of sequences in the making."""
+class DecodeState(NamedTuple):
+  """A batch of unfinished sequences."""
 
-  context: decode_cache.ContextCache | Window
+  context: decode_cache.ContextCache | UncachedContext
   ended_B: jax.Array
-  """Rows that have had EOS; they go on with PAD."""
+  """Rows that contain EOS; PAD follows it."""
   step: jax.Array
   """int32[]: tokens generated so far."""
 
 
-class Plan(NamedTuple):
-  """What the T tokens of one block may be, and where they stand."""
+class BlockPlan(NamedTuple):
+  """Positions and allowed values of the T tokens of one block."""
 
   positions_BxTxP: jax.Array | np.ndarray
   group_BxT: jax.Array | np.ndarray
-  """Which row of `allowed_GxV` holds for each token."""
+  """The row of `allowed_GxV` that applies to each token."""
   allowed_GxV: jax.Array | np.ndarray
   """bool: ids that can be drawn; PAD never is."""
 
 
-def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, step, *, cached: bool) -> State:
-  """The state after right-aligned prompts; `ended_B` and `step` as in State."""
-  context = Window(tokens_BxL, positions_BxLxP)
+def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, step, *, cached: bool) -> DecodeState:
+  """Returns the state after right-aligned prompts; `ended_B` and `step` as in DecodeState."""
+  context = UncachedContext(tokens_BxL, positions_BxLxP)
   if cached:
     context = decode_cache.prefill(
       config, decode_cache.UnstackedParams.from_params(config, params), tokens_BxL, positions_BxLxP
     )
-  return State(context, ended_B, step)
+  return DecodeState(context, ended_B, step)
 
 
-def cached_block(config: ModelConfig, kept: int, params, state: State, plan: Plan, settings: Settings, keys_B):
-  """(the state after T tokens, tokens_BxT, the logits_BxTxV that they were drawn from).
+def cached_block(
+  config: ModelConfig, kept: int, params, state: DecodeState, plan: BlockPlan, settings: SamplingSettings, keys_B
+):
+  """Returns (the state after T tokens, tokens_BxT, the logits_BxTxV that they were drawn from).
 
   Args:
     config: of the model.
-    kept: latents that go through the layers at the start; T - 1 more find room, so T is at most M - kept + 1.
+    kept: latents that pass through the layers at the start; T - 1 are added, so T is at most M - kept + 1.
     params: of the model.
     state: to be donated, so that its caches are updated in place.
-    plan: of the T tokens. There must be room for T - 1 of them in the context.
-    settings: see there.
+    plan: of the T tokens; the context must have T - 1 unused slots.
+    settings: temperature, top-k and top-p.
     keys_B: a random key for each row, the same in all blocks.
   """
   weights = decode_cache.UnstackedParams.from_params(config, params)
@@ -83,7 +85,7 @@ def cached_block(config: ModelConfig, kept: int, params, state: State, plan: Pla
   state = state._replace(context=context)
 
   def add(state, latents_Bx1xD, index):
-    """The state with the token that the newest latent predicts, the token, and its logits."""
+    """Returns (the state with the token that the newest latent predicts, (the token, its logits))."""
     logits_BxV = decode_cache.logits(config, weights, latents_Bx1xD)
     token_B, state = _draw(logits_BxV, plan, index, settings, keys_B, state)
     context = decode_cache.append(config, weights, state.context, token_B, plan.positions_BxTxP[:, index])
@@ -95,17 +97,17 @@ def cached_block(config: ModelConfig, kept: int, params, state: State, plan: Pla
     latents_Bx1xD, layers = decode_cache.decode(config, weights, state.context, layers)
     return (state, layers, latents_Bx1xD), drawn
 
-  last = plan.group_BxT.shape[1] - 1
+  last_index = plan.group_BxT.shape[1] - 1
   (state, _, latents_Bx1xD), (tokens_TxB, logits_TxBxV) = jax.lax.scan(
-    step, (state, layers, latents_Bx1xD), jnp.arange(last)
+    step, (state, layers, latents_Bx1xD), jnp.arange(last_index)
   )
-  state, (token_B, logits_BxV) = add(state, latents_Bx1xD, last)
+  state, (token_B, logits_BxV) = add(state, latents_Bx1xD, last_index)
   tokens_BxT = jnp.concatenate([tokens_TxB, token_B[None]]).T
   return state, tokens_BxT, jnp.moveaxis(jnp.concatenate([logits_TxBxV, logits_BxV[None]]), 0, 1)
 
 
-def exact_block(config: ModelConfig, params, state: State, plan: Plan, settings: Settings, keys_B):
-  """As `cached_block` with any T, but a whole pass over all latents for each token."""
+def exact_block(config: ModelConfig, params, state: DecodeState, plan: BlockPlan, settings: SamplingSettings, keys_B):
+  """Generates like `cached_block`, for any T, with a pass over all latents for each token."""
   model = make_model(config)
 
   def step(state, index):
@@ -114,7 +116,7 @@ def exact_block(config: ModelConfig, params, state: State, plan: Plan, settings:
     logits_BxV = model.apply({"params": params}, latents_BxMxD[:, -1:], method="logits")[:, 0]
     token_B, state = _draw(logits_BxV, plan, index, settings, keys_B, state)
     position_BxP = plan.positions_BxTxP[:, index]
-    context = Window(
+    context = UncachedContext(
       jnp.concatenate([tokens_BxL[:, 1:], token_B[:, None]], axis=1),
       jnp.concatenate([positions_BxLxP[:, 1:], position_BxP[:, None]], axis=1),
     )
@@ -125,12 +127,12 @@ def exact_block(config: ModelConfig, params, state: State, plan: Plan, settings:
 
 
 def row_keys(seed, numbers_B) -> jax.Array:
-  """Random keys of the samples with these numbers: a sample's does not depend on who is made beside it."""
+  """Returns random keys of the samples with these numbers; they do not depend on other samples of the batch."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B)
 
 
-def _draw(logits_BxV, plan: Plan, index, settings: Settings, keys_B, state: State):
-  """(the next token of each row: int32[B], the state that knows of it); PAD for rows that have ended, no others."""
+def _draw(logits_BxV, plan: BlockPlan, index, settings: SamplingSettings, keys_B, state: DecodeState):
+  """Returns (int32[B], the next token of each row: PAD only after its end; the state, updated but for its context)."""
   allowed_BxV = plan.allowed_GxV[plan.group_BxT[:, index]].at[:, PAD].set(False)
   logits_BxV = jnp.where(allowed_BxV, logits_BxV, -jnp.inf)
   step_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, state.step)
@@ -140,8 +142,8 @@ def _draw(logits_BxV, plan: Plan, index, settings: Settings, keys_B, state: Stat
   return token_B, state._replace(ended_B=state.ended_B | (token_B == EOS), step=state.step + 1)
 
 
-def _shaped(logits_BxV, settings: Settings):
-  """Logits after temperature, top-k and then top-p: -inf for tokens that are not to be drawn."""
+def _shaped(logits_BxV, settings: SamplingSettings):
+  """Returns logits after temperature, top-k and then top-p: -inf for tokens that cannot be drawn."""
   scaled_BxV = logits_BxV / jnp.maximum(settings.temperature, 1e-6)
   ranked_BxV = -jnp.sort(-scaled_BxV, axis=-1)
   size = scaled_BxV.shape[-1]

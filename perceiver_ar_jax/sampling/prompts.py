@@ -1,6 +1,6 @@
-"""How samples begin: texts, files and documents of a dataset become prompts.
+"""Prompts: the beginnings of samples, from texts, files and documents of a dataset.
 
-In Python a str is a text and a path object is a file, always. On the command line `parse` decides.
+In Python a str is always a text, and a path object is always a file. On the command line, `parse` decides.
 """
 
 import glob
@@ -20,13 +20,13 @@ from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.warn_once import warn_once
 
 DATA = "data"
-"""The prompt that stands for documents of the split that is evaluated."""
+"""The prompt that means documents of eval.split."""
 _SUFFIXES = "csv gz html json jsonl log md mid midi npy npz py rst tex text tsv txt xml".split()
 _PATH = re.compile(rf"(/|\./|\.\./|~/).*|[^\s]*/[^\s]*|.*\.({'|'.join(_SUFFIXES)})", re.IGNORECASE)
 
 
 class Prompt(NamedTuple):
-  """The beginning of a sample, and what is known about the rest of it."""
+  """The beginning of a sample, and the known properties of its continuation."""
 
   task: Task
   events: np.ndarray
@@ -36,14 +36,14 @@ class Prompt(NamedTuple):
   length: int | None = None
   """Events of the whole sample; None: any number."""
   original: np.ndarray | None = None
-  """All events of the document that the prompt is the beginning of, if there is one."""
+  """All events of the document that the prompt begins, if any."""
 
 
 def parse(task: Task, setting: str | None) -> str | epath.Path | None:
   """Returns the prompt of a setting of the command line, such as sample.prompt, in the form that Python takes.
 
   "data" and None stay as they are. @PATH is a path, and so is every other value for a task that reads files. For a task
-  of text, a value is a path if it begins with /, ./, ../ or ~/, contains a / but no space, or ends in a usual suffix
+  of text, a value is a path if it begins with /, ./, ../ or ~/, contains a / but no space, or ends in a common suffix
   such as .txt; any other value is the text itself.
   """
   if setting is None or setting == DATA:
@@ -59,12 +59,11 @@ def find(
   """Returns prompts for `count` samples, at least one.
 
   Args:
-    config: `eval.split` has the documents of the prompt "data", and of None for a task whose positions only a document
-      knows.
+    config: "data" reads documents of its `eval.split`, and so does None for a task whose positions only a document has.
     task: the task.
-    prompt: None, "data", or as `read`.
+    prompt: None, "data", or as in `read`.
     count: the number of samples.
-    prompt_tokens: as SampleConfig.prompt_tokens.
+    prompt_tokens: as in SampleConfig.
 
   Raises:
     InputError: as `read`, or the split has no readable document.
@@ -75,17 +74,17 @@ def find(
     documents = list(itertools.islice(splits.documents(config, config.eval.split, count), count))
     if not documents:
       raise splits.none_readable(config, config.eval.split)
-    if prompt is None:  # of a video, even the grid is the document's
+    if prompt is None:  # the document provides only the grid, of a video for example
       prompt_tokens = 1
     return [_beginning(config, task, document, prompt_tokens) for task, document in documents]
-  return [_beginning(config, task, document, prompt_tokens, is_own=True) for document in read(task, prompt)]
+  return [_beginning(config, task, document, prompt_tokens, is_given=True) for document in read(task, prompt)]
 
 
 def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   """Returns the document of a text, given as a str, or the documents of files, given as a path or a pattern of paths.
 
   Raises:
-    InputError: an empty text, a text for a task that reads files, no such file, or one that cannot be read.
+    InputError: an empty text, a text for a task that reads files, or a missing or unreadable file.
   """
   if task.read is None:
     raise InputError(
@@ -94,7 +93,7 @@ def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
     )
   if isinstance(prompt, str):
     if not prompt.strip():
-      raise InputError("The prompt is empty: give a text or a file, or no prompt at all to begin from nothing.")
+      raise InputError("The prompt is empty: give a text or a file, or leave it out to sample without a prompt.")
     if task.modality != "text":
       raise InputError(
         f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files: give"
@@ -134,27 +133,27 @@ def _read_file(task: Task, path: epath.Path) -> Document:
   except OSError as error:
     raise InputError(f"The prompt {path} cannot be read ({error.strerror or error}): check its permissions.") from error
   if not content:
-    raise InputError(f"The prompt {path} is empty: give a file with a text in it.")
+    raise InputError(f"The prompt {path} is empty: give a file that contains text.")
   return task.read(content)
 
 
 def _check_vocabulary(task: Task, document: Document) -> Document:
-  """Returns the document; warns if parts of it are missing in the vocabulary."""
+  """Returns the document; warns about tokens that are not in the vocabulary."""
   if task.unknown is not None:
     num_unknown = int((document.read(0, len(document)) == task.unknown).sum())
     if num_unknown:
-      warn_once("unknown", f"{num_unknown} tokens of the text are not in the vocabulary: the model sees a gap there")
+      warn_once("unknown", f"{num_unknown} tokens of the text are not in the vocabulary: the model sees a gap instead")
   return document
 
 
 def _beginning(
-  config: Config, task: Task, document: Document, prompt_tokens: int | None, is_own: bool = False
+  config: Config, task: Task, document: Document, prompt_tokens: int | None, is_given: bool = False
 ) -> Prompt:
   length = len(document)
   has_end = task.length is not None or task.place is None
   if prompt_tokens is None and has_end:
     prompt_tokens = -(-length // 2)
-  elif prompt_tokens is None and not is_own:
+  elif prompt_tokens is None and not is_given:
     prompt_tokens = min(-(-length // 2), max(config.model.max_context // 2, 1))
   original = document.read(0, length) if has_end else None
   events = document.read(0, min(prompt_tokens or length, length))

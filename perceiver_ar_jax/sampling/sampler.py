@@ -4,8 +4,8 @@
     print(sample("Once upon a time", length=500, temperature=0.8)[0].value)
     print(sample.score("Once upon a time")["bits_per_byte"])
 
-This room's part is the loop on the host: windows, blocks, and when a context is begun anew. What happens on the device
-is generate.py's.
+This module owns the loop on the host: prompts, blocks, and when a context is computed again. The computations on the
+device are in generate.py.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from perceiver_ar_jax.config import Config, InputError, SampleConfig, config_from_run, nearest
+from perceiver_ar_jax.data import EOS
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.warn_once import warn_once
@@ -35,11 +36,11 @@ from perceiver_ar_jax.training import memory
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One sequence that a model has made."""
+  """One generated sequence."""
 
   prompt: Prompt
   events: np.ndarray
-  """int32[n], the prompt's included."""
+  """int32[n], including those of the prompt."""
 
   @property
   def task(self) -> Task:
@@ -47,12 +48,12 @@ class Sample:
 
   @property
   def num_new(self) -> int:
-    """Events that the model has added."""
+    """Number of generated events."""
     return len(self.events) - len(self.prompt.events)
 
   @property
   def value(self) -> Any:
-    """What the events stand for: a text, a picture uint8[height, width, 3], notes, codes; see Task.decode."""
+    """The decoded events: a text, a picture uint8[height, width, 3], notes or codes; see Task.decode."""
     return self.task.decode(self.events)
 
 
@@ -60,10 +61,10 @@ class Sampler:
   """Generates with one model; the functions are compiled at the first call for each batch size.
 
   Args:
-    config: the run's; `sample` holds the defaults of a call.
-    params: the weights; None: they are given later, by assigning `params`.
-    mesh: of the devices that the weights lie on; rows of a batch are split over data and fsdp, the context's keys and
-      values over context.
+    config: of the run; `sample` has the defaults of a call.
+    params: the weights; None: `params` is assigned later.
+    mesh: devices of the weights; rows of a batch are sharded over data and fsdp, the context's keys and values over
+      context.
     step: of the checkpoint.
 
   Raises:
@@ -92,14 +93,14 @@ class Sampler:
 
   @classmethod
   def from_workdir(cls, workdir: epath.PathLike, config: Config | None = None) -> "Sampler":
-    """Of the newest good checkpoint of a run, which stays as it is.
+    """Returns a sampler with the newest good checkpoint of a run, which is only read.
 
     Args:
-      workdir: the run's folder.
-      config: None: the run's own.
+      workdir: of the run.
+      config: None: that of the run.
 
     Raises:
-      InputError: there is no run or no readable checkpoint, or one of another model than the config's.
+      InputError: no run or no readable checkpoint, or the checkpoint is of another model than that of `config`.
     """
     workdir = epath.Path(workdir).expanduser()
     config = config or config_from_run.load_config(workdir)
@@ -114,14 +115,14 @@ class Sampler:
     should_stop: Callable[[], bool] = lambda: False,
     **settings,
   ) -> list[Sample]:
-    """Makes samples.
+    """Generates samples.
 
     Args:
       prompt: a str is a text, or "data" for documents of eval.split; a pathlib.Path is a file, or a pattern of several;
-        an array is events int32[n]; or prompts of prompts.find. None: sample.prompt of the config, which is read as on
-        the command line.
+        an array is events int32[n]; or the result of prompts.find. None: sample.prompt of the config, which is read as
+        on the command line.
       on_tokens: called after each block with the unfinished samples.
-      should_stop: asked after each block; if it returns True, the unfinished samples are returned.
+      should_stop: called after each block; if it returns True, the unfinished samples are returned.
       **settings: other values of config.SampleConfig for this call: num_samples, length, temperature, top_k, top_p,
         seed, batch_size, prompt_tokens.
 
@@ -135,7 +136,7 @@ class Sampler:
       prompt = [self._own_events(prompt)]
     if prompt is None or isinstance(prompt, (str, os.PathLike)):
       prompt = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
-    longest = max(len(one.events) for one in prompt)
+    longest = max(len(each.events) for each in prompt)
     if longest > self.config.model.max_context:
       warn_once(
         "shortened",
@@ -153,14 +154,14 @@ class Sampler:
     return result
 
   def score(self, prompt: str | os.PathLike) -> dict:
-    """Returns how likely a text (a str) or a file (a pathlib.Path) is: the metrics of --mode=eval.
+    """Returns the likelihood of a text (a str) or a file (a pathlib.Path), as the metrics of --mode=eval.
 
     Raises:
       InputError: an empty text, or a file that cannot be read.
     """
     documents = [(self.task, document) for document in prompts.read(self.task, prompt)]
     result = self._evaluator(self.params, self.step, documents=documents)
-    assert result is not None  # nothing asks it to stop
+    assert result is not None  # without should_stop, evaluation always ends
     return result
 
   @functools.cached_property
@@ -177,76 +178,76 @@ class Sampler:
   def _own_events(self, events: np.ndarray) -> Prompt:
     size = self.task.vocab_size
     if not len(events) or not np.issubdtype(events.dtype, np.integer):
-      raise InputError("The prompt holds no events: give whole numbers, at least one (SOS, 2, begins a document).")
+      raise InputError("The prompt has no events: give whole numbers, at least one (SOS, 2, begins a document).")
     if events.min() < 1 or events.max() >= size:
       wrong = events[(events < 1) | (events >= size)][0]
-      raise InputError(f"The prompt holds the unknown token {wrong}: ids of {self.task.name} are 1..{size - 1}.")
+      raise InputError(f"The prompt contains the unknown token {wrong}: ids of {self.task.name} are 1..{size - 1}.")
     if self.task.place is None:
-      raise InputError(f"Events alone do not say on which grid a {self.task.modality} lies: give a file, or 'data'.")
+      raise InputError(f"Events alone do not contain the grid of a {self.task.modality}: give a file, or 'data'.")
     return Prompt(self.task, events.astype(np.int32), self.task.place, self.task.length)
 
   def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int, on_tokens, should_stop) -> None:
-    """Adds events to the rows until each has all that it is to have."""
+    """Adds events to the rows until each is complete."""
     context, new = self.config.model.max_context, self._block_tokens
     rows = self._padded(rows, settings.batch_size)
-    draws = _draw_arguments(settings, first, len(rows))
-    state, used, done = None, 0, 0
+    drawing = _draw_arguments(settings, first, len(rows))
+    state, used, done = None, 0, 0  # slots of the context in use, tokens generated
     with jax.set_mesh(self.mesh):
       while needed := max(row.needed() for row in rows):
-        if state is None or used + min(new, needed) - 1 > context:  # no room: begin anew, with the newest tokens
+        if state is None or used + min(new, needed) - 1 > context:  # full: start over from the newest tokens
           used = max(len(row.events) for row in rows)
           if used + min(new, needed) - 1 > context:
             used = min(used, max(context - max(context // 8, new - 1), 1))
-          state = self._start(rows, used, done)
-        state, tokens_BxT = self._run("block", self._block, state, self._plan(rows), *draws, donate=1)
+          state = self._run("begin", self._begin, *self._begin_arguments(rows, used, done))
+        state, tokens_BxT = self._run("block", self._block, state, self._plan(rows), *drawing, donate=1)
         used, done = used + new, done + new
         for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
           row.add(tokens_T)
         if on_tokens:
-          on_tokens([row.sample() for row in rows if not row.filler])
+          on_tokens([row.sample() for row in rows if not row.is_filler])
         if should_stop():
           return
 
   def bytes_per_device(self, params, num_samples: int) -> int:
-    """Compiles what a call with `num_samples` rows runs; returns the bytes it needs on each device beside `params`.
+    """Compiles a call with `num_samples` rows; returns the bytes that it needs on each device beside `params`.
 
     Args:
       params: the weights, or their shapes and shardings.
-      num_samples: rows that are drawn at a time.
+      num_samples: rows per batch.
     """
     chosen = self.config.sample
     (prompt, *_) = prompts.find(self.config, self.task, chosen.prompt, 1, chosen.prompt_tokens)
     rows = self._padded([_Row(prompt, None, self.config.model.max_context)], num_samples)
     with jax.set_mesh(self.mesh):
-      begin_arguments = (params, *self._place(self._start_arguments(rows, 1, 0)))
-      begin = self._compile_ahead("begin", self._begin, begin_arguments)
-      state = self._abstract(self._begin, begin_arguments)
-      block_arguments = (self._plan(rows), *_draw_arguments(chosen, 0, len(rows)))
-      block = self._compile_ahead("block", self._block, (params, state, *self._place(block_arguments)), donate=1)
+      begin_arguments = (params, *self._to_global(self._begin_arguments(rows, 1, 0)))
+      begin = self._compile("begin", self._begin, begin_arguments)
+      state = jax.eval_shape(self._begin, *begin_arguments)
+      state = jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), state, self._layout(state)
+      )
+      block_arguments = self._to_global((self._plan(rows), *_draw_arguments(chosen, 0, len(rows))))
+      block = self._compile("block", self._block, (params, state, *block_arguments), donate=1)
     return max(
       memory.bytes_beside_arguments(begin), sharding.bytes_per_device(state) + memory.bytes_beside_arguments(block)
     )
 
   def _padded(self, rows: list["_Row"], batch_size: int) -> list["_Row"]:
-    """The rows, filled up to a batch that the mesh divides."""
+    """Returns the rows, filled up to a batch that the mesh divides."""
     mesh_rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     size = -(-max(batch_size, len(rows)) // mesh_rows) * mesh_rows
-    return rows + [_Row.ended(rows[0]) for _ in range(size - len(rows))]
+    return rows + [_Row(rows[0].prompt, 1, 1, is_filler=True) for _ in range(size - len(rows))]
 
-  def _plan(self, rows: list["_Row"]) -> generate.Plan:
-    """Positions and allowed events of the next block."""
+  def _plan(self, rows: list["_Row"]) -> generate.BlockPlan:
+    """Returns positions and allowed events of the next block."""
     new = self._block_tokens
-    return generate.Plan(
+    return generate.BlockPlan(
       np.stack([self._positions(row, len(row.events), len(row.events) + new) for row in rows]),
       np.stack([row.prompt.task.group(len(row.events) + np.arange(new)) for row in rows]).astype(np.int32),
       np.pad(self.task.allowed(), ((0, 0), (0, self.config.model.vocab_size - self.task.vocab_size))),
     )
 
-  def _start(self, rows: list["_Row"], window: int, done: int) -> generate.State:
-    """The state of sequences of which the newest `window` events are seen."""
-    return self._run("begin", self._begin, *self._start_arguments(rows, window, done))
-
-  def _start_arguments(self, rows: list["_Row"], window: int, done: int) -> tuple:
+  def _begin_arguments(self, rows: list["_Row"], window: int, done: int) -> tuple:
+    """Returns the arguments of generate.begin for rows whose newest `window` events are the context."""
     context = self.config.model.max_context
     dims = self.task.position_dims if self.config.model.positions_from_data else 1
     tokens_BxL = np.zeros((len(rows), context), np.int32)
@@ -260,50 +261,39 @@ class Sampler:
     return tokens_BxL, positions_BxLxP, ended_B, np.int32(done)
 
   def _positions(self, row: "_Row", start: int, end: int) -> np.ndarray:
-    """Positions int32[end - start, P] of events in the row's window, existing ones or such as are to come."""
+    """Returns positions int32[end - start, P] of existing or future events in the row's window."""
     model = self.config.model
-    if not model.positions_from_data:  # rotary: only differences matter, and the past is what counts up
+    if not model.positions_from_data:  # rotary: only differences matter, so any origin does
       return -np.arange(start, end, dtype=np.int32)[:, None]
     positions = row.prompt.place(row.start, end)[start - row.start :]
-    missing = end - start - len(positions)  # beyond the end of a document, where nobody reads on
+    missing = end - start - len(positions)  # beyond the end of a document, where tokens are not used
     positions = np.concatenate([positions, np.ones((missing, self.task.position_dims), np.int32)])
     sizes = np.array(model.position_sizes or [2**31 - 1] * self.task.position_dims)
     return np.minimum(positions, sizes - 1).astype(np.int32)
 
-  def _run(self, name: str, function: Callable, *arguments, donate: int | None = None):
-    """The function's result on the mesh; compiled once for each shape."""
-    arguments = (self.params, *self._place(arguments))
-    key = _compile_key(name, arguments)
+  def _run(self, name: str, function: Callable, *arguments, donate: int | tuple = ()):
+    """Calls the function on the mesh, with the weights as its first argument."""
+    arguments = (self.params, *self._to_global(arguments))
+    return self._compile(name, function, arguments, donate)(*arguments)
+
+  def _compile(self, name: str, function: Callable, arguments: tuple, donate: int | tuple = ()):
+    """Returns the function, compiled once for each shape of its arguments on the mesh (or their abstract values)."""
+    key = (name, *(leaf.shape for leaf in jax.tree.leaves(arguments[1:])))  # shapes of the weights never change
     if key not in self._compiled:
-      self._compiled[key] = self._jit(function, arguments, donate)
-    return self._compiled[key](*arguments)
-
-  def _compile_ahead(self, name: str, function: Callable, arguments: tuple, donate: int | None = None):
-    """Compiles a function for arguments on the mesh, or their shapes and shardings; `_run` uses the result."""
-    compiled = self._jit(function, arguments, donate).lower(*arguments).compile()
-    self._compiled[_compile_key(name, arguments)] = compiled
-    return compiled
-
-  def _jit(self, function: Callable, arguments: tuple, donate: int | None):
-    layout = self._layout(jax.eval_shape(function, *arguments))
-    return jax.jit(function, out_shardings=layout, donate_argnums=() if donate is None else donate)
-
-  def _abstract(self, function: Callable, arguments: tuple):
-    """Shapes and shardings of what a function returns."""
-    result = jax.eval_shape(function, *arguments)
-    return jax.tree.map(
-      lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), result, self._layout(result)
-    )
+      layout = self._layout(jax.eval_shape(function, *arguments))
+      jitted = jax.jit(function, out_shardings=layout, donate_argnums=donate)
+      self._compiled[key] = jitted.lower(*arguments).compile()
+    return self._compiled[key]
 
   def _layout(self, result):
-    """Shardings of what a function returns: keys and values as a cache wants them, all else split by rows."""
+    """Returns shardings of a function's result: keys and values as in a cache, all others over the rows."""
 
     def split(leaf):
       if isinstance(leaf, CachedKeys):
         return jax.tree.map(lambda x: self._sharding(("batch_heads", "context", None), x.shape), leaf)
       return self._sharding(("batch", *(None,) * len(leaf.shape))[: len(leaf.shape)], leaf.shape)
 
-    if isinstance(result, generate.State):
+    if isinstance(result, generate.DecodeState):
       return jax.tree.map(split, result, is_leaf=lambda leaf: isinstance(leaf, CachedKeys))
     state, tokens_BxT = result
     return self._layout(state), self._sharding((None, None), tokens_BxT.shape)  # every host reads all tokens
@@ -311,55 +301,45 @@ class Sampler:
   def _sharding(self, axes: tuple, shape: tuple) -> NamedSharding:
     return NamedSharding(self.mesh, sharding.spec(axes, shape, self.mesh))
 
-  def _place(self, tree):
-    """The tree with its NumPy arrays as global ones, the same on every host."""
+  def _to_global(self, tree):
+    """Returns the tree with its NumPy arrays, which are equal on all hosts, as replicated global arrays."""
 
     def place(leaf):
       if not isinstance(leaf, (np.ndarray, np.generic)):
         return leaf
-      whole = self._sharding((None,) * np.ndim(leaf), np.shape(leaf))
-      return jax.make_array_from_callback(np.shape(leaf), whole, lambda index: np.asarray(leaf)[index])
+      replicated = self._sharding((None,) * np.ndim(leaf), np.shape(leaf))
+      return jax.make_array_from_callback(np.shape(leaf), replicated, lambda index: np.asarray(leaf)[index])
 
     return jax.tree.map(place, tree)
 
 
-def _compile_key(name: str, arguments: tuple) -> tuple:
-  """Identifies a compiled function: weights, the first argument, always have the same shapes."""
-  return (name, *(leaf.shape for leaf in jax.tree.leaves(arguments[1:])))
-
-
 def _draw_arguments(settings: SampleConfig, first: int, size: int) -> tuple:
-  """How tokens are drawn: settings, seed, and the number of each of `size` samples from `first` on."""
-  drawing = generate.Settings(np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
+  """Returns how tokens are drawn: settings, seed, and the numbers of `size` samples from `first` on."""
+  drawing = generate.SamplingSettings(
+    np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p)
+  )
   return drawing, np.uint32(settings.seed % 2**32), np.arange(first, first + size, dtype=np.int32)
 
 
 class _Row:
-  """One sample in the making."""
+  """One unfinished sample; fillers only complete a batch."""
 
-  def __init__(self, prompt: Prompt, length: int | None, context: int):
+  def __init__(self, prompt: Prompt, length: int | None, context: int, is_filler: bool = False):
     self.prompt, self.events, self.start = prompt, prompt.events, 0
-    self.is_ended = self.filler = False
+    self.is_ended = self.is_filler = is_filler
     goal = len(prompt.events) + length if length else max(context + 1, len(prompt.events) + max(context // 4, 1))
     self._goal = min(goal, prompt.length) if prompt.length else goal
 
-  @classmethod
-  def ended(cls, other: "_Row") -> "_Row":
-    """A row that only fills up a batch."""
-    row = cls(other.prompt, 1, 1)
-    row.is_ended = row.filler = True
-    return row
-
   def needed(self) -> int:
-    """Events that are missing."""
+    """Returns the number of missing events."""
     return 0 if self.is_ended else max(self._goal - len(self.events), 0)
 
   def add(self, tokens_T: np.ndarray) -> None:
-    """Adds the tokens of a block, up to the end of the sequence (EOS included) or of what was asked for."""
+    """Adds the tokens of a block, up to EOS (included) or the requested length."""
     tokens_T = tokens_T[: self.needed()]
-    over = np.flatnonzero(tokens_T == generate.EOS)
-    if len(over):
-      tokens_T, self.is_ended = tokens_T[: over[0] + 1], True
+    ends = np.flatnonzero(tokens_T == EOS)
+    if len(ends):
+      tokens_T, self.is_ended = tokens_T[: ends[0] + 1], True
     self.events = np.concatenate([self.events, tokens_T])
 
   def sample(self) -> Sample:

@@ -1,4 +1,4 @@
-"""--mode=sample and --mode=score: writes samples as files that people open, and likelihoods of given data."""
+"""--mode=sample and --mode=score: writes samples in common file formats, and the likelihood of given data."""
 
 import contextlib
 import glob
@@ -39,18 +39,18 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
     stream: for tasks of text: draw one sample at a time and print its text as it grows.
 
   Raises:
-    InputError: no checkpoint, a prompt or settings that cannot work, or a folder that cannot be written.
+    InputError: no checkpoint, an invalid prompt or setting, or a folder that cannot be written.
   """
   sampler = Sampler.from_workdir(workdir, config)
   if stream and sampler.task.modality != "text":
-    raise InputError(f"--stream prints text, and the task {sampler.task.name} generates none: leave it out.")
+    raise InputError(f"--stream prints text, which the task {sampler.task.name} does not generate: leave it out.")
   folder = None
-  if jax.process_index() == 0:  # before the work, so that a folder that cannot be written costs none
+  if jax.process_index() == 0:  # first: without write permission, nothing is computed
     folder = _new_folder(epath.Path(workdir) / "samples", sampler.step)
   settings = {"batch_size": 1} if stream else {}
   start = time.monotonic()
   try:
-    with _Progress(stream) as progress:
+    with _SampleProgress(stream) as progress:
       samples = sampler(on_tokens=progress, **settings)
   except BaseException:
     if folder is not None:
@@ -65,7 +65,7 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
 
 
 def _new_folder(parent: epath.Path, step: int) -> epath.Path:
-  """Creates parent/<step>-<number> with the first free number; calls at the same time get different folders."""
+  """Creates parent/<step>-<number> with the first free number; concurrent calls get different folders."""
   with writing(parent, "give it write permission, or copy the run"):
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count():
@@ -76,8 +76,11 @@ def _new_folder(parent: epath.Path, step: int) -> epath.Path:
 
 
 def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seconds: float) -> None:
-  files = write(folder, samples, "sample")
-  shared_files = _write_grid(folder, samples)
+  files = write_files(folder, samples, "sample")
+  shared_files = []
+  if (pixels := grid(samples)) is not None:
+    _write_png(folder / "grid.png", pixels)
+    shared_files = ["grid.png"]
   report = {
     "folder": folder.name,
     "step": sampler.step,
@@ -103,8 +106,8 @@ def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seco
     temporary.replace(path)
 
 
-def write(folder: epath.Path, samples: list[Sample], name: str) -> list[list[str]]:
-  """Writes each sample in the formats of its modality, as <name>-<index>.*; returns the names of the files of each."""
+def write_files(folder: epath.Path, samples: list[Sample], name: str) -> list[list[str]]:
+  """Writes each sample in the formats of its modality, as <name>-<index>.*; returns the file names of each."""
   return [_write_sample(folder, sample, f"{name}-{index}") for index, sample in enumerate(samples)]
 
 
@@ -116,8 +119,7 @@ def _write_sample(folder: epath.Path, sample: Sample, name: str) -> list[str]:
       write_to(file)
     files.append(name + suffix)
 
-  pixels = picture(sample)
-  if pixels is not None:
+  if (pixels := picture(sample)) is not None:
     save(".png", lambda file: render.save_png(pixels, file))
   if task.modality == "text":
     save(".txt", lambda file: file.write(sample.value.encode()))
@@ -139,9 +141,9 @@ def _codes(sample: Sample) -> np.ndarray:
 
 
 def picture(sample: Sample) -> np.ndarray | None:
-  """Returns a picture uint8[height, width, 3] of a sample, or None if its modality has none.
+  """Returns a picture uint8[height, width, 3] of a sample, or None for modalities without pictures.
 
-  Pixels that an image does not have yet are grey.
+  Pixels that are not generated yet are grey.
   """
   if sample.task.modality == "image":
     return _image(sample, sample.events)
@@ -155,9 +157,9 @@ def _image(sample: Sample, events: np.ndarray) -> np.ndarray:
 
 
 def grid(samples: list[Sample]) -> np.ndarray | None:
-  """Returns a sheet of sampled images, or None for other modalities.
+  """Returns one picture of all sampled images, or None for other modalities.
 
-  Completions have a row for each prompt: the prompt, its samples, the original.
+  Each prompt has a row: the prompt, its samples, the original.
   """
   if samples[0].task.modality != "image":
     return None
@@ -176,18 +178,13 @@ def grid(samples: list[Sample]) -> np.ndarray | None:
   return render.grid([cell for row in rows for cell in row + [blank] * (columns - len(row))], columns=columns)
 
 
-def _write_grid(folder: epath.Path, samples: list[Sample]) -> list[str]:
-  """Writes grid.png if there is one; returns the names of files written."""
-  pixels = grid(samples)
-  if pixels is None:
-    return []
-  with (folder / "grid.png").open("wb") as file:
+def _write_png(path: epath.Path, pixels: np.ndarray) -> None:
+  with path.open("wb") as file:
     render.save_png(pixels, file)
-  return ["grid.png"]
 
 
 def _synthesise(midi: str, wav: str) -> bool:
-  """Renders a MIDI file as a WAV file if a synthesiser is installed; returns whether it did."""
+  """Renders a MIDI file as a WAV file if a synthesiser is installed; returns whether that succeeded."""
   fonts = [font for pattern in _SOUND_FONTS for font in sorted(glob.glob(pattern))]
   if shutil.which("fluidsynth") and fonts:
     command = ["fluidsynth", "-ni", "-F", wav, fonts[0], midi]
@@ -198,13 +195,13 @@ def _synthesise(midi: str, wav: str) -> bool:
   return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
 
-class _Progress:
+class _SampleProgress:
   """A progress bar over the tokens of all samples, or the text itself as it grows."""
 
   def __init__(self, stream: bool):
     self._stream, self._bar, self._num_new, self._printed = stream, None, 0, ""
 
-  def __enter__(self) -> "_Progress":
+  def __enter__(self) -> "_SampleProgress":
     return self
 
   def __exit__(self, *unused) -> None:
@@ -215,7 +212,7 @@ class _Progress:
 
   def __call__(self, batch: list[Sample]) -> None:
     num_new = sum(sample.num_new for sample in batch)
-    if num_new < self._num_new:  # the next batch
+    if num_new < self._num_new:  # another batch started
       self._num_new = 0
       if self._stream:
         print("\n", flush=True)
@@ -246,8 +243,8 @@ def _print(samples: list[Sample], seconds: float, folder: epath.Path, stream: bo
   )
 
 
-class Exhibit:
-  """Draws a few samples of a model during training: pictures, or texts where the modality has no picture."""
+class PreviewSampler:
+  """Draws a few samples of a model during training: pictures, or texts for modalities without pictures."""
 
   def __init__(self, config: Config, mesh: Mesh, num_samples: int):
     self._sampler, self._num_samples = Sampler(config, mesh=mesh), num_samples
@@ -269,10 +266,10 @@ class Exhibit:
 
 
 def score(config: Config, workdir: epath.PathLike) -> dict:
-  """Prints how likely the newest checkpoint finds `sample.prompt`, then writes WORKDIR/score.json.
+  """Prints the likelihood of `sample.prompt` under the newest checkpoint and writes it to WORKDIR/score.json.
 
   Raises:
-    InputError: no checkpoint, nothing to score, nothing that can be read, or a file that cannot be written.
+    InputError: no checkpoint, no readable prompt, or a file that cannot be written.
   """
   if config.sample.prompt in (None, prompts.DATA):
     raise InputError(
@@ -283,7 +280,7 @@ def score(config: Config, workdir: epath.PathLike) -> dict:
   result = sampler.score(prompt) | {"split": "given", "data": config.sample.prompt}
   if jax.process_index() == 0:
     path = epath.Path(workdir) / "score.json"
-    print(evaluate.Evaluator.describe(result), flush=True)  # first: they are known even if the run is read-only
+    print(evaluate.Evaluator.describe(result), flush=True)  # first: the run may be read-only
     with writing(path, "free it, or copy the run"):
       path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"Written to {path}", flush=True)

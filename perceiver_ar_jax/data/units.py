@@ -1,0 +1,63 @@
+"""The units of held-out loss: how each is computed from sums over scored tokens, and how it is printed.
+
+A task names its unit (Task.unit), and all modules look it up here.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class ScoredSums(NamedTuple):
+  """Sums over the scored tokens of a split."""
+
+  tokens: float
+  nats: float
+  correct: float
+  """Tokens that the model finds most likely."""
+  words: float = 0.0
+  bytes: float = 0.0
+  """Words and bytes of the original text; 0 for other data."""
+
+  @property
+  def bits(self) -> float:
+    return self.nats / math.log(2)
+
+
+class Unit(NamedTuple):
+  """One entry of UNITS."""
+
+  compute: Callable[[ScoredSums], float]
+  summary: str = "{bits_per_token:.3f} bits/token"
+  """Format of the one-line summary, by the metrics of a result."""
+  token_loss: str = "bits/token"
+  """Name of the loss of a token in bits, in the progress bar of training."""
+  applies: Callable[[ScoredSums], bool] = lambda sums: True
+  """Whether it is reported for tasks with another unit."""
+
+
+UNITS: dict[str, Unit] = {
+  "nats_per_token": Unit(
+    lambda sums: sums.nats / sums.tokens, "{nats_per_token:.3f} nats/token, {bits_per_token:.3f} bits/token"
+  ),
+  "bits_per_token": Unit(lambda sums: sums.bits / sums.tokens),
+  "bits_per_dim": Unit(  # a token is one sub-pixel
+    lambda sums: sums.bits / sums.tokens, "{bits_per_dim:.3f} bits/dim", "bits/dim", applies=lambda sums: False
+  ),
+  "bits_per_byte": Unit(
+    lambda sums: sums.bits / sums.bytes,
+    "{bits_per_byte:.3f} bits/byte, {bits_per_token:.3f} bits/token",
+    applies=lambda sums: sums.bytes > 0,
+  ),
+  "word_perplexity": Unit(
+    lambda sums: math.exp(min(sums.nats / max(sums.words, 1), 700.0)),  # a text of spaces counts as one word
+    "perplexity {word_perplexity:.4g} per word, {bits_per_token:.3f} bits/token",
+    applies=lambda sums: sums.bytes > 0,
+  ),
+  "accuracy": Unit(lambda sums: sums.correct / sums.tokens),
+}
+
+
+def compute_all(sums: ScoredSums, unit: str) -> Mapping[str, float]:
+  """Returns the loss in the task's own unit and in every other one that applies."""
+  return {name: entry.compute(sums) for name, entry in UNITS.items() if name == unit or entry.applies(sums)}

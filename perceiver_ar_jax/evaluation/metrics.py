@@ -1,0 +1,95 @@
+"""Sums over scored batches, and the metrics of a split that follow: in all units, by position, and how certain."""
+
+import collections
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from scipy import stats
+
+from perceiver_ar_jax.data import units
+
+EDGES = (0, *(2**power for power in range(4, 28)))
+"""Lower ends of the buckets of positions and of context; from 512 on they divide those of the original release."""
+
+_NATS, _CORRECT, _TOKENS = range(3)
+
+
+class Totals:
+  """Sums in float64 of the results of eval steps."""
+
+  def __init__(self):
+    self._by_document = np.zeros((0, 3))
+    """Nats, correct tokens and tokens of each."""
+    self._sums = collections.defaultdict(float)
+    self._num_windows = 0
+
+  def add(self, sums: Mapping[str, jax.Array] | None) -> None:
+    """Adds the sums of one batch; None adds nothing."""
+    if sums is None:
+      return
+    sums = jax.device_get(sums)
+    is_used = sums["document"] >= 0
+    documents = sums["document"][is_used]
+    self._num_windows += len(documents)
+    num_new = max(max(documents, default=-1) + 1 - len(self._by_document), 0)
+    self._by_document = np.pad(self._by_document, ((0, num_new), (0, 0)))
+    np.add.at(
+      self._by_document, documents, np.stack([sums[name][is_used] for name in ("nats", "correct", "tokens")], axis=1)
+    )
+    for name, value in sums.items():
+      if "_by_" in name:
+        self._sums[name] += value.sum(axis=0, dtype=np.float64)
+      elif name in ("histogram", "words", "bytes"):
+        self._sums[name] += np.asarray(value, np.float64)
+
+  @property
+  def num_tokens(self) -> float:
+    """Tokens scored so far."""
+    return self._by_document[:, _TOKENS].sum()
+
+  def metrics(self, unit: str) -> dict:
+    """Returns all metrics of the split; `unit` is the task's own."""
+    histogram = self._sums["histogram"]
+    frequencies = histogram[histogram > 0] / self.num_tokens
+    sums = self._scored_sums()
+    result = {
+      "num_documents": len(self._by_document),
+      "num_windows": self._num_windows,
+      "num_tokens": int(sums.tokens),
+      **units.compute_all(sums, unit),
+      "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
+      "interval_95": None,
+    }
+    if sums.bytes:
+      result |= {"num_words": int(sums.words), "num_bytes": int(sums.bytes)}
+    if (self._by_document[:, _TOKENS] > 0).sum() > 1:  # one document does not tell how others vary
+      low, high = (units.compute_all(self._scored_sums(sign), unit) for sign in (-1, 1))
+      result["interval_95"] = {name: [low[name], high[name]] for name in low}
+    return result | {f"by_{name}": self._buckets(name) for name in ("position", "context")}
+
+  def _scored_sums(self, sign: int = 0) -> units.ScoredSums:
+    """Returns the sums, or those at an end of the 95% interval: -1 or 1."""
+    nats, correct = (
+      self._by_document[:, column].sum() + (sign and sign * self._half_interval(column)) for column in (_NATS, _CORRECT)
+    )
+    return units.ScoredSums(*map(float, (self.num_tokens, nats, correct, self._sums["words"], self._sums["bytes"])))
+
+  def _half_interval(self, column: int) -> float:
+    """Returns half the width of the 95% interval of a sum.
+
+    Documents are drawn at random, tokens within one are not: ratio estimator, Student's t.
+    """
+    values, tokens = self._by_document[:, column], self._by_document[:, _TOKENS]
+    count = int((tokens > 0).sum())
+    variance = count / (count - 1) * np.square(values - values.sum() / tokens.sum() * tokens).sum()
+    return float(stats.t.ppf(0.975, count - 1) * math.sqrt(variance))
+
+  def _buckets(self, name: str) -> list[dict]:
+    nats_K, tokens_K = self._sums[f"nats_by_{name}"], self._sums[f"tokens_by_{name}"]
+    return [
+      {"from": start, "to": end, "num_tokens": int(tokens), "nats_per_token": float(nats / tokens)}
+      for start, end, nats, tokens in zip(EDGES, (*EDGES[1:], None), nats_K, tokens_K)
+      if tokens
+    ]
