@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from perceiver_ar_jax.config import Config, DataConfig
+from perceiver_ar_jax.config import Config, DataConfig, OptimizerConfig
 from perceiver_ar_jax.models import architectures, attention, perceiver_ar, positions
 from perceiver_ar_jax.training import optimizer
 from tests import tiny
