@@ -256,7 +256,7 @@ def test_a_split_that_is_not_stored_names_those_that_are(data, stored):
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Beam is installed")
 def test_caching_without_beam_says_where_to_get_it(folder, tmp_path):
   settings = (f"--config.data.files={folder / 'text'}", f"--output={tmp_path / 'cache'}")
-  result = tiny.python("-m", "perceiver_ar_jax.data.cache", "--config=configs/text_files.py", *settings)
+  result = tiny.run_module("perceiver_ar_jax.data.cache", "--config=configs/text_files.py", *settings)
   tiny.expect_error(result, "apache_beam", "launch/cache_tasks.sh")
   assert not (tmp_path / "cache").exists(), "something was written"
 
