@@ -35,6 +35,14 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def file_cases(tmp_path_factory):
+  """{name: Case} of own_files.py."""
+  from tests import own_files  # imports TensorFlow
+
+  return own_files.make_cases(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
   """The workdir of a finished run of tiny.config(), 12 steps; tests that change it use `copy_of_trained`."""
   from perceiver_ar_jax import loop  # imports TensorFlow

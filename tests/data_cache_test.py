@@ -20,7 +20,7 @@ from perceiver_ar_jax.data.music import Note
 from perceiver_ar_jax.data.tf_cpu import tf
 from tests import batches, tiny
 from tests.batches import evaluate, take, write
-from tests.data_own_files_test import npy
+from tests.own_files import npy
 
 SHARDS = 4
 WORDS = "tick tock the clock struck one and down they run again".split()
@@ -130,7 +130,7 @@ def data(request, folder):
 
 def whole_documents(config, split):
   """Everything about each document of a split, in an order that does not depend on the files."""
-  found = [
+  documents = [
     (
       document.read(0, len(document)).tolist(),
       document.positions(0, len(document)).tolist(),
@@ -138,7 +138,7 @@ def whole_documents(config, split):
     )
     for _, document in records.documents(config, split)
   ]
-  return sorted(found)
+  return sorted(documents)
 
 
 def crops(batch):
