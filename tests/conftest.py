@@ -1,30 +1,77 @@
 """Settings of every test: exact float32 products, no silent broadcasting of ranks, quick compilation.
 
 Most of a small test's time is compilation, and most tests of the training run compile the same program: so
-compiled programs are kept (for child processes as well), and LLVM is told not to try hard.
+compiled programs are kept, and LLVM optimises little. Child processes inherit all of this.
 """
 
+import concurrent.futures
+import multiprocessing
 import os
 import pathlib
+import shutil
+from unittest import mock
 
 _CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+from tests import tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-  """A folder of prepared TFDS datasets that holds a tiny downsampled_imagenet/32x32."""
-  from tests import tiny_imagenet  # imports TensorFlow, which most tests can do without
+  """A folder of prepared TFDS datasets with a tiny downsampled_imagenet/32x32."""
+  from tests import tiny_imagenet  # imports TensorFlow, which most tests do not need
 
   folder = tmp_path_factory.mktemp("tfds")
   tiny_imagenet.write(folder)
   return folder
+
+
+@pytest.fixture(scope="session")
+def file_cases(tmp_path_factory):
+  """{name: Case} of own_files.py."""
+  from tests import own_files  # imports TensorFlow
+
+  return own_files.make_cases(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+  """The workdir of a finished run of tiny.config(), 12 steps; tests that change it use `copy_of_trained`."""
+  from perceiver_ar_jax import loop  # imports TensorFlow
+
+  workdir = tmp_path_factory.mktemp("trained")
+  assert loop.train(tiny.config(), workdir) == 0
+  return workdir
+
+
+@pytest.fixture
+def copy_of_trained(trained, tmp_path):
+  """A copy of that workdir."""
+  return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def eight_devices():
+  """Calls functions of modules in a process with eight virtual devices: eight_devices(function, *arguments)."""
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with mock.patch.dict(os.environ, tiny.environment(8)):
+      assert pool.submit(_num_devices).result() == 8  # the process starts here
+
+    def call(function, *arguments, **named):
+      return pool.submit(function, *arguments, **named).result()
+
+    yield call
+
+
+def _num_devices() -> int:
+  import jax
+
+  return jax.device_count()

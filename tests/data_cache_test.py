@@ -20,7 +20,7 @@ from perceiver_ar_jax.data.music import Note
 from perceiver_ar_jax.data.tf_cpu import tf
 from tests import batches, tiny
 from tests.batches import evaluate, take, write
-from tests.data_own_files_test import npy
+from tests.own_files import npy
 
 SHARDS = 4
 WORDS = "tick tock the clock struck one and down they run again".split()
@@ -130,7 +130,7 @@ def data(request, folder):
 
 def whole_documents(config, split):
   """Everything about each document of a split, in an order that does not depend on the files."""
-  found = [
+  documents = [
     (
       document.read(0, len(document)).tolist(),
       document.positions(0, len(document)).tolist(),
@@ -138,7 +138,7 @@ def whole_documents(config, split):
     )
     for _, document in splits.documents(config, split)
   ]
-  return sorted(found)
+  return sorted(documents)
 
 
 def crops(batch):
@@ -256,7 +256,7 @@ def test_a_split_that_is_not_stored_names_those_that_are(data, stored):
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Beam is installed")
 def test_caching_without_beam_says_where_to_get_it(folder, tmp_path):
   settings = (f"--config.data.files={folder / 'text'}", f"--output={tmp_path / 'cache'}")
-  result = tiny.python("-m", "perceiver_ar_jax.data.cache", "--config=configs/text_files.py", *settings)
+  result = tiny.run_module("perceiver_ar_jax.data.cache", "--config=configs/text_files.py", *settings)
   tiny.expect_error(result, "apache_beam", "launch/cache_tasks.sh")
   assert not (tmp_path / "cache").exists(), "something was written"
 

@@ -210,8 +210,8 @@ def test_a_split_without_documents_is_an_error(tmp_path):
 
 def test_the_command_line_shows_texts(tmp_path):
   write(tmp_path, {"train/a.txt": "tick tock " * 500, "validation/b.txt": "no road goes on for ever"})
-  result = tiny.python(
-    *("-m", "perceiver_ar_jax.main", "--mode=data", "--config=configs/text_files.py"),
+  result = tiny.main(
+    *("--mode=data", "--config=configs/text_files.py"),
     *(f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=2"),
     *(f"--config.data.files={tmp_path / 'train'}", f"--config.data.validation_files={tmp_path / 'validation'}"),
   )

@@ -4,14 +4,12 @@ import json
 import math
 import pathlib
 import re
-import shutil
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import splits, texts, units
 from perceiver_ar_jax.data.documents import Document, Unreadable
@@ -152,26 +150,20 @@ def test_every_unit_is_computed_and_printed():
   assert list(without_text) == ["nats_per_token", "bits_per_token", "bits_per_dim", "accuracy"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("run")
-  assert loop.train(tiny.config(), workdir) == 0
-  return workdir
-
-
-def test_metrics_do_not_depend_on_the_batch_size_and_are_written_to_a_file(trained):
+def test_metrics_do_not_depend_on_the_batch_and_are_written_to_a_file(copy_of_trained):
+  (copy_of_trained / "eval-validation-12.json").unlink()
   results = [
-    evaluate.evaluate(tiny.config(eval__batch_size=size, eval__stride=5, eval__max_sequences=7), trained)
+    evaluate.evaluate(tiny.config(eval__batch_size=size, eval__stride=5, eval__max_sequences=7), copy_of_trained)
     for size in (1, 3, 64)
   ]
   assert results[0]["num_tokens"] == 7 * 16  # the mirrored half and EOS of each
   for result in results[1:]:
     for value, expected in zip(jax.tree.leaves(result), jax.tree.leaves(results[0]), strict=True):
       assert value == (expected if isinstance(expected, str) else pytest.approx(expected, rel=1e-6))
-  assert (trained / "eval-validation-12.json").exists()
+  assert (copy_of_trained / "eval-validation-12.json").exists()
 
 
-def test_the_entropy_of_the_histogram_is_that_of_its_frequencies(trained):
+def test_the_entropy_of_the_histogram_is_that_of_its_frequencies():
   config = tiny.config()
   evaluator = evaluate.Evaluator(config, make_mesh(config.mesh))
 
@@ -200,8 +192,9 @@ def test_another_model_and_an_empty_workdir_are_explained(trained, tmp_path):
     evaluate.evaluate(tiny.config(), tmp_path)
 
 
-def test_results_are_printed_before_a_file_that_cannot_be_written(trained, tmp_path, capfd, monkeypatch):
-  run = shutil.copytree(trained, tmp_path / "run")
+def test_results_are_printed_before_a_file_that_cannot_be_written(copy_of_trained, capfd, monkeypatch):
+  run = copy_of_trained
+  result = json.loads((run / "eval-validation-12.json").read_text())
   (run / "eval-validation-12.json").unlink()
   for name in ("eval-validation-12.json", "score.json"):
     (run / name).mkdir()  # as a read-only folder: an OSError, also for root
@@ -209,7 +202,6 @@ def test_results_are_printed_before_a_file_that_cannot_be_written(trained, tmp_p
     evaluate.evaluate(tiny.config(), run)
   assert "validation at step 12: " in capfd.readouterr().out
 
-  result = json.loads((trained / "eval-validation-12.json").read_text())
   sampler = types.SimpleNamespace(score=lambda text: result)
   monkeypatch.setattr(write.Sampler, "from_workdir", lambda workdir, config: sampler)
   with pytest.raises(InputError, match="score.json cannot be written"):

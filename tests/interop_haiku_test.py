@@ -252,9 +252,8 @@ def test_the_cross_attend_is_as_wide_as_the_option_says():
 
 
 def _convert(checkpoint, workdir):
-  _, *command = tiny.command(workdir, f"--checkpoint={checkpoint}", model__num_layers=1)
-  command[command.index("perceiver_ar_jax.main")] = "perceiver_ar_jax.interop.haiku"
-  return tiny.python(*command)
+  flags = tiny.flags(workdir, model__num_layers=1)
+  return tiny.run_module("perceiver_ar_jax.interop.haiku", *flags, f"--checkpoint={checkpoint}")
 
 
 def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
@@ -270,7 +269,7 @@ def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
 
   result = tiny.run(workdir, model__num_layers=1)
   assert result.returncode == 0 and "Resuming from the checkpoint of step 0" in result.stdout, result.stderr
-  # A fresh model starts at log(259), since its logits are zero; this one starts from the converted weights.
+  # A new model starts at log(259), since its logits are zero; this one starts from the weights of the file.
   assert tiny.losses(workdir)[1] > 5.6
 
   tiny.expect_error(_convert(file, workdir), "already contains a run")

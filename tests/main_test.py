@@ -3,14 +3,13 @@
 import io
 import json
 import os
-import subprocess
 import sys
 
 import pytest
-from absl import app
+from absl import flags
 from absl.testing import flagsaver
 
-from perceiver_ar_jax import command_line, main
+from perceiver_ar_jax import command_line
 from tests import tiny
 
 SHRUNK = [
@@ -30,17 +29,11 @@ SHRUNK = [
 ]
 
 
-def _main(*arguments):
-  return tiny.python("-m", "perceiver_ar_jax.main", *arguments)
-
-
-app.define_help_flags()  # once per process, so before flagsaver restores the flags
-
-
-def _run(monkeypatch, *arguments, command=main.main, required=("workdir",)) -> int:
-  """The exit code of a command in this process."""
+def _run(monkeypatch, *arguments, command, required=("workdir",)) -> int:
+  """The exit code of a command line that runs `command`."""
   monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
   with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit:
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "As the main command defines it.")
     command_line.run(command, required)
   return exit.value.code
 
@@ -59,14 +52,14 @@ def _config(monkeypatch, *arguments):
 
 def test_the_papers_config_trains_resumes_and_evaluates_on_prepared_data(data_dir, tmp_path):
   base = ["--config=configs/imagenet32.py", f"--workdir={tmp_path}", f"--config.data.data_dir={data_dir}", *SHRUNK]
-  first = _main(*base, "--config.train.steps=2")
+  first = tiny.main(*base, "--config.train.steps=2")
   assert first.returncode == 0, first.stderr
   assert "bits/dim" in first.stdout and "Compiled the train step" in first.stdout
-  second = _main(*base, "--config.train.steps=4")
+  second = tiny.main(*base, "--config.train.steps=4")
   assert second.returncode == 0, second.stderr
   assert "Resuming from the checkpoint of step 2" in second.stdout
   assert sorted(tiny.losses(tmp_path)) == [1, 2, 3, 4]
-  third = _main(*base, "--mode=eval", "--config.train.steps=4", "--config.eval.stride=128")
+  third = tiny.main(*base, "--mode=eval", "--config.train.steps=4", "--config.eval.stride=128")
   assert third.returncode == 0, third.stderr
   result = json.loads((tmp_path / "eval-validation-4.json").read_text())
   assert (result["task"], result["stride"], result["num_tokens"]) == ("imagenet32", 128, 3072)
@@ -104,11 +97,9 @@ def test_the_papers_config_trains_resumes_and_evaluates_on_prepared_data(data_di
   ],
   ids=lambda value: "_".join(value)[-30:] if isinstance(value, list) else None,
 )
-def test_mistakes_end_in_one_paragraph(arguments, words, tmp_path, monkeypatch, capsys):
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+def test_mistakes_end_in_one_paragraph(arguments, words, tmp_path):
   arguments = [argument.replace("--workdir=x", f"--workdir={tmp_path / 'run'}") for argument in arguments]
-  code = _run(monkeypatch, *arguments)
-  tiny.expect_error(subprocess.CompletedProcess([], code, "", capsys.readouterr().err), *words)
+  tiny.expect_error(tiny.main(*arguments), *words)
   assert not (tmp_path / "run").exists()
 
 
@@ -190,8 +181,8 @@ def test_characters_that_the_terminal_lacks_are_replaced(monkeypatch):
   assert content.getvalue() == b"caf? ?\n"
 
 
-def test_a_missing_dataset_says_where_it_was_looked_for_and_what_needs_nothing(tmp_path):
-  result = _main(
+def test_a_missing_dataset_reports_where_it_was_searched_and_what_needs_no_download(tmp_path):
+  result = tiny.main(
     "--config=configs/imagenet64.py", f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={tmp_path}", *SHRUNK
   )
   tiny.expect_error(result, str(tmp_path), "downsampled_imagenet", "photos32")
@@ -202,48 +193,43 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
   tiny.expect_error(tiny.run(tmp_path / "file" / "run"), "cannot be written", str(tmp_path / "file" / "run"))
 
 
-def test_a_workdir_of_another_config_is_left_alone(tmp_path):
-  assert tiny.run(tmp_path, train__steps=3).returncode == 0
-  before = sorted(os.listdir(tmp_path / "checkpoints"))
+def test_a_workdir_of_another_config_is_left_alone(copy_of_trained):
+  before = sorted(os.listdir(copy_of_trained / "checkpoints"))
   tiny.expect_error(
-    tiny.run(tmp_path, model__num_layers=3),
+    tiny.run(copy_of_trained, model__num_layers=3),
     "contains the checkpoints of another config",
     "model.num_layers is 2 there and 3 here",
   )
-  assert sorted(os.listdir(tmp_path / "checkpoints")) == before
+  assert sorted(os.listdir(copy_of_trained / "checkpoints")) == before
 
 
-def test_without_a_config_the_runs_own_is_taken(tmp_path):
-  assert tiny.run(tmp_path, train__steps=3).returncode == 0
-  workdir = f"--workdir={tmp_path}"
-  result = _main(workdir, "--mode=eval", "--config.eval.max_sequences=5")
+def test_without_a_config_that_of_the_run_is_used(copy_of_trained):
+  workdir = f"--workdir={copy_of_trained}"
+  result = tiny.main(workdir, "--mode=eval", "--config.eval.max_sequences=5")
   assert result.returncode == 0, result.stderr
-  assert json.loads((tmp_path / "eval-validation-3.json").read_text())["num_documents"] == 5
+  assert json.loads((copy_of_trained / "eval-validation-12.json").read_text())["num_documents"] == 5
 
-  result = _main(workdir, "--config.train.steps=4")
-  assert result.returncode == 0 and "Resuming from the checkpoint of step 3" in result.stdout, result.stderr
-  assert max(tiny.losses(tmp_path)) == 4
+  result = tiny.main(workdir, "--config.train.steps=13")
+  assert result.returncode == 0 and "Resuming from the checkpoint of step 12" in result.stdout, result.stderr
+  assert max(tiny.losses(copy_of_trained)) == 13
 
-  (tmp_path / "config.json").write_text("{")
-  tiny.expect_error(_main(workdir, "--mode=eval"), f"{tmp_path / 'config.json'} cannot be read", "restore it")
-  (tmp_path / "config.json").unlink()
-  tiny.expect_error(_main(workdir, "--mode=eval"), "--config is missing", "configs/photos32.py")
+  config = copy_of_trained / "config.json"
+  config.write_text("{")
+  tiny.expect_error(tiny.main(workdir, "--mode=eval"), f"{config} cannot be read", "restore it")
+  config.unlink()
+  tiny.expect_error(tiny.main(workdir, "--mode=eval"), "--config is missing", "configs/photos32.py")
 
 
-def test_a_model_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
-  result = tiny.run(
-    tmp_path,
-    model__latent_width=2**16,
-    model__num_layers=1000,
-  )
+def test_a_model_that_exceeds_the_memory_is_refused_before_it_is_initialized(tmp_path):
+  result = tiny.run(tmp_path, model__latent_width=2**16, model__num_layers=1000)
   tiny.expect_error(result, "GiB on each device", "model.remat=full", "mesh.fsdp")
 
 
-def test_help_and_version_are_there_for_newcomers():
-  shown = _main("--help")
-  assert all(f"{name}: " in shown.stdout for name in ("--config", "--workdir", "--mode", "version")), shown.stdout
-  shown = _main("--version")
-  assert shown.returncode == 0 and shown.stdout.startswith("perceiver_ar_jax 0."), shown.stderr
+def test_help_and_version_are_printed():
+  output = tiny.main("--help").stdout
+  assert all(f"{name}: " in output for name in ("--config", "--workdir", "--mode", "version")), output
+  result = tiny.main("--version")
+  assert result.returncode == 0 and result.stdout.startswith("perceiver_ar_jax 0."), result.stderr
 
 
 def test_help_and_mistakes_need_neither_jax_nor_tensorflow():

@@ -11,9 +11,11 @@ import PIL.Image
 import pytest
 from etils import epath
 from flax import linen as nn
+from tensorboard.backend.event_processing import event_accumulator
 
 from configs import image_files, midi_files, text_files
 from perceiver_ar_jax import config as config_lib
+from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, tasks
 from perceiver_ar_jax.evaluation import evaluate
@@ -313,14 +315,12 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   assert sample.value.shape == (28, 2)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-  """A workdir of the copy task, trained just long enough to copy, with samples in TensorBoard."""
-  workdir = tmp_path_factory.mktemp("copy")
-  settings = dict(latent_width=64, num_cross_heads=4, num_self_heads=4, num_layers=1, dropout=0.0)
-  result = tiny.run(
-    workdir,
-    **{f"model__{name}": value for name, value in settings.items()},
+@pytest.mark.slow
+def test_a_trained_model_copies_through_its_cache(tmp_path):
+  """It is trained just long enough to copy, with samples in TensorBoard."""
+  model = dict(latent_width=64, num_cross_heads=4, num_self_heads=4, num_layers=1, dropout=0.0)
+  config = tiny.config(
+    **{f"model__{name}": value for name, value in model.items()},
     data__shuffle_buffer=64,
     train__batch_size=64,
     train__steps=900,
@@ -331,54 +331,34 @@ def trained(tmp_path_factory):
     eval__every=900,
     eval__num_samples=1,
   )
-  assert result.returncode == 0, result.stderr
-  return workdir
-
-
-def test_a_trained_model_copies_through_its_cache(trained):
-  samples = Sampler.from_workdir(trained)("data", num_samples=128, batch_size=128, temperature=0)
-  accuracies = [(sample.events[17:32] == sample.prompt.original[17:32]).mean() for sample in samples]
-  assert np.mean(accuracies) > 0.99
-  from tensorboard.backend.event_processing import event_accumulator
-
-  events = event_accumulator.EventAccumulator(str(trained), size_guidance={"tensors": 0})
+  assert loop.train(config, tmp_path) == 0
+  samples = Sampler.from_workdir(tmp_path)("data", num_samples=128, batch_size=128, temperature=0)
+  rights = [(sample.events[17:32] == sample.prompt.original[17:32]).mean() for sample in samples]
+  assert np.mean(rights) > 0.99
+  events = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
   assert "sample/0" in str(events.Reload().Tags())
 
 
-CHECK = """
-import sys, numpy as np
-from perceiver_ar_jax.sampling.sampler import Sampler
-samples = Sampler.from_workdir(sys.argv[1])("data", num_samples=6, batch_size=6, temperature=0.7)
-print("EVENTS", np.stack([sample.events for sample in samples]).tolist())
-"""
+def _draw(workdir) -> list[list[int]]:
+  samples = Sampler.from_workdir(workdir)("data", num_samples=6, batch_size=6, temperature=0.7)
+  return [sample.events.tolist() for sample in samples]
 
 
-def test_eight_devices_draw_the_same_as_one(trained, tmp_path):
-  samples = Sampler.from_workdir(trained)("data", num_samples=6, batch_size=6, temperature=0.7)
-  expected = [sample.events.tolist() for sample in samples]
+@pytest.mark.slow
+def test_eight_devices_draw_what_one_draws(trained, eight_devices, tmp_path):
   config = json.loads((trained / "config.json").read_text())
   (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
   config["mesh"] = {"data": 2, "fsdp": 2, "tensor": 1, "context": 2}
   (tmp_path / "config.json").write_text(json.dumps(config))
-  result = tiny.python("-c", CHECK, str(tmp_path), num_devices=8)
-  assert result.returncode == 0, result.stderr
-  (line,) = [line for line in result.stdout.splitlines() if line.startswith("EVENTS ")]
-  assert json.loads(line.removeprefix("EVENTS ")) == expected
+  assert eight_devices(_draw, tmp_path) == _draw(trained)
 
 
-def test_the_command_writes_samples_and_a_missing_run_is_an_error(trained, tmp_path):
-  result = tiny.run(
-    trained,
-    "--mode=sample",
-    "--config.sample.prompt=data",
-    "--config.sample.num_samples=2",
-    **{f"model__{name}": value for name, value in dict(latent_width=64, num_cross_heads=4, num_self_heads=4).items()},
-    model__num_layers=1,
-    model__dropout=0.0,
-  )
+def test_the_command_writes_samples_and_names_what_is_missing(copy_of_trained, tmp_path):
+  result = tiny.run(copy_of_trained, "--mode=sample", "--config.sample.prompt=data", "--config.sample.num_samples=2")
   assert result.returncode == 0, result.stderr
-  report = json.loads((trained / "samples" / "samples.json").read_text())
+  samples = copy_of_trained / "samples"
+  report = json.loads((samples / "samples.json").read_text())
   assert report["seed"] == 0 and report["tokens_per_second"] > 0 and len(report["files"]) == 2
-  assert all(len(np.load(trained / "samples" / name)) == 33 for name in report["files"])
+  assert all(len(np.load(samples / name)) == 33 for name in report["files"])
   with pytest.raises(InputError, match="contains no run"):
     Sampler.from_workdir(tmp_path)

@@ -1,10 +1,18 @@
-"""A copy experiment that trains in seconds, and the command line that runs it in a process of its own."""
+"""A copy experiment that trains in seconds, and its command line, in this process or in another."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+import warnings
+from unittest import mock
+
+from absl import app
+from absl.testing import flagsaver
 
 from configs import copy
 from perceiver_ar_jax import config as config_lib
@@ -42,41 +50,62 @@ def config(**overrides) -> config_lib.Config:
   return config_lib.resolve(result)
 
 
-def command(workdir, *arguments: str, **overrides) -> list[str]:
-  """The command line of the same experiment."""
+app.define_help_flags()  # absl defines them once per process, so before `run_module` saves the flags
+
+
+def run_module(module: str, *arguments) -> subprocess.CompletedProcess:
+  """The exit code and output of `python -m module arguments`, run in this process; all flags are restored."""
+  stdout, stderr = io.StringIO(), io.StringIO()
+  with (
+    flagsaver.flagsaver(),
+    mock.patch.object(sys, "argv", [module, *map(str, arguments)]),
+    contextlib.redirect_stdout(stdout),
+    contextlib.redirect_stderr(stderr),
+    warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # a test may have imported the module
+  ):
+    try:
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
+      code = 0
+    except SystemExit as exit:
+      code = exit.code
+  return subprocess.CompletedProcess([module, *arguments], code, stdout.getvalue(), stderr.getvalue())
+
+
+def main(*arguments) -> subprocess.CompletedProcess:
+  """The result of the main command in this process."""
+  return run_module("perceiver_ar_jax.main", *arguments)
+
+
+def run(workdir, *arguments, **overrides) -> subprocess.CompletedProcess:
+  """The result of the main command on the experiment, in this process."""
+  return main(*flags(workdir, **overrides), *arguments)
+
+
+def flags(workdir, **overrides) -> list[str]:
+  """The flags of the experiment."""
   settings = OVERRIDES | {key.replace("__", "."): value for key, value in overrides.items()}
-  return [
-    sys.executable,
-    "-m",
-    "perceiver_ar_jax.main",
-    "--config=configs/copy.py",
-    f"--workdir={workdir}",
-    *(f"--config.{name}={value}" for name, value in settings.items()),
-    *arguments,
-  ]
+  overriding = (f"--config.{name}={value}" for name, value in settings.items())
+  return ["--config=configs/copy.py", f"--workdir={workdir}", *overriding]
 
 
-def environment(num_devices: int = 1) -> dict[str, str]:
-  """This process's environment, with that many virtual CPU devices."""
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}"
-  return os.environ | {"XLA_FLAGS": flags}
+def command(workdir, *arguments: str, **overrides) -> list[str]:
+  """The command line of the experiment, for a process of its own."""
+  return [sys.executable, "-m", "perceiver_ar_jax.main", *flags(workdir, **overrides), *arguments]
 
 
-def run(workdir, *arguments: str, num_devices: int = 1, **overrides) -> subprocess.CompletedProcess:
-  """The finished process of `command`."""
-  _, *rest = command(workdir, *arguments, **overrides)
-  return python(*rest, num_devices=num_devices)
+def environment(num_devices: int) -> dict[str, str]:
+  """The environment of a process with that many virtual CPU devices."""
+  devices = f"--xla_force_host_platform_device_count={num_devices}"
+  return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}"}
 
 
-def python(*arguments: str, num_devices: int = 1) -> subprocess.CompletedProcess:
-  """The finished process of Python with these arguments, run in the project's folder, its output captured as text."""
-  return subprocess.run(
-    [sys.executable, *arguments], cwd=ROOT, env=environment(num_devices), capture_output=True, text=True, timeout=300
-  )
+def python(*arguments: str) -> subprocess.CompletedProcess:
+  """The finished process of Python with these arguments, for what needs a clean interpreter."""
+  return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def expect_error(result: subprocess.CompletedProcess, *words: str) -> None:
-  """Fails unless the process ended with code 1 and one paragraph that holds all `words`, without a traceback."""
+  """Fails unless the command ended with code 1 and one paragraph that contains all `words`, without a traceback."""
   assert result.returncode == 1, result.stderr
   errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
   assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
@@ -85,7 +114,7 @@ def expect_error(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 def losses(workdir) -> dict[int, float]:
-  """{step: loss} of metrics.jsonl; fails if a step is there twice."""
+  """{step: loss} of metrics.jsonl; fails if a step is logged twice."""
   result = {}
   for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
     entry = json.loads(line)

@@ -8,14 +8,19 @@ import urllib.error
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow as tf
 
 from perceiver_ar_jax.config import InputError, TransientError, checks
+from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import checkpoint, fingerprint
+from perceiver_ar_jax.training import optimizer as optimizer_lib
+from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training.state import TrainState
+from tests import tiny
 
 
 class Position:
@@ -225,6 +230,27 @@ def test_a_full_disk_is_transient_wherever_a_save_meets_it(workdir, monkeypatch)
   with checkpoint.Checkpointer(workdir, keep=3) as checkpointer:
     checkpointer.save(_state(4), Position(40))
   assert _restore(workdir) == 4
+
+
+@pytest.mark.parametrize("name", optimizer_lib.OPTIMIZERS)
+def test_the_state_of_every_optimizer_is_restored(name, tmp_path):
+  """After an update, so that no moment has its initial value."""
+  config = tiny.config(train__optimizer__name=name, train__optimizer__schedule="constant")
+  optimizer, mesh = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps), make_mesh(config.mesh)
+
+  @jax.jit
+  def update(state):
+    gradients = jax.tree.map(lambda weight: weight + 1, state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+  state = update(state_lib.init_state(config, optimizer, mesh))
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(state, Position())
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    restored = checkpointer.restore(state_lib.abstract_state(config, optimizer, mesh), Position())
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  jax.tree.map(np.testing.assert_array_equal, update(restored), update(state))
 
 
 def test_a_run_that_may_no_longer_write_saves_nothing(workdir):

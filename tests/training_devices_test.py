@@ -1,4 +1,4 @@
-"""Eight devices compute what one does, and resume as exactly; each run in a process of its own."""
+"""Eight devices compute what one computes, and resume exactly."""
 
 import json
 
@@ -6,7 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from perceiver_ar_jax import loop
+from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.evaluation import evaluate
 from tests import tiny
+
+pytestmark = pytest.mark.slow
 
 # Widths and rows that eight devices can share; chunks that do not divide the context.
 SHAPE = {
@@ -18,12 +23,19 @@ SHAPE = {
 }
 
 
+def _train(workdir, **overrides) -> int:
+  return loop.train(tiny.config(**SHAPE | overrides), workdir)
+
+
+def _evaluate(workdir, **overrides) -> None:
+  evaluate.evaluate(tiny.config(**SHAPE | overrides), workdir)
+
+
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-  """The finished run of one device."""
+  """The workdir of a finished run on one device."""
   workdir = tmp_path_factory.mktemp("one")
-  result = tiny.run(workdir, **SHAPE)
-  assert result.returncode == 0, result.stderr
+  assert _train(workdir) == 0
   return workdir
 
 
@@ -36,28 +48,26 @@ def one_device(tmp_path_factory):
   ],
   ids=["data", "fsdp", "all_with_microbatches"],
 )
-def test_losses_equal_those_of_one_device(mesh, one_device, tmp_path):
+def test_losses_equal_those_of_one_device(mesh, one_device, eight_devices, tmp_path):
   expected = tiny.losses(one_device)
-  if "model__dropout" in mesh:  # microbatches draw dropout of their own, so compare without it
-    single = tiny.run(tmp_path / "single", **SHAPE, model__dropout=0.0)
-    assert single.returncode == 0, single.stderr
+  if "model__dropout" in mesh:  # microbatches draw their own dropout, so compare without it
+    assert _train(tmp_path / "single", model__dropout=0.0) == 0
     expected = tiny.losses(tmp_path / "single")
-  result = tiny.run(tmp_path / "eight", num_devices=8, **SHAPE, **mesh)
-  assert result.returncode == 0, result.stderr
-  ours = tiny.losses(tmp_path / "eight")
-  assert ours.keys() == expected.keys()
-  np.testing.assert_allclose([ours[step] for step in ours], [expected[step] for step in ours], rtol=1e-5)
+  assert eight_devices(_train, tmp_path / "eight", **mesh) == 0
+  losses = tiny.losses(tmp_path / "eight")
+  assert losses.keys() == expected.keys()
+  np.testing.assert_allclose([losses[step] for step in losses], [expected[step] for step in losses], rtol=1e-5)
 
 
-def test_every_figure_of_an_evaluation_equals_that_of_one_device(one_device):
+def test_every_metric_of_an_evaluation_equals_that_of_one_device(one_device, eight_devices):
   expected = _metrics(one_device)
   mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 2, "eval__batch_size": 4}
-  result = tiny.run(one_device, "--mode=eval", num_devices=8, **SHAPE, **mesh)
-  assert result.returncode == 0, result.stderr
-  ours = _metrics(one_device)
-  assert len(ours) > 30 and ours.keys() == expected.keys()
+  (one_device / "eval-validation-6.json").unlink()
+  eight_devices(_evaluate, one_device, **mesh)
+  metrics = _metrics(one_device)
+  assert len(metrics) > 30 and metrics.keys() == expected.keys()
   for name, value in expected.items():
-    assert ours[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), name
+    assert metrics[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), name
 
 
 def _metrics(workdir) -> dict:
@@ -66,18 +76,15 @@ def _metrics(workdir) -> dict:
   return {jax.tree_util.keystr(path): value for path, value in jax.tree.leaves_with_path(result)}
 
 
-def test_eight_devices_resume_exactly(tmp_path):
-  mesh = {"mesh__data": 2, "mesh__fsdp": 4}
+def test_eight_devices_resume_exactly(eight_devices, tmp_path):
+  # A constant rate, so that a shorter run is the first part of a longer one.
+  settings = {"mesh__data": 2, "mesh__fsdp": 4, "train__optimizer__schedule": "constant"}
   for workdir, stops in ((tmp_path / "whole", [6]), (tmp_path / "parts", [3, 6])):
     for steps in stops:
-      # A constant rate, so that the first part of a shorter run is the same run.
-      result = tiny.run(
-        workdir, num_devices=8, **{**SHAPE, **mesh, "train__steps": steps}, train__optimizer__schedule="constant"
-      )
-      assert result.returncode == 0, result.stderr
+      assert eight_devices(_train, workdir, **settings, train__steps=steps) == 0
   assert tiny.losses(tmp_path / "parts") == tiny.losses(tmp_path / "whole")
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_explained(tmp_path):
-  result = tiny.run(tmp_path, num_devices=8, train__batch_size=12, model__latent_width=32)
-  tiny.expect_error(result, "train.batch_size=12 does not divide over the 8 parts")
+def test_a_batch_that_the_mesh_does_not_divide_is_explained(eight_devices, tmp_path):
+  with pytest.raises(InputError, match="train.batch_size=12 does not divide over the 8 parts"):
+    eight_devices(_train, tmp_path, train__batch_size=12)
