@@ -210,6 +210,15 @@ def test_checkpoints_with_fingerprints_of_version_1_are_restored_and_checked(wor
   assert _restore(workdir) == 2
 
 
+def test_a_checkpoint_of_another_structure_is_refused_and_not_moved(workdir):
+  path = workdir / "checkpoints" / "3" / "fingerprint" / "metadata"
+  saved = json.loads(path.read_text())
+  path.write_text(json.dumps({name.replace("kernel", "weights"): value for name, value in saved.items()}))
+  with pytest.raises(InputError, match=r"step 3 .* other arrays than this version and config: it lacks .*kernel"):
+    _restore(workdir)
+  assert _steps(workdir) == _INTACT
+
+
 def test_a_full_disk_is_transient_wherever_a_save_meets_it(workdir, monkeypatch):
   full = [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded")]
   full += [tf.errors.ResourceExhaustedError(None, None, "position; No space left on device")]

@@ -293,8 +293,15 @@ class Checkpointer:
 
   def _restore_step(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
     saved = self._restore_items(step, {"fingerprint": Json()})["fingerprint"]
-    values = self._restore_items(step, {name: item for name, item in items.items() if name != "data"})
-    trees = {name: value["opt_state"] if name == "optimizer" else value for name, value in values.items()}
+    arrays = {name: item for name, item in items.items() if name != "data"}
+    if missing := fingerprint.missing(saved, _checked({name: item.item for name, item in arrays.items()})):
+      raise InputError(
+        f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config: it lacks"
+        f" {', '.join(missing[:3])}. Resume with the version of perceiver_ar_jax that saved it, or start over with"
+        " another --workdir."
+      )
+    values = self._restore_items(step, arrays)
+    trees = _checked(values)
     if differing := fingerprint.differences(saved, trees):
       raise _Damaged(f"the values of {', '.join(differing[:3])} are not those that were saved")
     if "optimizer" in items and int(values["optimizer"]["step"]) != step:
@@ -325,6 +332,11 @@ class Checkpointer:
           print(f"Step {step} was moved to {target}; the checkpoint before it is used.", file=sys.stderr)
     distributed.wait_for_all("damaged checkpoints are moved")
     self._manager.reload()
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The trees that a fingerprint covers."""
+  return {name: value["opt_state"] if name == "optimizer" else value for name, value in values.items()}
 
 
 def _root(error: BaseException) -> BaseException:

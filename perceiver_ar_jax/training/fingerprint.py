@@ -27,12 +27,21 @@ def differences(saved: Mapping[str, int], trees: Mapping[str, Any]) -> list[str]
   return [path for path in current if saved.get(path) != current[path]]
 
 
-def _checksums(trees: Mapping[str, Any], version: int) -> dict[str, int]:
-  leaves = {
+def missing(saved: Mapping[str, int], trees: Mapping[str, Any]) -> list[str]:
+  """Returns the paths of arrays in `trees`, or of their shapes, that a `saved` fingerprint does not list."""
+  return [path for path in _leaves(trees) if path not in saved]
+
+
+def _leaves(trees: Mapping[str, Any]) -> dict[str, Any]:
+  return {
     name + jax.tree_util.keystr(path): leaf
     for name, tree in trees.items()
     for path, leaf in jax.tree.leaves_with_path(tree)
   }
+
+
+def _checksums(trees: Mapping[str, Any], version: int) -> dict[str, int]:
+  leaves = _leaves(trees)
   sums = jax.device_get(_SUMS[version](list(leaves.values())))
   return {path: int(value) for path, value in zip(leaves, sums)}
 
