@@ -85,8 +85,8 @@ def test_the_cache_is_exact_if_all_latents_are_recomputed_for_each_token():
 
 @pytest.mark.parametrize("encoding", ["rotary", "learned"])
 def test_cached_logits_equal_a_full_pass_over_the_latents_in_the_cache(encoding):
-  # After a refill of 5, the first token is predicted by 5 latents, the next by 6, and so on. Cached logits are those of a
-  # full pass over as many latents, also after refills and with a second cross-attend between layers.
+  # After a refill of 5, the first token is predicted by 5 latents, the next by 6, and so on. Logits with the cache are
+  # those of a full pass over as many latents, also after refills and with a second cross-attend between layers.
   sizes = {} if encoding == "rotary" else {"position_sizes": (60,)}
   config, params = model(position_encoding=encoding, cross_attend_after=(0,), **sizes)
   kept = 5
