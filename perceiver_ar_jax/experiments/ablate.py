@@ -31,6 +31,7 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.experiments import plots
 from perceiver_ar_jax.models import architectures, flops
+from perceiver_ar_jax.training import metrics
 
 flags.adopt_module_key_flags(command_line)
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Comma-separated seeds of the runs of each variant.")
@@ -101,7 +102,7 @@ def _summary(folder: epath.Path) -> dict | None:
   if not path.exists():
     return None
   result = json.loads(path.read_text())
-  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  lines = metrics.read_entries(folder)
   unit = result["unit"]
   return {
     "seed": config.seed,

@@ -15,6 +15,7 @@ from etils import epath
 from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
 from perceiver_ar_jax.experiments import plots
 from perceiver_ar_jax.models.architectures import num_params
+from perceiver_ar_jax.training import metrics
 
 _MAX_SAMPLES = 12
 _MAX_CHARACTERS = 2000
@@ -30,15 +31,13 @@ def write(workdir: epath.PathLike) -> epath.Path:
     InputError: the workdir contains no run, the run has not logged a step, or the file cannot be written.
   """
   workdir = epath.Path(workdir)
-  config, path = config_from_run.load_config(workdir), workdir / "metrics.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  lines = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have left the last one incomplete
-  steps = [line for line in lines if "loss" in line]
+  config, entries = config_from_run.load_config(workdir), metrics.read_entries(workdir)
+  steps = [entry for entry in entries if "loss" in entry]
   if not steps:
     raise InputError(f"--workdir={workdir} has not logged a step yet: train first, or lower train.log_every.")
   results = [json.loads(path.read_text()) for path in sorted(workdir.glob("eval-*.json"))]
   sections = {
-    "Loss": _loss_plot(lines),
+    "Loss": _loss_plot(entries),
     "Evaluations": _evaluations(results) if results else "",
     "Samples": _samples(workdir / "samples"),
     "Settings": f"<details><summary>config.json</summary><pre>{html.escape(config.to_json())}</pre></details>",

@@ -73,6 +73,12 @@ class MetricsFile:
     self._pending, self._number = [], self._number + is_object
 
 
+def read_entries(workdir: epath.Path) -> list[dict]:
+  """Returns the logged objects of a run, in order; a line that a kill cut short is left out."""
+  lines = (line for path in _paths(workdir) for line in path.read_text().splitlines())
+  return [entry for line in lines if (entry := _parse(line))]
+
+
 def _paths(workdir: epath.Path) -> list[epath.Path]:
   whole = workdir / "metrics.jsonl"
   return [*([whole] if whole.exists() else []), *sorted(workdir.glob("metrics-*.jsonl"))]
