@@ -202,7 +202,7 @@ def test_results_are_printed_before_a_file_that_cannot_be_written(copy_of_traine
     evaluate.evaluate(tiny.config(), run)
   assert "validation at step 12: " in capfd.readouterr().out
 
-  sampler = types.SimpleNamespace(score=lambda text: result)
+  sampler = types.SimpleNamespace(score=lambda text: result, task=types.SimpleNamespace(modality="text"))
   monkeypatch.setattr(write.Sampler, "from_workdir", lambda workdir, config: sampler)
   with pytest.raises(InputError, match="score.json cannot be written"):
     write.score(tiny.config(sample__prompt="a text"), run)
