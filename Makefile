@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: install train test lint format docs
+.PHONY: install train test test-fast lint format docs
 
 install: $(VENV)/installed
 
@@ -22,6 +22,9 @@ train: install
 
 test: install
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+test-fast: install
+	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
 
 lint: install
 	$(RUN) -m ruff format --check .

@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-  path = folder / "pieces.model"
+  path = folder / "model.model"
   result = train_on(folder, path, 400)
   assert result.returncode == 0, result.stderr
   return Trained(str(path), path.read_bytes(), result.stdout, SubwordTokenizer(str(path)))
