@@ -174,7 +174,7 @@ def test_the_model_of_the_snippet_caps_its_logits(monkeypatch):
   capped = architectures.Architecture(names["Capped"], perceiver_ar.check, perceiver_ar.flops)
   monkeypatch.setitem(architectures.ARCHITECTURES, "capped", capped)
   model = architectures.make_model(tiny.config(model__architecture="capped").model)
-  tokens, positions_1xLx1 = jnp.ones((1, 12), jnp.int32), jnp.arange(1, 13)[None, :, None]
+  tokens, positions_1xLx1 = jnp.ones((1, 32), jnp.int32), jnp.arange(1, 33)[None, :, None]
   variables = nn.meta.unbox(model.init(jax.random.key(0), tokens, positions_1xLx1))
   variables["params"]["to_logits"]["bias"] += 1e3
   np.testing.assert_allclose(model.apply(variables, tokens, positions_1xLx1), 30.0, rtol=1e-5)

@@ -279,6 +279,6 @@ def test_more_latents_than_inputs_are_refused():
 )
 def test_positions_with_other_dimensions_are_refused(changes, message):
   config = tiny.config(**{f"model__{name}": value for name, value in changes.items()}).model
-  tokens, positions = jnp.ones((1, 12), jnp.int32), jnp.ones((1, 12, 3), jnp.int32)
+  tokens, positions = jnp.ones((1, 32), jnp.int32), jnp.ones((1, 32, 3), jnp.int32)
   with pytest.raises(InputError, match=message):
     PerceiverAR(config).init(jax.random.key(0), tokens, positions)
