@@ -2,11 +2,13 @@
 
 import json
 import os
+import pathlib
 import re
 import signal
 
 import numpy as np
 import pytest
+from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
@@ -89,11 +91,6 @@ def test_an_unreadable_held_out_file_is_found_before_anything_else(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_other_seeds_give_other_losses(trained, tmp_path):
-  loop.train(tiny.config(seed=1), tmp_path)
-  assert tiny.losses(tmp_path)[12] != tiny.losses(trained)[12]
-
-
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   config = tiny.config(train__optimizer__learning_rate=1e30, train__optimizer__clip_norm=0.0)
   with pytest.raises(InputError, match="At step [34] the loss is .* so training stopped"):
@@ -101,27 +98,35 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   assert all(int(path.name) < 3 for path in (tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("end", ["window", "last step", "signal", "error"])
-def test_a_profile_is_kept_however_the_run_ends(end, tmp_path, monkeypatch):
-  """The trace covers 3 steps; the run may end within them."""
-  config = tiny.config(train__profile_at=5 if end == "last step" else 2, train__steps=6)
-  draw, drawn = HostBatches.__next__, []
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_profile_covers_three_steps_or_those_before_an_error(num_steps, tmp_path):
+  profile = loop._Profile(2, epath.Path(tmp_path))
+  with pytest.raises(ZeroDivisionError), profile:
+    for step in range(1, num_steps + 1):
+      profile.before(step)
+      profile.after(step, {})
+      assert bool(_traces(tmp_path)) == (step >= 4)
+    raise ZeroDivisionError
+  assert bool(_traces(tmp_path)) == (num_steps >= 2)
 
-  def disturb(self):
-    drawn.append(None)
-    if len(drawn) == 3 and end == "signal":
+
+def _traces(folder) -> list[pathlib.Path]:
+  return list(folder.rglob("*.xplane.pb"))
+
+
+def test_a_profile_of_a_run_that_a_signal_ends_is_kept(tmp_path, monkeypatch):
+  draw, num_drawn = HostBatches.__next__, 0
+
+  def kill(self):
+    nonlocal num_drawn
+    num_drawn += 1
+    if num_drawn == 3:
       os.kill(os.getpid(), signal.SIGTERM)
-    if len(drawn) == 3 and end == "error":
-      raise InputError("no more data")
     return draw(self)
 
-  monkeypatch.setattr(HostBatches, "__next__", disturb)
-  if end == "error":
-    with pytest.raises(InputError, match="no more data"):
-      loop.train(config, tmp_path)
-  else:
-    assert loop.train(config, tmp_path) == (128 + signal.SIGTERM if end == "signal" else 0)
-  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+  monkeypatch.setattr(HostBatches, "__next__", kill)
+  assert loop.train(tiny.config(train__profile_at=2), tmp_path) == 128 + signal.SIGTERM
+  assert _traces(tmp_path / "profile")
 
 
 def test_updates_that_are_not_finite_are_skipped_a_limited_number_of_times(tmp_path, capfd):
