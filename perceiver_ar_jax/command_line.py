@@ -66,6 +66,8 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
     except KeyboardInterrupt:
       return 128 + signal.SIGINT
     except Exception as error:
+      if isinstance(error, BrokenPipeError) and not _stdout_has_reader():
+        raise
       explained = checks.for_user(error)
       if explained is None:
         sys.excepthook(type(error), error, error.__traceback__)
@@ -87,12 +89,16 @@ def _tolerant_stdout() -> Iterator[None]:
     finally:
       sys.stdout.flush()
   except BrokenPipeError:
-    stdout = select.poll()
-    stdout.register(sys.stdout, 0)
-    if not stdout.poll(0):  # stdout has a reader, so another pipe is broken
+    if _stdout_has_reader():  # another pipe is broken
       raise
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it ends
     sys.exit(128 + signal.SIGPIPE)
+
+
+def _stdout_has_reader() -> bool:
+  stdout = select.poll()
+  stdout.register(sys.stdout, 0)
+  return not stdout.poll(0)
 
 
 def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:

@@ -210,7 +210,7 @@ def test_a_run_keeps_the_rule_it_was_begun_with(tmp_path, capsys):
   (tmp_path / "config.json").write_text(config.to_json().replace('    "split_rule": "path",\n', ""))
   kept = config_from_run.keep_split_rule(config, tmp_path)
   assert kept == dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule="name"))
-  assert "data.split_rule=name, and keeps it" in capsys.readouterr().out
+  assert "data.split_rule=name, and keeps it" in capsys.readouterr().err
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
   workdir_lib.prepare(kept, tmp_path)
   assert config_from_run.load_config(tmp_path).data.split_rule == "name"

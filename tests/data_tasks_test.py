@@ -301,5 +301,5 @@ def test_a_mixture_names_its_tasks_and_their_shares():
     shares("pg19+maestro_v3")
   with pytest.raises(InputError, match="Did you mean 'enwik8'"):
     shares("pg19+enwik")
-  with pytest.raises(InputError, match="'-1' is no share"):
+  with pytest.raises(InputError, match="'-1' is not a valid share"):
     shares("pg19:-1+enwik8")

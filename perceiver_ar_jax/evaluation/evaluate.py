@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
 from perceiver_ar_jax.data import splits, units
 from perceiver_ar_jax.data.documents import Document
-from perceiver_ar_jax.data.features import Batch
 from perceiver_ar_jax.data.loader import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
+from perceiver_ar_jax.data.windows import Batch
 from perceiver_ar_jax.evaluation import metrics
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import make_model
