@@ -17,7 +17,7 @@ from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError, TransientError
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import checkpoint
+from perceiver_ar_jax.training import checkpoint, metrics
 from tests import tiny
 
 
