@@ -15,7 +15,7 @@ from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 
-from perceiver_ar_jax import PerceiverAR, command_line, main
+from perceiver_ar_jax import PerceiverAR, command_line
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError, config_from_run
 from perceiver_ar_jax.data import tasks
@@ -138,10 +138,7 @@ def test_mistakes_are_named(changes, message):
 def test_a_missing_run_is_reported_before_slow_imports(mode, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "perceiver_ar_jax.parallel", None)  # importing it raises ImportError
   monkeypatch.setitem(sys.modules, "perceiver_ar_jax.experiments", None)
-  with flagsaver.flagsaver():
-    flags.FLAGS(["main", f"--mode={mode}", f"--workdir={tmp_path}"])
-    with pytest.raises(InputError, match="contains no run"):
-      main.main(tiny.config())
+  tiny.expect_error(tiny.run(tmp_path, f"--mode={mode}"), "contains no run")
 
 
 def test_the_start_up_lines_of_tensorflow_are_hidden_and_other_lines_are_not():
