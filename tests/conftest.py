@@ -64,17 +64,13 @@ def copy_of_trained(trained, tmp_path):
 @pytest.fixture(scope="session")
 def eight_devices():
   """Calls functions of modules in a process with eight virtual devices: eight_devices(function, *arguments)."""
+  import jax
+
   with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     with mock.patch.dict(os.environ, tiny.environment(8)):
-      assert pool.submit(_num_devices).result() == 8  # the process starts here
+      assert pool.submit(jax.device_count).result() == 8  # the process starts here
 
     def call(function, *arguments, **named):
       return pool.submit(function, *arguments, **named).result()
 
     yield call
-
-
-def _num_devices() -> int:
-  import jax
-
-  return jax.device_count()
