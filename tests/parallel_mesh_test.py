@@ -61,7 +61,7 @@ def test_processes_hold_the_rows_of_their_devices():
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
-    (("here:1", 2, None), "--process_id must be given too"),
+    (("here:1", 2, None), "--process_id must be set too"),
     (("here:1", 2, 2), "--process_id=2 must be in 0..1"),
     (("here", 2, 0), "--coordinator=here must be host:port"),
   ],
