@@ -302,6 +302,6 @@ def test_data_that_fails_to_be_read_fails_on_all_processes(capfd, monkeypatch):
     with pytest.raises(InputError, match=r"cannot be read \(OSError: Input/output error\)"):
       _fresh_result(tiny.config())
     assert "Traceback" in capfd.readouterr().err
-  monkeypatch.setattr(distributed, "largest", lambda value: 1)  # another process fails
+  monkeypatch.setattr(distributed, "maximum", lambda value: 1)  # another process fails
   with pytest.raises(InputError, match="Another process cannot read held-out data"):
     _fresh_result(tiny.config())

@@ -58,7 +58,7 @@ def test_values_weighted_by_the_map_equal_the_kernels_output(overrides):
       attention_map(config, params, tokens, positions, cross_attention=index)
       for index in range(1 + len(config.cross_attend_after))
     ]
-    keys_values = module.apply({"params": params}, tokens, positions, method="keys_values")
+    keys_values = module.apply({"params": params}, tokens, positions, method="cross_keys_values")
     _, state = module.apply(
       {"params": params}, tokens, positions, capture_intermediates=lambda module, _: module.name == "attention"
     )
@@ -83,7 +83,7 @@ def test_the_map_is_the_softmax_of_the_last_querys_scores():
     {"params": params}, tokens, positions, capture_intermediates=lambda module, _: module.name == "query"
   )
   (query_BxMxE,) = state["intermediates"]["cross_attend_0"]["attention"]["query"]["__call__"]
-  k_BxLxHxK, _ = module.apply({"params": params}, tokens, positions, method="keys_values")[0]
+  k_BxLxHxK, _ = module.apply({"params": params}, tokens, positions, method="cross_keys_values")[0]
   map_BxHxL = attention_map(config, params, tokens, positions)
   for head in range(2):  # of 8 each
     query_K = np.asarray(query_BxMxE[0, -1, 8 * head : 8 * head + 8])
@@ -157,7 +157,7 @@ def test_mistakes_are_explained(restored, tmp_path):
   with pytest.raises(InputError, match="cannot be written"):
     attention_pictures.write(tiny.config(), tmp_path)
   for wrong, message in (
-    ({"outputs": (0,)}, "whole numbers from 1 on"),
+    ({"outputs": (0,)}, "integers from 1 on"),
     ({"prompt": ""}, "attention_map.prompt is empty"),
     ({"cross_attend": 1}, r"attention_map.cross_attend=1 must be in 0..0"),
   ):

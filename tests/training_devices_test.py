@@ -86,5 +86,5 @@ def test_eight_devices_resume_exactly(eight_devices, tmp_path):
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_explained(eight_devices, tmp_path):
-  with pytest.raises(InputError, match="train.batch_size=12 does not divide over the 8 parts"):
+  with pytest.raises(InputError, match="train.batch_size=12 is not divisible by 8"):
     eight_devices(_train, tmp_path, train__batch_size=12)
