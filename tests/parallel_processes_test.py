@@ -18,7 +18,7 @@ from perceiver_ar_jax import loop
 from perceiver_ar_jax.sampling.sampler import Sampler
 from tests import tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS = {
   "model__latent_width": 16,
@@ -83,11 +83,11 @@ def story(tmp_path_factory, eight_devices):
   four = _start(run, 4, 2)
   _wait_for_steps(run, 15, four)
   four[2].send_signal(signal.SIGTERM)  # one of them only
-  result = {"run": run, "terminated": _codes(four, 60), "output": _log(run, 0), "first": tiny.losses(run)}
+  result = {"run": run, "terminated": _codes(four, 3 * 60), "output": _log(run, 0), "first": tiny.losses(run)}
   two = _start(run, 2, 4)
   _wait_for_steps(run, len(result["first"]) + 10, two)
   two[1].kill()
-  result |= {"killed": _codes(two, 90), "last_words": _log(run, 0)}
+  result |= {"killed": _codes(two, 3 * 90), "last_words": _log(run, 0)}
   result |= {"alone": eight_devices(_train, run), "uninterrupted": eight_devices(_train, folder / "uninterrupted")}
   return result | {"losses": tiny.losses(run), "expected": tiny.losses(folder / "uninterrupted")}
 
@@ -143,7 +143,7 @@ def test_evaluation_and_samples_of_two_processes_equal_those_of_one_and_are_writ
     processes.append(subprocess.Popen([sys.executable, "-c", _EVALUATES_AND_SAMPLES, *arguments], cwd=tiny.ROOT))
   one_device = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=1))
   expected = Sampler.from_workdir(trained, one_device)(num_samples=3, batch_size=2, length=20)
-  assert _codes(processes, 240) == [0, 0]
+  assert _codes(processes, 3 * 240) == [0, 0]
 
   metrics = json.loads((copies[0] / "eval-validation-60.json").read_text())
   logged = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
@@ -182,4 +182,4 @@ def test_a_process_that_still_writes_is_waited_for_longer_than_jax_waits_at_the_
     )
     for index in range(2)
   ]
-  assert _codes(processes, 60) == [0, 0]
+  assert _codes(processes, 3 * 60) == [0, 0]
