@@ -54,7 +54,7 @@ def _train(workdir) -> int:
 
 
 def _wait_for_steps(workdir, steps: int, processes: list[subprocess.Popen]) -> None:
-  path, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
+  path, deadline = workdir / "metrics.jsonl", time.monotonic() + 900
   while not path.exists() or path.read_text().count("\n") < steps:
     assert time.monotonic() < deadline and all(process.poll() is None for process in processes), _log(workdir, 0)
     time.sleep(0.01)
