@@ -119,6 +119,7 @@ np.savez(folder / "after.npz", *[next(iterator)["inputs"] for _ in range(6)])
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_with_the_same_batches(data_dir, tmp_path):
   config = settings("imagenet32", data_dir, shuffle_buffer=6)
   iterator = batches.train_loader(config, 4)

@@ -14,6 +14,8 @@ import yaml
 
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = tiny.ROOT / "launch"
 STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, sys
