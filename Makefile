@@ -20,11 +20,14 @@ $(VENV)/installed: setup.py
 train: install
 	$(RUN) -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=runs/photos32
 
+# By file, since tests of a file share expensive fixtures; conftest.py sorts the files.
+PYTEST = $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(RUN) -m pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 test-fast: install
-	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: install
 	$(RUN) -m ruff format --check .

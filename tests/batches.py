@@ -72,8 +72,8 @@ def evaluate(config: config_lib.Config, hosts: int = 1, batch: int = 4, **settin
   return [list(splits.eval_batches(config, splits.eval_documents(config), rows)) for rows in shares]
 
 
-def assert_equal(ones: list, others: list) -> None:
-  assert len(ones) == len(others)
-  for number, (one, other) in enumerate(zip(ones, others)):
-    for name in one:
-      np.testing.assert_array_equal(one[name], other[name], err_msg=f"{name} of batch {number}")
+def assert_equal(batches: list, expected_batches: list) -> None:
+  assert len(batches) == len(expected_batches)
+  for number, (batch, expected) in enumerate(zip(batches, expected_batches)):
+    for name in batch:
+      np.testing.assert_array_equal(batch[name], expected[name], err_msg=f"{name} of batch {number}")

@@ -41,10 +41,10 @@ def fresh(monkeypatch):
 def folder(tmp_path_factory):
   """Texts, two SentencePiece models, MIDI files and audio codes, a few of each unusable."""
   folder = tmp_path_factory.mktemp("data")
-  for split, some in TEXTS.items():
+  for split, contents in TEXTS.items():
     for kind in ("text", "midi", "audio"):
       (folder / kind / split).mkdir(parents=True)
-    for number, text in enumerate(some):
+    for number, text in enumerate(contents):
       (folder / "text" / split / f"{number}.txt").write_text(text)
       notes = [Note(40 + number + step, 80, step / 4, step / 4 + 0.2) for step in range(len(text.split()))]
       (folder / "midi" / split / f"{number}.mid").write_bytes(music.to_midi(notes))
@@ -157,9 +157,9 @@ def test_the_documents_are_those_of_the_task(split, data, stored):
 @pytest.mark.parametrize("hosts", [1, 3])
 def test_evaluation_scores_the_same_events_words_and_bytes(hosts, data, stored):
   def totals(config, hosts):
-    found = [batch for of_host in evaluate(config, hosts, 2, stride=3) for batch in of_host]
-    targets = np.sort(np.concatenate([batch["targets"][batch["weights"] == 1] for batch in found])).tolist()
-    return targets, [sum(batch[name].sum() for batch in found) for name in ("words", "bytes") if name in found[0]]
+    scored = [batch for of_host in evaluate(config, hosts, 2, stride=3) for batch in of_host]
+    targets = np.sort(np.concatenate([batch["targets"][batch["weights"] == 1] for batch in scored])).tolist()
+    return targets, [sum(batch[name].sum() for batch in scored) for name in ("words", "bytes") if name in scored[0]]
 
   targets, counts = totals(settings(data, cache_dir=str(stored)), hosts)
   assert (targets, counts) == totals(settings(data), 1)
@@ -269,9 +269,10 @@ def test_the_launcher_is_a_shell_script_without_mistakes_of_syntax():
 
 def test_a_second_cache_dir_in_one_process_is_its_own(folder, stored, tmp_path):
   store(dataclasses.replace(data_of(folder, "midi"), files=str(folder / "midi" / "train" / "[0-3].mid")), tmp_path)
-  one = whole_documents(settings(data_of(folder, "midi"), cache_dir=str(stored)), "train")
-  other = whole_documents(settings(data_of(folder, "midi"), cache_dir=str(tmp_path)), "train")
-  assert (len(one), len(other)) == (9, 4)
+  config = settings(data_of(folder, "midi"))
+  for cache_dir, num_documents in ((stored, 9), (tmp_path, 4)):
+    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(cache_dir)))
+    assert len(whole_documents(cached, "train")) == num_documents
 
 
 def test_crops_of_cached_audio_count_frames_from_their_start(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Codes of audio and video: small arrays written out, random ones there and back, and files that hold no codes."""
+"""Codes of audio and video: small arrays written out, round trips of random ones, and files without codes."""
 
 import io
 import re
@@ -41,7 +41,7 @@ def npz(*unnamed, **named):
 def test_audio_goes_frame_by_frame_and_each_level_has_ids_of_its_own():
   document = audio_document(AUDIO, 10)
   assert len(document) == 9
-  assert document.read(0, 9).tolist() == AUDIO_EVENTS, "no EOS: the recording goes on beyond its file"
+  assert document.read(0, 9).tolist() == AUDIO_EVENTS, "no EOS: the recording does not end with its file"
   assert document.read(3, 6).tolist() == [6, 17, 8]
   assert codes.audio_vocab_size(2, 10) == 23, "the largest id, of code 9 of the second level, is 22"
   assert codes.to_audio(AUDIO_EVENTS, 2, 10).tolist() == AUDIO.tolist()
@@ -99,8 +99,8 @@ def test_every_stretch_of_audio_gives_the_frames_that_are_whole_in_it():
   for start in range(len(events)):
     for end in range(start, len(events) + 1):
       first, last = -(-max(start - 1, 0) // levels), max(end - 1, 0) // levels
-      found = codes.to_audio(events[start:end], levels, 5)
-      np.testing.assert_array_equal(found, given[first : max(first, last)], err_msg=f"events {start} to {end}")
+      frames = codes.to_audio(events[start:end], levels, 5)
+      np.testing.assert_array_equal(frames, given[first : max(first, last)], err_msg=f"events {start} to {end}")
 
 
 def test_a_sampled_id_of_the_wrong_level_is_the_same_code_of_the_right_one():

@@ -236,16 +236,16 @@ def test_a_link_that_joins_later_moves_no_file(tmp_path):
 
 
 def test_the_split_is_the_same_wherever_the_folder_is_and_however_it_is_named(tmp_path, monkeypatch):
-  one, other = write_same_names(tmp_path / "one"), write_same_names(tmp_path / "other" / "place")
-  (tmp_path / "link").symlink_to(other)
-  expected = held_out(one)
-  assert expected == held_out(other) == held_out(f"{other}/") == held_out(tmp_path / "link")
-  monkeypatch.chdir(other)
+  folder, moved = write_same_names(tmp_path / "folder"), write_same_names(tmp_path / "another" / "place")
+  (tmp_path / "link").symlink_to(moved)
+  expected = held_out(folder)
+  assert expected == held_out(moved) == held_out(f"{moved}/") == held_out(tmp_path / "link")
+  monkeypatch.chdir(moved)
   assert expected == held_out(".") == held_out("../place")
   data = DataConfig(task="text_files", files="**/*.txt")
   assert [os.path.normpath(path) for path in files.split_files(data, "validation", ())] == expected
-  data = DataConfig(task="text_files", files=f"{one}/Track*/*")
-  assert [os.path.relpath(path, one) for path in files.split_files(data, "validation", ())] == expected
+  data = DataConfig(task="text_files", files=f"{folder}/Track*/*")
+  assert [os.path.relpath(path, folder) for path in files.split_files(data, "validation", ())] == expected
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5])

@@ -1,4 +1,4 @@
-"""--mode=data: its figures are right where a person can count, and its examples show what the model will see."""
+"""--mode=data: its numbers are right where a person can count, and its examples show the model's inputs."""
 
 import json
 import tracemalloc
@@ -62,7 +62,7 @@ def test_the_report_of_texts(tmp_path, capsys):
   assert_holds(report["train"], different_tokens=7, words=3, bytes=7, unknown_rate=0.0)
   assert report["train"]["bytes_per_token"] == pytest.approx(7 / 11)
   shares = [2 / 11] * 4 + [1 / 11] * 3  # SOS, EOS, a, b; _, \n, c
-  assert report["train"]["histogram_entropy_bits"] == pytest.approx(-sum(one * np.log2(one) for one in shares))
+  assert report["train"]["histogram_entropy_bits"] == pytest.approx(-sum(share * np.log2(share) for share in shares))
   assert {token for token, share in report["train"]["most_frequent"][:4]} == {SOS, EOS, ord("a") + 3, ord("b") + 3}
   assert [share for _, share in report["train"]["most_frequent"]][:7] == pytest.approx(shares)
   # SOS é (two bytes) , _ s o EOS; the empty text is left out
@@ -209,7 +209,7 @@ def test_a_split_without_documents_is_an_error(tmp_path):
 
 
 def test_the_command_line_shows_texts(tmp_path):
-  write(tmp_path, {"train/a.txt": "tick tock " * 500, "validation/b.txt": "no road goes on for ever"})
+  write(tmp_path, {"train/a.txt": "tick tock " * 500, "validation/b.txt": "no road leads on for ever"})
   result = tiny.main(
     *("--mode=data", "--config=configs/text_files.py"),
     *(f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=2"),
@@ -245,7 +245,7 @@ def test_a_grid_puts_pictures_side_by_side_and_then_below():
     [g, g, g, g, g, g, g, g, g, g],
     [g, g, g, g, g, g, g, g, g, g],
   ]
-  assert render.grid([white], columns=8).shape == (5, 5, 3), "columns that stay empty take room"
+  assert render.grid([white], columns=8).shape == (5, 5, 3), "empty columns take space"
 
 
 @pytest.mark.parametrize("order", images.ORDERS)

@@ -28,10 +28,10 @@ def _batch(hosts: list[TrainLoader]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_batches_are_the_same_on_any_hosts_and_go_on_on_others(shards, tmp_path):
+def test_batches_are_the_same_on_any_hosts_and_resume_on_others(shards, tmp_path):
   config = tiny.config(data__shards=shards)
-  one = TrainLoader(config)
-  expected = [next(one)["inputs"] for _ in range(4)]
+  loader = TrainLoader(config)
+  expected = [next(loader)["inputs"] for _ in range(4)]
   assert len({tuple(row) for batch in expected for row in batch.tolist()}) == 32, "rows are repeated"
   for number, rows in enumerate(HOSTS):
     hosts = [TrainLoader(config, rows, host) for host in range(len(rows))]

@@ -67,9 +67,9 @@ def test_each_epoch_sees_each_record_once_in_a_new_order(data_dir):
 
 
 def test_the_seed_fixes_the_stream(data_dir):
-  first, again, other = (take(batches.train_loader(whole(data_dir, seed=seed), 4), 4) for seed in (1, 1, 2))
+  first, again, of_other_seed = (take(batches.train_loader(whole(data_dir, seed=seed), 4), 4) for seed in (1, 1, 2))
   batches.assert_equal(first, again)
-  assert numbers(first[0]) != numbers(other[0])
+  assert numbers(first[0]) != numbers(of_other_seed[0])
 
 
 CASES = {
@@ -119,6 +119,7 @@ np.savez(folder / "after.npz", *[next(iterator)["inputs"] for _ in range(6)])
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_with_the_same_batches(data_dir, tmp_path):
   config = settings("imagenet32", data_dir, shuffle_buffer=6)
   iterator = batches.train_loader(config, 4)
@@ -181,14 +182,14 @@ def test_hosts_crop_differently():
 @pytest.mark.parametrize("stride, latents, context", [(1, 1, 30), (5, 8, 20), (8, 8, 64), (31, 31, 31)])
 def test_evaluation_scores_every_token_of_a_split_once(stride, latents, context):
   config = settings("copy", context=context, latents=latents, sizes=(65,))
-  (found,) = evaluate(config, stride=stride, num_latents=latents, max_sequences=10)
+  (scored_batches,) = evaluate(config, stride=stride, num_latents=latents, max_sequences=10)
   scored = context + 1 - 1 - context // 2  # The mirrored half and EOS.
-  assert sum(batch["weights"].sum() for batch in found) == 10 * scored
-  assert {batch["inputs"].shape for batch in found} == {(4, context)}
-  assert {batch["targets"].shape for batch in found} == {(4, latents)}
+  assert sum(batch["weights"].sum() for batch in scored_batches) == 10 * scored
+  assert {batch["inputs"].shape for batch in scored_batches} == {(4, context)}
+  assert {batch["targets"].shape for batch in scored_batches} == {(4, latents)}
   # Each scored target's place in its sequence is its input's position, the latent's slot; each comes 10 times.
   places = collections.Counter()
-  for batch in found:
+  for batch in scored_batches:
     slots = batch["positions"][:, -latents:, 0]
     places.update(slots[batch["weights"] == 1].tolist())
   assert places == {place: 10 for place in range(context + 1 - scored, context + 1)}
@@ -196,10 +197,10 @@ def test_evaluation_scores_every_token_of_a_split_once(stride, latents, context)
 
 def test_evaluation_scores_all_of_a_picture(data_dir):
   config = settings("imagenet32", data_dir, context=3072, latents=700)
-  (found,) = evaluate(config)
-  weights = np.concatenate([batch["weights"] for batch in found])
+  (scored,) = evaluate(config)
+  weights = np.concatenate([batch["weights"] for batch in scored])
   assert weights.sum() == NUM_VALIDATION * 3072
-  targets = np.concatenate([batch["targets"] for batch in found])
+  targets = np.concatenate([batch["targets"] for batch in scored])
   stored = np.stack(
     [
       row["image"]
@@ -222,7 +223,7 @@ def test_hosts_share_an_evaluation_row_by_row(hosts, batch, data_dir):
     for host in range(hosts)
     for row in range(batch)
   ]
-  batches.assert_equal([{name: value[0] for name, value in one.items()} for one in alone], in_order[: len(alone)])
+  batches.assert_equal([{name: value[0] for name, value in batch.items()} for batch in alone], in_order[: len(alone)])
   filler = in_order[len(alone) :]
   assert all(row.pop("document") == -1 for row in filler)
   assert not any(value.any() for row in filler for value in row.values()), "the filler is not empty"
@@ -236,10 +237,10 @@ def test_evaluation_is_the_same_each_time_and_can_be_cut_short():
   shorter = dataclasses.replace(
     config, eval=dataclasses.replace(config.eval, max_sequences=2, num_latents=2048, stride=512)
   )
-  (found,) = evaluate(shorter)
-  assert found[0]["targets"].shape == (4, 2048)
-  assert sum(batch["weights"].sum() for batch in found) == 2 * 3072
-  assert sum((batch["weights"].sum(axis=1) > 0).sum() for batch in found) == 2 * 3072 / 512
+  (scored,) = evaluate(shorter)
+  assert scored[0]["targets"].shape == (4, 2048)
+  assert sum(batch["weights"].sum() for batch in scored) == 2 * 3072
+  assert sum((batch["weights"].sum(axis=1) > 0).sum() for batch in scored) == 2 * 3072 / 512
 
 
 def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_get_it(tmp_path):

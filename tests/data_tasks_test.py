@@ -134,11 +134,11 @@ def test_photographs_of_the_splits_are_different():
 
 
 def test_rgb_planes_of_a_photograph_hold_the_same_picture():
-  raster, planes = documents("photos32", "train", count=3), documents("photos32_rgb_planes", "train", count=3)
-  for one, other in zip(raster, planes):
-    assert not np.array_equal(one["events"], other["events"])
+  rasters, planes = (documents(task, "train", count=3) for task in ("photos32", "photos32_rgb_planes"))
+  for in_raster, in_planes in zip(rasters, planes):
+    assert not np.array_equal(in_raster["events"], in_planes["events"])
     np.testing.assert_array_equal(
-      images.to_image(one["events"], 32, "pixel_raster"), images.to_image(other["events"], 32, "rgb_planes")
+      images.to_image(in_raster["events"], 32, "pixel_raster"), images.to_image(in_planes["events"], 32, "rgb_planes")
     )
 
 

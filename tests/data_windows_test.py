@@ -108,7 +108,7 @@ def train_rows(events, min_crop, context, count, first_seed=0, **more):
 @pytest.mark.parametrize("case", [name for name in INDEX if name.startswith("train_crops/")])
 def test_training_crops_are_those_of_the_reference_and_as_frequent(case):
   settings = INDEX[case]
-  context = settings["max_context_length"] - 1  # There it counts events, of which the last is no input.
+  context = settings["max_context_length"] - 1  # there it counts events, and the last is not an input
   golden = {}
   for events, positions in zip(GOLDEN[f"{case}/events"], GOLDEN[f"{case}/event_idxs"]):
     count = np.count_nonzero(events)
@@ -134,9 +134,9 @@ def test_training_crops_are_those_of_the_reference_and_as_frequent(case):
 
 def test_training_crops_depend_on_the_seed_alone():
   first, again = (train_rows(range(3, 40), 1, 8, count=50) for _ in range(2))
-  other = train_rows(range(3, 40), 1, 8, count=50, first_seed=1000)
+  of_other_seed = train_rows(range(3, 40), 1, 8, count=50, first_seed=1000)
   np.testing.assert_array_equal(first["inputs"], again["inputs"])
-  assert not np.array_equal(first["inputs"], other["inputs"])
+  assert not np.array_equal(first["inputs"], of_other_seed["inputs"])
 
 
 def test_training_weighs_what_evaluation_leaves_out():

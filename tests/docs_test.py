@@ -46,10 +46,10 @@ def test_every_link_leads_somewhere(page):
     if re.match(r"[a-z]+:", target):
       continue
     path, _, anchor = target.partition("#")
-    there = (page.parent / path).resolve() if path else page
-    assert there.exists(), f"{page.name} links to {target}"
-    if anchor and there.suffix == ".md":
-      assert anchor in _anchors(there), f"{page.name} links to {target}; headings there: {sorted(_anchors(there))}"
+    linked = (page.parent / path).resolve() if path else page
+    assert linked.exists(), f"{page.name} links to {target}"
+    if anchor and linked.suffix == ".md":
+      assert anchor in _anchors(linked), f"{page.name} links to {target}, whose headings are {sorted(_anchors(linked))}"
 
 
 def test_every_config_is_told_of():

@@ -57,6 +57,7 @@ def runs(monkeypatch):
   return runs
 
 
+@pytest.mark.slow
 def test_every_variant_and_seed_runs_once_and_a_failed_run_is_repeated(runs, tmp_path):
   path, workdir = tmp_path / "layers.py", epath.Path(tmp_path / "runs")
   path.write_text(_FILE)

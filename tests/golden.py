@@ -1,4 +1,4 @@
-"""Reads the golden figures: arrays that the published reference implementation computed once, in float32."""
+"""Reads the golden files: arrays that the published reference implementation computed once, in float32."""
 
 import json
 import pathlib

@@ -256,6 +256,7 @@ def _convert(checkpoint, workdir):
   return tiny.run_module("perceiver_ar_jax.interop.haiku", *flags, f"--checkpoint={checkpoint}")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
   file = _write(tmp_path / "checkpoint.dill", params=_official_params(), global_step=5)
   workdir = tmp_path / "run"

@@ -9,6 +9,8 @@ import pytest
 
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = str(tiny.ROOT / "launch" / "supervise.sh")
 ENVIRONMENT = os.environ | {"PAUSE_SECONDS": "0", "MAX_RESTARTS": "3"}
 

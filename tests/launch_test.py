@@ -14,6 +14,8 @@ import yaml
 
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = tiny.ROOT / "launch"
 STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, sys
@@ -134,7 +136,7 @@ def test_what_tpu_vm_runs_on_a_worker_remembers_pid_log_and_exit_code(launch, tm
 
 
 def test_tpu_vm_keeps_a_run_going_until_it_is_done(launch):
-  """There is no slice; it is made; it is preempted; made anew; the run dies; it goes on; it is done."""
+  """The slice is created, preempted and created again; the run dies, resumes and finishes."""
   states = ["", "READY", "PREEMPTED", "READY", "READY"]
   codes = ["", "137", "0"]
   replies = {
@@ -144,14 +146,13 @@ def test_tpu_vm_keeps_a_run_going_until_it_is_done(launch):
   result, calls = launch("tpu_vm.sh", "keep", *ARGUMENTS, replies=replies, **SLICE)
   assert result.returncode == 0, result.stderr
   seen = [call[4] + (call[6] if call[4] == "ssh" else "") for call in calls]
-  made = ["create", "scp", "ssh--worker=all", "ssh--worker=all"]
+  created = ["create", "scp", "ssh--worker=all", "ssh--worker=all"]
   asked = ["describe", "ssh--worker=0"]
-  assert seen == ["describe", *made, *asked, "describe", "delete", *made, *asked, "ssh--worker=all", *asked]
+  assert seen == ["describe", *created, *asked, "describe", "delete", *created, *asked, "ssh--worker=all", *asked]
   assert calls[0] == DESCRIBE and calls[1] == CREATE and DELETE in calls
-  settings = launch("tpu_vm.sh", "keep", *ARGUMENTS, replies={"describe": [("READY", 0)], "ssh": [("1", 0)]}, **SLICE)[
-    0
-  ]
-  assert settings.returncode == 1 and "exit code 1" in settings.stderr
+  replies = {"describe": [("READY", 0)], "ssh": [("1", 0)]}
+  result, _ = launch("tpu_vm.sh", "keep", *ARGUMENTS, replies=replies, **SLICE)
+  assert result.returncode == 1 and "exit code 1" in result.stderr
 
 
 def test_gke_applies_a_manifest_for_the_slice(launch):

@@ -203,6 +203,7 @@ def test_a_workdir_of_another_config_is_left_alone(copy_of_trained):
   assert sorted(os.listdir(copy_of_trained / "checkpoints")) == before
 
 
+@pytest.mark.slow
 def test_without_a_config_that_of_the_run_is_used(copy_of_trained):
   workdir = f"--workdir={copy_of_trained}"
   result = tiny.main(workdir, "--mode=eval", "--config.eval.max_sequences=5")
@@ -232,6 +233,7 @@ def test_help_and_version_are_printed():
   assert result.returncode == 0 and result.stdout.startswith("perceiver_ar_jax 0."), result.stderr
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_need_neither_jax_nor_tensorflow():
   program = """
 import sys
@@ -247,6 +249,7 @@ assert not {"jax", "tensorflow"} & set(sys.modules), "imported before the flags 
   assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_package_offers_its_nouns_without_loading_tensorflow():
   program = """
 import sys, perceiver_ar_jax

@@ -24,7 +24,7 @@ def _inputs(num_queries, num_keys, dtype=np.float32):
 
 
 def _sees_a_key(num_queries, num_keys, valid):
-  """[2, M, 1, 1]: queries whose figures mean something."""
+  """[2, M, 1, 1]: whether a query attends to any key."""
   return np.cumsum(valid, axis=1)[:, num_keys - num_queries :, None, None] > 0
 
 
@@ -59,9 +59,9 @@ def test_keep_own_shows_each_query_its_own_slot_and_no_other_dropped_one():
 def test_chunked_equals_reference(chunk, num_queries, num_keys, keep_own):
   inputs = _inputs(num_queries, num_keys)
   ours = _values_and_gradients(streamed.chunked, *inputs, chunk=chunk, keep_own=keep_own)
-  truth = _values_and_gradients(attention.reference, *inputs, keep_own=keep_own)
-  for one, other in zip(ours, truth):
-    np.testing.assert_allclose(one, other, atol=2e-6)
+  expected = _values_and_gradients(attention.reference, *inputs, keep_own=keep_own)
+  for array, expected_array in zip(ours, expected):
+    np.testing.assert_allclose(array, expected_array, atol=2e-6)
 
 
 @pytest.mark.parametrize("chunk", [3, 64])
@@ -83,20 +83,20 @@ def test_streamed_equals_reference_with_gradients_of_the_projection(chunk):
     fn = jax.jit(jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2)))
     return fn(q, weights, jnp.linspace(0.5, 2.0, 26).reshape(2, 13))
 
-  for one, other in zip(
+  for array, expected in zip(
     jax.tree.leaves(gradients(functools.partial(streamed.streamed, chunk=chunk))),
     jax.tree.leaves(gradients(attention.reference)),
     strict=True,
   ):
-    np.testing.assert_allclose(one, other, atol=5e-6)
+    np.testing.assert_allclose(array, expected, atol=5e-6)
 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(4, 13), (130, 130)])
 def test_splash_equals_reference(num_queries, num_keys):
   inputs = _inputs(num_queries, num_keys)
   ours = _values_and_gradients(functools.partial(fused.splash, interpret=True), *inputs)
-  for one, other in zip(ours, _values_and_gradients(attention.reference, *inputs)):
-    np.testing.assert_allclose(one, other, atol=1e-5)
+  for array, expected in zip(ours, _values_and_gradients(attention.reference, *inputs)):
+    np.testing.assert_allclose(array, expected, atol=1e-5)
 
 
 def _lowered(kernel, platform):

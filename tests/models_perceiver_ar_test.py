@@ -58,7 +58,7 @@ def test_a_latent_depends_on_its_own_and_earlier_inputs_only(config):
     changed = tokens.copy()
     changed[:, slot] = (changed[:, slot] - 3 + 7) % 17 + 3
     moved = np.abs(_logits(config, params, changed) - before).max(axis=(0, 2)) > 1e-6
-    sees = np.arange(5) + 7 >= slot  # latent m stands on slot 7 + m
+    sees = np.arange(5) + 7 >= slot  # latent m is at slot 7 + m
     np.testing.assert_array_equal(moved, sees, err_msg=f"input {slot}")
 
 
@@ -138,9 +138,9 @@ def test_dropout_acts_in_training_only():
   config, tokens = dataclasses.replace(CONFIG, dropout=0.5), _tokens()
   params = _params(config)
   keys = [{"dropout": jax.random.key(seed)} for seed in (0, 0, 1)]
-  first, again, other = (_logits(config, params, tokens, deterministic=False, rngs=rngs) for rngs in keys)
+  first, again, of_other_key = (_logits(config, params, tokens, deterministic=False, rngs=rngs) for rngs in keys)
   np.testing.assert_array_equal(first, again)
-  assert np.abs(first - other).max() > 0.01
+  assert np.abs(first - of_other_key).max() > 0.01
   np.testing.assert_array_equal(_logits(config, params, tokens), _logits(CONFIG, params, tokens))
 
 

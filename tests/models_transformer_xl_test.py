@@ -69,7 +69,7 @@ def _norm(x, weights):
 
 
 def _written_out(config, params, tokens_L, segment_ends):
-  """Logits [L, V] of one row whose segments end before these slots, every state of every layer remembered by itself."""
+  """Logits [L, V] of one row whose segments end before these slots, all states of all layers kept."""
   width, heads = config.latent_width, config.num_self_heads
   size = width // heads
   states = [_dense(params["embed"]["tokens"][tokens_L], params["to_latents"])]  # of each layer [L, D]
@@ -84,16 +84,16 @@ def _written_out(config, params, tokens_L, segment_ends):
       seen = range(max(start - config.memory, 0), i + 1)
       attended = np.zeros(width)
       for head in range(heads):
-        own = slice(head * size, (head + 1) * size)
+        part = slice(head * size, (head + 1) * size)
         scores = []
         for j in seen:
           wave = np.asarray(positions.sinusoidal(np.array([[i - j]]), size=100, width=width)[0, 0], np.float64)
           distance = _dense(wave, attention["distance"])
-          a_c = (query[i, own] + attention["u"][own]) @ key[j, own]
-          b_d = (query[i, own] + attention["v"][own]) @ distance[own]
+          a_c = (query[i, part] + attention["u"][part]) @ key[j, part]
+          b_d = (query[i, part] + attention["v"][part]) @ distance[part]
           scores.append((a_c + b_d) / np.sqrt(size))
         exponentials = np.exp(np.array(scores))
-        attended[own] = exponentials / exponentials.sum() @ value[list(seen), own]
+        attended[part] = exponentials / exponentials.sum() @ value[list(seen), part]
       above[i] = below[i] + _dense(attended, attention["out"])
       hidden = np.maximum(_dense(_norm(above[i], weights["norm_mlp"]), weights["mlp"]["up"]), 0) ** 2
       above[i] += _dense(hidden, weights["mlp"]["down"])
@@ -117,7 +117,7 @@ def test_it_is_the_equations_of_the_paper(segment, memory, ends):
 
 
 def test_scores_by_distance_move_to_their_slots():
-  """Two queries on the last of three slots: what stood at distance 2, 1, 0 stands on the slot that is so far away."""
+  """Two queries at the last of three slots: scores of the distances 2, 1, 0 move to the slots at these distances."""
   scores = jnp.array([[20.0, 21.0, 22.0], [30.0, 31.0, 32.0]])[None, None]
   shifted = transformer_xl.shift(scores)[0, 0]
   np.testing.assert_array_equal(shifted[0, :2], [21, 22])
@@ -191,11 +191,11 @@ def test_rematerialisation_changes_no_gradient():
     apply = functools.partial(make_model(config).apply, deterministic=False, rngs=rngs)
     return jax.jit(jax.grad(lambda params: jnp.square(apply({"params": params}, tokens)).mean()))(params)
 
-  plain, *others = (
+  plain, *rematerialized = (
     gradients(dataclasses.replace(CONFIG, dropout=0.5, remat=remat)) for remat in ("none", "dots", "full")
   )
-  for other in others:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other)
+  for recomputed in rematerialized:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed)
 
 
 def test_the_train_step_teaches_it_to_look_back_through_its_memory():

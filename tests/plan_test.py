@@ -202,6 +202,7 @@ def test_plan_json_is_written_whether_or_not_the_step_fits(fits, monkeypatch, tm
   assert {*contract.split(), "step_flops", "compute_bound_seconds"} <= written.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
 def test_the_real_compiler_plans_and_refuses(tmp_path):
   """One plan that fits; a mesh that does not; several slices; a step that exceeds the memory."""
@@ -229,6 +230,7 @@ def test_the_real_compiler_plans_and_refuses(tmp_path):
   assert not refused["fits"] and refused["temp_bytes"] > 15.75 * GIB
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA plugin is not installed")
 def test_the_real_compiler_plans_for_absent_gpus():
   config = tiny.config(mesh__data=2, mesh__fsdp=2, model__dtype="bfloat16")

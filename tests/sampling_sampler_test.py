@@ -11,11 +11,9 @@ import PIL.Image
 import pytest
 from etils import epath
 from flax import linen as nn
-from tensorboard.backend.event_processing import event_accumulator
 
 from configs import image_files, midi_files, text_files
 from perceiver_ar_jax import config as config_lib
-from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, tasks
 from perceiver_ar_jax.evaluation import evaluate
@@ -313,30 +311,6 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   levels = (sample.events[1:] - NUM_SPECIAL) // 8
   np.testing.assert_array_equal(levels, np.arange(57) % 2)
   assert sample.value.shape == (28, 2)
-
-
-@pytest.mark.slow
-def test_a_trained_model_copies_through_its_cache(tmp_path):
-  """It is trained just long enough to copy, with samples in TensorBoard."""
-  model = dict(latent_width=64, num_cross_heads=4, num_self_heads=4, num_layers=1, dropout=0.0)
-  config = tiny.config(
-    **{f"model__{name}": value for name, value in model.items()},
-    data__shuffle_buffer=64,
-    train__batch_size=64,
-    train__steps=900,
-    train__checkpoint_every=900,
-    train__log_every=100,
-    train__optimizer__warmup_steps=100,
-    train__optimizer__learning_rate=3e-3,
-    eval__every=900,
-    eval__num_samples=1,
-  )
-  assert loop.train(config, tmp_path) == 0
-  samples = Sampler.from_workdir(tmp_path)("data", num_samples=128, batch_size=128, temperature=0)
-  rights = [(sample.events[17:32] == sample.prompt.original[17:32]).mean() for sample in samples]
-  assert np.mean(rights) > 0.99
-  events = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
-  assert "sample/0" in str(events.Reload().Tags())
 
 
 def _draw(workdir) -> list[list[int]]:

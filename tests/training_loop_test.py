@@ -36,6 +36,7 @@ def test_a_run_logs_every_step_and_its_settings(trained):
   assert json.loads((trained / "eval-validation-12.json").read_text())["step"] == 12
 
 
+@pytest.mark.slow
 def test_skipped_files_are_in_the_metrics_and_reported_at_the_end(tmp_path, capsys):
   texts = {"train/a.txt": "tick tock " * 20, "train/b.txt": "", "train/c.txt": "", "validation/d.txt": "tick tock"}
   files = batches.write(tmp_path / "texts", texts)
@@ -87,6 +88,7 @@ def test_an_unreadable_held_out_file_is_found_before_anything_else(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   config = tiny.config(train__optimizer__learning_rate=1e30, train__optimizer__clip_norm=0.0)
   with pytest.raises(InputError, match="At step [34] the loss is .* so training stopped"):
@@ -110,6 +112,7 @@ def _traces(folder) -> list[pathlib.Path]:
   return list(folder.rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_run_that_a_signal_ends_is_kept(tmp_path, monkeypatch):
   draw, num_drawn = TrainLoader.__next__, 0
 
@@ -125,6 +128,7 @@ def test_a_profile_of_a_run_that_a_signal_ends_is_kept(tmp_path, monkeypatch):
   assert _traces(tmp_path / "profile")
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_a_limited_number_of_times(tmp_path, capfd):
   config = tiny.config(
     train__optimizer__learning_rate=1e30,
@@ -142,6 +146,7 @@ def _lines(workdir) -> list[dict]:
   return list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_counted_through_a_restart_and_leave_the_learning_rate(tmp_path, monkeypatch):
   """Batches 4 and 5 are not finite; the schedule does not advance there."""
   from_array, num_batches = loop.to_global, 0

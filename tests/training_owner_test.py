@@ -46,6 +46,7 @@ def test_an_error_releases_the_workdir(tmp_path):
   assert not (tmp_path / "owner.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_owner_does_not_block_this_machine(tmp_path):
   program = f"""
 import time

@@ -12,12 +12,13 @@ import sys
 import time
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError, TransientError
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import checkpoint, metrics
+from perceiver_ar_jax.training import checkpoint
 from tests import tiny
 
 
@@ -30,6 +31,7 @@ def _replace_evaluation(monkeypatch, evaluate_step):
   monkeypatch.setattr(evaluate.Evaluator, "__call__", call)
 
 
+@pytest.mark.slow
 def test_signals_save_and_the_run_resumes_exactly(trained, tmp_path, monkeypatch):
   """One signal arrives during each evaluation, which the restart repeats."""
   signals = {3: signal.SIGTERM, 6: signal.SIGINT, 9: signal.SIGHUP, 12: signal.SIGUSR1}
@@ -58,6 +60,7 @@ def _evaluated_steps(workdir) -> list[int]:
   return [line["step"] for line in lines if "eval_nats_per_token" in line]
 
 
+@pytest.mark.slow
 def test_a_failing_evaluation_costs_no_step_and_no_restart(trained, tmp_path, monkeypatch, capfd):
   gone, bug = InputError("held-out.txt is gone"), ZeroDivisionError("a bug")
   errors = {4: gone, 8: bug, 12: gone, 14: bug}
@@ -83,9 +86,10 @@ def test_a_failing_evaluation_costs_no_step_and_no_restart(trained, tmp_path, mo
   assert _evaluated_steps(tmp_path) == [14]
 
 
+@pytest.mark.slow
 def test_failing_samples_cost_no_step(tmp_path, monkeypatch, capfd):
-  """Samples of step 4 fail; those of the last step, two by default, are drawn."""
-  draw, num_samples = write.PreviewSampler.__call__, []
+  """Samples of step 4 fail; those of the last step, two by default, are in TensorBoard."""
+  draw = write.PreviewSampler.__call__
 
   def fail_at_first(self, params, should_stop):
     assert (tmp_path / "checkpoints" / "4" / "metrics").is_dir(), "the step and its metrics must be saved first"
@@ -94,11 +98,13 @@ def test_failing_samples_cost_no_step(tmp_path, monkeypatch, capfd):
     raise ValueError("a bug in sampling")
 
   monkeypatch.setattr(write.PreviewSampler, "__call__", fail_at_first)
-  monkeypatch.setattr(metrics.MetricsLog, "write_samples", lambda self, step, samples: num_samples.append(len(samples)))
   assert loop.train(tiny.config(eval__every=4, train__steps=8, eval__num_samples=None), tmp_path) == 0
   messages = capfd.readouterr().err
   assert "No samples of step 4 were drawn: ValueError: a bug in sampling" in messages and "Traceback" in messages
-  assert _evaluated_steps(tmp_path) == [4, 8] and num_samples == [2]
+  assert _evaluated_steps(tmp_path) == [4, 8]
+  events = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+  samples = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.startswith("sample/")}
+  assert {tag: [event.step for event in samples[tag]] for tag in samples} == {"sample/0": [8], "sample/1": [8]}
 
 
 def _largest(directory: pathlib.Path) -> pathlib.Path:
@@ -128,6 +134,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, copy_of_traine
   assert tiny.losses(copy_of_trained) == tiny.losses(trained)
 
 
+@pytest.mark.slow
 def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(copy_of_trained):
   for step in (copy_of_trained / "checkpoints").iterdir():
     _flip_a_byte(step)
@@ -144,6 +151,7 @@ def test_a_longer_run_continues_a_finished_one(copy_of_trained):
   assert sorted(tiny.losses(copy_of_trained)) == list(range(1, 15))
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
   """The best evaluation is one that a restart repeated."""
   scores = {2: 5.0, 4: 1.0, 6: 2.0, 8: 3.0, 10: 4.0, 12: 6.0}
@@ -197,6 +205,7 @@ def _num_logged(workdir: pathlib.Path) -> int:
   return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
   """Files may not exceed the size of metrics, so that the kernel refuses to write checkpoints."""
 
@@ -233,6 +242,7 @@ with signals.Signals() as stop_signals:
 """
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_neither_kills_nor_breaks_output():
   """The kernel sends SIGHUP, and writing to the terminal fails from then on."""
   terminal, reader = pty.openpty(), os.pipe()
