@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from perceiver_ar_jax.config import InputError, OptimizerConfig, TransientError, checks
-from perceiver_ar_jax.training import checkpoint, fingerprint
+from perceiver_ar_jax.training import checkpoint
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training.state import TrainState
 
@@ -189,7 +189,7 @@ def test_readers_refuse_a_damaged_newest_checkpoint(workdir):
     assert checkpointer.restore_params(_abstract().params)[0] == 3
   DAMAGES["cut_params"](workdir / "checkpoints" / "3")
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
-    with pytest.raises(InputError, match="step 3, is damaged.*To use step 2, resume training"):
+    with pytest.raises(InputError, match="step 3 in .* is damaged.*resume training"):
       checkpointer.restore_params(_abstract().params)
   assert _steps(workdir) == _INTACT
   shutil.rmtree(workdir / "checkpoints" / "3")  # as the message says
@@ -197,15 +197,12 @@ def test_readers_refuse_a_damaged_newest_checkpoint(workdir):
     assert checkpointer.restore_params(_abstract().params)[0] == 2
 
 
-def test_checkpoints_with_fingerprints_of_version_1_are_restored_and_checked(workdir):
+def test_checkpoints_of_0_1_0_whose_fingerprints_have_no_version_are_restored(workdir):
   path = workdir / "checkpoints" / "3" / "fingerprint" / "metadata"
-  state = _state(3)
-  first = fingerprint._checksums({"params": state.params, "optimizer": state.opt_state}, version=1)
-  path.write_text(json.dumps(first))
+  checksums = json.loads(path.read_text())
+  del checksums["fingerprint_version"], checksums["has_data"]
+  path.write_text(json.dumps(dict.fromkeys(checksums, 0)))
   assert _restore(workdir) == 3
-  first["params['a']['kernel']"] += 1
-  path.write_text(json.dumps(first))
-  assert _restore(workdir) == 2
 
 
 def test_a_checkpoint_of_another_structure_is_refused_and_not_moved(workdir):

@@ -1,6 +1,6 @@
 """Checkpoints: weights, optimizer state, step and data position in one atomic Orbax step.
 
-A step exists as a whole or not at all, whenever the process dies. Each carries a fingerprint of its values
+A step exists as a whole or not at all, whenever the process dies. Each contains a fingerprint of its values
 (training/fingerprint.py), so that damaged files are noticed even where they still parse. `restore` separates two kinds
 of failure. A *damaged* checkpoint (values that differ, undecodable or missing files) is moved aside, and the one before
 it is used; nothing is deleted, and nothing moves where no checkpoint is good. A checkpoint that *could not be read*
@@ -8,12 +8,15 @@ it is used; nothing is deleted, and nothing moves where no checkpoint is good. A
 is raised.
 """
 
+import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,18 +25,10 @@ from etils import epath
 from perceiver_ar_jax.config import InputError, TransientError, checks, reading, writing
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training import fingerprint
-from perceiver_ar_jax.training.checkpoint_items import (
-  ArrayHandler,
-  Arrays,
-  Failure,
-  Json,
-  JsonHandler,
-  Position,
-  PositionHandler,
-  Saveable,
-)
 from perceiver_ar_jax.training.owner import write_atomically
 from perceiver_ar_jax.training.state import TrainState
+
+Value = TypeVar("Value")
 
 _HAS_DATA = "has_data"
 """Key next to the checksums: whether the step contains a data position."""
@@ -41,100 +36,88 @@ _DAMAGED, _UNREAD, _UNFIT = 1, 2, 3
 """Severity of an error at restore: damage, could not be read, and valid but not for this config (InputError).
 
 Processes with different errors act on the largest."""
-_ELSEWHERE = "another process cannot read it"
 
 
 class _Damaged(ValueError):
-  """The checkpoint's values are not those that were saved."""
+  """The checkpoint is damaged; raised on all processes."""
 
 
-class _FailedElsewhere(Exception):
-  """This process succeeded, and another process failed at least as severely as by damage."""
-
-
-_DAMAGE = (_Damaged, _FailedElsewhere, FileNotFoundError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
+_DAMAGE = (FileNotFoundError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
 _DAMAGE_MESSAGES = re.compile(
   "^(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE):"  # TensorStore; its other statuses have other causes as well
   "|Truncated Zstd|[Cc]orrupt|[Cc]hecksum|sstable|Read less bytes|No such file|Failed to find any matching files"
   "|was not found in the checkpoint|pytree structure error"
 )
 
-
 # Where several arrays fail, as on a full disk, Orbax raises the first error, and asyncio logs tracebacks of the others.
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
+class Saveable(Protocol):
+  """A data iterator that saves its complete position in files under a directory."""
+
+  def save(self, directory: epath.Path) -> None: ...
+
+  def restore(self, directory: epath.Path) -> None: ...
+
+
+class _IteratorHandler(ocp.CheckpointHandler):
+  """Lets the iterator write its own files into the step, inside Orbax's atomic commit."""
+
+  def save(self, directory: epath.Path, args: "_Position") -> None:
+    args.iterator.save(directory)
+
+  def restore(self, directory: epath.Path, args: "_Position") -> None:
+    args.iterator.restore(directory)
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Position(ocp.args.CheckpointArgs):
+  iterator: Saveable
 
 
 class _Manager(ocp.CheckpointManager):
   """Reads the metrics of every step when it is constructed; damaged metrics must not cost the steps."""
 
   def metrics(self, step: int):
-    try:
+    with contextlib.suppress(ValueError):  # raised for undecodable JSON
       return super().metrics(step)
-    except ValueError:  # raised for undecodable JSON
-      return None
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
   """The checkpoints of one workdir: the newest `keep`, and the best by nats per token at evaluation.
 
-  Args:
-    workdir: folder of the run.
-    keep: number of newest checkpoints to keep.
-    read_only: only restore; nothing is created, moved or deleted.
-    before_save: called before each save; raises if this run may no longer write to the workdir.
+  With `read_only`, nothing is created, moved or deleted. `before_save` raises if this run may no longer write there.
   """
 
   def __init__(
-    self,
-    workdir: epath.PathLike,
-    *,
-    keep: int = 1,
-    read_only: bool = False,
-    before_save: Callable[[], None] = lambda: None,
+    self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False, before_save: Callable = lambda: None
   ):
     workdir = epath.Path(workdir)
     if not workdir.is_absolute():  # `absolute` would convert a URL such as gs://bucket to a local path
       workdir = workdir.absolute()
-    self._directory = workdir / "checkpoints"
-    self._damaged = workdir / "damaged"
-    self._read_only = read_only
-    self._before_save = before_save
-    policies = ocp.checkpoint_managers
-    best = policies.BestN(
-      get_metric_fn=lambda metrics: metrics["nats_per_token"],
-      reverse=True,
-      n=1,
-      keep_checkpoints_without_metrics=False,
+    self._directory, self._damaged = workdir / "checkpoints", workdir / "damaged"
+    self._read_only, self._before_save = read_only, before_save
+    self._arrays, self._json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+    policies, by_loss = ocp.checkpoint_managers, lambda metrics: metrics["nats_per_token"]
+    best = policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    preserved, writes = policies.AnyPreservationPolicy([policies.LatestN(keep), best]), not read_only
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=preserved, cleanup_tmp_directories=writes, read_only=read_only, create=writes
     )
     distributed.wait_for_all("checkpoints")  # compilation or imports may have taken one process much longer
     with reading(self._directory, "give this user access"):
-      self._manager = _Manager(
-        self._directory,
-        options=ocp.CheckpointManagerOptions(
-          preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-          cleanup_tmp_directories=not read_only,
-          read_only=read_only,
-          create=not read_only,
-        ),
-        item_handlers={
-          "params": ArrayHandler(),
-          "optimizer": ArrayHandler(),
-          "fingerprint": JsonHandler(),
-          "data": PositionHandler(),
-        },
-      )
-
-  def __enter__(self) -> "Checkpointer":
-    return self
+      self._manager = _Manager(self._directory, options=options)
 
   def __exit__(self, *unused) -> None:
-    self._write(self._manager.close)  # waits for a save in progress
+    with self._writing():
+      self._manager.close()  # waits for a save in progress
 
   def save(self, state: TrainState, data: Saveable | None) -> None:
-    """Starts to save `state` and the position of `data`; returns once both may change again.
+    """Starts to save `state`, unless its step is saved, and the position of `data`; both may change afterwards.
 
-    Without `data` (weights from elsewhere), training resumed from here starts over with the data. A saved step is left
-    alone.
+    Without `data` (weights from elsewhere), training resumed from here starts over with the data.
 
     Raises:
       TransientError: it, or the checkpoint before it, could not be written, and may be later (a full disk).
@@ -146,32 +129,27 @@ class Checkpointer:
     self._before_save()
     checksums = fingerprint.compute({"params": state.params, "optimizer": state.opt_state})
     items = {
-      "params": Arrays(state.params),
-      "optimizer": Arrays({"step": state.step, "opt_state": state.opt_state}),
-      "fingerprint": Json(checksums | {_HAS_DATA: int(data is not None)}),
+      "params": ocp.args.StandardSave(state.params),
+      "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+      "fingerprint": ocp.args.JsonSave(checksums | {_HAS_DATA: int(data is not None)}),
     }
     if data is not None:
-      items["data"] = Position(data)
-    self._write(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+      items["data"] = _Position(data)
+    with self._writing():
+      self._manager.save(step, args=ocp.args.Composite(**items))
 
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
     """Adds the metrics of an evaluation, with `nats_per_token`, which decides on the best, to the saved `step`.
 
-    Waits for the save of `step`. The file has the path and format of Orbax's own metrics and is written atomically:
-    half of a file would keep Orbax from opening the directory.
-
-    Raises:
-      InputError, TransientError: as `save`.
+    Waits for the save of `step`; raises as `save`. The file has the path and format of Orbax's own metrics and is
+    written atomically: half of a file would keep Orbax from opening the directory.
     """
-
-    def write():
-      path = self._directory / str(step) / "metrics" / "metrics"
-      path.parent.mkdir(exist_ok=True)
-      write_atomically(path, json.dumps(metrics))
-
-    self._write(self._manager.wait_until_finished)
-    if jax.process_index() == 0:
-      self._write(write)
+    with self._writing():
+      self._manager.wait_until_finished()
+      if jax.process_index() == 0:
+        path = self._directory / str(step) / "metrics" / "metrics"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(metrics))
     distributed.wait_for_all(f"metrics of step {step}")
     self._manager.reload()
 
@@ -182,19 +160,14 @@ class Checkpointer:
   def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:
     """Returns the newest good state in the layout of `abstract`, with `data` moved to its position.
 
-    Returns None where no checkpoint exists. A damaged checkpoint is reported and moved to `damaged/`, and the one
-    before it is used.
+    Returns None where no checkpoint exists. A damaged one is moved to `damaged/`, and the one before it is used.
 
     Raises:
       InputError: every checkpoint is damaged, `data` does not fit the saved position, or a file may not be read.
       TransientError: a checkpoint could not be read, and may be later; nothing was moved.
     """
-    items = {
-      "params": Arrays(abstract.params),
-      "optimizer": Arrays({"step": abstract.step, "opt_state": abstract.opt_state}),
-      "data": Position(data),
-    }
-    restored = self._restore_newest(items, skip_damaged=True)
+    trees = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
+    restored = self._restore_newest(trees, data, skip_damaged=True)
     return restored and TrainState(params=restored[1]["params"], **restored[1]["optimizer"])
 
   def restore_params(self, abstract_params: dict) -> tuple[int, dict] | None:
@@ -204,52 +177,90 @@ class Checkpointer:
       InputError: it is damaged (an older one is never used instead), or may not be read.
       TransientError: it could not be read, and may be later.
     """
-    restored = self._restore_newest({"params": Arrays(abstract_params)}, skip_damaged=False)
+    restored = self._restore_newest({"params": abstract_params}, None, skip_damaged=False)
     return restored and (restored[0], restored[1]["params"])
 
-  def _write(self, write: Callable[[], object]) -> None:
-    """Calls `write`, which writes this checkpoint or finishes the one before; raises as `save`."""
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """A context that writes a checkpoint or finishes the one before; raises as `save`."""
     try:
-      write()
+      yield
     except Exception as error:
-      message = (
-        f"A checkpoint could not be written to {self._directory} ({checks.one_line(error)}). The checkpoints before it"
-        " are intact."
-      )
+      message = f"A checkpoint could not be written to {self._directory} ({checks.one_line(error)})."
+      message += " The checkpoints before it are intact."
       if checks.is_transient(error):
         raise TransientError(f"{message} To resume from the newest, {checks.WHEN_STORAGE_IS_BACK}") from error
       if checks.is_denied(error):
         raise InputError(f"{message} Give this user write access, and start the same command again.") from error
       raise
 
-  def _restore_newest(self, items: dict[str, ocp.args.CheckpointArgs], skip_damaged: bool):
-    """Returns (step, {item: value}) of the newest good checkpoint, or None where no checkpoint exists."""
+  def _restore_newest(self, trees: dict[str, Any], data: Saveable | None, skip_damaged: bool):
+    """Returns (step, {name: tree}) of the newest good checkpoint, or None where no checkpoint exists."""
     damaged = []
-    steps = sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []
-    for step in steps:
-      values, error = None, None
+    for step in sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else ():
       try:
-        values = self._restore_step(step, items)
-      except Exception as any_error:  # `_severity` classifies it
-        error = any_error
-      severity = self._severity(step, error)
-      worst = distributed.maximum(severity)  # the same on all processes
-      if worst == 0:
+        values = self._restore_step(step, trees, data)
+      except _Damaged as error:  # on all processes
+        message = f"checkpoint of step {step} in {self._directory} is damaged: {error}"
+        if not skip_damaged:
+          raise InputError(
+            f"The newest {message}. An older one is not used unasked: put back a good copy, resume training with this"
+            f" --workdir, which moves step {step} to damaged/, or move it to another folder yourself."
+          ) from error
+        print(f"The {message}", file=sys.stderr)
+        damaged.append(step)
+      else:
         self._set_aside(damaged)
         return step, values
-      reason = checks.one_line(_root(error)) if error else _ELSEWHERE
-      if worst > _DAMAGED:
-        raise self._unread(step, error, reason, worst, severity)
-      if not skip_damaged:
-        raise self._refusal(step, reason, [older for older in steps if older < step])
-      print(f"The checkpoint of step {step} in {self._directory} is damaged: {reason}", file=sys.stderr)
-      damaged.append(step)
     if damaged:
       raise InputError(
         f"All checkpoints ({', '.join(map(str, sorted(damaged)))}) in {self._directory} are damaged; none was moved."
         " Put back a good copy, or start over with another --workdir."
       )
     return None
+
+  def _restore_step(self, step: int, trees: dict[str, Any], data: Saveable | None) -> dict[str, Any]:
+    folder, restored = self._directory / str(step), {}
+    saved = self._read_on_all(step, lambda: self._json.restore(folder / "fingerprint"))
+    if missing := fingerprint.missing(saved, _fingerprinted(trees)):
+      raise InputError(
+        f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config: it lacks"
+        f" {', '.join(missing[:3])}. Resume with the version of perceiver_ar_jax that saved it, or start over with"
+        " another --workdir."
+      )
+    for name, tree in trees.items():
+      args = (folder / name, None, ocp.args.StandardRestore(tree))
+      restored[name] = self._read_on_all(step, functools.partial(self._arrays.restore, *args))
+    if differing := fingerprint.differences(saved, _fingerprinted(restored)):
+      raise _Damaged(f"the values of {', '.join(differing[:3])} are not those that were saved")
+    if "optimizer" in trees and int(restored["optimizer"]["step"]) != step:
+      raise _Damaged(f"its optimizer state is of step {restored['optimizer']['step']}")
+    if data and saved.get(_HAS_DATA, 1):  # last, so that a damaged step does not move the data position
+      self._read_on_all(step, lambda: data.restore(folder / "data"))
+    return restored
+
+  def _read_on_all(self, step: int, read: Callable[[], Value]) -> Value:
+    """Returns `read()`; raises on all processes the most severe error of one: what follows needs all of them."""
+    value = error = None
+    try:
+      value = read()
+    except Exception as any_error:  # `_severity` classifies it
+      error = any_error
+    severity = self._severity(step, error)
+    worst = distributed.maximum(severity)
+    if worst == 0:
+      return value
+    reason = checks.one_line(_root(error)) if severity == worst else "another process cannot read it: see its message"
+    if worst == _DAMAGED:
+      raise _Damaged(reason) from error
+    message = f"Could not read the checkpoint of step {step} in {self._directory} ({reason})."
+    is_denied = checks.is_denied(error)
+    if severity == worst and (severity == _UNFIT or not (is_denied or checks.is_transient(error))):
+      error.add_note(f"{message} Nothing was moved.")
+      raise error
+    fix = "give this user access to it." if is_denied else "resume once storage and memory are available."
+    kind = InputError if is_denied or worst == _UNFIT else TransientError
+    raise kind(f"{message} It may be good, so nothing was moved: {fix}") from error
 
   def _severity(self, step: int, error: Exception | None) -> int:
     """0 without an error; `_DAMAGED` only if the error proves it: the run loses a checkpoint that is moved."""
@@ -261,62 +272,6 @@ class Checkpointer:
       return _UNREAD
     root = _root(error)
     return _DAMAGED if isinstance(root, _DAMAGE) or _DAMAGE_MESSAGES.search(checks.one_line(root)) else _UNREAD
-
-  def _unread(self, step: int, error: Exception | None, reason: str, worst: int, severity: int) -> Exception:
-    """Returns the error to raise for a step that is not damaged."""
-    where = f"the checkpoint of step {step} in {self._directory}"
-    if severity < worst:
-      kind = InputError if worst == _UNFIT else TransientError
-      return kind(f"Another process cannot resume from {where}: see its message. Nothing was moved.")
-    if worst == _UNFIT:
-      return error
-    if checks.is_denied(error):
-      kind, fix = InputError, "give this user access to it."
-    elif checks.is_transient(error):
-      kind, fix = TransientError, "start the same command again once storage and memory are available."
-    else:
-      error.add_note(f"This happened while restoring {where}. Nothing was moved.")
-      return error
-    result = kind(f"Could not read {where} ({reason}). It may be good, so nothing was moved: {fix}")
-    result.__cause__ = error
-    return result
-
-  def _refusal(self, step: int, reason: str, older: list[int]) -> InputError:
-    """Returns the error for commands that only read: the damaged step, and how to choose an older one."""
-    fix = "Put back a good copy."
-    if older:
-      fix = (
-        f"An older checkpoint is not used unasked. To use step {older[0]}, resume training with this --workdir, which"
-        f" moves step {step} to damaged/, or move {self._directory / str(step)} to another folder yourself."
-      )
-    return InputError(f"The newest checkpoint in {self._directory}, of step {step}, is damaged: {reason}. {fix}")
-
-  def _restore_step(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
-    saved = self._restore_items(step, {"fingerprint": Json()})["fingerprint"]
-    arrays = {name: item for name, item in items.items() if name != "data"}
-    if missing := fingerprint.missing(saved, _checked({name: item.item for name, item in arrays.items()})):
-      raise InputError(
-        f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config: it lacks"
-        f" {', '.join(missing[:3])}. Resume with the version of perceiver_ar_jax that saved it, or start over with"
-        " another --workdir."
-      )
-    values = self._restore_items(step, arrays)
-    trees = _checked(values)
-    if differing := fingerprint.differences(saved, trees):
-      raise _Damaged(f"the values of {', '.join(differing[:3])} are not those that were saved")
-    if "optimizer" in items and int(values["optimizer"]["step"]) != step:
-      raise _Damaged(f"its optimizer state is of step {values['optimizer']['step']}")
-    if "data" in items and saved.get(_HAS_DATA, 1):  # last, so that a damaged step does not move the data position
-      self._restore_items(step, {"data": items["data"]})
-    return values
-
-  def _restore_items(self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> Mapping[str, Any]:
-    """Returns the values of some items of a step; raises on all processes if one of them fails."""
-    values = self._manager.restore(step, args=ocp.args.Composite(**items))
-    errors = [value.error for value in values.values() if isinstance(value, Failure)]
-    if distributed.maximum(len(errors)):  # the computations that follow need all processes
-      raise errors[0] if errors else _FailedElsewhere(_ELSEWHERE)
-    return values
 
   def _set_aside(self, steps: list[int]) -> None:
     """Moves damaged steps out of the way of the run that resumes; deletes nothing."""
@@ -334,9 +289,9 @@ class Checkpointer:
     self._manager.reload()
 
 
-def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The trees that a fingerprint covers."""
-  return {name: value["opt_state"] if name == "optimizer" else value for name, value in values.items()}
+def _fingerprinted(trees: Mapping[str, Any]) -> dict[str, Any]:
+  """The part of the trees that a fingerprint covers."""
+  return {name: tree["opt_state"] if name == "optimizer" else tree for name, tree in trees.items()}
 
 
 def _root(error: BaseException) -> BaseException:

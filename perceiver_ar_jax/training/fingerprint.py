@@ -1,10 +1,8 @@
 """Checksums of arrays: the same on every mesh, different after almost any change of values or of their order.
 
 The checksum of an array is the uint32 sum, over its elements, of a hash of the element's bits and its index in the
-whole array. A sum does not depend on how the array is sharded: each device sums its shard, and only sums travel. Since
-the index is hashed as well, swapped rows, columns or shards change it.
-
-A fingerprint stores its version. Version 1, of older checkpoints, sums the bits alone.
+whole array. Each device sums its shard, and only sums travel. The index is hashed as well, so swapped rows, columns or
+shards change the sum.
 """
 
 from collections.abc import Mapping
@@ -13,18 +11,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_VERSION = "fingerprint_version"
+_VERSION = {"fingerprint_version": 2}
 
 
 def compute(trees: Mapping[str, Any]) -> dict[str, int]:
   """Returns {path of an array: its checksum} of all arrays of the named trees, and the version."""
-  return _checksums(trees, version=2) | {_VERSION: 2}
+  leaves = _leaves(trees)
+  sums = jax.device_get(_sums(list(leaves.values())))
+  return {path: int(value) for path, value in zip(leaves, sums)} | _VERSION
 
 
 def differences(saved: Mapping[str, int], trees: Mapping[str, Any]) -> list[str]:
-  """Returns the paths of arrays in `trees` whose checksum is not that of a `saved` fingerprint."""
-  current = _checksums(trees, version=saved.get(_VERSION, 1))
-  return [path for path in current if saved.get(path) != current[path]]
+  """Returns the paths of arrays in `trees` whose checksum is not that of a `saved` fingerprint.
+
+  Fingerprints of version 1, of runs of 0.1.0, are not compared.
+  """
+  if not _VERSION.items() <= saved.items():
+    return []
+  return [path for path, value in compute(trees).items() if saved.get(path) != value]
 
 
 def missing(saved: Mapping[str, int], trees: Mapping[str, Any]) -> list[str]:
@@ -40,22 +44,17 @@ def _leaves(trees: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _checksums(trees: Mapping[str, Any], version: int) -> dict[str, int]:
-  leaves = _leaves(trees)
-  sums = jax.device_get(_SUMS[version](list(leaves.values())))
-  return {path: int(value) for path, value in zip(leaves, sums)}
-
-
-def _bits(leaf: jax.Array) -> jax.Array:
-  """Returns the uint32 bits of each element; with a last axis of two for types of 64 bits."""
-  if leaf.dtype == bool:
-    return leaf.astype(jnp.uint32)
-  unsigned = {8: jnp.uint32, 4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize]
-  return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+  return list(map(_ordered_sum, leaves))
 
 
 def _ordered_sum(leaf: jax.Array) -> jax.Array:
-  bits = _bits(leaf)
+  if leaf.dtype == bool:
+    bits = leaf.astype(jnp.uint32)
+  else:  # types of 64 bits get a last axis of two
+    unsigned = {8: jnp.uint32, 4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
   # One axis after the other, so that arrays of more than 2^32 elements need no wider index.
   index = jnp.zeros(bits.shape, jnp.uint32)
   for axis in range(bits.ndim):
@@ -68,9 +67,3 @@ def _mix(x: jax.Array) -> jax.Array:
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
-
-
-_SUMS = {
-  1: jax.jit(lambda leaves: [_bits(leaf).sum(dtype=jnp.uint32) for leaf in leaves]),
-  2: jax.jit(lambda leaves: list(map(_ordered_sum, leaves))),
-}
