@@ -58,7 +58,8 @@ def test_config_json_of_an_older_version_may_contain_removed_settings():
 
 def test_data_that_differ_from_the_training_data_are_reported(tmp_path, capsys):
   config = tiny.config()
-  workdir.prepare(config, epath.Path(tmp_path))
+  with workdir.own(config, epath.Path(tmp_path)):
+    pass
   capsys.readouterr()
   workdir.check_model(config, epath.Path(tmp_path))
   assert capsys.readouterr().out == ""

@@ -212,7 +212,8 @@ def test_a_run_keeps_the_rule_it_was_begun_with(tmp_path, capsys):
   assert kept == dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule="name"))
   assert "data.split_rule=name, and keeps it" in capsys.readouterr().err
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-  workdir_lib.prepare(kept, tmp_path)
+  with workdir_lib.own(kept, tmp_path):
+    pass
   assert config_from_run.load_config(tmp_path).data.split_rule == "name"
 
 

@@ -186,7 +186,7 @@ def test_a_fresh_model_costs_the_logarithm_of_the_vocabulary():
 
 
 def test_another_model_and_an_empty_workdir_are_explained(trained, tmp_path):
-  with pytest.raises(InputError, match="contains another model: model.num_layers is 2 there and 3 here"):
+  with pytest.raises(InputError, match="contains another model: model.num_layers was 2 and is 3"):
     evaluate.evaluate(tiny.config(model__num_layers=3), trained)
   with pytest.raises(InputError, match="contains no run"):
     evaluate.evaluate(tiny.config(), tmp_path)

@@ -198,7 +198,7 @@ def test_a_workdir_of_another_config_is_left_alone(copy_of_trained):
   tiny.expect_error(
     tiny.run(copy_of_trained, model__num_layers=3),
     "contains the checkpoints of another config",
-    "model.num_layers is 2 there and 3 here",
+    "model.num_layers was 2 and is 3",
   )
   assert sorted(os.listdir(copy_of_trained / "checkpoints")) == before
 

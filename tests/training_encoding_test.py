@@ -17,9 +17,15 @@ def config_of(**data):
   return dataclasses.replace(tiny.config(), data=DataConfig(**data))
 
 
+def prepare(config, workdir):
+  """Starts and ends a run in `workdir` before its first step."""
+  with workdir_lib.own(config, workdir):
+    pass
+
+
 def begin(workdir, **data):
   """Makes `workdir` one of a run that has a checkpoint; returns its config."""
-  workdir_lib.prepare(config_of(**data), workdir)
+  prepare(config_of(**data), workdir)
   (workdir / "checkpoints" / "3").mkdir(parents=True)
   return config_from_run.load_config(workdir)
 
@@ -83,10 +89,10 @@ def test_another_sentencepiece_model_is_refused(models, tmp_path):
   for sentencepiece in (models[1], None):
     changed = config_of(task="text_files", sentencepiece=sentencepiece)
     for use in (workdir_lib.check_model, evaluate.evaluate, lambda c, w: Sampler.from_workdir(w, c)):
-      with pytest.raises(InputError, match=r"data.sentencepiece was '.*1.model'.* and is "):
+      with pytest.raises(InputError, match=r"data.sentencepiece_fingerprint was 'crc32 .*' and is "):
         use(changed, tmp_path)
-    with pytest.raises(InputError, match="contains the checkpoints of another config: data.sentencepiece was"):
-      workdir_lib.prepare(changed, tmp_path)
+    with pytest.raises(InputError, match="contains the checkpoints of another config: data.sentencepiece_fin"):
+      prepare(changed, tmp_path)
   assert config_from_run.load_config(tmp_path) == saved, "a refused command has changed the run"
 
 
@@ -97,10 +103,10 @@ def test_a_model_replaced_at_its_path_is_refused_and_a_moved_one_is_not(models, 
   path.rename(moved)
   here = dataclasses.replace(saved, data=dataclasses.replace(saved.data, sentencepiece=str(moved)))
   workdir_lib.check_model(here, run)
-  workdir_lib.prepare(here, run)
+  prepare(here, run)
   moved.write_bytes(pathlib.Path(models[1]).read_bytes())
-  for use in (workdir_lib.check_model, workdir_lib.prepare):
-    with pytest.raises(InputError, match="data.sentencepiece was '.*moved.model' .*and is '.*moved.model'"):
+  for use in (workdir_lib.check_model, prepare):
+    with pytest.raises(InputError, match="data.sentencepiece_fingerprint was '.*' and is "):
       use(here, run)
 
 
@@ -124,7 +130,7 @@ def test_runs_without_a_fingerprint_load(models, tmp_path):
   assert older.data.sentencepiece_fingerprint is None
   workdir_lib.check_model(older, tmp_path)
   # Which model an older run was trained with is known for sure only to its data position, so none is recorded here.
-  workdir_lib.prepare(older, tmp_path)
+  prepare(older, tmp_path)
   assert config_from_run.load_config(tmp_path) == older != saved
 
 
@@ -132,6 +138,6 @@ def test_a_new_run_records_its_model_and_bytes_have_none(models, tmp_path):
   assert begin(tmp_path / "bytes", task="text_files").data.sentencepiece_fingerprint is None
   data = DataConfig(task="text_files", sentencepiece=models[0])
   config = batches.config(data, context=16, latents=4, sizes=(300,), vocab_size=300)
-  workdir_lib.prepare(config, tmp_path / "run")
-  workdir_lib.prepare(config, tmp_path / "run")
+  prepare(config, tmp_path / "run")
+  prepare(config, tmp_path / "run")
   assert config_from_run.load_config(tmp_path / "run").data.sentencepiece_fingerprint.startswith("crc32 ")

@@ -1,13 +1,9 @@
 """The owner of a workdir: at most one training run writes to it.
 
-Two mechanisms, since neither is enough alone:
-
-- flock on WORKDIR/.lock decides between processes of one machine, at once and without races. The kernel releases it
-  however the owner ends (kill -9 included), so no process ids need to be checked: they are reused, and containers do
-  not share them.
-- A heartbeat decides between machines, since not every shared file system carries flock across them, and where locks
-  do not exist (object stores). The owner rewrites WORKDIR/owner.json every 10 s. A run that finds the file of an owner
-  without a lock here watches it for 60 s: if the file changes, the owner is alive. Clocks are never compared.
+flock on WORKDIR/.lock decides between processes of one machine; the kernel releases it however the owner ends. A
+heartbeat decides between machines, since few shared file systems carry flock, and where locks do not exist (object
+stores): the owner rewrites WORKDIR/owner.json every 10 s, and a run that finds an owner without a lock here watches the
+file for 60 s. If it changes, the owner is alive; clocks are never compared.
 
 If two machines start at the same moment, the last to write owner.json is the owner, and the other stops before its
 first checkpoint (`Owner.check`). A run that ends removes owner.json, so that the next one need not watch it.
@@ -29,34 +25,24 @@ from perceiver_ar_jax.config import InputError, TransientError, reading, writing
 
 BEAT_SECONDS = 10
 WATCH_SECONDS = 60
-_BOOT_ID = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
 
 class Owner:
-  """A context in which this process owns `workdir`, an existing folder.
-
-  Raises:
-    InputError: another run owns it, or it cannot be written.
-    TransientError: as `writing`.
-  """
+  """A context in which this process owns `workdir`, an existing folder; raises InputError if another run owns it."""
 
   def __init__(self, workdir: epath.Path):
-    self._workdir = workdir
-    self._path = workdir / "owner.json"
+    self._workdir, self._path = workdir, workdir / "owner.json"
     self._self = {"run": uuid.uuid4().hex, "machine": _machine(), "host": platform.node(), "pid": os.getpid()}
-    self._beats = 0
-    self._ended = threading.Event()
+    self._ended, self._stack = threading.Event(), contextlib.ExitStack()
     self._thread = threading.Thread(target=self._keep_beating, daemon=True)
 
   def __enter__(self) -> "Owner":
     with contextlib.ExitStack() as stack:
-      is_locked = self._lock(stack)
-      owner = self._read()
+      is_locked, owner = self._lock(stack), self._read()
       # An owner on this machine would hold the lock.
       if owner and not (is_locked and owner.get("machine") == self._self["machine"]):
         self._watch(owner)
-      with writing(self._path, "give this user write access"):
-        self._beat()
+      self._beat()
       self._thread.start()
       self._stack = stack.pop_all()
     return self
@@ -90,11 +76,8 @@ class Owner:
 
   def _watch(self, owner: dict) -> None:
     """Raises InputError if the owner is alive."""
-    print(
-      f"{self._workdir} was last used on {owner.get('host')}, which did not release it. Watching for"
-      f" {WATCH_SECONDS} s whether that run is alive.",
-      flush=True,
-    )
+    host, seconds = owner.get("host"), WATCH_SECONDS
+    print(f"{self._workdir} was last used on {host}, which did not release it: watching for {seconds} s.", flush=True)
     deadline = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < deadline and (latest := self._read()):
       if latest != owner:
@@ -102,29 +85,27 @@ class Owner:
       time.sleep(min(1, BEAT_SECONDS / 2))
 
   def _in_use(self, how: str) -> InputError:
-    owner = self._read()
-    who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "another process"
+    owner = self._read() or {}
     return InputError(
-      f"--workdir={self._workdir} {how} another training run ({who}). Stop that run or wait for its end, or give"
-      " another --workdir. (Evaluation, samples and reports need not wait.)"
+      f"--workdir={self._workdir} {how} another training run (process {owner.get('pid')} on {owner.get('host')}). Stop"
+      " that run or wait for its end, or give another --workdir."
     )
 
   def _read(self) -> dict | None:
     """Returns the contents of owner.json; None if it is missing or damaged."""
     with reading(self._path, "give this user access"):
       try:
-        contents = json.loads(self._path.read_text())
-      except (FileNotFoundError, ValueError):
+        return dict(json.loads(self._path.read_text()))
+      except (FileNotFoundError, ValueError, TypeError):
         return None
-    return contents if isinstance(contents, dict) else None
 
   def _is_owner(self) -> bool:
     owner = self._read()
-    return owner is None or owner.get("run") == self._self["run"]
+    return not owner or owner.get("run") == self._self["run"]
 
   def _beat(self) -> None:
-    self._beats += 1
-    write_atomically(self._path, json.dumps(self._self | {"beats": self._beats}) + "\n")
+    with writing(self._path, "give this user write access"):
+      write_atomically(self._path, json.dumps(self._self | {"time": time.time()}) + "\n")
 
   def _keep_beating(self) -> None:
     while not self._ended.wait(BEAT_SECONDS):
@@ -148,5 +129,5 @@ def is_object_store(path: epath.Path) -> bool:
 
 def _machine() -> str:
   """Returns a name of this machine, or container, that changes when it is restarted."""
-  boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else str(uuid.getnode())
-  return f"{platform.node()} {boot}"
+  boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+  return f"{platform.node()} {boot.read_text().strip() if boot.exists() else uuid.getnode()}"
