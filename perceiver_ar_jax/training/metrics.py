@@ -1,10 +1,10 @@
 """Writes the metrics of a run to metrics.jsonl, TensorBoard and the terminal.
 
 metrics.jsonl contains one JSON object per logged step. On a file system, lines are appended as they are logged. Object
-stores (gs://) cannot append: there the lines since the last flush become an object metrics-<number>.jsonl, and the
-training loop flushes when it saves a checkpoint.
+stores (gs://) cannot append: there the whole file is written at each flush, that is, with each checkpoint.
 """
 
+import contextlib
 import html
 import json
 import math
@@ -16,116 +16,47 @@ import numpy as np
 import tqdm
 from clu import metric_writers
 from etils import epath
-from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
-from perceiver_ar_jax.config import writing
+from perceiver_ar_jax.config import Config, writing
+from perceiver_ar_jax.config.config_from_run import flatten
 from perceiver_ar_jax.training.owner import is_object_store, write_atomically
-
-_FIX = "give this user write access"
-_CHARTS = {
-  "loss": [("loss", "eval_nats_per_token")],
-  "optimizer": [("learning_rate",), ("grad_norm",)],
-  "speed": [("tokens_per_second",), ("model_flops_per_second",)],
-}
-"""TensorBoard's custom scalars: the curves of each chart of each category."""
-
-
-class MetricsFile:
-  """Adds lines to metrics.jsonl.
-
-  Args:
-    workdir: folder of the run.
-    first_step: lines of later steps, from a run that died after its checkpoint, are dropped.
-
-  Raises:
-    InputError, TransientError: as config.writing; so do all methods.
-  """
-
-  def __init__(self, workdir: epath.Path, first_step: int):
-    self._workdir, self._pending = workdir, []
-    paths = _paths(workdir)
-    for path in paths:
-      lines = path.read_text().splitlines()
-      kept = [line for line in lines if (entry := _parse(line)) and entry["step"] <= first_step]
-      if kept != lines:
-        with writing(path, _FIX):
-          write_atomically(path, "".join(f"{line}\n" for line in kept))
-    self._number = 1 + max((int(path.stem.partition("-")[2] or -1) for path in paths), default=-1)
-
-  def append(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds {"step": step, **metrics}; all metrics are finite."""
-    self._pending.append(json.dumps({"step": step, **metrics}) + "\n")
-    if not is_object_store(self._workdir):
-      self.flush()
-
-  def flush(self) -> None:
-    """Writes the lines that have been added."""
-    if not self._pending:
-      return
-    text, is_object = "".join(self._pending), is_object_store(self._workdir)
-    path = self._workdir / (f"metrics-{self._number:06d}.jsonl" if is_object else "metrics.jsonl")
-    with writing(path, _FIX):
-      if is_object:
-        path.write_text(text)
-      else:
-        with path.open("a") as file:
-          file.write(text)
-    self._pending, self._number = [], self._number + is_object
 
 
 def read_entries(workdir: epath.Path) -> list[dict]:
   """Returns the logged objects of a run, in order; a line that a kill cut short is left out."""
-  lines = (line for path in _paths(workdir) for line in path.read_text().splitlines())
-  return [entry for line in lines if (entry := _parse(line))]
+  path, entries = workdir / "metrics.jsonl", []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    with contextlib.suppress(ValueError):
+      entries.append(json.loads(line))
+  return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
-def _paths(workdir: epath.Path) -> list[epath.Path]:
-  whole = workdir / "metrics.jsonl"
-  return [*([whole] if whole.exists() else []), *sorted(workdir.glob("metrics-*.jsonl"))]
-
-
-def _parse(line: str) -> dict | None:
-  """Returns the object of a line; None if a kill cut the line short."""
-  try:
-    entry = json.loads(line)
-    return entry if "step" in entry else None
-  except (ValueError, TypeError):
-    return None
-
-
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager):
   """A context that writes the metrics of one run, from process 0; other processes write nothing.
 
   Args:
     workdir: for metrics.jsonl and TensorBoard event files.
-    first_step: the step of the checkpoint that the run resumes from; no step is logged twice.
-    total_steps: end of the progress bar.
+    config: TensorBoard's HParams tab compares runs by its model and train settings.
+    first_step: the step of the checkpoint that the run resumes from; lines of later steps are dropped.
     bits_name: the name of nats / ln 2, such as "bits/dim".
-    settings: numbers and words by which TensorBoard's HParams tab compares runs.
+
+  Raises:
+    InputError, TransientError: metrics.jsonl cannot be written; so do its methods.
   """
 
-  def __init__(
-    self,
-    workdir: epath.Path,
-    *,
-    first_step: int,
-    total_steps: int,
-    bits_name: str,
-    settings: Mapping[str, bool | int | float | str],
-  ):
-    self._writes = jax.process_index() == 0
-    self._bits_name = bits_name
+  def __init__(self, workdir: epath.Path, config: Config, first_step: int, bits_name: str):
+    self._writes, self._bits_name = jax.process_index() == 0, bits_name
+    self._path, self._is_object = workdir / "metrics.jsonl", is_object_store(workdir)
     if self._writes:
-      self._file = MetricsFile(workdir, first_step)
+      self._lines = [json.dumps(entry) + "\n" for entry in read_entries(workdir) if entry["step"] <= first_step]
+      with self._writing():
+        write_atomically(self._path, "".join(self._lines))
       self._tensorboard = metric_writers.SummaryWriter(str(workdir))
-      self._tensorboard.write_hparams(settings)
-      self._tensorboard.write_summaries(
-        0,
-        {metadata.CONFIG_SUMMARY_TAG: _layout().SerializeToString()},
-        {metadata.CONFIG_SUMMARY_TAG: metadata.create_summary_metadata()},
-      )
+      settings = {name: value for name, value in flatten(config).items() if name.startswith(("model.", "train."))}
+      plain = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+      self._tensorboard.write_hparams(plain)
     self._bar = tqdm.tqdm(
-      total=total_steps,
+      total=config.train.steps,
       initial=first_step,
       unit="step",
       dynamic_ncols=True,
@@ -136,17 +67,18 @@ class MetricsLog:
 
   def progress(self, loss: float, tokens_per_second: float) -> None:
     """Advances the progress bar by one step."""
-    bits = loss / math.log(2)
-    self._bar.set_postfix_str(
-      f"loss {loss:.4f}, {bits:.3f} {self._bits_name}, {tokens_per_second:,.0f} tokens/s", refresh=False
-    )
+    bits = f"{loss / math.log(2):.3f} {self._bits_name}"
+    self._bar.set_postfix_str(f"loss {loss:.4f}, {bits}, {tokens_per_second:,.0f} tokens/s", refresh=False)
     self._bar.update()
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Appends {"step": step, **metrics} to metrics.jsonl and the scalars to TensorBoard."""
     if self._writes:
       finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN or infinity
-      self._file.append(step, finite)
+      self._lines.append(json.dumps({"step": step, **finite}) + "\n")
+      if not self._is_object:
+        with self._writing(), self._path.open("a") as file:
+          file.write(self._lines.pop())
       self._tensorboard.write_scalars(step, finite)
 
   def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None:
@@ -158,9 +90,10 @@ class MetricsLog:
         self._tensorboard.write_images(step, {f"sample/{index}": sample[None]})
 
   def flush(self) -> None:
-    """Writes the lines that wait for a flush on object stores."""
-    if self._writes:
-      self._file.flush()
+    """Writes metrics.jsonl on object stores."""
+    if self._writes and self._is_object:
+      with self._writing():
+        self._path.write_text("".join(self._lines))
 
   def print(self, message: str) -> None:
     """Prints a line to standard output without breaking the progress bar."""
@@ -168,22 +101,11 @@ class MetricsLog:
       with self._bar.external_write_mode(file=sys.stdout):
         print(message, flush=True)
 
-  def __enter__(self) -> "MetricsLog":
-    return self
-
   def __exit__(self, *unused) -> None:
     self._bar.close()
     self.flush()
     if self._writes:
       self._tensorboard.close()
 
-
-def _layout() -> layout_pb2.Layout:
-  """Returns `_CHARTS` in TensorBoard's format, in which names of curves are regular expressions."""
-  result = layout_pb2.Layout()
-  for title, charts in _CHARTS.items():
-    category = result.category.add(title=title)
-    for names in charts:
-      tags = [f"^{name}$" for name in names]
-      category.chart.add(title=", ".join(names), multiline=layout_pb2.MultilineChartContent(tag=tags))
-  return result
+  def _writing(self) -> contextlib.AbstractContextManager:
+    return writing(self._path, "give this user write access")
