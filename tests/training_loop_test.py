@@ -2,15 +2,11 @@
 
 import json
 import os
-import pathlib
-import re
 import signal
 
 import numpy as np
 import pytest
-from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 from perceiver_ar_jax import loop
@@ -52,7 +48,7 @@ def test_skipped_files_are_in_the_metrics_and_reported_at_the_end(tmp_path, caps
   assert "2 files or records were skipped" in "".join(capsys.readouterr())
 
 
-def test_tensorboard_compares_settings_and_groups_curves(trained):
+def test_tensorboard_compares_settings(trained):
   events = event_accumulator.EventAccumulator(str(trained)).Reload()
   content = events.PluginTagToContent("hparams")[hparams_metadata.SESSION_START_INFO_TAG]
   settings = hparams_metadata.parse_session_start_info_plugin_data(content).hparams
@@ -60,17 +56,12 @@ def test_tensorboard_compares_settings_and_groups_curves(trained):
   assert settings["train.optimizer.learning_rate"].number_value == 0.01
   assert settings["train.optimizer.schedule"].string_value == "cosine"
   assert not [name for name in settings if not name.startswith(("model.", "train."))]
-  (layout,) = events.Tensors("custom_scalars__config__")
-  categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
-  tags = [tag for category in categories for chart in category.chart for tag in chart.multiline.tag]
-  logged = events.Tags()["tensors"]
-  assert {"^loss$", "^eval_nats_per_token$"} < set(tags)
-  assert all(any(re.search(tag, name) for name in logged) for tag in tags), (tags, logged)
+  assert {"loss", "eval_nats_per_token", "learning_rate"} < {*events.Tags()["tensors"]}
 
 
 def test_samples_that_exceed_the_memory_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(write.PreviewSampler, "compile", lambda self, params: 2**60)
-  with pytest.raises(InputError, match="3 samples .* needs 1073741824.0 GiB on each device.*eval.num_samples=0"):
+  with pytest.raises(InputError, match="memory on each device .*3 samples 1073741824.0 GiB.*eval.num_samples=0"):
     loop.train(tiny.config(eval__num_samples=3), tmp_path)
   assert not (tmp_path / "checkpoints").exists()
 
@@ -96,36 +87,22 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   assert all(int(path.name) < 3 for path in (tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_a_profile_covers_three_steps_or_those_before_an_error(num_steps, tmp_path):
-  profile = loop._Profile(2, epath.Path(tmp_path))
-  with pytest.raises(ZeroDivisionError), profile:
-    for step in range(1, num_steps + 1):
-      profile.before(step)
-      profile.after(step, {})
-      assert bool(_traces(tmp_path)) == (step >= 4)
-    raise ZeroDivisionError
-  assert bool(_traces(tmp_path)) == (num_steps >= 2)
-
-
-def _traces(folder) -> list[pathlib.Path]:
-  return list(folder.rglob("*.xplane.pb"))
-
-
 @pytest.mark.slow
-def test_a_profile_of_a_run_that_a_signal_ends_is_kept(tmp_path, monkeypatch):
-  draw, num_drawn = TrainLoader.__next__, 0
+@pytest.mark.parametrize("killed_at", [3, 6])
+def test_a_profile_covers_three_steps_or_those_before_a_signal(killed_at, tmp_path, monkeypatch):
+  draw, step = TrainLoader.__next__, 0
 
   def kill(self):
-    nonlocal num_drawn
-    num_drawn += 1
-    if num_drawn == 3:
+    nonlocal step
+    step += 1
+    assert bool(list((tmp_path / "profile").rglob("*.xplane.pb"))) == (step >= 5)
+    if step == killed_at:
       os.kill(os.getpid(), signal.SIGTERM)
     return draw(self)
 
   monkeypatch.setattr(TrainLoader, "__next__", kill)
   assert loop.train(tiny.config(train__profile_at=2), tmp_path) == 128 + signal.SIGTERM
-  assert _traces(tmp_path / "profile")
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.slow
@@ -136,9 +113,9 @@ def test_updates_that_are_not_finite_are_skipped_a_limited_number_of_times(tmp_p
     train__on_nonfinite="skip",
     train__max_skipped=4,
   )
-  with pytest.raises(InputError, match="At step [67] the loss is .*, 4 steps in a row, so training stopped"):
+  with pytest.raises(InputError, match="At step [67] the loss is .*4 such steps in a row.*, so training stopped"):
     loop.train(config, tmp_path)
-  assert "was skipped: its loss is" in capfd.readouterr().out
+  assert "the update was skipped" in capfd.readouterr().out
   assert [line["skipped_steps"] for line in _lines(tmp_path)][-1] == 3
 
 

@@ -16,7 +16,7 @@ class TokenLosses(NamedTuple):
   """1 where the likeliest token is the target."""
 
 
-def token_losses(logits_BxMxV, targets_BxM, *, z_loss: float, label_smoothing: float) -> TokenLosses:
+def token_losses(logits_BxMxV, targets_BxM, z_loss: float = 0.0, label_smoothing: float = 0.0) -> TokenLosses:
   """Returns the losses of each target.
 
   The z-loss is `z_loss` * log(Z)^2 with Z the softmax's normaliser; it keeps logits from drifting. Label smoothing
@@ -38,23 +38,18 @@ def token_losses(logits_BxMxV, targets_BxM, *, z_loss: float, label_smoothing: f
 
 
 def score(
-  logits_fn: Callable[[jax.Array], jax.Array],
-  latents_BxMxD,
-  targets_BxM,
-  *,
-  z_loss: float = 0.0,
-  label_smoothing: float = 0.0,
-  chunk: int | None = None,
+  logits_fn: Callable, latents_BxMxD, targets_BxM, *, chunk: int | None = None, **weights: float
 ) -> TokenLosses:
-  """Returns the losses of each target.
+  """Returns the losses of each target, as `token_losses`.
 
   Args:
     logits_fn: from latents [B, C, D] to logits [B, C, V].
     chunk: latents whose logits exist at a time, forward and backward; any number, None: all.
+    weights: `z_loss` and `label_smoothing`.
   """
 
   def score_chunk(latents_BxCxD, targets_BxC):
-    return token_losses(logits_fn(latents_BxCxD), targets_BxC, z_loss=z_loss, label_smoothing=label_smoothing)
+    return token_losses(logits_fn(latents_BxCxD), targets_BxC, **weights)
 
   num_latents = targets_BxM.shape[1]
   if chunk is None or chunk >= num_latents:
@@ -74,9 +69,5 @@ def score(
 
 def weighted_sums(losses: TokenLosses, weights_BxM) -> dict[str, jax.Array]:
   """Returns sums over all tokens: `loss` and `z_loss` in nats, `accuracy` (correct tokens), `num_tokens` scored."""
-  return {
-    "loss": (losses.cross_entropy * weights_BxM).sum(),
-    "z_loss": (losses.z_loss * weights_BxM).sum(),
-    "accuracy": (losses.correct * weights_BxM).sum(),
-    "num_tokens": weights_BxM.sum(),
-  }
+  loss, z_loss, accuracy = ((values_BxM * weights_BxM).sum() for values_BxM in losses)
+  return {"loss": loss, "z_loss": z_loss, "accuracy": accuracy, "num_tokens": weights_BxM.sum()}

@@ -31,57 +31,36 @@ _FEWER_SAMPLES = (
 
 
 def compile_step(
-  config: Config,
-  optimizer: optax.GradientTransformation,
-  abstract: TrainState,
-  batch_spec: dict[str, jax.ShapeDtypeStruct],
-  mesh: Mesh,
+  config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch_spec: step_lib.Batch, mesh: Mesh
 ) -> jax.stages.Compiled:
   """Returns the compiled update for these shapes, with the state donated, and reports its memory.
 
-  Raises:
-    InputError: the update exceeds the devices' memory.
+  Raises InputError if the update exceeds the devices' memory.
   """
-  # The lower limit: weights, optimizer state, gradients and the input of each layer.
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
-  latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
-  minimum = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
-  _check("The train step needs at least", minimum + model.num_layers * latents, _LESS_MEMORY)
+  inputs = model.num_layers * rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
+  weights = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
+  lower_limit = {"weights, gradients and optimizer state": weights, "inputs of the layers": inputs}
+  _check("The train step", lower_limit, _LESS_MEMORY)
   shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
-  batch = {
-    name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in batch_spec.items()
-  }
+  batch = {name: spec.update(sharding=shardings[name]) for name, spec in batch_spec.items()}
   with _compiling("the train step", _LESS_MEMORY):
     compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
-  memory = compiled.memory_analysis()
-  distributed.log(
-    f"Memory on each of {mesh.size} devices: weights, optimizer state and batch {_size(memory.argument_size_in_bytes)},"
-    f" temporary {_size(memory.temp_size_in_bytes)}, available {_size(_bytes_per_device())}."
-  )
-  _check("The train step needs", memory.argument_size_in_bytes + bytes_beside_arguments(compiled), _LESS_MEMORY)
+  arguments, temporary = compiled.memory_analysis().argument_size_in_bytes, bytes_beside_arguments(compiled)
+  parts = {"weights, optimizer state and batch": arguments, "temporary": temporary}
+  distributed.log(_check("The train step", parts, _LESS_MEMORY))
   return compiled
 
 
 def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Callable[[dict], int]) -> None:
-  """Checks that drawing samples fits in memory together with the training state, and reports its memory.
+  """Reports the memory that drawing samples needs together with the state; raises InputError if there is not enough.
 
-  Args:
-    num_samples: the resolved `eval.num_samples`.
-    abstract: shapes and shardings of the training state.
-    compile_sampler: from shapes of the weights to bytes on each device in addition to the weights.
-
-  Raises:
-    InputError: it exceeds the devices' memory.
+  `compile_sampler` returns, for shapes of the weights, the bytes on each device in addition to the weights.
   """
   with _compiling("the sampler", _FEWER_SAMPLES):
     sampler_bytes = compile_sampler(abstract.params)
-  state_bytes = sharding.bytes_per_device(abstract)
-  distributed.log(
-    f"Memory on each device: weights and optimizer state {_size(state_bytes)}, {num_samples} samples"
-    f" {_size(sampler_bytes)}, available {_size(_bytes_per_device())}."
-  )
-  program = f"Training that draws {num_samples} samples (eval.num_samples) needs"
-  _check(program, state_bytes + sampler_bytes, _FEWER_SAMPLES)
+  parts = {"weights and optimizer state": sharding.bytes_per_device(abstract), f"{num_samples} samples": sampler_bytes}
+  distributed.log(_check("Training that draws samples", parts, _FEWER_SAMPLES))
 
 
 def bytes_beside_arguments(compiled: jax.stages.Compiled) -> int:
@@ -90,10 +69,15 @@ def bytes_beside_arguments(compiled: jax.stages.Compiled) -> int:
   return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
 
 
-def _check(program: str, needed: int, fix: str) -> None:
-  available = _bytes_per_device()
-  if needed > available:
-    raise InputError(f"{program} {_size(needed)} on each device, and each has {_size(available)}. {fix}")
+def _check(program: str, parts: dict[str, int], fix: str) -> str:
+  """Returns the bytes of the parts on each device as a text; raises InputError if they exceed its memory."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  # CPU devices share the available memory of the machine.
+  available = stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()
+  sizes = ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in {**parts, "available": available}.items())
+  if sum(parts.values()) > available:
+    raise InputError(f"{program} exceeds the memory on each device ({sizes}). {fix}")
+  return f"Memory on each device: {sizes}."
 
 
 @contextlib.contextmanager
@@ -111,9 +95,3 @@ def _compiling(program: str, fix: str) -> Iterator[None]:
 
 def _size(num_bytes: int) -> str:
   return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _bytes_per_device() -> int:
-  """Returns the bytes that a local device may use; CPU devices share the available memory of the machine."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()

@@ -4,6 +4,7 @@ SIGTERM and SIGINT (Ctrl-C) come from people and preemption, SIGUSR1 from batch 
 SIGHUP from a terminal that closes.
 """
 
+import contextlib
 import os
 import signal
 
@@ -13,7 +14,7 @@ _STDOUT, _STDERR = 1, 2
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-class Signals:
+class Signals(contextlib.AbstractContextManager):
   """A context that remembers the first of these signals; a second one has its usual effect.
 
   A second SIGHUP is ignored: a shell whose terminal closes sends one in addition to the kernel's. SIGHUP remains
@@ -41,7 +42,6 @@ class Signals:
     return signal.Signals(self.agreed or self.received).name
 
   def __enter__(self) -> "Signals":
-    self._terminals = [stream for stream in (_STDOUT, _STDERR) if os.isatty(stream)]
     self._handlers_before = {
       number: signal.signal(number, self._remember)
       for number in _HANDLED
@@ -54,28 +54,12 @@ class Signals:
       signal.signal(number, handler)
 
   def _remember(self, number: int, frame) -> None:
-    del frame
-    self.received = number
-    signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else self._handlers_before[number])
-    again = "" if number == signal.SIGHUP else " A second one ends the run at once, without saving."
-    # print is not reentrant, and a handler runs anywhere.
-    _write(_STDERR, f"\n{self.name}: stopping after this step.{again}\n")
-    if number == signal.SIGHUP:
-      _silence_closed(self._terminals)
-
-
-def _write(stream: int, text: str) -> bool:
-  """Writes to a file descriptor; returns whether that succeeded."""
-  try:
-    return os.write(stream, text.encode()) >= 0
-  except OSError:
-    return False
-
-
-def _silence_closed(terminals: list[int]) -> None:
-  """Redirects output to a terminal that has closed to os.devnull: an error in print would end the run unsaved."""
-  for stream in terminals:
-    if not _write(stream, "\n"):
-      devnull = os.open(os.devnull, os.O_WRONLY)
-      os.dup2(devnull, stream)
-      os.close(devnull)
+    self.received, is_hangup = number, number == signal.SIGHUP
+    signal.signal(number, signal.SIG_IGN if is_hangup else self._handlers_before[number])
+    again = "" if is_hangup else " A second one ends the run at once, without saving."
+    messages = {_STDERR: f"\n{self.name}: stopping after this step.{again}\n"} | ({_STDOUT: "\n"} if is_hangup else {})
+    for stream, message in messages.items():
+      try:
+        os.write(stream, message.encode())  # print is not reentrant, and a handler runs anywhere
+      except OSError:  # the terminal has closed: an error in print would end the run unsaved
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -25,8 +25,7 @@ class TrainState:
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """Returns the state as jax.ShapeDtypeStructs with their shardings on `mesh`; allocates nothing.
 
-  Optimizer state that belongs to a weight and has its shape is sharded as the weight is; the rest is small and
-  replicated.
+  Optimizer state that belongs to a weight and has its shape is sharded as the weight is; the rest is replicated.
   """
   params = abstract_params(config, mesh)
   weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
@@ -36,7 +35,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     name = jax.tree_util.keystr(path)
     weight = weights.get(max((known for known in weights if known in name), key=len, default=""))
     alike = weight is not None and weight.shape == leaf.shape
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding if alike else replicated)
+    return leaf.update(sharding=weight.sharding if alike else replicated)
 
   opt_state = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
   return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state)
@@ -45,11 +44,8 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 def abstract_params(config: Config, mesh: Mesh) -> dict:
   """Returns the weights of `abstract_state`."""
   boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-  return jax.tree.map(
-    lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-    nn.meta.unbox(boxed),
-    sharding.shardings(boxed, mesh),
-  )
+  shapes, layout = nn.meta.unbox(boxed), sharding.shardings(boxed, mesh)
+  return jax.tree.map(lambda leaf, sharded: leaf.update(sharding=sharded), shapes, layout)
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -16,7 +16,7 @@ from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-"""inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]."""
+"""inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]; or their shapes."""
 
 
 def make_train_step(
@@ -79,11 +79,7 @@ def make_train_step(
 
 
 def lower(
-  config: Config,
-  optimizer: optax.GradientTransformation,
-  abstract: TrainState,
-  batch: dict[str, jax.ShapeDtypeStruct],
-  mesh: Mesh,
+  config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch: Batch, mesh: Mesh
 ) -> jax.stages.Lowered:
   """Returns the update lowered for shapes and shardings of a state (`state.abstract_state`) and of a global batch.
 
