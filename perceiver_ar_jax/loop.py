@@ -120,7 +120,7 @@ class _Run:
     result, pending = None, None
     self._skipped_in_a_row, self._last_report = 0, time.monotonic()
     shardings = sharding.batch_shardings(self.mesh, {name: array.shape for name, array in data.spec.items()})
-    is_owed = first > train.steps or not self.checkpointer.has_metrics(first - 1)
+    is_owed = first > train.steps or not self._has_metrics(first - 1)
     if self._is_evaluated_at(first - 1) and is_owed and not self.signals.agreed:
       result = self._evaluate(state.params, first - 1)  # a signal or a failure interrupted it
     for step in range(first, train.steps + 1):
@@ -203,7 +203,7 @@ class _Run:
       _warn(f"The evaluation of step {step} failed, and training continues without it: {reason}")
     if result:
       self.log.print(self.evaluator.describe(result))
-      if not self.checkpointer.has_metrics(step):
+      if not self._has_metrics(step):
         self.log.write(step, {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)})
         self.log.flush()
         self.checkpointer.add_metrics(step, {"nats_per_token": result["nats_per_token"]})
@@ -211,6 +211,10 @@ class _Run:
           self._draw_samples(params, step)
     self._last_report = time.monotonic()
     return result
+
+  def _has_metrics(self, step: int) -> bool:
+    """Whether the saved `step` was evaluated; agreed on, since another process may write its metrics any moment."""
+    return bool(distributed.maximum(self.checkpointer.has_metrics(step)))
 
   def _draw_samples(self, params, step: int) -> None:
     self.log.print("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")

@@ -145,3 +145,13 @@ def test_skipped_updates_are_counted_through_a_restart_and_leave_the_learning_ra
   schedule = optimizer.make_schedule(tiny.config(**settings).train.optimizer, 12)
   updates_before = [0, 1, 2, 3, 3, 3, 4, 5]
   np.testing.assert_allclose([line["learning_rate"] for line in lines], [schedule(index) for index in updates_before])
+
+
+def test_processes_agree_on_whether_a_step_was_evaluated(copy_of_trained, monkeypatch):
+  """Process 0 writes the metrics of a step, which a slower process would find and then not wait for it."""
+  (copy_of_trained / "checkpoints" / "12" / "metrics" / "metrics").write_text("{}")  # as before the evaluation
+  added, values = [], []
+  monkeypatch.setattr(loop.distributed, "maximum", lambda value: values.append(value) or 1)  # another process has them
+  monkeypatch.setattr(loop.checkpoint.Checkpointer, "add_metrics", lambda *arguments: added.append(arguments))
+  assert loop.train(tiny.config(), copy_of_trained) == 0
+  assert False in values and not added
