@@ -69,13 +69,6 @@ def test_round_trip_through_midi(seed):
   assert_same_piece(music.read_notes(music.to_midi(notes)), notes, within_seconds=0.000501, within_velocity=0)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_encode_midi_is_encode_of_the_notes(seed):
-  midi = music.to_midi(random_piece(seed))
-  np.testing.assert_array_equal(music.encode_midi(midi), music.encode(music.read_notes(midi)))
-  assert music.encode_midi(music.to_midi([])).shape == (0,)
-
-
 def test_midi_of_whole_milliseconds_is_exact():
   notes = [Note(C4, 80, 0.5, 0.75), Note(G4, 1, 0.5, 1.001), Note(C4, 127, 0.75, 0.751)]
   assert music.read_notes(music.to_midi(notes)) == notes

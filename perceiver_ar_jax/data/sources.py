@@ -4,9 +4,9 @@ All keep the saved state of a pipeline small: it contains encoded records, file 
 where they are and never downloaded or generated. Which files a list has is the subject of files.py.
 """
 
+import functools
 import json
 import os
-import pathlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -30,15 +30,12 @@ class TfdsSource(seqio.TfdsDataSource):
     data_dir: folder of prepared datasets; None: TFDS's own default.
   """
 
+  supports_arbitrary_sharding = True
+
   def __init__(self, name: str, *, decoders=None, data_dir: str | os.PathLike | None = None):
-    self._name = name
-    self._read_decoders = decoders
+    self._name, self._read_decoders = name, decoders
     data_dir = None if data_dir is None else os.fspath(data_dir)
     super().__init__(name, tfds_data_dir=data_dir, caching_permitted=True, read_only=True)
-
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
 
   def num_input_examples(self, split: str) -> int:
     """Returns the number of records of a split, or of a part of it such as "train[:90%]".
@@ -64,7 +61,6 @@ class TfdsSource(seqio.TfdsDataSource):
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     """Returns the records of one host's part of `split`; `shuffle` shuffles its files, differently in every epoch."""
-    del unused
     if shard_info and shard_info.num_shards > 1:
       split = tfds.even_splits(split, shard_info.num_shards, drop_remainder=False)[shard_info.index]
     read_config = tfds.ReadConfig(
@@ -82,15 +78,14 @@ class TfdsSource(seqio.TfdsDataSource):
     builder = self.tfds_dataset.builder
     if not tf.io.gfile.exists(os.path.join(builder.data_dir, "dataset_info.json")):
       raise InputError(
-        f"The dataset {self._name} is not prepared in {builder.data_dir}. Point data.data_dir"
-        " (--config.data.data_dir=...) at the folder of your prepared TFDS datasets, or prepare it once with `tfds"
-        f" build {self._name} --data_dir=...`; training downloads nothing. The task photos32"
-        " (--config=configs/photos32.py) needs no data at all."
+        f"The dataset {self._name} is not prepared in {builder.data_dir}. Point --config.data.data_dir at the folder of"
+        f" your prepared TFDS datasets, or prepare it once with `tfds build {self._name} --data_dir=...`; training"
+        " downloads nothing. The task photos32 (--config=configs/photos32.py) needs no data at all."
       )
     return builder
 
 
-class ListSource(seqio.FunctionDataSource):
+class ListSource(seqio.DataSource):
   """Records listed by a function on first use, each a dict of the `path` of a file and other small values.
 
   Args:
@@ -98,9 +93,11 @@ class ListSource(seqio.FunctionDataSource):
     splits: names of the splits.
   """
 
+  supports_arbitrary_sharding = True
+
   def __init__(self, list_records: Callable[[str], Sequence[Mapping[str, str | int]]], splits: Sequence[str]):
-    self._list_records, self._listed = list_records, {}
-    super().__init__(self._records, splits=tuple(splits), caching_permitted=True)
+    self._list = functools.cache(list_records)
+    super().__init__(splits)
 
   def num_input_examples(self, split: str) -> int:
     """Returns the number of records of the split."""
@@ -112,34 +109,19 @@ class ListSource(seqio.FunctionDataSource):
 
   def fingerprint(self, split: str) -> str:
     """Returns a checksum of the names of the files and their division into records, independent of their folder."""
-    records = [{**record, "path": pathlib.PurePath(record["path"]).name} for record in self._list(split)]
+    records = [{**record, "path": os.path.basename(record["path"])} for record in self._list(split)]
     return f"{zlib.crc32(json.dumps(records).encode()):08x}"
 
   def list_shards(self, split: str) -> list[str]:
     """Returns names of the parts into which offline caching may divide its work."""
     return [f"{split}-{index}" for index in range(min(len(self._list(split)), 64))]
 
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
-
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     """Returns the records in order, or one host's part of them; shuffling is left to the pipeline."""
-    del shuffle, seed, unused
-    records = self._records(split, False)
-    return records if shard_info is None else records.shard(shard_info.num_shards, shard_info.index)
-
-  def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:
-    del shuffle_files
     records = self._list(split)
-    return tf.data.Dataset.from_tensor_slices(
-      {name: np.array([record[name] for record in records]) for name in records[0]}
-    )
-
-  def _list(self, split: str) -> Sequence[Mapping[str, str | int]]:
-    if split not in self._listed:
-      self._listed[split] = self._list_records(split)
-    return self._listed[split]
+    columns = {name: np.array([record[name] for record in records]) for name in records[0]}
+    dataset = tf.data.Dataset.from_tensor_slices(columns)
+    return dataset if shard_info is None else dataset.shard(shard_info.num_shards, shard_info.index)
 
 
 class CachedSource(seqio.DataSource):
@@ -150,20 +132,18 @@ class CachedSource(seqio.DataSource):
     data: the settings; `cache_dir` is the folder, and the settings of `cache_settings` must be those of the cache.
   """
 
+  supports_arbitrary_sharding = True
+
   def __init__(self, task: seqio.Task, data: DataConfig):
-    self._task, self._folder = task, os.path.join(data.cache_dir, task.name)
+    self._task, self._data = task, data
+    self._folder = os.path.join(data.cache_dir, task.name)
     super().__init__(splits=(), caching_permitted=False)
-    self._data = data
 
   @property
   def splits(self) -> tuple[str, ...]:
     """The stored splits."""
     self._check()
     return tuple(sorted(path.split(".")[-2] for path in tf.io.gfile.glob(os.path.join(self._folder, "stats.*.json"))))
-
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
 
   def list_shards(self, split: str) -> list[str]:
     """The files of the split."""
@@ -180,24 +160,14 @@ class CachedSource(seqio.DataSource):
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     """Returns stored documents: events, positions, and counts if any; `shuffle` shuffles the files in each epoch."""
-    del unused
     self._check()
     seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio keeps them, and takes the first that has the task
-    return self._task.get_dataset(
-      None,
-      split,
-      use_cached=True,
-      shuffle=shuffle,
-      shuffle_buffer_size=1,
-      seed=seed,
-      shard_info=shard_info,
-      num_epochs=1,
-    )
+    options = {"shuffle": shuffle, "shuffle_buffer_size": 1, "seed": seed, "shard_info": shard_info, "num_epochs": 1}
+    return self._task.get_dataset(None, split, use_cached=True, **options)
 
   def _stats(self, split: str) -> dict[str, int]:
     self._check()
-    with tf.io.gfile.GFile(os.path.join(self._folder, f"stats.{split}.json")) as file:
-      return json.load(file)
+    return json.loads(read_bytes(os.path.join(self._folder, f"stats.{split}.json")))
 
   def _check(self) -> None:
     """Raises InputError if there is no finished cache of the task, or one made under other settings."""
@@ -207,8 +177,7 @@ class CachedSource(seqio.DataSource):
         f"data.cache_dir={self._data.cache_dir!r} contains no finished cache of the task {self._task.name}: make it"
         " with launch/cache_tasks.sh, or read the data itself (--config.data.cache_dir=None)."
       )
-    with tf.io.gfile.GFile(path) as file:
-      stored = json.load(file)
+    stored = json.loads(read_bytes(path))
     changed = [
       f"{name} was {stored.get(name)!r} and is {value!r}"
       for name, value in cache_settings(self._data).items()
@@ -245,15 +214,10 @@ class NumberSource(seqio.FunctionDataSource):
   """
 
   def __init__(self, counts: Mapping[str, int | None]):
-    self._counts = dict(counts)
-    super().__init__(self._records, splits=tuple(counts), caching_permitted=False)
-
-  def num_input_examples(self, split: str) -> int | None:
-    """Returns the number of records of the split; None: endless."""
-    return self._counts[split]
+    super().__init__(self._records, splits=tuple(counts), num_input_examples=counts, caching_permitted=False)
 
   def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:
     del shuffle_files
-    count = self._counts[split]
+    count = self.num_input_examples(split)
     numbers = tf.data.Dataset.range(2**62).repeat() if count is None else tf.data.Dataset.range(count)
     return numbers.map(lambda number: {"number": number, "validation": split == "validation"})
