@@ -98,20 +98,11 @@ class Head(Document):
   """The first `length` events of a document, with the counts of that part."""
 
   def __init__(self, document: Document, length: int, counts: Mapping[str, int]):
-    super().__init__(np.zeros(0, np.int32), counts=counts)
-    self._document, self._length = document, length
+    self._length, self._counts = length, counts
+    self.read, self.positions, self.scored = document.read, document.positions, document.scored
 
   def __len__(self) -> int:
     return self._length
-
-  def read(self, start: int, end: int) -> np.ndarray:
-    return self._document.read(start, end)
-
-  def positions(self, start: int, end: int) -> np.ndarray:
-    return self._document.positions(start, end)
-
-  def scored(self, start: int, end: int) -> np.ndarray:
-    return self._document.scored(start, end)
 
 
 def count_positions(length: int) -> np.ndarray:
