@@ -1,9 +1,8 @@
 """Codes of neural codecs as events: audio from residual vector quantisers, video from a VQ-GAN. NumPy only.
 
 Audio: `frames` x `levels` codes (SoundStream, EnCodec, DAC, ...) are flattened frame by frame, the coarse level first,
-as in the paper's audio experiments. Each level has its own ids: code c of level q is the value q * codebook_size + c.
-Positions are (frame, level). Frames count from the first frame of the excerpt, because recordings have no common
-origin, so a table of context / levels (rounded up) + 3 rows is large enough.
+as in the paper. Each level has its own ids: code c of level q is the value q * codebook_size + c. Positions are (frame,
+level). Frames count from the first frame of the excerpt, so a table of ceil(context / levels) + 3 rows is large enough.
 
 Video: `time` x `height` x `width` codes are flattened in raster order; positions are (t, y, x).
 

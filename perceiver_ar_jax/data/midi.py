@@ -32,9 +32,8 @@ def read(content: bytes) -> tuple[list[Message], float]:
   Messages of all tracks are in order of time; those at one tick keep the order of the file. Of everything else only the
   tempo is read, and a tempo of 0 is ignored. A RIFF container (.rmi) is unwrapped.
 
-  Raises:
-    ValueError: the bytes are not a complete MIDI file of type 0 or 1 whose times are in ticks per beat, one of these
-      messages has a data byte above 127, or the file lasts more than a day.
+  Raises ValueError if it is not a complete MIDI file of type 0 or 1 whose times are in ticks per beat, if one of these
+  messages has a data byte above 127, or if it lasts more than a day.
   """
   ticks_per_beat, tracks = _split(_unwrap(content))
   events = []
@@ -61,11 +60,7 @@ def read(content: bytes) -> tuple[list[Message], float]:
 
 
 def write(messages: Iterable[tuple[int, int, int, int]]) -> bytes:
-  """Returns a MIDI file with one piano track, whose tick is 1 ms.
-
-  Args:
-    messages: (milliseconds, NOTE_ON or NOTE_OFF, pitch, velocity), in order of time.
-  """
+  """Returns a MIDI file with one piano track, of messages (milliseconds, kind, pitch, velocity) in order of time."""
   track = bytearray(b"\0\xff\x51\3" + _DEFAULT_TEMPO.to_bytes(3) + b"\0\xc0\0")  # the tempo; program 0, a piano
   last_time = 0
   for time, *data in messages:
@@ -126,9 +121,7 @@ def _split(content: bytes) -> tuple[int, list[bytes]]:
 def _parse(track: bytes) -> Iterator[tuple[int, int, int, int]]:
   """Yields the messages (tick, status, number, value), tempos (tick, _META, _TEMPO, microseconds) and the end.
 
-  Raises:
-    ValueError: an event is not valid.
-    IndexError: the track ends in the middle of an event.
+  Raises IndexError if the track ends in the middle of an event, ValueError for other damage.
   """
   tick, position, running_status = 0, 0, 0
   while position < len(track):

@@ -34,9 +34,7 @@ _UNKNOWN_VELOCITY = 64  # for notes that begin before the first velocity event o
 
 VOCAB_SIZE = _NUM_VALUES + NUM_SPECIAL
 
-_PEDAL_DOWN = 64
-_PERCUSSION_CHANNEL = 9
-_NUM_CHANNELS = 16
+_PEDAL_DOWN, _PERCUSSION_CHANNEL, _NUM_CHANNELS = 64, 9, 16
 
 
 class Note(NamedTuple):
@@ -58,10 +56,7 @@ def read_notes(content: bytes) -> list[Note]:
   pedal of a channel is down, a released note sounds until the pedal is up or its pitch is struck again. A note struck
   again while its key is held continues, and the next note-off ends the earlier of the two. All Sound Off and All Notes
   Off end every note of the channel, and Reset All Controllers lifts its pedal. A note that is never released ends with
-  the file.
-
-  Raises:
-    ValueError: as midi.read.
+  the file. Raises ValueError as midi.read.
   """
   messages, end_time = midi.read(content)
   notes = []
@@ -105,10 +100,8 @@ def encode(notes: Sequence[Note]) -> np.ndarray:
 
   Times since the start of the piece are rounded to steps of 10 ms, so that errors do not add up, and a note lasts at
   least one step. At one time all note-offs come first, then the note-ons, each sorted by pitch; a velocity event
-  precedes only a note-on that changes the velocity. The silence before the first note is kept.
-
-  Raises:
-    ValueError: a pitch, a velocity or a time is out of range.
+  precedes only a note-on that changes the velocity. The silence before the first note is kept. Raises ValueError if a
+  pitch, a velocity or a time is out of range.
   """
   _check(notes)
   events = []
@@ -179,10 +172,7 @@ def to_midi(notes: Sequence[Note]) -> bytes:
   """Returns a MIDI file with one piano track. Times are rounded to 1 ms, and a note lasts at least 1 ms.
 
   `read_notes` returns the same notes, except that the offsets of two notes of one pitch are exchanged where one lies
-  within the other.
-
-  Raises:
-    ValueError: a pitch, a velocity or a time is out of range.
+  within the other. Raises ValueError as `encode`.
   """
   _check(notes)
   messages = []
@@ -211,10 +201,8 @@ def stretch(ids_N: Sequence[int], factor: float) -> np.ndarray:
 
   Times since the start are multiplied and then rounded, so that errors do not add up. Only time shifts change; all
   other events, SOS and EOS included, keep their order, even where two times become one. With a factor below 1 a
-  note-off may therefore follow its own note-on at once, which `decode` reads as a note of one step.
-
-  Raises:
-    ValueError: the factor is not a positive finite number.
+  note-off may therefore follow its own note-on at once, which `decode` reads as a note of one step. Raises ValueError
+  if the factor is not a positive finite number.
   """
   if not (math.isfinite(factor) and factor > 0):
     raise ValueError(f"factor={factor} must be a positive finite number.")

@@ -1,7 +1,6 @@
 """Sources of records: prepared TFDS datasets, cached documents, lists of files, and numbers.
 
-All keep the saved state of a pipeline small: it contains encoded records, file names, or numbers. Datasets are read
-where they are and never downloaded or generated. Which files a list has is the subject of files.py.
+All keep the saved state of a pipeline small: it contains encoded records, file names, or numbers.
 """
 
 import functools
@@ -23,11 +22,7 @@ class TfdsSource(seqio.TfdsDataSource):
   seqio's own source loads with TFDS's defaults, which keep the records of a small dataset in a cache that becomes part
   of every checkpoint, split by whole files only, and start a download where data is missing. This one reads exact
   ranges of records, shuffles files in another order in each epoch from a seed, caches nothing and writes nothing.
-
-  Args:
-    name: TFDS name with config and version: "downsampled_imagenet/64x64:2.0.0".
-    decoders: as for tfds.load; tfds.decode.SkipDecoding() keeps pictures encoded until after the shuffle.
-    data_dir: folder of prepared datasets; None: TFDS's own default.
+  `name` has config and version, "downsampled_imagenet/64x64:2.0.0"; `decoders` and `data_dir` are as for tfds.load.
   """
 
   supports_arbitrary_sharding = True
@@ -38,13 +33,8 @@ class TfdsSource(seqio.TfdsDataSource):
     super().__init__(name, tfds_data_dir=data_dir, caching_permitted=True, read_only=True)
 
   def num_input_examples(self, split: str) -> int:
-    """Returns the number of records of a split, or of a part of it such as "train[:90%]".
-
-    Raises:
-      InputError: the dataset is not prepared, or has no such split.
-    """
-    splits = self._prepared().info.splits
-    name = split.partition("[")[0]
+    """Returns the number of records of a split, or of a part of it such as "train[:90%]"; else raises InputError."""
+    splits, name = self._prepared().info.splits, split.partition("[")[0]
     if name not in splits:
       raise InputError(f"The dataset {self._name} has no split {name!r}. {nearest(name, splits)}")
     try:
@@ -86,11 +76,9 @@ class TfdsSource(seqio.TfdsDataSource):
 
 
 class ListSource(seqio.DataSource):
-  """Records listed by a function on first use, each a dict of the `path` of a file and other small values.
+  """Records listed on first use, each a dict of the `path` of a file and other small values.
 
-  Args:
-    list_records: split -> records, all with the same keys; raises InputError if there is no record.
-    splits: names of the splits.
+  `list_records` returns the records of a split, all with the same keys, or raises InputError if there is no record.
   """
 
   supports_arbitrary_sharding = True
@@ -125,12 +113,7 @@ class ListSource(seqio.DataSource):
 
 
 class CachedSource(seqio.DataSource):
-  """The documents of a task that data/cache.py stored.
-
-  Args:
-    task: the seqio task.
-    data: the settings; `cache_dir` is the folder, and the settings of `cache_settings` must be those of the cache.
-  """
+  """The documents of a task that data/cache.py stored in `data.cache_dir` under the same `cache_settings`."""
 
   supports_arbitrary_sharding = True
 
@@ -162,8 +145,8 @@ class CachedSource(seqio.DataSource):
     """Returns stored documents: events, positions, and counts if any; `shuffle` shuffles the files in each epoch."""
     self._check()
     seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio keeps them, and takes the first that has the task
-    options = {"shuffle": shuffle, "shuffle_buffer_size": 1, "seed": seed, "shard_info": shard_info, "num_epochs": 1}
-    return self._task.get_dataset(None, split, use_cached=True, **options)
+    options = {"seed": seed, "shard_info": shard_info, "num_epochs": 1}
+    return self._task.get_dataset(None, split, use_cached=True, shuffle=shuffle, shuffle_buffer_size=1, **options)
 
   def _stats(self, split: str) -> dict[str, int]:
     self._check()
@@ -208,16 +191,13 @@ class NumberSource(seqio.FunctionDataSource):
   """Records that are only numbers, for tasks whose documents are a pure function of them.
 
   A record is {"number": int64, "validation": bool}, in order from 0; hashing both gives each split its own documents.
-
-  Args:
-    counts: number of records of each split; None: endless.
+  `counts` has the number of records of each split, None for an endless one.
   """
 
   def __init__(self, counts: Mapping[str, int | None]):
     super().__init__(self._records, splits=tuple(counts), num_input_examples=counts, caching_permitted=False)
 
   def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:
-    del shuffle_files
     count = self.num_input_examples(split)
     numbers = tf.data.Dataset.range(2**62).repeat() if count is None else tf.data.Dataset.range(count)
     return numbers.map(lambda number: {"number": number, "validation": split == "validation"})

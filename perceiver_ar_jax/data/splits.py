@@ -20,15 +20,9 @@ def documents(
 ) -> Iterator[tuple[Task, Document]]:
   """Yields the documents of a split in order, one task of a mixture after the other; unreadable ones are left out.
 
-  Args:
-    config: the experiment.
-    split: its name.
-    max_sequences: only the first documents of each task; None: all.
-    max_tokens: only documents up to this many scored events of each task, the last document cut; None: all.
-
-  Raises:
-    InputError: as loader.TrainLoader; an endless split without a limit; or `max_tokens` is too small for any part of
-      the first document.
+  Of each task, it yields at most the first `max_sequences` documents and `max_tokens` scored events, the last document
+  cut. Raises InputError as loader.TrainLoader, for an endless split without a limit, and if `max_tokens` is too small
+  for any part of the first document.
   """
   for task, _ in get_tasks(config.data, windows.longest_crop(config)):
     task.check_vocabulary(config)
@@ -54,7 +48,7 @@ def num_documents(config: Config, split: str, max_sequences: int | None = None) 
 
 
 def eval_documents(config: Config) -> Iterator[tuple[Task, Document]]:
-  """Yields the documents that `config.eval` scores; raises InputError as `documents`."""
+  """Yields the documents that `config.eval` scores."""
   settings = config.eval
   return documents(config, settings.split, settings.max_sequences, settings.max_tokens)
 
@@ -118,13 +112,7 @@ def eval_batches(
   rows of PAD; and `end`, the number of events of it up to the row's last target. Batches of text have two further ones:
   `words` and `bytes` of the original text, those of each document in its first row and 0 in the others.
 
-  Args:
-    config: `eval` determines the windows.
-    documents: such as `eval_documents`.
-    rows: the rows of each batch to provide, in order; None: all.
-
-  Raises:
-    InputError: as loader.TrainLoader, or as `documents`.
+  `rows` are those of each batch to provide, in order; None: all. Raises InputError as loader.TrainLoader.
   """
   settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
   task, _ = get_tasks(config.data, windows.longest_crop(config))[0]
@@ -136,9 +124,8 @@ def eval_batches(
     for end, num_new in windows.eval_blocks(len(document), settings.stride or num_latents)
   )
   while batch_blocks := list(itertools.islice(blocks, settings.batch_size)):
-    batch = windows.empty_batch(
-      len(rows), context=config.model.max_context, latents=num_latents, position_dims=task.position_dims
-    )
+    shape = {"context": config.model.max_context, "latents": num_latents, "position_dims": task.position_dims}
+    batch = windows.empty_batch(len(rows), **shape)
     batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *counted)}
     batch["document"] = np.full(len(rows), -1, np.int32)
     for index, row in enumerate(rows):
