@@ -77,13 +77,10 @@ def _unwrap(content: bytes) -> bytes:
   """Returns the MIDI file inside a RIFF container; any other content unchanged."""
   if content[:4] != b"RIFF" or content[8:12] != b"RMID":
     return content
-  start = 12
-  while start + 8 <= len(content):
-    name, size = struct.unpack_from("<4sI", content, start)
-    if name == b"data":
-      return content[start + 8 : start + 8 + size]
-    start += 8 + size + size % 2
-  raise ValueError("its RIFF container has no data chunk")
+  start = content.find(b"MThd", 20)  # after RIFF, size, RMID, data, size
+  if start < 0:
+    raise ValueError("its RIFF container has no MIDI file")
+  return content[start : start + int.from_bytes(content[start - 4 : start], "little")]
 
 
 def _split(content: bytes) -> tuple[int, list[bytes]]:
@@ -104,12 +101,10 @@ def _split(content: bytes) -> tuple[int, list[bytes]]:
     raise ValueError(f"its time division {division:#06x} is not supported, only ticks per beat")
   tracks, start = [], 8 + header_size
   while start < len(content) and (len(tracks) < num_tracks or content[start : start + 4] == b"MTrk"):
-    if start + 8 > len(content):
-      raise ValueError("it is truncated")
-    name, size = struct.unpack_from(">4sI", content, start)
+    name, size = content[start : start + 4], int.from_bytes(content[start + 4 : start + 8])
     start += 8
     if start + size > len(content):
-      raise ValueError(f"it is truncated: a chunk announces {size:,} bytes, and {len(content) - start:,} follow")
+      raise ValueError(f"it is truncated: a chunk announces {size:,} bytes, and {len(content[start:]):,} follow")
     if name == b"MTrk":
       tracks.append(content[start : start + size])
     start += size

@@ -21,10 +21,8 @@ _BYTES_PER_SUBWORD = 8
 """Bytes read per subword token of a crop: ample, since with fewer the crop would be shorter than the context."""
 _TYPICAL_BYTES_PER_SUBWORD = 4
 _LONGEST_WORD_BYTES = 64
-_WHITESPACE = re.compile(rb"\s")
-_WORDS = re.compile(rb"\S+")
-_CHARACTER = re.compile(rb"[^\x80-\xbf]")
-"""The first byte of a UTF-8 character."""
+_WHITESPACE, _WORDS = re.compile(rb"\s"), re.compile(rb"\S+")
+_CHARACTER = re.compile(rb"[^\x80-\xbf]")  # its first byte, in UTF-8
 _COUNT_BYTES = 2**24
 _HEAD_BYTES = 4096
 _FORMATS = {
@@ -75,11 +73,10 @@ class SubwordTokenizer:
         raise Unreadable(f"{path} is empty")
       self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (Unreadable, RuntimeError) as error:
-      reason = error if isinstance(error, Unreadable) else f"{path}: {error}"
       raise InputError(
-        f"data.sentencepiece does not name a SentencePiece model: {reason}. Set --config.data.sentencepiece=FILE to"
-        " where it is now. For a new run, train one with `python -m perceiver_ar_jax.data.train_sentencepiece"
-        " --config=... --output=FILE`, or read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259."
+        f"data.sentencepiece does not name a SentencePiece model: {path} ({error}). Set it to where the file is now."
+        " For a new run, train one with `python -m perceiver_ar_jax.data.train_sentencepiece --config=..."
+        " --output=FILE`, or read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259."
       ) from error
     self.vocab_size = model.get_piece_size() + NUM_SPECIAL
     self.unknown = model.unk_id() + NUM_SPECIAL
