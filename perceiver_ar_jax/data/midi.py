@@ -35,7 +35,7 @@ def read(content: bytes) -> tuple[list[Message], float]:
   Raises ValueError if it is not a complete MIDI file of type 0 or 1 whose times are in ticks per beat, if one of these
   messages has a data byte above 127, or if it lasts more than a day.
   """
-  ticks_per_beat, tracks = _split(_unwrap(content))
+  ticks_per_beat, tracks = _split(content)
   events = []
   for number, track in enumerate(tracks, 1):
     try:
@@ -73,21 +73,16 @@ def write(messages: Iterable[tuple[int, int, int, int]]) -> bytes:
   return header + struct.pack(">4sI", b"MTrk", len(track)) + track
 
 
-def _unwrap(content: bytes) -> bytes:
-  """Returns the MIDI file inside a RIFF container; any other content unchanged."""
-  if content[:4] != b"RIFF" or content[8:12] != b"RMID":
-    return content
-  start = content.find(b"MThd", 20)  # after RIFF, size, RMID, data, size
-  if start < 0:
-    raise ValueError("its RIFF container has no MIDI file")
-  return content[start : start + int.from_bytes(content[start - 4 : start], "little")]
-
-
 def _split(content: bytes) -> tuple[int, list[bytes]]:
   """Returns the ticks per beat and the content of each track chunk.
 
   Other chunks are skipped. Fewer tracks than the header announces are accepted if the file ends after a whole chunk.
   """
+  if content[:4] == b"RIFF" and content[8:12] == b"RMID":
+    start = content.find(b"MThd", 20)  # after RIFF, size, RMID, data, size
+    if start < 0:
+      raise ValueError("its RIFF container has no MIDI file")
+    content = content[start : start + int.from_bytes(content[start - 4 : start], "little")]
   if not content:
     raise ValueError("it is empty")
   if content[:4] != b"MThd":
