@@ -178,10 +178,10 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
-  """As os.walk, without hidden folders, following links, each real folder once.
+  """Yields (folder, subfolders, names of files) of `top` and all below it but hidden folders, each real folder once.
 
-  Folders come before links to them, so that a link added later does not change the path of any file. Links to a folder
-  that contains `top` are not followed.
+  Links are followed, but not to a folder that contains `top`. Folders come before links to them, so that a link added
+  later does not change the path of any file.
   """
 
   def report(error: OSError) -> None:
