@@ -126,13 +126,13 @@ def _parse(track: bytes) -> Iterator[tuple[int, int, int, int]]:
       status = running_status
     if status < _SYSTEM:
       running_status = status  # not cancelled by system exclusive and meta events: many files rely on it
-      kind, number = status & 0xF0, track[position]
-      if kind in (NOTE_ON, NOTE_OFF) or kind == CONTROL_CHANGE and number in _CONTROLLERS:
+      number = track[position]
+      if status < NOTE_ON + 16 or status & 0xF0 == CONTROL_CHANGE and number in _CONTROLLERS:
         value = track[position + 1]
-        if max(number, value) > 127:
+        if number > 127 or value > 127:
           raise ValueError(f"a note or control change has the data byte {max(number, value)}, which is above 127")
         yield tick, status, number, value
-      position += 1 if kind in (0xC0, 0xD0) else 2
+      position += 1 if 0xC0 <= status < 0xE0 else 2  # program change and channel pressure: one data byte
     elif status == _META:
       kind = track[position]
       size, position = _variable_length(track, position + 1)
