@@ -139,8 +139,8 @@ def test_progress_is_towards_the_documents_that_are_read(tmp_path, monkeypatch):
 
 def test_each_file_of_music_is_parsed_once(tmp_path, monkeypatch):
   parsed = []
-  encode_midi = music.encode_midi
-  monkeypatch.setattr(music, "encode_midi", lambda content: parsed.append(content) or encode_midi(content))
+  read_notes = music.read_notes
+  monkeypatch.setattr(music, "read_notes", lambda content: parsed.append(content) or read_notes(content))
   files = {f"{split}/{pitch}.mid": music.to_midi([Note(pitch, 64, 0.0, 1.0)]) for split, pitch in SPLIT_PITCHES}
   look(settings(write(tmp_path / "midi", files), task="midi_files", vocab_size=391), tmp_path / "run")
   assert sorted(parsed) == sorted(files.values())

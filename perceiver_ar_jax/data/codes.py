@@ -1,9 +1,8 @@
 """Codes of neural codecs as events: audio from residual vector quantisers, video from a VQ-GAN. NumPy only.
 
 Audio: `frames` x `levels` codes (SoundStream, EnCodec, DAC, ...) are flattened frame by frame, the coarse level first,
-as in the paper's audio experiments. Each level has its own ids: code c of level q is the value q * codebook_size + c.
-Positions are (frame, level). Frames count from the first frame of the excerpt, because recordings have no common
-origin, so a table of context / levels (rounded up) + 3 rows is large enough.
+as in the paper. Each level has its own ids: code c of level q is the value q * codebook_size + c. Positions are (frame,
+level). Frames count from the first frame of the excerpt, so a table of ceil(context / levels) + 3 rows is large enough.
 
 Video: `time` x `height` x `width` codes are flattened in raster order; positions are (t, y, x).
 
@@ -38,15 +37,8 @@ def audio_groups(levels: int, codebook_size: int) -> np.ndarray:
 def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
   """Returns the codes in a .npy file, or in a .npz file with one array or with one called "codes".
 
-  Nothing in the file is executed, and no more memory is allocated than its content takes.
-
-  Args:
-    content: the file's bytes.
-    name: the file's name, for messages.
-    codebook_size: codes must lie in 0..codebook_size-1.
-
-  Raises:
-    Unreadable: it is not such a file, its numbers are not integers, or codes are out of range.
+  Nothing in the file is executed, and no more memory is allocated than its content takes. Raises Unreadable, with
+  `name`, if it is not such a file, its numbers are not integers, or codes are outside 0..codebook_size-1.
   """
   try:
     codes = _array(_unzip(content) if content[:2] == b"PK" else content)
@@ -69,7 +61,7 @@ def _unzip(content: bytes) -> bytes:
     sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
     if "codes" not in sizes and len(sizes) != 1:
       raise ValueError(f"it has the arrays {', '.join(sizes)}: name one of them codes")
-    (array,) = ["codes"] if "codes" in sizes else sizes
+    array = "codes" if "codes" in sizes else next(iter(sizes))
     if sizes[array] > _MAX_BYTES:
       raise ValueError(f"its codes take {sizes[array]:,} bytes, more than {_MAX_BYTES:,}: split it into several files")
     return archive.read(f"{array}.npy")
@@ -114,8 +106,7 @@ def to_audio(events: np.ndarray, levels: int, codebook_size: int) -> np.ndarray:
   Special ids are ignored; codes before the first whole frame and after the last are dropped. An id of the wrong level,
   which a model may sample, is read as the same code of the right level.
   """
-  values = np.asarray(events)
-  values = values[values >= NUM_SPECIAL] - NUM_SPECIAL
+  values = _values(events)
   starts = np.flatnonzero(values // codebook_size == 0)
   values = values[starts[0] if len(starts) else len(values) :]
   values = values[: len(values) // levels * levels]
@@ -123,36 +114,29 @@ def to_audio(events: np.ndarray, levels: int, codebook_size: int) -> np.ndarray:
 
 
 def audio_frames(codes: np.ndarray, levels: int, layout: str, name: str) -> np.ndarray:
-  """Returns the first `levels` levels of a file's codes: int[frames, levels].
+  """Returns the first `levels` (data.code_levels) levels of a file's codes: int[frames, levels].
 
-  Args:
-    codes: the array in the file; leading axes of 1 (a batch) are dropped.
-    levels: data.code_levels.
-    layout: data.code_layout, the order of the array's axes: frames_levels or levels_frames.
-    name: the file's name, for messages.
-
-  Raises:
-    Unreadable: the array has other dimensions or fewer levels, or its shape contradicts the layout.
+  `layout` (data.code_layout) is the order of the array's axes, frames_levels or levels_frames; leading axes of 1 are
+  dropped. Raises Unreadable, with `name`, if the array has other dimensions or fewer levels, or contradicts the layout.
   """
-  shape = codes.shape
+  axes, transposed = layout.replace("_", " x "), "_".join(reversed(layout.split("_")))
+  described = f"{name} has the shape {codes.shape}"
   while codes.ndim > 2 and codes.shape[0] == 1:
     codes = codes[0]
-  axes = layout.replace("_", " x ")
   if codes.ndim != 2:
-    raise Unreadable(f"{name} has the shape {shape}, and codes of audio are {axes} (data.code_layout={layout})")
+    raise Unreadable(f"{described}, and codes of audio are {axes} (data.code_layout={layout})")
   if layout == "levels_frames":
     codes = codes.T
   num_frames, num_levels = codes.shape
-  transposed = "frames_levels" if layout == "levels_frames" else "levels_frames"
   if num_levels > num_frames >= levels:
     raise Unreadable(
-      f"{name} has the shape {shape}, which as {axes} would be {num_levels:,} levels of only {num_frames:,} frames: set"
+      f"{described}, which as {axes} would be {num_levels:,} levels of only {num_frames:,} frames: set"
       f" data.code_layout={transposed}"
     )
   if num_levels < levels:
+    fix = f": set data.code_layout={transposed}, or fewer levels" if num_frames >= levels else ""
     raise Unreadable(
-      f"{name} has the shape {shape}, which as {axes} is {num_levels:,} levels, fewer than data.code_levels={levels}"
-      + (f": set data.code_layout={transposed}, or fewer levels" if num_frames >= levels else "")
+      f"{described}, which as {axes} is {num_levels:,} levels, fewer than data.code_levels={levels}{fix}"
     )
   return codes[:, :levels]
 
@@ -161,16 +145,19 @@ def video_document(codes: np.ndarray, name: str) -> Document:
   """Returns the document of codes int[time, height, width]; raises Unreadable for other dimensions."""
   if codes.ndim != 3:
     raise Unreadable(f"{name} has the shape {codes.shape}, and codes of video are time x height x width")
-  positions = np.stack(np.meshgrid(*map(np.arange, codes.shape), indexing="ij"), axis=-1).reshape(-1, 3) + 2
-  return Document(
-    np.concatenate([[SOS], codes.reshape(-1).astype(np.int32) + NUM_SPECIAL], dtype=np.int32),
-    positions=np.concatenate([np.ones((1, 3)), positions]).astype(np.int32),
-  )
+  events = np.concatenate([[SOS], codes.reshape(-1).astype(np.int32) + NUM_SPECIAL], dtype=np.int32)
+  positions = np.argwhere(np.ones(codes.shape, bool)) + 2
+  return Document(events, positions=np.concatenate([np.ones((1, 3)), positions]).astype(np.int32))
 
 
 def to_video(events: np.ndarray, height: int, width: int) -> np.ndarray:
   """Returns the codes int32[time, height, width] of a video's first events; an unfinished last frame is dropped."""
-  values = np.asarray(events)
-  values = values[values >= NUM_SPECIAL] - NUM_SPECIAL
+  values = _values(events)
   frames = len(values) // (height * width)
   return values[: frames * height * width].reshape(frames, height, width).astype(np.int32)
+
+
+def _values(events: np.ndarray) -> np.ndarray:
+  """Returns the values of events, without special ids."""
+  values = np.asarray(events)
+  return values[values >= NUM_SPECIAL] - NUM_SPECIAL

@@ -23,19 +23,11 @@ class Document:
   """
 
   ends: tuple[int, int] | None = None
-  """(first, last) number of events at which a training crop may end; None: 1..N. A document in several records has one
-  part of them in each."""
+  """(first, last) number of events at which a training crop may end, for a document in several records; None: 1..N."""
   continues: bool = False
-  """Whether another record contains the document's beginning; evaluation reads the whole document there and skips this
-  one."""
+  """Whether another record contains the document's beginning: evaluation reads the whole document there."""
 
-  def __init__(
-    self,
-    events: np.ndarray,
-    positions: np.ndarray | None = None,
-    counts: Mapping[str, int] | None = None,
-    scored: np.ndarray | None = None,
-  ):
+  def __init__(self, events: np.ndarray, positions: np.ndarray | None = None, counts=None, scored=None):
     self._events, self._positions, self._scored, self._counts = events, positions, scored, counts or {}
 
   def __len__(self) -> int:
@@ -70,9 +62,9 @@ class Document:
     return int(self.scored(1, max(len(self), 1)).sum())
 
   def head(self, num_scored: int) -> "Document | None":
-    """Returns the document up to its `num_scored`-th scored event, a longer one cut there; the counts are of that part.
+    """Returns the document up to its `num_scored`-th scored event, with the counts of that part.
 
-    Returns None where the counts of a part are unknown: the words of a text that is stored as subword tokens.
+    Returns None where these are unknown: the words of a part of a text that is stored as subword tokens.
     """
     if self.num_scored <= num_scored:
       return self
@@ -98,20 +90,11 @@ class Head(Document):
   """The first `length` events of a document, with the counts of that part."""
 
   def __init__(self, document: Document, length: int, counts: Mapping[str, int]):
-    super().__init__(np.zeros(0, np.int32), counts=counts)
-    self._document, self._length = document, length
+    self._length, self._counts = length, counts
+    self.read, self.positions, self.scored = document.read, document.positions, document.scored
 
   def __len__(self) -> int:
     return self._length
-
-  def read(self, start: int, end: int) -> np.ndarray:
-    return self._document.read(start, end)
-
-  def positions(self, start: int, end: int) -> np.ndarray:
-    return self._document.positions(start, end)
-
-  def scored(self, start: int, end: int) -> np.ndarray:
-    return self._document.scored(start, end)
 
 
 def count_positions(length: int) -> np.ndarray:

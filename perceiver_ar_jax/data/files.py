@@ -22,26 +22,16 @@ from perceiver_ar_jax.data.tf_cpu import tf
 from perceiver_ar_jax.data.warn_once import inform_once, warn_once
 
 _CROSSING = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
-_WILDCARD = re.compile(r"[*?\[]")
-_KINDS = {
-  stat.S_IFDIR: "a folder",
-  stat.S_IFIFO: "a named pipe",
-  stat.S_IFSOCK: "a socket",
-  stat.S_IFCHR: "a device",
-  stat.S_IFBLK: "a device",
-}
-_STAT_THREADS = 16
-"""Sizes of remote files are requests over the network."""
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+_STAT_THREADS = 16  # sizes of remote files are requests over the network
 
 
 def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
-  """Returns `size` bytes of a file from `start` on; -1: all the rest.
+  """Returns `size` bytes of a file from `start` on (-1: the rest).
 
-  Raises:
-    Unreadable: it is not a regular file, cannot be read, or has become shorter.
+  Raises Unreadable if it is not a regular file, cannot be read, or has become shorter.
   """
-  if not _is_remote(path):
-    _check_regular(path)
+  _check_regular(path)
   try:
     with tf.io.gfile.GFile(path, "rb") if _is_remote(path) else open(path, "rb") as file:
       file.seek(start)
@@ -55,8 +45,7 @@ def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
 
 def file_size(path: str) -> int:
   """Returns the size of a file in bytes; raises Unreadable as `read_bytes`."""
-  if not _is_remote(path):
-    return _check_regular(path).st_size
+  _check_regular(path)
   try:
     return tf.io.gfile.stat(path).length
   except tf.errors.OpError as error:
@@ -68,21 +57,23 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
 
   "**" in a glob crosses folders. Names that begin with a dot are left out, unless the glob has the dot. Links are
   followed, and each real file is listed once. Dangling links, named pipes and the like are skipped with a notice each,
-  files of a folder with other endings with one notice for all.
-
-  Raises:
-    InputError: there is no such file.
+  files of a folder with other endings with one notice for all. Raises InputError if no file is left.
   """
   path = os.path.expanduser(pattern)
   try:
     is_folder = _is_folder(path)
-    paths = _list_remote(path, is_folder) if _is_remote(path) else _list_local(path, is_folder)
+    paths = _list_folder(path) if is_folder else _expand(path)
   except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError, tf.errors.PermissionDeniedError) as error:
     raise InputError(f"{pattern!r} cannot be listed: {error.message}") from error
   if is_folder:
-    chosen = [name for name in paths if name.lower().endswith(tuple(suffixes))]
-    _report_other_endings(pattern, set(paths).difference(chosen))
-    paths = chosen
+    listed, paths = paths, [name for name in paths if name.lower().endswith(tuple(suffixes))]
+    endings = collections.Counter(pathlib.PurePath(name).suffix.lower() for name in set(listed).difference(paths))
+    if endings:
+      described = ", ".join(f"{ending or 'no ending'} {count:,}" for ending, count in endings.most_common(8))
+      inform_once(
+        f"Not read in {pattern!r} because of their endings: {endings.total():,} files ({described}"
+        f"{', ...' if len(endings) > 8 else ''}). A glob takes any ending."
+      )
   paths = _once_each(filter(_is_usable, paths), _base_folder(path))
   if not paths:
     exists = is_folder or glob.has_magic(path) or os.path.lexists(path)
@@ -109,10 +100,7 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
 
   `data.validation_files` names those held out; otherwise a hash of each file's path relative to `data.files` decides,
   so that neither adding files nor moving the folder moves a file to the other split. Where the hashes would hold out no
-  file, the one with the lowest hash is held out. Empty files are not held out.
-
-  Raises:
-    InputError: no files, or too few to hold one out.
+  file, the one with the lowest hash is held out. Empty files are not held out. Raises InputError if a split is empty.
   """
   files = own_files(data, suffixes)
   if data.validation_files:
@@ -124,38 +112,32 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
   held_out = set(_real_paths(validation))
   train = [path for path, real in zip(files, _real_paths(files)) if real not in held_out]
   inform_once(f"Held out for validation: {len(validation):,} of {len(validation) + len(train):,} files ({setting}).")
-  if split == "validation":
-    return validation
-  if not train:
+  if split == "train" and not train:
     raise InputError(
       f"All files that match data.files={data.files!r} ({len(files)}) are held out for validation, so none is left to"
       " train on: add files, name those to hold out in data.validation_files, or, for text, hold out the last part of"
       " each (--config.data.split_by=position)."
     )
-  return train
+  return train if split == "train" else validation
 
 
 def _hold_out(data: DataConfig, files: Sequence[str]) -> list[str]:
   """The files to hold out by `data.validation_fraction`, at least one, sorted."""
-  folder = _base_folder(os.path.expanduser(data.files))
   by_name = data.split_rule == "name"  # crc32 of the name alone, empty files included
-  ranks = {path: _rank_of_name(path) if by_name else _rank_of_path(_relative(path, folder)) for path in files}
-  ranked = sorted(files, key=ranks.get)
-  chosen = [path for path in ranked if ranks[path] < data.validation_fraction]
+  folder = _base_folder(os.path.expanduser(data.files))
+
+  def rank(path: str) -> float:
+    if by_name:
+      return zlib.crc32(os.path.basename(path).encode()) / 2**32
+    return int.from_bytes(hashlib.blake2b(_relative(path, folder).encode(), digest_size=4).digest()) / 2**32
+
+  ranks = {path: rank(path) for path in files}
+  chosen = [path for path in files if ranks[path] < data.validation_fraction]
   if not by_name:
     with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
       chosen = [path for path, size in zip(chosen, pool.map(file_size, chosen)) if size]
-  if not chosen:
-    chosen = [next((path for path in ranked if by_name or file_size(path)), ranked[0])]
-  return sorted(chosen)
-
-
-def _rank_of_name(path: str) -> float:
-  return zlib.crc32(pathlib.PurePath(path).name.encode()) / 2**32
-
-
-def _rank_of_path(relative: str) -> float:
-  return int.from_bytes(hashlib.blake2b(relative.encode(), digest_size=4).digest()) / 2**32
+  ranked = sorted(files, key=ranks.get)
+  return chosen or [next((path for path in ranked if by_name or file_size(path)), ranked[0])]
 
 
 def _is_remote(path: str) -> bool:
@@ -168,11 +150,8 @@ def _is_folder(path: str) -> bool:
 
 def _base_folder(path: str) -> str:
   """The folder that files are named relative to: `path`, or the folder in which the first wildcard of a glob is."""
-  if _is_folder(path):
-    return path
-  wildcard = _WILDCARD.search(path)
-  fixed = path[: wildcard.start()] if wildcard else path
-  return fixed[: fixed.rfind("/") + 1]
+  fixed = re.split(r"[*?\[]", path)[0]
+  return path if _is_folder(path) else fixed[: fixed.rfind("/") + 1]
 
 
 def _relative(path: str, folder: str) -> str:
@@ -181,38 +160,36 @@ def _relative(path: str, folder: str) -> str:
   return os.path.relpath(path, folder)
 
 
-def _list_remote(path: str, is_folder: bool) -> list[str]:
-  if not is_folder:
-    return tf.io.gfile.glob(path)
-  paths = [os.path.join(folder, name) for folder, _, names in tf.io.gfile.walk(path) for name in names]
-  return [name for name in paths if not os.path.basename(name).startswith(".")]
-
-
-def _list_local(path: str, is_folder: bool) -> list[str]:
-  if is_folder:
-    return [os.path.join(folder, name) for folder, names in _walk(path) for name in names]
-  return [name for name in _expand(path) if not os.path.isdir(name)]
+def _list_folder(path: str) -> list[str]:
+  folders = tf.io.gfile.walk(path) if _is_remote(path) else _walk(path)
+  return [os.path.join(folder, name) for folder, _, names in folders for name in names if not name.startswith(".")]
 
 
 def _expand(pattern: str) -> list[str]:
   """As glob.glob(pattern, recursive=True), which lists files again and again where a link leads to a parent folder."""
+  if _is_remote(pattern):
+    return tf.io.gfile.glob(pattern)
   crossing = _CROSSING.search(pattern)
   if not crossing:
-    return glob.glob(pattern)
+    return [path for path in glob.glob(pattern) if not os.path.isdir(path)]
   start, rest = pattern[: crossing.start()], pattern[crossing.end() :] or "*"
-  folders = [folder for top in (glob.glob(start) if start else ["."]) for folder, _ in _walk(top)]
+  folders = [folder for top in (glob.glob(start) if start else ["."]) for folder, _, _ in _walk(top)]
   return [path for folder in folders for path in _expand(os.path.join(glob.escape(folder), rest))]
 
 
-def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
-  """Yields (folder, names of its files) of a folder and all below it, following links, each real folder once.
+def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+  """Yields (folder, subfolders, names of files) of `top` and all below it but hidden folders, each real folder once.
 
-  Folders come before links to them, so that a link added later does not change the path of any file. Links to a folder
-  that contains `top` are not followed.
+  Links are followed, but not to a folder that contains `top`. Folders come before links to them, so that a link added
+  later does not change the path of any file.
   """
+
+  def report(error: OSError) -> None:
+    inform_once(f"Skipped: the folder {error.filename} cannot be read: {error.strerror}.")
+
   real_top, seen, starts = os.path.realpath(top), set(), [top]
   for start in starts:  # grows in the loop
-    for folder, subfolders, names in os.walk(start, onerror=_report_folder):
+    for folder, subfolders, names in os.walk(start, onerror=report):
       real = os.path.realpath(folder)
       outside = real != real_top and real_top.startswith(os.path.join(real, ""))
       if outside:
@@ -223,71 +200,54 @@ def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
       seen.add(real)
       subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
       starts += [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
-      yield folder, [name for name in names if not name.startswith(".")]
-
-
-def _report_folder(error: OSError) -> None:
-  inform_once(f"Skipped: the folder {error.filename} cannot be read: {error.strerror}.")
-
-
-def _report_other_endings(pattern: str, paths: Iterable[str]) -> None:
-  endings = collections.Counter(pathlib.PurePath(path).suffix.lower() or "no ending" for path in paths)
-  if endings:
-    described = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
-    inform_once(
-      f"Not read in {pattern!r} because of their endings: {endings.total():,} files ({described}"
-      f"{', ...' if len(endings) > 8 else ''}). A glob takes any ending."
-    )
+      yield folder, subfolders, names
 
 
 def _is_usable(path: str) -> bool:
   """False, with a notice, for what is not a regular file and for names that TensorFlow cannot represent."""
   try:
     path.encode("utf-8")
-    if not _is_remote(path):
-      _check_regular(path)
+    _check_regular(path)
+    return True
   except UnicodeEncodeError:
-    warn_once("skipped", f"Skipped: the name of {path!r} is not UTF-8", subject=path)
-    return False
+    reason = f"the name of {path!r} is not UTF-8"
   except Unreadable as error:
-    warn_once("skipped", f"Skipped: {error}", subject=path)
-    return False
-  return True
+    reason = error
+  warn_once("skipped", f"Skipped: {reason}", subject=path)
+  return False
 
 
-def _check_regular(path: str) -> os.stat_result:
-  """The status of a regular file; raises Unreadable for all else, since opening a named pipe would wait forever."""
+def _check_regular(path: str) -> None:
+  """Raises Unreadable for what is not a regular file, since opening a named pipe would wait forever."""
+  if _is_remote(path):
+    return
   try:
-    status = os.stat(path)
+    mode = os.stat(path).st_mode
   except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
     reason = getattr(error, "strerror", None) or str(error)
     if isinstance(error, FileNotFoundError) and os.path.islink(path):
       reason = f"it links to {os.readlink(path)}, which does not exist"
     raise Unreadable(f"{path} cannot be read: {reason}") from error
-  if not stat.S_ISREG(status.st_mode):
-    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(status.st_mode), 'special')}, not a regular file")
-  return status
+  if not stat.S_ISREG(mode):
+    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
 
 def _once_each(paths: Iterable[str], folder: str) -> list[str]:
   """One path of each real file, sorted; one without links if there is such a path."""
-  paths, real_folder = sorted(paths), os.path.realpath(folder)
-  by_file: dict[str, str] = {}
+  paths, real_folder, by_file = sorted(paths), os.path.realpath(folder), {}
   for path, real in zip(paths, _real_paths(paths)):
     if by_file.setdefault(real, path) != path and real == os.path.join(real_folder, _relative(path, folder)):
       by_file[real] = path
   return sorted(by_file.values())
 
 
-def _real_paths(paths: Sequence[str]) -> list[str]:
-  """Each path as it is without links, the same for all spellings of a path."""
+def _real_paths(paths: Sequence[str]) -> Iterator[str]:
+  """Yields each path as it is without links, the same for all spellings of a path."""
   real_folder = functools.cache(os.path.realpath)
-
-  def real(path: str) -> str:
+  for path in paths:
     if _is_remote(path):
-      return path
-    if os.path.islink(path):
-      return os.path.realpath(path)
-    return os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))
-
-  return list(map(real, paths))
+      yield path
+    elif os.path.islink(path):
+      yield os.path.realpath(path)
+    else:
+      yield os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))

@@ -17,33 +17,13 @@ from perceiver_ar_jax.data.documents import Document, Unreadable
 
 ORDERS = IMAGE_ORDERS
 """pixel_raster: r, g, b of each pixel in turn; rgb_planes: all of r, then all of g, then all of b."""
-
 VOCAB_SIZE = 256 + NUM_SPECIAL
-
-SUFFIXES = (
-  *(
-    ".png",
-    ".apng",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".webp",
-    ".avif",
-    ".jp2",
-    ".j2k",
-    ".jpx",
-    ".bmp",
-    ".dib",
-    ".gif",
-  ),
-  *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".dds", ".qoi", ".pcx", ".sgi", ".psd"),
+SUFFIXES = tuple(
+  ".png .apng .jpg .jpeg .jpe .jfif .webp .avif .jp2 .j2k .jpx .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .tga"
+  " .dds .qoi .pcx .sgi .psd".split()
 )
 """Endings of the pictures in a folder."""
-_FORMATS = (
-  *("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "DDS", "QOI", "PCX", "SGI"),
-  "PSD",
-)
+_FORMATS = "PNG JPEG WEBP AVIF JPEG2000 BMP DIB GIF TIFF PPM TGA DDS QOI PCX SGI PSD".split()
 """Pillow's names of the formats above. Others are not tried: some start programs, such as Ghostscript for EPS."""
 _BACKGROUND = "white"
 """Background of transparent pixels, whose own colors are not meant to be visible."""
@@ -68,15 +48,15 @@ def document(image_SxSxC: np.ndarray, order: str) -> Document:
 def load(content: bytes, name: str, size: int) -> np.ndarray:
   """Returns the picture uint8[size, size, 3] in an image file: upright, its central square, shrunk by averaging areas.
 
-  Transparent parts show white. Of an animation, the first frame is read.
-
-  Raises:
-    Unreadable: Pillow cannot read it, or its values have no known range; `name` is for the message.
+  Transparent parts show white. Of an animation, the first frame is read. Raises Unreadable, with `name`, if Pillow
+  cannot read it, or its values have no known range.
   """
   if not content:
     raise Unreadable(f"{name} is empty")
+  PIL.Image.init()
   try:
-    with PIL.Image.open(io.BytesIO(content), formats=_formats()) as image:
+    formats = [known for known in _FORMATS if known in PIL.Image.OPEN]  # those that the installed Pillow knows
+    with PIL.Image.open(io.BytesIO(content), formats=formats) as image:
       image.draft("RGB", (size, size))  # JPEG decoders can shrink while they decode, which saves most of the time
       image = _to_rgb(PIL.ImageOps.exif_transpose(image), name)
     return np.asarray(PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BOX))
@@ -86,13 +66,6 @@ def load(content: bytes, name: str, size: int) -> np.ndarray:
     raise Unreadable(f"{name} is not an image that can be read") from error
   except Exception as error:  # Decoders raise nearly every class for damaged files.
     raise Unreadable(f"{name} is not an image that can be read ({str(error) or type(error).__name__})") from error
-
-
-@functools.cache
-def _formats() -> list[str]:
-  """Those of `_FORMATS` that the installed Pillow knows."""
-  PIL.Image.init()
-  return [name for name in _FORMATS if name in PIL.Image.OPEN]
 
 
 def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
@@ -138,12 +111,9 @@ def positions(size: int, order: str) -> np.ndarray:
 
 
 def to_image(events_N: np.ndarray, size: int, order: str) -> np.ndarray:
-  """Returns the picture uint8[size, size, 3] of the sub-pixel events, with or without SOS.
+  """Returns the picture uint8[size, size, 3] of size*size*3 sub-pixel events (else ValueError), with or without SOS.
 
   Ids that are not colors (a sampled PAD, EOS or SOS) become black.
-
-  Raises:
-    ValueError: there are not size*size*3 sub-pixels.
   """
   values_N = np.asarray(events_N)[-(size * size * 3) :] - NUM_SPECIAL
   if values_N.size != size * size * 3:

@@ -1,94 +1,66 @@
-"""Standard MIDI files: reads the messages that decide when notes sound, and writes notes.
+"""Standard MIDI files: reads the messages that decide when notes sound, and writes notes; music.py interprets them.
 
-What the messages mean is left to music.py.
-
-The parser is our own because the meaning of a note depends on what the fast library (symusic) drops: notes that are
-never released, the channel of a message and the order of messages at one tick, without which neither the sustain pedal
-nor All Notes Off can be applied. It also loses its place after a system exclusive message. mido keeps all of that and
-takes a third of a second for a piano performance.
+The parser is our own because the fast library (symusic) drops what the meaning of a note depends on: notes that are
+never released, and the channel and the order of messages at one tick, without which neither the sustain pedal nor All
+Notes Off can be applied. It also loses its place after a system exclusive message. mido takes a third of a
+second for a piano performance.
 """
 
-import itertools
 import operator
 import struct
-from collections.abc import Iterable
-from typing import NamedTuple
-
-import numpy as np
+from collections.abc import Iterable, Iterator
 
 NOTE_OFF, NOTE_ON, CONTROL_CHANGE = 0x80, 0x90, 0xB0
 SUSTAIN_PEDAL, ALL_SOUND_OFF, RESET_ALL_CONTROLLERS, ALL_NOTES_OFF = 64, 120, 121, 123
-CONTROLLERS = (SUSTAIN_PEDAL, ALL_SOUND_OFF, RESET_ALL_CONTROLLERS, *range(ALL_NOTES_OFF, 128))
+_CONTROLLERS = {SUSTAIN_PEDAL, ALL_SOUND_OFF, RESET_ALL_CONTROLLERS, *range(ALL_NOTES_OFF, 128)}
 """124 to 127 switch between omni, mono and poly mode, which implies All Notes Off."""
 
-_PROGRAM_CHANGE, _PITCH_BEND, _SYSTEM = 0xC0, 0xE0, 0xF0
-_META, _END_OF_TRACK, _TEMPO = 0xFF, 0x2F, 0x51
-_SYSTEM_EXCLUSIVE = (0xF0, 0xF7)
+_SYSTEM, _META, _END_OF_TRACK, _TEMPO = 0xF0, 0xFF, 0x2F, 0x51
 _SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1, 0xF6: 0, 0xF8: 0, 0xFA: 0, 0xFB: 0, 0xFC: 0, 0xFE: 0}
 _DEFAULT_TEMPO = 500_000
 """Microseconds per beat, until a file sets another tempo."""
 _MAX_SECONDS = 24 * 3600
 """A longer file has damaged times, which would become millions of time shifts."""
 
-
-class Midi(NamedTuple):
-  """The content of a file."""
-
-  messages_Nx4: np.ndarray
-  """int64: tick, status (kind | channel), pitch or controller, velocity or value. In order of time; messages at one
-  tick keep the order of the file."""
-  end_tick: int
-  """The end of the longest track."""
-  ticks_per_beat: int
-  tempos: list[tuple[int, int]]
-  """(tick, microseconds per beat from that tick on), in order of time; the first is at tick 0."""
-
-  def seconds(self, ticks_N: np.ndarray) -> np.ndarray:
-    """Returns the times float64[N] of ticks up to `end_tick`."""
-    # In integers, so that rounding errors do not add up.
-    starts, tempos = np.array(self.tempos).T
-    elapsed = np.concatenate([[0], np.cumsum(np.diff(starts) * tempos[:-1])])
-    segments_N = np.searchsorted(starts, ticks_N, side="right") - 1
-    elapsed_N = elapsed[segments_N] + (ticks_N - starts[segments_N]) * tempos[segments_N]
-    return elapsed_N / (1_000_000 * self.ticks_per_beat)
+Message = tuple[float, int, int, int]
+"""Time in seconds, status (kind | channel), pitch or controller, velocity or value."""
 
 
-def read(content: bytes) -> Midi:
-  """Returns the note-ons, the note-offs and the changes of CONTROLLERS in all tracks of a MIDI file.
+def read(content: bytes) -> tuple[list[Message], float]:
+  """Returns the note-ons, note-offs and changes of _CONTROLLERS of a MIDI file, and its end in seconds.
 
-  Of everything else only the tempo is read, and a tempo of 0 is ignored. A RIFF container (.rmi) is unwrapped.
+  Messages of all tracks are in order of time; those at one tick keep the order of the file. Of everything else only the
+  tempo is read, and a tempo of 0 is ignored. A RIFF container (.rmi) is unwrapped.
 
-  Raises:
-    ValueError: the bytes are not a complete MIDI file of type 0 or 1 whose times are in ticks per beat, one of these
-      messages has a data byte above 127, or the file lasts more than a day.
+  Raises ValueError if it is not a complete MIDI file of type 0 or 1 whose times are in ticks per beat, if one of these
+  messages has a data byte above 127, or if it lasts more than a day.
   """
-  ticks_per_beat, tracks = _split(_unwrap(content))
-  messages, tempos, end_tick = [], [(0, _DEFAULT_TEMPO)], 0
+  ticks_per_beat, tracks = _split(content)
+  events = []
   for number, track in enumerate(tracks, 1):
     try:
-      messages_Nx4, track_tempos, track_end = _parse(track)
+      events += _parse(track)
     except IndexError as error:
       raise ValueError(f"track {number} ends in the middle of an event") from error
     except ValueError as error:
       raise ValueError(f"in track {number}, {error}") from error
-    messages.append(messages_Nx4)
-    tempos += track_tempos
-    end_tick = max(end_tick, track_end)
-  tempos.sort(key=operator.itemgetter(0))
-  segments = itertools.pairwise([*tempos, (end_tick, 0)])
-  if sum((end - start) * tempo for (start, tempo), (end, _) in segments) > _MAX_SECONDS * 1_000_000 * ticks_per_beat:
+  # In integers, so that rounding errors do not add up.
+  messages, elapsed, last_tick, tempo = [], 0, 0, _DEFAULT_TEMPO
+  for tick, status, number, value in sorted(events, key=operator.itemgetter(0)):
+    elapsed += (tick - last_tick) * tempo
+    last_tick = tick
+    if status < _SYSTEM:
+      messages.append((elapsed / (1_000_000 * ticks_per_beat), status, number, value))
+    elif number == _TEMPO:
+      tempo = value
+  seconds = elapsed / (1_000_000 * ticks_per_beat)
+  if seconds > _MAX_SECONDS:
     raise ValueError(f"it lasts more than {_MAX_SECONDS // 3600} hours, so its times are damaged")
-  messages_Nx4 = np.concatenate(messages)
-  messages_Nx4 = messages_Nx4[np.argsort(messages_Nx4[:, 0], kind="stable")]
-  return Midi(messages_Nx4, end_tick, ticks_per_beat, tempos)
+  return messages, seconds
 
 
 def write(messages: Iterable[tuple[int, int, int, int]]) -> bytes:
-  """Returns a MIDI file with one piano track, whose tick is 1 ms.
-
-  Args:
-    messages: (milliseconds, NOTE_ON or NOTE_OFF, pitch, velocity), in order of time.
-  """
+  """Returns a MIDI file with one piano track, of messages (milliseconds, kind, pitch, velocity) in order of time."""
   track = bytearray(b"\0\xff\x51\3" + _DEFAULT_TEMPO.to_bytes(3) + b"\0\xc0\0")  # the tempo; program 0, a piano
   last_time = 0
   for time, *data in messages:
@@ -101,24 +73,16 @@ def write(messages: Iterable[tuple[int, int, int, int]]) -> bytes:
   return header + struct.pack(">4sI", b"MTrk", len(track)) + track
 
 
-def _unwrap(content: bytes) -> bytes:
-  """Returns the MIDI file inside a RIFF container; any other content unchanged."""
-  if content[:4] != b"RIFF" or content[8:12] != b"RMID":
-    return content
-  start = 12
-  while start + 8 <= len(content):
-    name, size = struct.unpack_from("<4sI", content, start)
-    if name == b"data":
-      return content[start + 8 : start + 8 + size]
-    start += 8 + size + size % 2
-  raise ValueError("its RIFF container has no data chunk")
-
-
 def _split(content: bytes) -> tuple[int, list[bytes]]:
   """Returns the ticks per beat and the content of each track chunk.
 
   Other chunks are skipped. Fewer tracks than the header announces are accepted if the file ends after a whole chunk.
   """
+  if content[:4] == b"RIFF" and content[8:12] == b"RMID":
+    start = content.find(b"MThd", 20)  # after RIFF, size, RMID, data, size
+    if start < 0:
+      raise ValueError("its RIFF container has no MIDI file")
+    content = content[start : start + int.from_bytes(content[start - 4 : start], "little")]
   if not content:
     raise ValueError("it is empty")
   if content[:4] != b"MThd":
@@ -132,12 +96,10 @@ def _split(content: bytes) -> tuple[int, list[bytes]]:
     raise ValueError(f"its time division {division:#06x} is not supported, only ticks per beat")
   tracks, start = [], 8 + header_size
   while start < len(content) and (len(tracks) < num_tracks or content[start : start + 4] == b"MTrk"):
-    if start + 8 > len(content):
-      raise ValueError("it is truncated")
-    name, size = struct.unpack_from(">4sI", content, start)
+    name, size = content[start : start + 4], int.from_bytes(content[start + 4 : start + 8])
     start += 8
     if start + size > len(content):
-      raise ValueError(f"it is truncated: a chunk announces {size:,} bytes, and {len(content) - start:,} follow")
+      raise ValueError(f"it is truncated: a chunk announces {size:,} bytes, and {len(content[start:]):,} follow")
     if name == b"MTrk":
       tracks.append(content[start : start + size])
     start += size
@@ -146,76 +108,50 @@ def _split(content: bytes) -> tuple[int, list[bytes]]:
   return division, tracks
 
 
-def _parse(track: bytes) -> tuple[np.ndarray, list[tuple[int, int]], int]:
-  """Returns the messages, the tempos and the end tick of a track, as in Midi.
+def _parse(track: bytes) -> Iterator[tuple[int, int, int, int]]:
+  """Yields the messages (tick, status, number, value), tempos (tick, _META, _TEMPO, microseconds) and the end.
 
-  Nearly all events are channel messages with two data bytes. NumPy computes for each byte where such an event ends if
-  it begins there, so that Python only follows these links and reads the other events one by one.
-
-  Raises:
-    ValueError: an event is not valid.
-    IndexError: the track ends in the middle of an event.
+  Raises IndexError if the track ends in the middle of an event, ValueError for other damage.
   """
-  data, size = np.frombuffer(track + bytes(8), np.uint8), len(track)
-  is_high = data >> 7
-  delta_sizes = 1 + is_high[:size] * (1 + is_high[1 : size + 1] * (1 + is_high[2 : size + 2]))
-  status_at = np.arange(size, dtype=np.int32) + delta_sizes
-  statuses, has_status = data[status_at], is_high[status_at]
-  # Statuses below 128 are data bytes: the running status is in force.
-  is_short = (statuses < _PROGRAM_CHANGE) | (statuses >= _PITCH_BEND) & (statuses < _SYSTEM)
-  ends = np.where(is_short & ~is_high[status_at - 1], status_at + has_status + 2, 0).tolist()
-
-  events, tempos, position, one_data_byte = [], [], 0, False
+  tick, position, running_status = 0, 0, 0
   while position < len(track):
-    events.append(position)
-    if ends[position] and not one_data_byte:
-      position = ends[position]
-      continue
-    start, position = position, _variable_length(track, position)[1]
+    delta, position = (track[position], position + 1) if track[position] < 128 else _variable_length(track, position)
+    tick += delta
     status = track[position]
-    position += 1
-    if status < 128:  # the running status is that of a message with one data byte
-      continue
+    if status >= 128:
+      position += 1
+    elif not running_status:
+      raise ValueError("an event has no status")
+    else:
+      status = running_status
     if status < _SYSTEM:
-      one_data_byte = _PROGRAM_CHANGE <= status < _PITCH_BEND
-      position = position + 1 if one_data_byte else ends[start]
+      running_status = status  # not cancelled by system exclusive and meta events: many files rely on it
+      number = track[position]
+      if status < NOTE_ON + 16 or status & 0xF0 == CONTROL_CHANGE and number in _CONTROLLERS:
+        value = track[position + 1]
+        if number > 127 or value > 127:
+          raise ValueError(f"a note or control change has the data byte {max(number, value)}, which is above 127")
+        yield tick, status, number, value
+      position += 1 if 0xC0 <= status < 0xE0 else 2  # program change and channel pressure: one data byte
     elif status == _META:
       kind = track[position]
       size, position = _variable_length(track, position + 1)
       if kind == _END_OF_TRACK:
         break
-      if kind == _TEMPO and size == 3:
-        tempos.append((len(events) - 1, int.from_bytes(track[position : position + 3])))
+      if kind == _TEMPO and size == 3 and any(track[position : position + 3]):
+        yield tick, _META, _TEMPO, int.from_bytes(track[position : position + 3])
       position += size
-    elif status in _SYSTEM_EXCLUSIVE:
+    elif status in (0xF0, 0xF7):  # system exclusive
       size, position = _variable_length(track, position)
       position += size
     elif status in _SYSTEM_DATA_BYTES:
       position += _SYSTEM_DATA_BYTES[status]
     else:
       raise ValueError(f"the status byte {status:#x} is not defined")
-  if position > len(track):
-    raise IndexError
-
-  events = np.array(events, int)
-  deltas = np.zeros(len(events), np.int64)
-  for place in range(4):
-    deltas = np.where(delta_sizes[events] > place, deltas << 7 | data[events + place] & 0x7F, deltas)
-  ticks = np.cumsum(deltas)
-  data_at, statuses = status_at[events] + has_status[events], statuses[events].astype(int)
-  # The running status is not cancelled by system exclusive and meta events: many files rely on it.
-  sets_status = (statuses > 127) & (statuses < _SYSTEM)
-  last_set = np.maximum.accumulate(np.where(sets_status, np.arange(len(events)), -1))
-  if (last_set[statuses < 128] < 0).any():
-    raise ValueError("an event has no status")
-  statuses = np.where(statuses < 128, statuses[last_set], statuses)
-  messages = np.stack([ticks, statuses, data[data_at], data[data_at + 1]], axis=1)
-  is_control = (statuses >= CONTROL_CHANGE) & (statuses < _PROGRAM_CHANGE) & np.isin(messages[:, 2], CONTROLLERS)
-  messages = messages[(statuses < NOTE_ON + 16) | is_control]
-  if messages[:, 2:].max(initial=0) > 127:
-    raise ValueError(f"a note or control change has the data byte {messages[:, 2:].max()}, which is above 127")
-  tempos = [(int(ticks[event]), tempo) for event, tempo in tempos if tempo]
-  return messages, tempos, int(ticks[-1]) if len(ticks) else 0
+  else:
+    if position > len(track):
+      raise IndexError
+  yield tick, _META, _END_OF_TRACK, 0
 
 
 def _variable_length(track: bytes, position: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ A piece is a list of `Note`s with times in seconds. Its events are 388 values in
   velocity    356..387  velocities 1..4, 5..8, .., 125..127 for the notes that follow
 
 An event id is its value + NUM_SPECIAL. SOS and EOS are added by the caller: `encode` writes neither, and functions that
-read ids skip them. In array names N and M count events (in `encode` notes at first), P pitches and T steps.
+read ids skip them. In array names N and M count events, P pitches and T steps.
 
 Two notes of one pitch may overlap. Neither MIDI nor the events say which of them a note-off ends, so everywhere in this
 module it ends the one that began first.
@@ -27,20 +27,14 @@ from perceiver_ar_jax.data import NUM_SPECIAL, midi
 NUM_PITCHES = 128
 STEPS_PER_SECOND = 100
 
-_NOTE_ON = 0
-_NOTE_OFF = 128
-_TIME_SHIFT = 256
-_VELOCITY = 356
-_NUM_VALUES = 388
+_NOTE_ON, _NOTE_OFF, _TIME_SHIFT, _VELOCITY, _NUM_VALUES = 0, 128, 256, 356, 388
 _MAX_SHIFT_STEPS = 100
 _VELOCITIES_PER_BIN = 4
 _UNKNOWN_VELOCITY = 64  # for notes that begin before the first velocity event of a crop
 
 VOCAB_SIZE = _NUM_VALUES + NUM_SPECIAL
 
-_PEDAL_DOWN = 64
-_PERCUSSION_CHANNEL = 9
-_NUM_CHANNELS = 16
+_PEDAL_DOWN, _PERCUSSION_CHANNEL, _NUM_CHANNELS = 64, 9, 16
 
 
 class Note(NamedTuple):
@@ -62,20 +56,43 @@ def read_notes(content: bytes) -> list[Note]:
   pedal of a channel is down, a released note sounds until the pedal is up or its pitch is struck again. A note struck
   again while its key is held continues, and the next note-off ends the earlier of the two. All Sound Off and All Notes
   Off end every note of the channel, and Reset All Controllers lifts its pedal. A note that is never released ends with
-  the file.
-
-  Raises:
-    ValueError: as midi.read.
+  the file. Raises ValueError as midi.read.
   """
-  pitches_N, velocities_N, onsets_N, offsets_N = _read(content)
-  order_N = np.lexsort([offsets_N, pitches_N, onsets_N])
-  columns = (column_N[order_N].tolist() for column_N in (pitches_N, velocities_N, onsets_N, offsets_N))
-  return list(map(Note._make, zip(*columns)))
+  messages, end_time = midi.read(content)
+  notes = []
+  # Of each channel, by pitch, the (velocity, onset) of notes whose key is held, the earliest first, and of released
+  # notes that the pedal keeps sounding.
+  held = [collections.defaultdict(collections.deque) for _ in range(_NUM_CHANNELS)]
+  sustained = [collections.defaultdict(collections.deque) for _ in range(_NUM_CHANNELS)]
+  pedal_down = [False] * _NUM_CHANNELS
 
+  def end(sounding, time):
+    notes.extend(Note(pitch, *begun, time) for pitch, all_begun in sounding.items() for begun in all_begun)
+    sounding.clear()
 
-def encode_midi(content: bytes) -> np.ndarray:
-  """Returns `encode(read_notes(content))`, in less time."""
-  return _encode(*_read(content))
+  for time, status, number, value in messages:
+    channel = status & 0x0F
+    if status >= midi.CONTROL_CHANGE:
+      if number in (midi.SUSTAIN_PEDAL, midi.RESET_ALL_CONTROLLERS):
+        pedal_down[channel] = number == midi.SUSTAIN_PEDAL and value >= _PEDAL_DOWN
+      else:
+        end(held[channel], time)
+        end(sustained[channel], time)
+      if not pedal_down[channel]:
+        end(sustained[channel], time)
+    elif channel != _PERCUSSION_CHANNEL:
+      keys = held[channel][number]
+      if status >= midi.NOTE_ON and value:
+        if number in sustained[channel]:
+          end({number: sustained[channel].pop(number)}, time)
+        keys.append((value, time))
+      elif keys and pedal_down[channel]:
+        sustained[channel][number].append(keys.popleft())
+      elif keys:
+        notes.append(Note(number, *keys.popleft(), time))
+  for sounding in (*held, *sustained):
+    end(sounding, end_time)
+  return sorted(notes, key=_BY_TIME)
 
 
 def encode(notes: Sequence[Note]) -> np.ndarray:
@@ -83,14 +100,23 @@ def encode(notes: Sequence[Note]) -> np.ndarray:
 
   Times since the start of the piece are rounded to steps of 10 ms, so that errors do not add up, and a note lasts at
   least one step. At one time all note-offs come first, then the note-ons, each sorted by pitch; a velocity event
-  precedes only a note-on that changes the velocity. The silence before the first note is kept.
-
-  Raises:
-    ValueError: a pitch, a velocity or a time is out of range.
+  precedes only a note-on that changes the velocity. The silence before the first note is kept. Raises ValueError if a
+  pitch, a velocity or a time is out of range.
   """
   _check(notes)
-  fields_4xN = np.array(notes, np.float64).reshape(-1, 4).T
-  return _encode(*fields_4xN[:2].astype(np.int64), *fields_4xN[2:])
+  events = []
+  for pitch, velocity, onset, offset in notes:
+    first = round(onset * STEPS_PER_SECOND)
+    events.append((first, True, pitch, (velocity - 1) // _VELOCITIES_PER_BIN))
+    events.append((max(round(offset * STEPS_PER_SECOND), first + 1), False, pitch, 0))
+  steps_and_values, last_velocity_bin = [], None
+  for step, begins, pitch, velocity_bin in sorted(events):
+    if begins and velocity_bin != last_velocity_bin:
+      steps_and_values.append((step, _VELOCITY + velocity_bin))
+      last_velocity_bin = velocity_bin
+    steps_and_values.append((step, (_NOTE_ON if begins else _NOTE_OFF) + pitch))
+  steps_N, values_N = np.array(steps_and_values, np.int64).reshape(-1, 2).T
+  return _with_time_shifts(values_N, steps_N, end_step=steps_N.max(initial=0))
 
 
 def decode(ids_N: Sequence[int]) -> list[Note]:
@@ -101,7 +127,11 @@ def decode(ids_N: Sequence[int]) -> list[Note]:
   sequence, and a note lasts at least one step. Velocities are the middle of their bin, or 64 before the first velocity
   event.
   """
-  steps_N, velocities_N = steps(ids_N), _velocities(_values(ids_N))
+  steps_N, values_N = steps(ids_N), _values(ids_N)
+  is_velocity_N = (values_N >= _VELOCITY) & (values_N < _NUM_VALUES)
+  last_set_N = np.maximum.accumulate(np.where(is_velocity_N, np.arange(values_N.size), -1))
+  middles_N = (values_N[last_set_N] - _VELOCITY) * _VELOCITIES_PER_BIN + 2
+  velocities_N = np.where(last_set_N >= 0, middles_N, _UNKNOWN_VELOCITY)
   notes = []
   for pitch, on, off in notes_of_events(ids_N):
     onset, offset = int(steps_N[on]), int(steps_N[min(off, steps_N.size - 1)])
@@ -142,10 +172,7 @@ def to_midi(notes: Sequence[Note]) -> bytes:
   """Returns a MIDI file with one piano track. Times are rounded to 1 ms, and a note lasts at least 1 ms.
 
   `read_notes` returns the same notes, except that the offsets of two notes of one pitch are exchanged where one lies
-  within the other.
-
-  Raises:
-    ValueError: a pitch, a velocity or a time is out of range.
+  within the other. Raises ValueError as `encode`.
   """
   _check(notes)
   messages = []
@@ -162,11 +189,10 @@ def transpose(ids_N: Sequence[int], semitones: int) -> np.ndarray:
 
   Where a pitch would leave 0..127, all pitches are shifted by the largest amount that fits, so intervals never change.
   """
-  values_N = _values(ids_N)
-  is_note_N = (values_N >= 0) & (values_N < _TIME_SHIFT)
+  values_N, pitches_N = _values(ids_N), pitches(ids_N)
+  is_note_N = pitches_N >= 0
   if is_note_N.any():
-    pitches = values_N[is_note_N] % NUM_PITCHES
-    values_N[is_note_N] += np.clip(semitones, -pitches.min(), NUM_PITCHES - 1 - pitches.max())
+    values_N[is_note_N] += np.clip(semitones, -pitches_N[is_note_N].min(), NUM_PITCHES - 1 - pitches_N.max())
   return (values_N + NUM_SPECIAL).astype(np.int32)
 
 
@@ -175,20 +201,15 @@ def stretch(ids_N: Sequence[int], factor: float) -> np.ndarray:
 
   Times since the start are multiplied and then rounded, so that errors do not add up. Only time shifts change; all
   other events, SOS and EOS included, keep their order, even where two times become one. With a factor below 1 a
-  note-off may therefore follow its own note-on at once, which `decode` reads as a note of one step.
-
-  Raises:
-    ValueError: the factor is not a positive finite number.
+  note-off may therefore follow its own note-on at once, which `decode` reads as a note of one step. Raises ValueError
+  if the factor is not a positive finite number.
   """
   if not (math.isfinite(factor) and factor > 0):
     raise ValueError(f"factor={factor} must be a positive finite number.")
   values_N = _values(ids_N)
-  shift_steps_N = _shift_steps(values_N)
-  if not shift_steps_N.any():
-    return (values_N + NUM_SPECIAL).astype(np.int32)
-  steps_N = np.rint(np.cumsum(shift_steps_N) * factor).astype(np.int64)
-  kept_N = shift_steps_N == 0
-  return _with_time_shifts(values_N[kept_N], steps_N[kept_N], end_step=steps_N[-1]) + np.int32(NUM_SPECIAL)
+  kept_N = _shift_steps(values_N) == 0
+  steps_N = np.rint(steps(ids_N) * factor).astype(np.int64)
+  return _with_time_shifts(values_N[kept_N], steps_N[kept_N], end_step=steps_N.max(initial=0))
 
 
 def piano_roll(ids_N: Sequence[int]) -> np.ndarray:
@@ -198,80 +219,14 @@ def piano_roll(ids_N: Sequence[int]) -> np.ndarray:
   """
   notes = decode(ids_N)
   spans = [(round(note.onset * STEPS_PER_SECOND), round(note.offset * STEPS_PER_SECOND)) for note in notes]
-  num_steps = max([int(_shift_steps(_values(ids_N)).sum()), *(end for _, end in spans)])
+  num_steps = max([*steps(ids_N)[-1:], *(end for _, end in spans)], default=0)
   roll_PxT = np.zeros((NUM_PITCHES, num_steps), np.uint8)
   for note, (begin, end) in zip(notes, spans):
     roll_PxT[note.pitch, begin:end] = note.velocity
   return roll_PxT
 
 
-def _read(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Returns pitches int64[N], velocities int64[N], onsets float64[N] and offsets float64[N] of a MIDI file's notes."""
-  file = midi.read(content)
-  note_ons, end_ticks = [], []  # of each note: the index of its note-on message, and the tick at which it ends
-  # Of each channel: {pitch: indices of note-ons, the earliest first} of notes whose key is held, and of released notes
-  # that the pedal keeps sounding.
-  held = [collections.defaultdict(collections.deque) for _ in range(_NUM_CHANNELS)]
-  sustained = [collections.defaultdict(collections.deque) for _ in range(_NUM_CHANNELS)]
-  pedal_down = [False] * _NUM_CHANNELS
-
-  def end(sounding):
-    for ended in sounding.values():
-      note_ons.extend(ended)
-      end_ticks.extend([tick] * len(ended))
-    sounding.clear()
-
-  for index, (tick, status, number, value) in enumerate(zip(*file.messages_Nx4.T.tolist())):
-    channel = status & 0x0F
-    if status >= midi.CONTROL_CHANGE:
-      if number in (midi.SUSTAIN_PEDAL, midi.RESET_ALL_CONTROLLERS):
-        pedal_down[channel] = number == midi.SUSTAIN_PEDAL and value >= _PEDAL_DOWN
-      else:
-        end(held[channel])
-        end(sustained[channel])
-      if not pedal_down[channel]:
-        end(sustained[channel])
-    elif channel != _PERCUSSION_CHANNEL:
-      keys = held[channel][number]
-      if status >= midi.NOTE_ON and value:
-        if number in sustained[channel]:
-          end({number: sustained[channel].pop(number)})
-        keys.append(index)
-      elif keys and pedal_down[channel]:
-        sustained[channel][number].append(keys.popleft())
-      elif keys:
-        note_ons.append(keys.popleft())
-        end_ticks.append(tick)
-  tick = file.end_tick
-  for sounding in (*held, *sustained):
-    end(sounding)
-  onset_ticks_N, _, pitches_N, velocities_N = file.messages_Nx4[note_ons].T
-  return pitches_N, velocities_N, file.seconds(onset_ticks_N), file.seconds(np.array(end_ticks, np.int64))
-
-
-def _encode(pitches_N, velocities_N, onsets_N, offsets_N) -> np.ndarray:
-  """Returns the event ids of notes in the form of `_read`."""
-  if not len(pitches_N):
-    return np.zeros(0, np.int32)
-  onsets_N, offsets_N = (np.rint(times_N * STEPS_PER_SECOND).astype(np.int64) for times_N in (onsets_N, offsets_N))
-  offsets_N = np.maximum(offsets_N, onsets_N + 1)
-
-  steps_N = np.concatenate([offsets_N, onsets_N])
-  values_N = np.concatenate([_NOTE_OFF + pitches_N, _NOTE_ON + pitches_N])
-  bins_N = np.tile((velocities_N - 1) // _VELOCITIES_PER_BIN, 2)
-  begins_N = np.arange(values_N.size) >= pitches_N.size
-  order_N = np.lexsort([bins_N, values_N, begins_N, steps_N])  # the last key is the primary one
-  steps_N, values_N, bins_N, begins_N = steps_N[order_N], values_N[order_N], bins_N[order_N], begins_N[order_N]
-
-  note_ons = np.flatnonzero(begins_N)
-  changes = note_ons[np.diff(bins_N[note_ons], prepend=-1) != 0]
-  values_N = np.insert(values_N, changes, _VELOCITY + bins_N[changes])
-  steps_N = np.insert(steps_N, changes, steps_N[changes])
-  return _with_time_shifts(values_N, steps_N, end_step=steps_N[-1]) + np.int32(NUM_SPECIAL)
-
-
-def _check(notes: Sequence[Note]):
-  """Raises ValueError for the first note with a value out of range."""
+def _check(notes: Sequence[Note]) -> None:
   for note in notes:
     if not (0 <= note[0] < NUM_PITCHES and 1 <= note[1] <= 127 and 0 <= note[2] < math.inf and 0 <= note[3] < math.inf):
       raise ValueError(f"{note} needs a pitch in 0..127, a velocity in 1..127 and finite times from 0 on.")
@@ -287,16 +242,8 @@ def _shift_steps(values_N: np.ndarray) -> np.ndarray:
   return np.where((values_N >= _TIME_SHIFT) & (values_N < _VELOCITY), values_N - _TIME_SHIFT + 1, 0)
 
 
-def _velocities(values_N: np.ndarray) -> np.ndarray:
-  """Returns the velocity int64[N] in force at each event."""
-  is_velocity_N = (values_N >= _VELOCITY) & (values_N < _NUM_VALUES)
-  last_set_N = np.maximum.accumulate(np.where(is_velocity_N, np.arange(values_N.size), -1))
-  middles_N = (values_N[last_set_N] - _VELOCITY) * _VELOCITIES_PER_BIN + 2
-  return np.where(last_set_N >= 0, middles_N, _UNKNOWN_VELOCITY)
-
-
 def _with_time_shifts(values_N: np.ndarray, steps_N: np.ndarray, end_step: int) -> np.ndarray:
-  """Returns int32[M]: `values_N` with time shifts inserted, so that each is at its step and the sequence at `end_step`.
+  """Returns ids int32[M]: the values with time shifts inserted, so that each is at its step and the end at `end_step`.
 
   A wait is as many shifts of 100 steps as fit, then one for the rest.
   """
@@ -307,4 +254,4 @@ def _with_time_shifts(values_N: np.ndarray, steps_N: np.ndarray, end_step: int) 
   values_M[ends[:-1]] = values_N
   waited = num_shifts > 0
   values_M[ends[waited] - 1] = _TIME_SHIFT - 1 + (waits - (num_shifts - 1) * _MAX_SHIFT_STEPS)[waited]
-  return values_M
+  return values_M + np.int32(NUM_SPECIAL)

@@ -1,12 +1,11 @@
 """Sources of records: prepared TFDS datasets, cached documents, lists of files, and numbers.
 
-All keep the saved state of a pipeline small: it contains encoded records, file names, or numbers. Datasets are read
-where they are and never downloaded or generated. Which files a list has is the subject of files.py.
+All keep the saved state of a pipeline small: it contains encoded records, file names, or numbers.
 """
 
+import functools
 import json
 import os
-import pathlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,31 +22,19 @@ class TfdsSource(seqio.TfdsDataSource):
   seqio's own source loads with TFDS's defaults, which keep the records of a small dataset in a cache that becomes part
   of every checkpoint, split by whole files only, and start a download where data is missing. This one reads exact
   ranges of records, shuffles files in another order in each epoch from a seed, caches nothing and writes nothing.
-
-  Args:
-    name: TFDS name with config and version: "downsampled_imagenet/64x64:2.0.0".
-    decoders: as for tfds.load; tfds.decode.SkipDecoding() keeps pictures encoded until after the shuffle.
-    data_dir: folder of prepared datasets; None: TFDS's own default.
+  `name` has config and version, "downsampled_imagenet/64x64:2.0.0"; `decoders` and `data_dir` are as for tfds.load.
   """
 
+  supports_arbitrary_sharding = True
+
   def __init__(self, name: str, *, decoders=None, data_dir: str | os.PathLike | None = None):
-    self._name = name
-    self._read_decoders = decoders
+    self._name, self._read_decoders = name, decoders
     data_dir = None if data_dir is None else os.fspath(data_dir)
     super().__init__(name, tfds_data_dir=data_dir, caching_permitted=True, read_only=True)
 
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
-
   def num_input_examples(self, split: str) -> int:
-    """Returns the number of records of a split, or of a part of it such as "train[:90%]".
-
-    Raises:
-      InputError: the dataset is not prepared, or has no such split.
-    """
-    splits = self._prepared().info.splits
-    name = split.partition("[")[0]
+    """Returns the number of records of a split, or of a part of it such as "train[:90%]"; else raises InputError."""
+    splits, name = self._prepared().info.splits, split.partition("[")[0]
     if name not in splits:
       raise InputError(f"The dataset {self._name} has no split {name!r}. {nearest(name, splits)}")
     try:
@@ -64,7 +51,6 @@ class TfdsSource(seqio.TfdsDataSource):
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     """Returns the records of one host's part of `split`; `shuffle` shuffles its files, differently in every epoch."""
-    del unused
     if shard_info and shard_info.num_shards > 1:
       split = tfds.even_splits(split, shard_info.num_shards, drop_remainder=False)[shard_info.index]
     read_config = tfds.ReadConfig(
@@ -82,25 +68,24 @@ class TfdsSource(seqio.TfdsDataSource):
     builder = self.tfds_dataset.builder
     if not tf.io.gfile.exists(os.path.join(builder.data_dir, "dataset_info.json")):
       raise InputError(
-        f"The dataset {self._name} is not prepared in {builder.data_dir}. Point data.data_dir"
-        " (--config.data.data_dir=...) at the folder of your prepared TFDS datasets, or prepare it once with `tfds"
-        f" build {self._name} --data_dir=...`; training downloads nothing. The task photos32"
-        " (--config=configs/photos32.py) needs no data at all."
+        f"The dataset {self._name} is not prepared in {builder.data_dir}. Point --config.data.data_dir at the folder of"
+        f" your prepared TFDS datasets, or prepare it once with `tfds build {self._name} --data_dir=...`; training"
+        " downloads nothing. The task photos32 (--config=configs/photos32.py) needs no data at all."
       )
     return builder
 
 
-class ListSource(seqio.FunctionDataSource):
-  """Records listed by a function on first use, each a dict of the `path` of a file and other small values.
+class ListSource(seqio.DataSource):
+  """Records listed on first use, each a dict of the `path` of a file and other small values.
 
-  Args:
-    list_records: split -> records, all with the same keys; raises InputError if there is no record.
-    splits: names of the splits.
+  `list_records` returns the records of a split, all with the same keys, or raises InputError if there is no record.
   """
 
+  supports_arbitrary_sharding = True
+
   def __init__(self, list_records: Callable[[str], Sequence[Mapping[str, str | int]]], splits: Sequence[str]):
-    self._list_records, self._listed = list_records, {}
-    super().__init__(self._records, splits=tuple(splits), caching_permitted=True)
+    self._list = functools.cache(list_records)
+    super().__init__(splits)
 
   def num_input_examples(self, split: str) -> int:
     """Returns the number of records of the split."""
@@ -112,58 +97,36 @@ class ListSource(seqio.FunctionDataSource):
 
   def fingerprint(self, split: str) -> str:
     """Returns a checksum of the names of the files and their division into records, independent of their folder."""
-    records = [{**record, "path": pathlib.PurePath(record["path"]).name} for record in self._list(split)]
+    records = [{**record, "path": os.path.basename(record["path"])} for record in self._list(split)]
     return f"{zlib.crc32(json.dumps(records).encode()):08x}"
 
   def list_shards(self, split: str) -> list[str]:
     """Returns names of the parts into which offline caching may divide its work."""
     return [f"{split}-{index}" for index in range(min(len(self._list(split)), 64))]
 
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
-
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     """Returns the records in order, or one host's part of them; shuffling is left to the pipeline."""
-    del shuffle, seed, unused
-    records = self._records(split, False)
-    return records if shard_info is None else records.shard(shard_info.num_shards, shard_info.index)
-
-  def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:
-    del shuffle_files
     records = self._list(split)
-    return tf.data.Dataset.from_tensor_slices(
-      {name: np.array([record[name] for record in records]) for name in records[0]}
-    )
-
-  def _list(self, split: str) -> Sequence[Mapping[str, str | int]]:
-    if split not in self._listed:
-      self._listed[split] = self._list_records(split)
-    return self._listed[split]
+    columns = {name: np.array([record[name] for record in records]) for name in records[0]}
+    dataset = tf.data.Dataset.from_tensor_slices(columns)
+    return dataset if shard_info is None else dataset.shard(shard_info.num_shards, shard_info.index)
 
 
 class CachedSource(seqio.DataSource):
-  """The documents of a task that data/cache.py stored.
+  """The documents of a task that data/cache.py stored in `data.cache_dir` under the same `cache_settings`."""
 
-  Args:
-    task: the seqio task.
-    data: the settings; `cache_dir` is the folder, and the settings of `cache_settings` must be those of the cache.
-  """
+  supports_arbitrary_sharding = True
 
   def __init__(self, task: seqio.Task, data: DataConfig):
-    self._task, self._folder = task, os.path.join(data.cache_dir, task.name)
+    self._task, self._data = task, data
+    self._folder = os.path.join(data.cache_dir, task.name)
     super().__init__(splits=(), caching_permitted=False)
-    self._data = data
 
   @property
   def splits(self) -> tuple[str, ...]:
     """The stored splits."""
     self._check()
     return tuple(sorted(path.split(".")[-2] for path in tf.io.gfile.glob(os.path.join(self._folder, "stats.*.json"))))
-
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
 
   def list_shards(self, split: str) -> list[str]:
     """The files of the split."""
@@ -180,24 +143,14 @@ class CachedSource(seqio.DataSource):
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     """Returns stored documents: events, positions, and counts if any; `shuffle` shuffles the files in each epoch."""
-    del unused
     self._check()
     seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio keeps them, and takes the first that has the task
-    return self._task.get_dataset(
-      None,
-      split,
-      use_cached=True,
-      shuffle=shuffle,
-      shuffle_buffer_size=1,
-      seed=seed,
-      shard_info=shard_info,
-      num_epochs=1,
-    )
+    options = {"seed": seed, "shard_info": shard_info, "num_epochs": 1}
+    return self._task.get_dataset(None, split, use_cached=True, shuffle=shuffle, shuffle_buffer_size=1, **options)
 
   def _stats(self, split: str) -> dict[str, int]:
     self._check()
-    with tf.io.gfile.GFile(os.path.join(self._folder, f"stats.{split}.json")) as file:
-      return json.load(file)
+    return json.loads(read_bytes(os.path.join(self._folder, f"stats.{split}.json")))
 
   def _check(self) -> None:
     """Raises InputError if there is no finished cache of the task, or one made under other settings."""
@@ -207,8 +160,7 @@ class CachedSource(seqio.DataSource):
         f"data.cache_dir={self._data.cache_dir!r} contains no finished cache of the task {self._task.name}: make it"
         " with launch/cache_tasks.sh, or read the data itself (--config.data.cache_dir=None)."
       )
-    with tf.io.gfile.GFile(path) as file:
-      stored = json.load(file)
+    stored = json.loads(read_bytes(path))
     changed = [
       f"{name} was {stored.get(name)!r} and is {value!r}"
       for name, value in cache_settings(self._data).items()
@@ -239,21 +191,13 @@ class NumberSource(seqio.FunctionDataSource):
   """Records that are only numbers, for tasks whose documents are a pure function of them.
 
   A record is {"number": int64, "validation": bool}, in order from 0; hashing both gives each split its own documents.
-
-  Args:
-    counts: number of records of each split; None: endless.
+  `counts` has the number of records of each split, None for an endless one.
   """
 
   def __init__(self, counts: Mapping[str, int | None]):
-    self._counts = dict(counts)
-    super().__init__(self._records, splits=tuple(counts), caching_permitted=False)
-
-  def num_input_examples(self, split: str) -> int | None:
-    """Returns the number of records of the split; None: endless."""
-    return self._counts[split]
+    super().__init__(self._records, splits=tuple(counts), num_input_examples=counts, caching_permitted=False)
 
   def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:
-    del shuffle_files
-    count = self._counts[split]
+    count = self.num_input_examples(split)
     numbers = tf.data.Dataset.range(2**62).repeat() if count is None else tf.data.Dataset.range(count)
     return numbers.map(lambda number: {"number": number, "validation": split == "validation"})

@@ -20,15 +20,9 @@ def documents(
 ) -> Iterator[tuple[Task, Document]]:
   """Yields the documents of a split in order, one task of a mixture after the other; unreadable ones are left out.
 
-  Args:
-    config: the experiment.
-    split: its name.
-    max_sequences: only the first documents of each task; None: all.
-    max_tokens: only documents up to this many scored events of each task, the last document cut; None: all.
-
-  Raises:
-    InputError: as loader.TrainLoader; an endless split without a limit; or `max_tokens` is too small for any part of
-      the first document.
+  Of each task, it yields at most the first `max_sequences` documents and `max_tokens` scored events, the last document
+  cut. Raises InputError as loader.TrainLoader, for an endless split without a limit, and if `max_tokens` is too small
+  for any part of the first document.
   """
   for task, _ in get_tasks(config.data, windows.longest_crop(config)):
     task.check_vocabulary(config)
@@ -37,27 +31,24 @@ def documents(
     if max_sequences is None and max_tokens is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
       raise InputError(f"The split {split!r} of {task.name} never ends: set eval.max_sequences or eval.max_tokens.")
     opened = (_open(task, record) for batch in task.preprocess(records).batch(1) for record in to_records(batch))
-    whole = (document for document in opened if document is not None and not document.continues)
+    whole = (document for document in opened if document is not None)
     for document in _bounded(itertools.islice(whole, max_sequences), max_tokens):
       yield task, document
 
 
 def num_documents(config: Config, split: str, max_sequences: int | None = None) -> int | None:
   """Returns how many documents `documents` yields at most; None where that is unknown."""
-  total = 0
+  counts = []
   for task, _ in get_tasks(config.data, windows.longest_crop(config)):
     count = task.num_records(split)
     if isinstance(task.source, ListSource):
       count = task.source.num_documents(split)
-    counts = [limit for limit in (count, max_sequences) if limit is not None]
-    if not counts:
-      return None
-    total += min(counts)
-  return total
+    counts.append(min((limit for limit in (count, max_sequences) if limit is not None), default=None))
+  return None if None in counts else sum(counts)
 
 
 def eval_documents(config: Config) -> Iterator[tuple[Task, Document]]:
-  """Yields the documents that `config.eval` scores; raises InputError as `documents`."""
+  """Yields the documents that `config.eval` scores."""
   settings = config.eval
   return documents(config, settings.split, settings.max_sequences, settings.max_tokens)
 
@@ -77,35 +68,36 @@ def none_readable(config: Config, split: str) -> InputError:
 
 
 def _open(task: Task, record: Record) -> Document | None:
-  """As Task.open; None as well for a document that is read only when needed and cannot be read."""
+  """As Task.open; None as well for the later parts of a document, and for one that cannot be read when needed."""
   document = task.open(record)
   try:
     if document is not None and not document.continues:
       document.check_readable()
-    return document
+      return document
   except Unreadable as error:
     task.skip(record, error)
-    return None
+  return None
 
 
 def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
   """Yields documents until `max_tokens` events are scored, the last one cut; see Document.head."""
-  left, num_yielded = max_tokens, 0
+  if max_tokens is None:
+    yield from documents
+    return
+  left = max_tokens
   for document in documents:
-    head = document if left is None else document.head(left)
+    head = document.head(left)
     if head is None or not head.num_scored:
-      if not num_yielded:
+      if left == max_tokens:
         raise InputError(
           f"eval.max_tokens={max_tokens} ends within the first document, and words and bytes of so small a part, or of"
           " a part of cached subword tokens, are unknown: raise it, or set eval.max_sequences instead."
         )
       return
     yield head
-    num_yielded += 1
-    if left is not None:
-      left -= head.num_scored
-      if left <= 0:
-        return
+    left -= head.num_scored
+    if left <= 0:
+      return
 
 
 def eval_batches(
@@ -120,44 +112,30 @@ def eval_batches(
   rows of PAD; and `end`, the number of events of it up to the row's last target. Batches of text have two further ones:
   `words` and `bytes` of the original text, those of each document in its first row and 0 in the others.
 
-  Args:
-    config: `eval` determines the windows.
-    documents: such as `eval_documents`.
-    rows: the rows of each batch to provide, in order; None: all.
-
-  Raises:
-    InputError: as loader.TrainLoader, or as `documents`.
+  `rows` are those of each batch to provide, in order; None: all. Raises InputError as loader.TrainLoader.
   """
   settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
   task, _ = get_tasks(config.data, windows.longest_crop(config))[0]
   counted = ("words", "bytes") if task.modality == "text" else ()
   rows = range(settings.batch_size) if rows is None else rows
-
-  def blocks() -> Iterator[tuple[int, Document, int, int, bool]]:
-    for number, (_, document) in enumerate(documents):
-      for block, (end, num_new) in enumerate(windows.eval_blocks(len(document), settings.stride or num_latents)):
-        yield number, document, end, num_new, block == 0
-
-  for batch_blocks in _batched(blocks(), settings.batch_size):
-    batch = windows.empty_batch(
-      len(rows), context=config.model.max_context, latents=num_latents, position_dims=task.position_dims
-    )
+  blocks = (
+    (number, document, end, num_new)
+    for number, (_, document) in enumerate(documents)
+    for end, num_new in windows.eval_blocks(len(document), settings.stride or num_latents)
+  )
+  while batch_blocks := list(itertools.islice(blocks, settings.batch_size)):
+    shape = {"context": config.model.max_context, "latents": num_latents, "position_dims": task.position_dims}
+    batch = windows.empty_batch(len(rows), **shape)
     batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *counted)}
     batch["document"] = np.full(len(rows), -1, np.int32)
     for index, row in enumerate(rows):
       if row >= len(batch_blocks):
         break
-      number, document, end, num_new, is_first = batch_blocks[row]
+      number, document, end, num_new = batch_blocks[row]
       batch["document"][index], batch["end"][index] = number, end
       windows.eval_window(windows.row_of(batch, index), document, end, num_new)
-      for name in counted if is_first else ():
-        batch[name][index] = document.counts()[name]
+      if end - num_new == 1:  # the document's first block
+        for name in counted:
+          batch[name][index] = document.counts()[name]
     windows.check_positions(batch["positions"], config)
-    yield batch
-
-
-def _batched(items: Iterable, size: int) -> Iterator[list]:
-  """Yields lists of `size` items; the last one may be shorter."""  # itertools.batched needs Python 3.12
-  items = iter(items)
-  while batch := list(itertools.islice(items, size)):
     yield batch

@@ -222,7 +222,7 @@ def _performance(path: str) -> np.ndarray:
   """Returns the events int16[N] of a MIDI file."""
   content = read_bytes(path)
   try:
-    events = music.encode_midi(content)
+    events = music.encode(music.read_notes(content))
   except ValueError as error:
     raise Unreadable(f"{path} cannot be read as a MIDI file: {error}") from error
   if not len(events):

@@ -21,8 +21,8 @@ _BYTES_PER_SUBWORD = 8
 """Bytes read per subword token of a crop: ample, since with fewer the crop would be shorter than the context."""
 _TYPICAL_BYTES_PER_SUBWORD = 4
 _LONGEST_WORD_BYTES = 64
-_WHITESPACE = re.compile(rb"\s")
-_WORDS = re.compile(rb"\S+")
+_WHITESPACE, _WORDS = re.compile(rb"\s"), re.compile(rb"\S+")
+_CHARACTER = re.compile(rb"[^\x80-\xbf]")  # its first byte, in UTF-8
 _COUNT_BYTES = 2**24
 _HEAD_BYTES = 4096
 _FORMATS = {
@@ -62,14 +62,7 @@ class ByteTokenizer:
 
 
 class SubwordTokenizer:
-  """The vocabulary of a SentencePiece model.
-
-  Args:
-    path: the .model file.
-
-  Raises:
-    InputError: there is no such file, or it is not a model.
-  """
+  """The vocabulary of the SentencePiece model in the file `path`; raises InputError if it is not a model."""
 
   def __init__(self, path: str):
     import sentencepiece  # slow, and not needed for bytes
@@ -78,21 +71,20 @@ class SubwordTokenizer:
       content = read_bytes(path)
       if not content:
         raise Unreadable(f"{path} is empty")
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+      self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (Unreadable, RuntimeError) as error:
-      reason = error if isinstance(error, Unreadable) else f"{path}: {error}"
       raise InputError(
-        f"data.sentencepiece does not name a SentencePiece model: {reason}. Set --config.data.sentencepiece=FILE to"
-        " where it is now. For a new run, train one with `python -m perceiver_ar_jax.data.train_sentencepiece"
-        " --config=... --output=FILE`, or read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259."
+        f"data.sentencepiece does not name a SentencePiece model: {path} ({error}). Set it to where the file is now."
+        " For a new run, train one with `python -m perceiver_ar_jax.data.train_sentencepiece --config=..."
+        " --output=FILE`, or read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259."
       ) from error
-    self.vocab_size = self._model.get_piece_size() + NUM_SPECIAL
-    self.unknown = self._model.unk_id() + NUM_SPECIAL
+    self.vocab_size = model.get_piece_size() + NUM_SPECIAL
+    self.unknown = model.unk_id() + NUM_SPECIAL
     """The event of text for which the model has no token."""
     self.drawable = [
-      piece + NUM_SPECIAL
-      for piece in range(self._model.get_piece_size())
-      if not (self._model.is_unknown(piece) or self._model.is_control(piece) or self._model.is_unused(piece))
+      token + NUM_SPECIAL
+      for token in range(model.get_piece_size())
+      if not (model.is_unknown(token) or model.is_control(token) or model.is_unused(token))
     ]
     """Events that decode to text."""
 
@@ -119,11 +111,7 @@ def tokenizer(path: str | None) -> ByteTokenizer | SubwordTokenizer:
 
 @functools.lru_cache(maxsize=2**16)
 def check_file(path: str) -> None:
-  """Warns, once for each kind, of files that were probably not meant to be read as they are; reads their beginning.
-
-  Raises:
-    Unreadable: the file cannot be read.
-  """
+  """Warns, once for each kind, of files that were probably not meant to be read as they are."""
   head = read_bytes(path, 0, min(_HEAD_BYTES, file_size(path)))
   kind = next((kind for start, kind in _FORMATS.items() if head.startswith(start)), None)
   if kind is None and head.count(0) > len(head) / 5:
@@ -145,10 +133,6 @@ class Text:
     """Returns bytes start..end-1, as far as they exist."""
     return self._content[max(start, 0) : end]
 
-  def head(self, size: int) -> "Text":
-    """The first `size` bytes."""
-    return Text(self._content[:size], self.name)
-
 
 class FileText(Text):
   """Bytes offset..offset+size-1 of a file, read on demand."""
@@ -163,30 +147,33 @@ class FileText(Text):
     start, end = max(start, 0), min(end, self._size)
     return read_bytes(self.name, self._offset + start, max(end - start, 0))
 
-  def head(self, size: int) -> "FileText":
-    return FileText(self.name, self._offset, min(size, self._size))
 
+class _TextDocument(Document):
+  """A text that is not empty. Training crops may end in its bytes `part` = (first, last + 1); None: anywhere."""
 
-class ByteDocument(Document):
-  """A text as bytes, never all in memory.
+  _positions = _scored = None
 
-  Args:
-    text: not empty.
-    part: (first, last + 1) of the bytes at whose events training crops may end; None: all.
-  """
-
-  def __init__(self, text: Text, part: tuple[int, int] | None = None):
-    super().__init__(np.zeros(0, np.int32))
-    self.text = text
-    start, end = part or (0, len(text))
-    self.ends = (1 if start == 0 else start + 2, end + (2 if end == len(text) else 1))
-    self.continues = start > 0
-
-  def __len__(self) -> int:
-    return len(self.text) + 2
+  def __init__(self, text: Text, part: tuple[int, int] | None):
+    self.text, self._part = text, part or (0, len(text))
+    self.continues = self._part[0] > 0
 
   def check_readable(self) -> None:
     self.text.read(0, 1)
+
+  def counts(self) -> dict[str, int]:
+    return count(self.text)
+
+
+class ByteDocument(_TextDocument):
+  """A text as bytes, never all in memory."""
+
+  def __init__(self, text: Text, part: tuple[int, int] | None = None):
+    super().__init__(text, part)
+    start, end = self._part
+    self.ends = (1 if start == 0 else start + 2, end + (2 if end == len(text) else 1))
+
+  def __len__(self) -> int:
+    return len(self.text) + 2
 
   def read(self, start: int, end: int) -> np.ndarray:
     events = np.empty(end - start, np.int32)
@@ -196,9 +183,6 @@ class ByteDocument(Document):
     np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
     return events
 
-  def counts(self) -> dict[str, int]:
-    return count(self.text)
-
   @property
   def num_scored(self) -> int:
     return len(self) - 1
@@ -206,22 +190,15 @@ class ByteDocument(Document):
   def head(self, num_scored: int) -> Document:
     if self.num_scored <= num_scored:
       return self
-    return Head(self, 1 + num_scored, count(self.text.head(num_scored)))
+    return Head(self, 1 + num_scored, count(self.text, num_scored))
 
 
-class SubwordDocument(Document):
-  """A text as subword tokens: all are encoded once their number is needed, otherwise only those of a crop.
-
-  Args:
-    text: not empty.
-    tokenizer: of the SentencePiece model.
-    part: (first, last + 1) of the bytes at which training crops may end; None: all.
-  """
+class SubwordDocument(_TextDocument):
+  """A text as subword tokens: all are encoded once their number is needed, otherwise only those of a crop."""
 
   def __init__(self, text: Text, tokenizer: SubwordTokenizer, part: tuple[int, int] | None = None):
-    self.text, self._tokenizer, self._part = text, tokenizer, part or (0, len(text))
-    self._positions = self._scored = None
-    self.continues = self._part[0] > 0
+    super().__init__(text, part)
+    self._tokenizer = tokenizer
 
   @functools.cached_property
   def _events(self) -> np.ndarray:
@@ -239,12 +216,6 @@ class SubwordDocument(Document):
   def has_targets(self) -> bool:
     return len(self.text) > 0  # without encoding it
 
-  def check_readable(self) -> None:
-    self.text.read(0, 1)
-
-  def counts(self) -> dict[str, int]:
-    return count(self.text)
-
   def head(self, num_scored: int) -> Document:
     """As Document.head, but cut between words and with up to some percent fewer events: only the part is encoded."""
     num_bytes = num_scored * _BYTES_PER_SUBWORD
@@ -252,7 +223,7 @@ class SubwordDocument(Document):
       return self
     while True:
       num_bytes = _previous_boundary(self.text, num_bytes)
-      part = SubwordDocument(self.text.head(num_bytes), self._tokenizer)
+      part = SubwordDocument(Text(self.text.read(0, num_bytes), self.text.name), self._tokenizer)
       num_subwords = len(part) - 2
       if num_subwords <= num_scored:
         return Head(part, 1 + num_subwords, part.counts())  # the part's EOS is not the text's
@@ -279,30 +250,26 @@ class SubwordDocument(Document):
 
 def _next_boundary(text: bytes) -> int:
   """Returns the index at which the first word of `text` ends; without a space, at which a character begins."""
-  space = _WHITESPACE.search(text)
-  if space:
-    return space.start()
-  return next((index for index, byte in enumerate(text) if byte & 0xC0 != 0x80), 0)
+  boundary = _WHITESPACE.search(text) or _CHARACTER.search(text)
+  return boundary.start() if boundary else 0
 
 
 def _previous_boundary(text: Text, end: int) -> int:
-  """Where the last whole word before byte `end` ends; where a character begins if no space is near."""
+  """Returns where the last whole word before byte `end` ends; without a space nearby, where a character begins."""
   if end >= len(text):
     return len(text)
   start = max(end - _LONGEST_WORD_BYTES, 0)
   tail = text.read(start, end + 1)
-  spaces = [space.start() for space in _WHITESPACE.finditer(tail)]
-  if spaces and start + spaces[-1] > 0:
-    return start + spaces[-1]
-  characters = [place for place, byte in enumerate(tail) if byte & 0xC0 != 0x80]
-  return start + (characters[-1] if characters else len(tail) - 1)
+  spaces = [space.start() for space in _WHITESPACE.finditer(tail) if start + space.start() > 0]
+  characters = [character.start() for character in _CHARACTER.finditer(tail)]
+  return start + (spaces or characters or [len(tail) - 1])[-1]
 
 
-def count(text: Text) -> dict[str, int]:
-  """Counts {"words": separated by whitespace, "bytes": all}, reading `_COUNT_BYTES` at a time."""
-  words, inside = 0, False  # inside: the part before ended within a word
-  for start in range(0, len(text), _COUNT_BYTES):
-    part = text.read(start, start + _COUNT_BYTES)
-    words += len(_WORDS.findall(part)) - (inside and not part[:1].isspace())
+def count(text: Text, num_bytes: int | None = None) -> dict[str, int]:
+  """Counts {"words": separated by whitespace, "bytes": all} of the first `num_bytes`, `_COUNT_BYTES` at a time."""
+  words, inside, end = 0, False, len(text) if num_bytes is None else num_bytes
+  for start in range(0, end, _COUNT_BYTES):
+    part = text.read(start, min(start + _COUNT_BYTES, end))
+    words += len(_WORDS.findall(part)) - (inside and not part[:1].isspace())  # the part before ended in a word
     inside = not part[-1:].isspace()
-  return {"words": words, "bytes": len(text)}
+  return {"words": words, "bytes": end}

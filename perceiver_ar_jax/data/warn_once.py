@@ -7,16 +7,16 @@ import threading
 import tqdm
 
 _lock = threading.Lock()  # rows of batches are made in several threads
-_messages: dict[str, dict[str, str]] = collections.defaultdict(dict)
+_messages: dict[str | None, dict[str, str]] = collections.defaultdict(dict)
 """kind -> subject -> message, in order."""
 
 
-def warn_once(kind: str, message: str, subject: str | None = None) -> None:
+def warn_once(kind: str | None, message: str, subject: str | None = None) -> None:
   """Writes `message` and the number of warnings of its kind, unless its subject has had one.
 
   Args:
-    kind: what is counted, such as "skipped".
-    message: a sentence without its full stop.
+    kind: what is counted, such as "skipped"; None: nothing.
+    message: a sentence, without its full stop if it is counted.
     subject: what the warning is about, such as a file; None: the message itself.
   """
   with _lock:
@@ -24,29 +24,24 @@ def warn_once(kind: str, message: str, subject: str | None = None) -> None:
     if (subject or message) in messages:
       return
     messages[subject or message] = message
-    count = len(messages)
-  tqdm.tqdm.write(f"{message} ({count} {kind} so far).", file=sys.stderr)  # keeps a progress bar in one piece
+    suffix = f" ({len(messages)} {kind} so far)." if kind else ""
+  tqdm.tqdm.write(message + suffix, file=sys.stderr)  # keeps a progress bar in one piece
+
+
+def inform_once(message: str, subject: str | None = None) -> None:
+  """Writes `message`, unless it, or another message about `subject`, was written before."""
+  warn_once(None, message, subject)
 
 
 def count(kind: str) -> int:
   """Returns the number of subjects that had a warning of this kind."""
-  with _lock:
-    return len(_messages[kind])
+  return len(_messages[kind])
 
 
 def newest_messages(kind: str, limit: int) -> list[str]:
   """Returns the newest messages of a kind, at most `limit` of them."""
   with _lock:
     return list(_messages[kind].values())[-limit:]
-
-
-def inform_once(message: str, subject: str | None = None) -> None:
-  """Writes `message`, unless it, or another message about `subject`, was written before."""
-  with _lock:
-    if (subject or message) in _messages["information"]:
-      return
-    _messages["information"][subject or message] = message
-  tqdm.tqdm.write(message, file=sys.stderr)
 
 
 def reset() -> None:
