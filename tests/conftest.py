@@ -26,7 +26,6 @@ import pytest  # noqa: E402
 
 from tests import tiny  # noqa: E402
 
-
 _LONGEST = (
   *("parallel_processes", "notebook", "training_resume", "training_devices", "training_loop", "main"),
   *("plan", "parallel_context", "sampling_sampler"),

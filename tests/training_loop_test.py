@@ -149,9 +149,14 @@ def test_skipped_updates_are_counted_through_a_restart_and_leave_the_learning_ra
 
 def test_processes_agree_on_whether_a_step_was_evaluated(copy_of_trained, monkeypatch):
   """Process 0 writes the metrics of a step, which a slower process would find and then not wait for it."""
-  (copy_of_trained / "checkpoints" / "12" / "metrics" / "metrics").write_text("{}")  # as before the evaluation
-  added, values = [], []
-  monkeypatch.setattr(loop.distributed, "maximum", lambda value: values.append(value) or 1)  # another process has them
+
+  class NotHere(int):
+    """0: this process finds no metrics; another one does."""
+
+  (copy_of_trained / "eval-validation-12.json").unlink()
+  added = []
+  monkeypatch.setattr(loop.checkpoint.Checkpointer, "has_metrics", lambda *arguments: NotHere())
   monkeypatch.setattr(loop.checkpoint.Checkpointer, "add_metrics", lambda *arguments: added.append(arguments))
+  monkeypatch.setattr(loop.distributed, "maximum", lambda value: 1 if isinstance(value, NotHere) else value)
   assert loop.train(tiny.config(), copy_of_trained) == 0
-  assert False in values and not added
+  assert (copy_of_trained / "eval-validation-12.json").exists() and not added
