@@ -78,7 +78,7 @@ def read_notes(content: bytes) -> list[Note]:
       else:
         end(held[channel], time)
         end(sustained[channel], time)
-      if not pedal_down[channel]:
+      if sustained[channel] and not pedal_down[channel]:
         end(sustained[channel], time)
     elif channel != _PERCUSSION_CHANNEL:
       keys = held[channel][number]
@@ -104,19 +104,22 @@ def encode(notes: Sequence[Note]) -> np.ndarray:
   pitch, a velocity or a time is out of range.
   """
   _check(notes)
-  events = []
-  for pitch, velocity, onset, offset in notes:
-    first = round(onset * STEPS_PER_SECOND)
-    events.append((first, True, pitch, (velocity - 1) // _VELOCITIES_PER_BIN))
-    events.append((max(round(offset * STEPS_PER_SECOND), first + 1), False, pitch, 0))
-  steps_and_values, last_velocity_bin = [], None
-  for step, begins, pitch, velocity_bin in sorted(events):
-    if begins and velocity_bin != last_velocity_bin:
-      steps_and_values.append((step, _VELOCITY + velocity_bin))
-      last_velocity_bin = velocity_bin
-    steps_and_values.append((step, (_NOTE_ON if begins else _NOTE_OFF) + pitch))
-  steps_N, values_N = np.array(steps_and_values, np.int64).reshape(-1, 2).T
-  return _with_time_shifts(values_N, steps_N, end_step=steps_N.max(initial=0))
+  pitches_N, velocities_N, onsets_N, offsets_N = np.array(notes, np.float64).reshape(-1, 4).T
+  first_N = np.rint(onsets_N * STEPS_PER_SECOND)
+  last_N = np.maximum(np.rint(offsets_N * STEPS_PER_SECOND), first_N + 1)
+  bins_N = (velocities_N - 1) // _VELOCITIES_PER_BIN
+  zeros_N = np.zeros(len(notes))
+  events_4xM = np.stack([[last_N, zeros_N, pitches_N, zeros_N], [first_N, zeros_N + 1, pitches_N, bins_N]], axis=1)
+  events_4xM = events_4xM.reshape(4, -1).astype(np.int64)
+  steps_M, begins_M, pitches_M, bins_M = events_4xM[:, np.lexsort(events_4xM[::-1])]
+  values_M = np.where(begins_M, _NOTE_ON, _NOTE_OFF) + pitches_M
+  begin_N = np.flatnonzero(begins_M)
+  changed = begin_N[np.diff(bins_M[begin_N], prepend=-1) != 0]  # note-ons that need a velocity event
+  values_M, steps_M = (
+    np.insert(values_M, changed, _VELOCITY + bins_M[changed]),
+    np.insert(steps_M, changed, steps_M[changed]),
+  )
+  return _with_time_shifts(values_M, steps_M, end_step=steps_M.max(initial=0))
 
 
 def decode(ids_N: Sequence[int]) -> list[Note]:
