@@ -22,10 +22,7 @@ class InputError(ValueError):
 
 
 class TransientError(RuntimeError):
-  """Storage or memory failed in a way that may pass, such as a full disk; the message is one paragraph.
-
-  Nothing is lost: the same command resumes once the cause is gone.
-  """
+  """Storage or memory failed in a way that may pass, such as a full disk; then the same command resumes."""
 
 
 class _Kind:
@@ -37,27 +34,21 @@ class _Kind:
   def __init__(self, types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], statuses: str):
     self._types, self._http_codes = types, http_codes
     self._errnos = [getattr(errno, name) for name in errnos.split() if hasattr(errno, name)]
-    texts = [re.escape(os.strerror(number)) for number in self._errnos]
     codes = rf"(?:\bHTTP|[Ss]tatus)\D{{0,20}}(?:{'|'.join(map(str, http_codes))})\b"
-    self._message = re.compile("|".join([*texts, codes, statuses]))
+    self._message = re.compile("|".join([*(re.escape(os.strerror(n)) for n in self._errnos), codes, statuses]))
 
   def matches(self, error: BaseException) -> bool:
     """Returns whether the error, or one that it was raised from or while handling, is of this kind."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-      current = pending.pop()
-      if current is not None and id(current) not in seen:
-        if (
-          isinstance(current, self._types)
-          or getattr(current, "errno", None) in self._errnos
-          or getattr(current, "code", None) in self._http_codes
-          or self._message.search(str(current))
-        ):
-          return True
-        seen.add(id(current))
-        pending += [current.__context__, current.__cause__]
-    return False
+    chain = [error]
+    for link in chain:
+      chain += [cause for cause in (link.__context__, link.__cause__) if cause is not None and cause not in chain]
+    return any(
+      isinstance(link, self._types)
+      or getattr(link, "errno", None) in self._errnos
+      or getattr(link, "code", None) in self._http_codes
+      or self._message.search(str(link))
+      for link in chain
+    )
 
 
 _TRANSIENT = _Kind(
@@ -145,11 +136,6 @@ def require(condition: bool, message: str) -> None:
 def require_choice(field: str, value: str, known: Iterable[str]) -> None:
   """Raises InputError unless the field's value is a known name."""
   require(value in known, f"{field}={value!r} is unknown. {nearest(value, known)}")
-
-
-def require_seed(field: str, value: int) -> None:
-  """Raises InputError unless random keys and generators distinguish the seed from all others."""
-  require(0 <= value < 2**32, f"{field}={value} must be in 0..4294967295 (2^32-1).")
 
 
 def require_at_least(minimum: int, section: str, config: Any, *names: str) -> None:
