@@ -45,8 +45,7 @@ class Config:
   plan: PlanConfig = PlanConfig()
 
   def __post_init__(self):
-    for name, seed in (("seed", self.seed), ("sample.seed", self.sample.seed)):  # random keys distinguish only these
-      require(0 <= seed < 2**32, f"{name}={seed} must be in 0..4294967295 (2^32-1).")
+    require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0..4294967295 (2^32-1).")
     require(
       self.train.batch_size % self.data.shards == 0,
       f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each shard of the data"

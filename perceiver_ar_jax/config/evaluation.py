@@ -67,6 +67,7 @@ class SampleConfig:
 
   def __post_init__(self):
     require(self.prompt != "", "sample.prompt is empty: leave it out to sample without a prompt.")
+    require(0 <= self.seed < 2**32, f"sample.seed={self.seed} must be in 0..4294967295 (2^32-1).")
     require_at_least(1, "sample", self, "prompt_tokens", "length", "num_samples", "batch_size")
     require(0 <= self.temperature < math.inf, f"sample.temperature={self.temperature} must be 0 or more, and finite.")
     require(self.top_k >= 0, f"sample.top_k={self.top_k} must be at least 1, or 0 to draw from all tokens.")
