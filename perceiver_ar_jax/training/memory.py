@@ -19,7 +19,7 @@ from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training.state import TrainState
 
-_LESS_MEMORY = (
+LESS_MEMORY = (
   "Lower train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
   " model.attention=streamed (a long context), shard the weights over more devices with mesh.fsdp, or make"
   " the model smaller (latent_width, num_layers, num_latents)."
@@ -46,19 +46,19 @@ def compile_step(
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
   latents = rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
   minimum = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
-  _check("The train step needs at least", minimum + model.num_layers * latents, _LESS_MEMORY)
+  _check("The train step needs at least", minimum + model.num_layers * latents, LESS_MEMORY)
   shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
   batch = {
     name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in batch_spec.items()
   }
-  with _compiling("the train step", _LESS_MEMORY):
+  with _compiling("the train step", LESS_MEMORY):
     compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
   memory = compiled.memory_analysis()
   distributed.log(
     f"Memory on each of {mesh.size} devices: weights, optimizer state and batch {_size(memory.argument_size_in_bytes)},"
     f" temporary {_size(memory.temp_size_in_bytes)}, available {_size(_bytes_per_device())}."
   )
-  _check("The train step needs", memory.argument_size_in_bytes + bytes_beside_arguments(compiled), _LESS_MEMORY)
+  _check("The train step needs", memory.argument_size_in_bytes + bytes_beside_arguments(compiled), LESS_MEMORY)
   return compiled
 
 
