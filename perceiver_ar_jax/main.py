@@ -51,7 +51,7 @@ def main(config: Config) -> int:
 
     distributed.cache_compiled(config.compilation_cache)
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    with distributed.EndTogether():
+    with distributed.end_together():
       return _on_devices(mode, config, workdir)
   return 0
 
