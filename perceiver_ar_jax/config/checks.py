@@ -37,7 +37,7 @@ class _Kind:
     codes = rf"(?:\bHTTP|[Ss]tatus)\D{{0,20}}(?:{'|'.join(map(str, http_codes))})\b"
     self._message = re.compile("|".join([*(re.escape(os.strerror(n)) for n in self._errnos), codes, statuses]))
 
-  def matches(self, error: BaseException) -> bool:
+  def __call__(self, error: BaseException) -> bool:
     """Returns whether the error, or one that it was raised from or while handling, is of this kind."""
     chain = [error]
     for link in chain:
@@ -51,7 +51,7 @@ class _Kind:
     )
 
 
-_TRANSIENT = _Kind(
+is_transient = _Kind(
   (TransientError, MemoryError, TimeoutError),
   "ENOSPC EDQUOT EFBIG ENOMEM EMFILE ENFILE EAGAIN EBUSY EINTR EIO EREMOTEIO ESTALE ENODEV ENXIO ENOTCONN ESHUTDOWN"
   " ETIMEDOUT ECONNREFUSED ECONNRESET ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETRESET ENETUNREACH",
@@ -59,17 +59,9 @@ _TRANSIENT = _Kind(
   r"\bRESOURCE_EXHAUSTED\b|\bUNAVAILABLE\b|\bDEADLINE_EXCEEDED\b|\bABORTED\b"
   "|Service Unavailable|Bad Gateway|Gateway Time-?out|Internal Server Error|Too Many Requests",
 )
-_DENIED = _Kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERMISSION_DENIED\b|\bUNAUTHENTICATED\b")
-
-
-def is_transient(error: BaseException) -> bool:
-  """Returns whether storage or memory failed in a way that may pass."""
-  return _TRANSIENT.matches(error)
-
-
-def is_denied(error: BaseException) -> bool:
-  """Returns whether the user may not access a file."""
-  return _DENIED.matches(error)
+"""Whether storage or memory failed in a way that may pass."""
+is_denied = _Kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERMISSION_DENIED\b|\bUNAUTHENTICATED\b")
+"""Whether the user may not access a file."""
 
 
 def one_line(error: BaseException) -> str:
