@@ -39,15 +39,15 @@ _PATHS = ("config", "workdir", "output", "checkpoint")  # flags of this or anoth
 _EXAMPLES = {"config": "configs/photos32.py", "workdir": "/tmp/run"}
 
 
-def _or_none(parser: flags.ArgumentParser) -> flags.ArgumentParser:
-  """Returns `parser`, which now parses "None" as None; resolving the config refuses None where it must."""
-  parse = parser.parse
-  parser.parse = lambda argument: None if argument == "None" else parse(argument)
-  return parser
+class _OrNone(flags.ArgumentParser):
+  """Parses "None" as None and everything else as `parser` does; resolving the config refuses None where it must."""
+
+  def __init__(self, parser: flags.ArgumentParser):
+    self.parse = lambda argument: None if argument == "None" else parser.parse(argument)
 
 
 for _kind, _parser in ((int, flags.IntegerParser()), (float, flags.FloatParser()), (str, flags.ArgumentParser())):
-  config_flags.register_flag_parser_for_type(_kind, _or_none(_parser))
+  config_flags.register_flag_parser_for_type(_kind, _OrNone(_parser))
 
 
 def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) -> None:

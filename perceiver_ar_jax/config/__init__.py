@@ -81,9 +81,17 @@ class Config:
     return _build(cls, values | {"data": _IMPLICIT_DATA | values.get("data", {})})
 
 
-def defaults() -> config_dict.ConfigDict:
+def defaults(section: type = Config) -> config_dict.ConfigDict:
   """Returns a ConfigDict of all defaults, with None for settings that have no default: the config file sets them."""
-  return _defaults(Config)
+  result = config_dict.ConfigDict()
+  for field, kind, _ in _typed_fields(section):
+    if dataclasses.is_dataclass(kind):
+      result[field.name] = defaults(kind)
+    elif field.default in (dataclasses.MISSING, None):
+      result[field.name] = config_dict.placeholder(kind)
+    else:
+      result[field.name] = field.default
+  return result
 
 
 def resolve(config: config_dict.ConfigDict) -> Config:
@@ -95,22 +103,9 @@ def _typed_fields(cls: type) -> Iterator[tuple[dataclasses.Field, type, bool]]:
   """Yields (field, its plain type, whether None is allowed) of each field."""
   hints = typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
-    kind, *none = (
-      typing.get_args(hints[field.name]) if isinstance(hints[field.name], UnionType) else [hints[field.name]]
-    )
-    yield field, typing.get_origin(kind) or kind, bool(none)
-
-
-def _defaults(cls: type) -> config_dict.ConfigDict:
-  result = config_dict.ConfigDict()
-  for field, kind, _ in _typed_fields(cls):
-    if dataclasses.is_dataclass(kind):
-      result[field.name] = _defaults(kind)
-    elif field.default in (dataclasses.MISSING, None):
-      result[field.name] = config_dict.placeholder(kind)
-    else:
-      result[field.name] = field.default
-  return result
+    hint = hints[field.name]
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    yield field, typing.get_origin(kinds[0]) or kinds[0], len(kinds) > 1
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
@@ -130,8 +125,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     elif kind is float and type(value) is int:
       value = float(value)
     if value is None or value is dataclasses.MISSING:
-      required = field.default is dataclasses.MISSING
-      require(not required, f"{path} is not set: add --{path}=... or set it in the file.")
+      has_default = field.default is not dataclasses.MISSING
+      require(has_default, f"{path} is not set: add --{path}=... or set it in the file.")
       require(optional, f"{path} must not be None.")
     else:
       require(type(value) is kind, f"{path}={value!r} must be of type {kind.__name__}.")
