@@ -125,9 +125,8 @@ def describe(plan: dict) -> str:
   )
 
 
-def _required_bytes(message: str) -> int:
-  """Returns the memory that a refused program requires: "... temporaries (41.23G) exceeds ..."."""
-  match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
+def _required_bytes(refused: str) -> int:
+  match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", refused)  # "... temporaries (41.23G) exceeds ..."
   return int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
 
 
@@ -138,8 +137,7 @@ def _format_bytes(num_bytes: int) -> str:
 def measure(config: Config, topology: Topology) -> dict:
   """Returns the mesh, the number of parameters, compile seconds, and the bytes of the compiled step on each chip.
 
-  If the compiler refuses the program because of its memory, `refused` is its message, and temporary memory is what
-  the message states.
+  If the compiler refuses the program because of its memory, `refused` is its message, which states temporary memory.
 
   Raises:
     InputError: the compiler does not know the topology, or the mesh or the batch does not fit it.

@@ -84,12 +84,7 @@ def for_user(error: BaseException) -> InputError | TransientError | None:
 
 @contextlib.contextmanager
 def _accessing(participle: str, path: object, fix: str) -> Iterator[None]:
-  """A context that accesses a path that the user chose.
-
-  Raises:
-    TransientError: a full disk or another error that may pass.
-    InputError: any other OSError; the message names the path and the fix.
-  """
+  """A context in which an OSError becomes a TransientError if it may pass, or else an InputError with path and fix."""
   try:
     yield
   except OSError as error:
@@ -110,11 +105,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def lookup(field: str, name: str, table: Mapping[str, Value], also: Sequence[str] = ()) -> Value:
-  """Returns the entry `name` of a table of implementations; `also` are further names to list in the message.
-
-  Raises:
-    InputError: the table has no such entry; the message names the setting and the known names.
-  """
+  """Returns the entry `name` of a table of implementations; raises InputError listing its names and those in `also`."""
   require(name in table, f"{field}={name!r} is unknown. {nearest(name, [*also, *table])}")
   return table[name]
 

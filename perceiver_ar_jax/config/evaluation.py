@@ -42,7 +42,7 @@ class SampleConfig:
   prompt: str | None = None
   """How samples begin. "data": with the first documents of eval.split. @FILE, or a pattern such as @folder/*.mid: with
   files of the task's kind. Any other value is such a path too, but for tasks of text the text itself unless it looks
-  like a path: begins with /, ./, ../ or ~/, contains a / but no space, or ends in .txt or the like. None: empty."""
+  like a path: begins with /, ./, ../ or ~/, contains a / but no space, or ends in .txt or similar. None: no prompt."""
   prompt_tokens: int | None = None
   """Maximum number of tokens used of each prompt, the first ones; None: half of an image or a copy, half a context of
   other documents of the split, and all of the user's own text, music or codes."""

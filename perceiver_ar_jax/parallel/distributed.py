@@ -33,10 +33,7 @@ HEARTBEAT_SECONDS = 30
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
   """Initializes jax.distributed, if there are several processes; call it before any use of a device.
 
-  Without arguments, a TPU pod or a Slurm step of several tasks is detected.
-
-  Raises:
-    InputError: some of the arguments are missing or wrong.
+  Without arguments, a TPU pod or a Slurm step of several tasks is detected. Raises InputError for wrong arguments.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
