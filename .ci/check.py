@@ -17,7 +17,7 @@ MAX_FILE_LINES = 400
 MAX_PACKAGE_LINES = {"perceiver_ar_jax/experiments": 800, "perceiver_ar_jax": 11_700}
 """Lines of Python, without packages listed before. The target of perceiver_ar_jax is 7,500: lower the limit with it."""
 PROSE = (
-  ".ci/check.py",
+  ".ci/*.py",
   ".github/**/*.yml",
   "*.md",
   "benchmarks/*.py",
@@ -26,30 +26,23 @@ PROSE = (
   "docs/*.py",
   "examples/*.ipynb",
   "launch/*",
-  "perceiver_ar_jax/command_line.py",
-  "perceiver_ar_jax/config/*.py",
-  "perceiver_ar_jax/data/*.py",
-  "perceiver_ar_jax/evaluation/*.py",
-  "perceiver_ar_jax/experiments/*.py",
-  "perceiver_ar_jax/interop/*.py",
-  "perceiver_ar_jax/loop.py",
-  "perceiver_ar_jax/main.py",
-  "perceiver_ar_jax/models/*.py",
-  "perceiver_ar_jax/parallel/*.py",
-  "perceiver_ar_jax/plan.py",
-  "perceiver_ar_jax/sampling/*.py",
-  "perceiver_ar_jax/training/*.py",
-  "tests/[!l]*.py",
-  "tests/launch_*.py",
+  "perceiver_ar_jax/**/*.py",
+  "tests/*.py",
 )
-"""Files whose prose is checked: all but lint_test.py, which quotes the words."""
+"""Files whose prose is checked."""
+QUOTES_RETIRED_WORDS = "lint_test.py"
 VAGUE_NAMES = {"found", "made", "one", "other", "own", "some", "there"}
 """Not allowed as names of variables and arguments: they do not say what they hold."""
 
 
 def main(arguments: list[str]) -> int:
   files = [path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-  prose = [path.relative_to(ROOT) for pattern in PROSE for path in sorted(ROOT.glob(pattern))]
+  prose = [
+    path.relative_to(ROOT)
+    for pattern in PROSE
+    for path in sorted(ROOT.glob(pattern))
+    if path.name != QUOTES_RETIRED_WORDS
+  ]
   violations, words = [] if arguments else _lengths(files), _retired_words()
   for path in map(pathlib.Path, arguments) if arguments else prose:
     violations += _vocabulary(path, (ROOT / path).read_text(encoding="utf-8"), words)

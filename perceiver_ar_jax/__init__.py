@@ -24,19 +24,19 @@ __all__ = ["ModelConfig", "PerceiverAR", "Sampler", "load_checkpoint", "tasks"]
 __version__ = "0.1.0"
 
 # Imported on first use: the model needs no TensorFlow, and a command that only prints help needs no JAX.
-_LATE = {
+_MODULES = {
   "PerceiverAR": "models.perceiver_ar",
   "Sampler": "sampling.sampler",
   "load_checkpoint": "evaluation.evaluate",
+  "tasks": "data.tasks",
 }
 
 
 def __getattr__(name: str):
-  if name == "tasks":
-    return importlib.import_module("perceiver_ar_jax.data.tasks")
-  if name in _LATE:
-    return getattr(importlib.import_module(f"perceiver_ar_jax.{_LATE[name]}"), name)
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  if name not in _MODULES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  module = importlib.import_module(f"perceiver_ar_jax.{_MODULES[name]}")
+  return module if name == "tasks" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

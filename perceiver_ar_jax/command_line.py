@@ -6,6 +6,7 @@ traceback), so that a restart may help; 128 + signal after a signal.
 Nothing here imports JAX, TensorFlow or other slow libraries, so that --help and mistakes are answered at once.
 """
 
+import argparse
 import contextlib
 import glob
 import importlib.metadata
@@ -26,6 +27,7 @@ from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import checks, config_from_run
 
 _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # raised by a config file that cannot be executed
+_INVALID_FLAGS = (flags.Error, argparse.ArgumentError, AttributeError, LookupError, TypeError, ValueError)
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   help_string="The experiment: a file such as configs/photos32.py. Default: the config of the run in --workdir.",
@@ -33,6 +35,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of this project, Python and JAX, and exit.")
+_PATHS = ("config", "workdir", "output", "checkpoint")  # flags of this or another command
 _EXAMPLES = {"config": "configs/photos32.py", "workdir": "/tmp/run"}
 
 
@@ -40,10 +43,7 @@ class _OrNone(flags.ArgumentParser):
   """Parses "None" as None and everything else as `parser` does; resolving the config refuses None where it must."""
 
   def __init__(self, parser: flags.ArgumentParser):
-    self._parser = parser
-
-  def parse(self, argument):
-    return None if argument == "None" else self._parser.parse(argument)
+    self.parse = lambda argument: None if argument == "None" else parser.parse(argument)
 
 
 for _kind, _parser in ((int, flags.IntegerParser()), (float, flags.FloatParser()), (str, flags.ArgumentParser())):
@@ -113,6 +113,10 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
     if flags.FLAGS[name].value is None:
       example = " ".join(f"--{flag}={_EXAMPLES.get(flag, '...')}" for flag in ("config", *required))
       raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help} For example: {example}")
+  for name, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
+    if name.removeprefix("data.") in config_lib.DATA_PATHS and value and "://" not in value:
+      if not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
+        raise config_lib.InputError(f"--config.{name}={value} does not exist: give an existing file or folder.")
   try:
     config = config_lib.resolve(_CONFIG.value)
   except _UNLOADABLE as error:  # raised when the config is first read
@@ -125,91 +129,47 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
 def _parse(argv: list[str]) -> list[str]:
   """Parses the flags and returns the other arguments; a mistake in a flag ends in one paragraph."""
   try:
-    arguments = _normalise(argv[1:])
-    for argument in arguments:
-      _check(*_split(argument))
-    sys.argv = [argv[0], *_config_of_run(arguments), *arguments]  # config_flags looks for overrides there
+    sys.argv = [argv[0], *_with_config(argv[1:])]  # config_flags looks for overrides there
     return flags.FLAGS(sys.argv)
   except BrokenPipeError:  # --help | head
     raise
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, *_UNLOADABLE) as error:
+  except (*_INVALID_FLAGS, *_UNLOADABLE) as error:
     return _fail(error)
 
 
-def _split(argument: str) -> tuple[str, str]:
-  """Returns the name and the value of a flag."""
-  name, _, value = argument.lstrip("-").partition("=")
-  return name, value
+def _with_config(arguments: list[str]) -> list[str]:
+  """Returns the arguments with --config, by default that of the run in --workdir, and with ~ expanded in paths.
 
-
-def _normalise(arguments: list[str]) -> list[str]:
-  """Rewrites `--name value` as --name=value, and ~/ at the beginning of a value as the home folder.
-
-  Settings of the config that are paths expand ~ themselves.
+  Raises:
+    InputError: --config does not exist, or is missing although its settings are overridden; or an unknown setting.
   """
-  result, rest = [], iter(arguments)
-  for argument in rest:
-    if argument == "--":
-      return [*result, argument, *rest]
-    name, value = _split(argument)
-    if argument.startswith("-") and "=" not in argument and _takes_value(name):
-      value = next(rest, None)
-      if value is not None:
-        argument = f"--{name}={value}"
-    if argument.startswith("-") and value and value.startswith("~") and not name.startswith("config."):
-      argument = f"--{name}={os.path.expanduser(value)}"
-    result.append(argument)
-  return result
-
-
-def _takes_value(name: str) -> bool:
-  if name.startswith("config."):
-    return not isinstance(_default_of(name), bool)
-  return name in flags.FLAGS and not flags.FLAGS[name].boolean
-
-
-def _config_of_run(arguments: list[str]) -> list[str]:
-  """Returns the flag --config for the run in --workdir, if it contains one and --config is not given."""
-  given = dict(map(_split, arguments))
-  workdir = given.get("workdir")
-  if "config" in given:
-    return []
-  if not workdir or not config_from_run.exists(workdir):
-    if any(name.startswith("config.") for name in given):  # which absl would call unknown flags
-      raise config_lib.InputError(
-        f"--config is missing, and --workdir={workdir or ''} contains no run whose config could be used. For example:"
-        f" --config={_EXAMPLES['config']}"
-      )
-    return []
-  config_from_run.load_config(workdir)  # raises InputError if it cannot be read
-  return [f"--config={config_from_run.__file__}:{workdir}"]
-
-
-def _check(name: str, value: str) -> None:
-  """Raises InputError for a path that does not exist or a setting that is unknown, with the nearest known name."""
-  if name == "config" and value and not pathlib.Path(value.split(":")[0]).exists():
-    siblings = list(map(str, pathlib.Path(value).parent.glob("*.py")))
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+  for name in _PATHS:
+    parser.add_argument(f"--{name}", f"-{name}", type=os.path.expanduser)
+  given, others = parser.parse_known_args(arguments)
+  path, workdir = given.config, given.workdir
+  if path and not os.path.exists(path.split(":")[0]):
+    siblings = list(map(str, pathlib.Path(path).parent.glob("*.py")))
     hint = "Run from the folder that contains configs/, or give an absolute path."
     raise config_lib.InputError(
-      f"--config={value} does not exist. {config_lib.nearest(value, siblings) if siblings else hint}"
+      f"--config={path} does not exist. {config_lib.nearest(path, siblings) if siblings else hint}"
     )
-  if name.removeprefix("config.data.") in config_lib.DATA_PATHS and value not in ("", "None"):
-    if "://" not in value and not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
-      raise config_lib.InputError(f"--{name}={value} does not exist: give the path of an existing file or folder.")
-  if name.startswith("config."):
-    _default_of(name)
-
-
-def _default_of(name: str):
-  """Returns the default of a setting, given as config.SECTION.NAME; raises InputError if it is unknown."""
-  value, path = config_lib.defaults(), name.split(".")[1:]
-  for position, word in enumerate(path):
-    known = value if isinstance(value, config_dict.ConfigDict) else {}
-    if word not in known:
-      key = ".".join(path[: position + 1])
-      raise config_lib.InputError(f"Unknown config key {key!r}. {config_lib.nearest(word, known)}")
-    value = known[word]
-  return value
+  if not path and workdir and config_from_run.exists(workdir):
+    config_from_run.load_config(workdir)  # raises InputError if it cannot be read
+    given.config = path = f"{config_from_run.__file__}:{workdir}"
+  overrides = [argument for argument in others if argument.lstrip("-").startswith("config.")]
+  if overrides and not path:  # unknown flags to absl
+    raise config_lib.InputError(
+      f"--config is missing, and --workdir={workdir or ''} contains no run whose config could be used. For example:"
+      f" --config={_EXAMPLES['config']}"
+    )
+  for override in overrides:
+    section, key = config_lib.defaults(), override.partition("=")[0].partition(".")[2]
+    for word in key.split("."):
+      known = section if isinstance(section, config_dict.ConfigDict) else {}
+      checks.require(word in known, f"Unknown config key {key!r}. {config_lib.nearest(word, known)}")
+      section = known[word]
+  return [f"--{name}={value}" for name, value in vars(given).items() if value] + others
 
 
 def _fail(error: Exception, code: int = 1):

@@ -3,8 +3,8 @@
   python -m perceiver_ar_jax.main --config=configs/photos32.py --workdir=DIR [--mode=MODE]
 
 MODE is train (the default), eval (score a split), sample (generate), score (the likelihood of a text or file),
-attention (plots of the inputs that the cross-attention attends to), report (one HTML file about the run), data (inspect
-the data), or plan (compile the step for the chips of a pod and report whether it fits).
+attention (plots of what the cross-attention attends to), report (an HTML file about the run), data (inspect the data),
+or plan (whether the step fits the chips of a pod).
 
 --config names an experiment of configs/; perceiver_ar_jax/config documents every setting, and each can be overridden:
 --config.train.steps=100 --config.model.num_layers=6. The same command resumes a run that was stopped.
@@ -51,7 +51,7 @@ def main(config: Config) -> int:
 
     distributed.cache_compiled(config.compilation_cache)
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    with distributed.EndTogether():
+    with distributed.end_together():
       return _on_devices(mode, config, workdir)
   return 0
 
@@ -75,10 +75,7 @@ def _on_devices(mode: str, config: Config, workdir: str) -> int:
   else:
     from perceiver_ar_jax.sampling import write
 
-    if mode == "sample":
-      write.sample(config, workdir, _STREAM.value)
-    else:
-      write.score(config, workdir)
+    write.sample(config, workdir, _STREAM.value) if mode == "sample" else write.score(config, workdir)
   return 0
 
 

@@ -1,10 +1,8 @@
 """--mode=plan: whether the train step of a config fits a slice of TPUs or nodes of GPUs, without having them.
 
-The real step is compiled by the real compiler, so bytes per chip are exact. The only statement about speed is the
-compute-bound lower limit of a step: its FLOPs over the chips' peak.
-
-The compiler runs in a process of its own, `python -m perceiver_ar_jax.plan TOPOLOGY RESULT.json < config.json`: libtpu
-would affect all else that JAX does in a process, and a compiler at its limits may crash.
+The real compiler compiles the real step, so bytes per chip are exact; the only statement about speed is the
+compute-bound lower limit of a step. The compiler runs in a process of its own, `python -m perceiver_ar_jax.plan
+TOPOLOGY RESULT.json < config.json`: libtpu would affect all else that JAX does in a process, and may crash.
 """
 
 import importlib.util
@@ -20,7 +18,6 @@ import time
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import windows
@@ -31,52 +28,45 @@ from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import step as step_lib
+from perceiver_ar_jax.training.memory import LESS_MEMORY
 
 
 def plan(config: Config, workdir: str | os.PathLike) -> int:
   """Plans for `config.plan.topology`, prints a report and writes WORKDIR/plan.json; returns the exit code 0.
 
   Raises:
-    InputError: the step does not fit (plan.json is written all the same), the compiler is not installed, the topology
-      is unknown, or the mesh or the batch does not fit it.
+    InputError: the step does not fit (plan.json is written all the same), the compiler is not installed or failed, the
+      topology is unknown, or the mesh or the batch does not fit it.
   """
   if config.plan.topology is None:
     raise InputError(
       "--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16, v4-128 or h100:4x8."
     )
   topology = parse_topology(config.plan.topology)
-  check_compiler(topology)
+  package, extra = ("libtpu", "plan") if topology.chip.dims else ("jax_cuda12_plugin", "cuda12")
+  if importlib.util.find_spec(package) is None:
+    raise InputError(
+      f"--mode=plan for {topology} compiles with the package {package}, which is not installed: pip install -e"
+      f" '.[{extra}]'. It needs no TPU or GPU."
+    )
   print(f"Compiling the train step for {topology} ({topology.num_chips} chips): one minute to several.", flush=True)
-  result = compile_plan(config, topology)
+  result = assemble(config, topology, compile_plan(config, topology))
   path = pathlib.Path(workdir) / "plan.json"
   with writing(path, "give another --workdir"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
   print(f"{describe(result)}\nWritten to {path}", flush=True)
   if not result["fits"]:
-    raise InputError(refusal(config, result))
+    reason = f"The compiler reports: {result['refused'].split(': ', 1)[-1]} " if "refused" in result else ""
+    raise InputError(
+      f"The train step of {config.data.task} does not fit {topology}: it needs {_format_bytes(result['peak_bytes'])} on"
+      f" each of {topology.num_chips} chips, which have {_format_bytes(result['hbm_bytes'])}. {reason}{LESS_MEMORY}"
+    )
   return 0
 
 
-def check_compiler(topology: Topology) -> None:
-  """Raises InputError unless the compiler for these chips is installed."""
-  if topology.chip.dims:
-    package, extra, needs = "libtpu", "plan", "It needs no TPU, and runs on x86-64 Linux."
-  else:
-    package, extra, needs = "jax_cuda12_plugin", "cuda12", "It needs no GPU."
-  if importlib.util.find_spec(package) is None:
-    raise InputError(
-      f"--mode=plan for {topology} compiles with the package {package}, which is not installed: pip install -e"
-      f" '.[{extra}]'. {needs}"
-    )
-
-
 def compile_plan(config: Config, topology: Topology) -> dict:
-  """Returns the content of plan.json, compiling in a process of its own.
-
-  Raises:
-    InputError: the compiler failed, or what `measure` raises.
-  """
+  """Returns the result of `measure` in a process of its own; raises InputError as it, or if the compiler failed."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -85,13 +75,8 @@ def compile_plan(config: Config, topology: Topology) -> dict:
   }
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "result.json"
-    process = subprocess.run(
-      [sys.executable, "-m", "perceiver_ar_jax.plan", str(topology), str(path)],
-      input=config.to_json(),
-      env=environment,
-      capture_output=True,
-      text=True,
-    )
+    command = [sys.executable, "-m", "perceiver_ar_jax.plan", str(topology), str(path)]
+    process = subprocess.run(command, input=config.to_json(), env=environment, capture_output=True, text=True)
     if not path.exists():
       reason = "; ".join(process.stderr.strip().splitlines()[-3:])
       raise InputError(
@@ -101,15 +86,11 @@ def compile_plan(config: Config, topology: Topology) -> dict:
     measured = json.loads(path.read_text())
   if "error" in measured:
     raise InputError(measured["error"])
-  return assemble(config, topology, measured)
+  return measured
 
 
 def assemble(config: Config, topology: Topology, measured: dict) -> dict:
   """Returns the content of plan.json, given the result of `measure`."""
-  chip = topology.chip
-  measured = {"argument_bytes": sum(measured[f"{name}_bytes"] for name in ("weight", "optimizer", "batch"))} | measured
-  if "refused" in measured:
-    measured = {"temp_bytes": _required_bytes(measured["refused"]), "output_bytes": 0, "code_bytes": 0} | measured
   peak_bytes = sum(measured[f"{name}_bytes"] for name in ("argument", "temp", "output", "code"))
   step_flops = flops.train_step(config)
   return {
@@ -122,70 +103,30 @@ def assemble(config: Config, topology: Topology, measured: dict) -> dict:
     "remat": config.model.remat,
     "attention": config.model.attention,
     "peak_bytes": peak_bytes,
-    "hbm_bytes": chip.hbm_bytes,
-    "fits": "refused" not in measured and peak_bytes <= chip.hbm_bytes,
+    "hbm_bytes": topology.chip.hbm_bytes,
+    "fits": "refused" not in measured and peak_bytes <= topology.chip.hbm_bytes,
     "step_flops": step_flops,
-    "compute_bound_seconds": step_flops / (topology.num_chips * chip.peak_flops),
+    "compute_bound_seconds": step_flops / (topology.num_chips * topology.chip.peak_flops),
   }
 
 
 def describe(plan: dict) -> str:
   """Returns the report that is printed."""
   mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
-  verdict = "fits" if plan["fits"] else "DOES NOT FIT"
-  labels = {"weight": "weights", "optimizer": "optimizer", "batch": "batch", "temp": "temporary", "code": "code"}
-  parts = ", ".join(f"{label} {_format_bytes(plan[f'{name}_bytes'])}" for name, label in labels.items())
-  lines = (
-    f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {mesh}",
-    f"  {plan['num_params'] / 1e6:,.1f}M parameters, batch {plan['batch_size']:,}, microbatches {plan['microbatches']},"
-    f" remat {plan['remat']}, attention {plan['attention']}",
-    f"  {verdict}: {_format_bytes(plan['peak_bytes'])} of {_format_bytes(plan['hbm_bytes'])} per chip ({parts})",
-    f"  {plan['step_flops']:.3g} FLOPs per step; compute-bound lower limit (FLOPs over peak):"
-    f" {plan['compute_bound_seconds']:.3g} seconds per step",
-    f"  compiled in {plan['compile_seconds']:.0f} s",
-  )
-  return "\n".join(lines)
-
-
-def refusal(config: Config, plan: dict) -> str:
-  """Returns one paragraph: that a plan does not fit, the compiler's reason, and what to change."""
-  reason = f"The compiler reports: {plan['refused'].split(': ', 1)[-1]} " if "refused" in plan else ""
+  size = {name: _format_bytes(value) for name, value in plan.items() if name.endswith("_bytes")}
+  parts = ", ".join(f"{name} {size[f'{name}_bytes']}" for name in ("weight", "optimizer", "batch", "temp", "code"))
   return (
-    f"The train step of {plan['task']} does not fit {plan['topology']}: it needs {_format_bytes(plan['peak_bytes'])} on"
-    f" each of {plan['num_devices']} chips, which have {_format_bytes(plan['hbm_bytes'])}. {reason}Try"
-    f" {', or '.join(suggestions(config, plan))}."
+    f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {mesh}\n"
+    f"  {plan['num_params'] / 1e6:,.1f}M parameters, batch {plan['batch_size']:,}, microbatches {plan['microbatches']},"
+    f" remat {plan['remat']}, attention {plan['attention']}\n"
+    f"  {'fits' if plan['fits'] else 'DOES NOT FIT'}: {size['peak_bytes']} of {size['hbm_bytes']} per chip ({parts})\n"
+    f"  {plan['step_flops']:.3g} FLOPs per step; compute-bound lower limit (FLOPs over peak):"
+    f" {plan['compute_bound_seconds']:.3g} seconds per step; compiled in {plan['compile_seconds']:.0f} s"
   )
 
 
-def suggestions(config: Config, plan: dict) -> list[str]:
-  """Returns changes of the config that lower its memory, the most promising first."""
-  mesh, model, microbatches = plan["mesh"], config.model, config.train.microbatches
-  rows = config.train.batch_size // (microbatches * mesh["data"] * mesh["fsdp"])
-  state_bytes = plan["weight_bytes"] + plan["optimizer_bytes"]
-  changes = []
-  if mesh["data"] > 1 and state_bytes > plan["hbm_bytes"] / 8:
-    changes.append(
-      f"sharding the {_format_bytes(state_bytes)} of weights and optimizer state: --config.mesh.data=1"
-      f" --config.mesh.fsdp={mesh['fsdp'] * mesh['data']}"
-    )
-  if model.attention == "reference":
-    changes.append("attention that does not store its scores: --config.model.attention=streamed")
-  elif model.attention == "chunked":
-    changes.append("attention that does not store keys and values: --config.model.attention=streamed")
-  if model.remat != "full":
-    changes.append("recomputing layers in the backward pass: --config.model.remat=full")
-  if rows > 1:
-    free_bytes = max(plan["hbm_bytes"] - plan["argument_bytes"] - plan["code_bytes"], 1)
-    sufficient = [n for n in range(2, rows + 1) if rows % n == 0 and n * free_bytes >= plan["temp_bytes"]]
-    changes.append(f"smaller microbatches: --config.train.microbatches={min(sufficient, default=rows) * microbatches}")
-  if model.logits_chunk is None and model.vocab_size > 4 * model.latent_width:
-    changes.append("computing logits in chunks: --config.model.logits_chunk=128")
-  return changes or ["a larger slice, or a smaller model (latent_width, num_layers, num_latents)"]
-
-
-def _required_bytes(message: str) -> int:
-  """Returns the memory that a refused program requires: "... temporaries (41.23G) exceeds ..."."""
-  match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
+def _required_bytes(refused: str) -> int:
+  match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", refused)  # "... temporaries (41.23G) exceeds ..."
   return int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
 
 
@@ -193,14 +134,10 @@ def _format_bytes(num_bytes: int) -> str:
   return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.0f} MiB"
 
 
-# In the compiler's process.
-
-
 def measure(config: Config, topology: Topology) -> dict:
   """Returns the mesh, the number of parameters, compile seconds, and the bytes of the compiled step on each chip.
 
-  If the compiler refuses the program because of its memory, `refused` is its message, and the bytes that only a
-  compiled program has are missing.
+  If the compiler refuses the program because of its memory, `refused` is its message, which states temporary memory.
 
   Raises:
     InputError: the compiler does not know the topology, or the mesh or the batch does not fit it.
@@ -217,7 +154,11 @@ def measure(config: Config, topology: Topology) -> dict:
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   state = state_lib.abstract_state(config, optimizer, mesh)
-  batch = batch_shapes(config, mesh)
+  model, dims = config.model, len(config.model.position_sizes) or 1
+  row = windows.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
+  shapes = {name: (config.train.batch_size, *array.shape[1:]) for name, array in row.items()}
+  layout = sharding.batch_shardings(mesh, shapes)
+  batch = {name: jax.ShapeDtypeStruct(shapes[name], row[name].dtype, sharding=layout[name]) for name in row}
   result = {
     "mesh": dict(mesh.shape),
     "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
@@ -239,47 +180,32 @@ def measure(config: Config, topology: Topology) -> dict:
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      result["refused"] = str(error).split("\n")[0]
+      refused = str(error).split("\n")[0]
+      argument_bytes = result["weight_bytes"] + result["optimizer_bytes"] + result["batch_bytes"]
+      result |= {"argument_bytes": argument_bytes, "temp_bytes": _required_bytes(refused), "refused": refused}
+      result |= {"output_bytes": 0, "code_bytes": 0}
   return result | {"compile_seconds": round(time.monotonic() - start, 1)}
 
 
-def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes and shardings of a global batch, without reading data."""
-  model, batch_size = config.model, config.train.batch_size
-  dims = len(model.position_sizes) or 1
-  row = windows.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
-  shapes = {name: (batch_size, *array.shape[1:]) for name, array in row.items()}
-  layout = sharding.batch_shardings(mesh, shapes)
-  return {name: jax.ShapeDtypeStruct(shapes[name], array.dtype, sharding=layout[name]) for name, array in row.items()}
-
-
 def _devices(topology: Topology) -> list:
-  platform, name, options = "tpu", topology.slice_name, {}
+  options = {"num_slices": topology.slices} if topology.slices > 1 else {}
   if not topology.chip.dims:
-    shape = "x".join(map(str, (1, *topology.shape)))
-    platform, options = "cuda", {"target_config": topology.chip.target, "topology": shape}
+    options = {"target_config": topology.chip.target, "topology": "x".join(map(str, (1, *topology.shape)))}
   elif topology.version == "v4":
-    options = {"chip_config_name": "megacore"}  # a chip's two cores act as one device
-  if topology.slices > 1:
-    options["num_slices"] = topology.slices
+    options["chip_config_name"] = "megacore"  # a chip's two cores act as one device
+  platform = "tpu" if topology.chip.dims else "cuda"
   try:
-    return topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices
+    return topologies.get_topology_desc(platform=platform, topology_name=topology.slice_name, **options).devices
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).split("\n")[0]
-    raise InputError(
-      f"plan.topology={topology} is not known to the installed compiler ({reason}): choose another shape."
-    ) from error
-
-
-def _compile_here(topology: str, result_path: str) -> None:
-  try:
-    result = measure(Config.from_json(sys.stdin.read()), parse_topology(topology))
-  except InputError as error:
-    result = {"error": str(error)}
-  pathlib.Path(result_path).write_text(json.dumps(result))
-  sys.stdout.flush()
-  os._exit(0)  # libtpu may crash at Python's shutdown
+    raise InputError(f"The installed compiler does not know plan.topology={topology} ({reason}).") from error
 
 
 if __name__ == "__main__":
-  _compile_here(*sys.argv[1:])
+  try:
+    _RESULT = measure(Config.from_json(sys.stdin.read()), parse_topology(sys.argv[1]))
+  except InputError as _error:
+    _RESULT = {"error": str(_error)}
+  pathlib.Path(sys.argv[2]).write_text(json.dumps(_RESULT))
+  sys.stdout.flush()
+  os._exit(0)  # libtpu may crash at Python's shutdown

@@ -125,7 +125,8 @@ def test_a_flag_and_its_value_may_be_two_arguments(monkeypatch, tmp_path):
   (tmp_path / "config.json").write_text(config.to_json())
   assert _config(monkeypatch, "--workdir", tmp_path) == (config, str(tmp_path))
   arguments = ["--config", "configs/copy.py", "-workdir", tmp_path, "--config.train.steps", "123", "--mode", "eval"]
-  assert _config(monkeypatch, *arguments)[0].train.steps == 123
+  config, _ = _config(monkeypatch, *arguments, "--config.mesh.data", "-1", "--config.sample.prompt", "--stop it")
+  assert (config.train.steps, config.mesh.data, config.sample.prompt) == (123, -1, "--stop it")
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):

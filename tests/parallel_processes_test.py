@@ -121,7 +121,7 @@ from perceiver_ar_jax.sampling import write
 address, index, config, workdir = sys.argv[1:]
 config = Config.from_json(pathlib.Path(config).read_text())
 distributed.initialize(address, 2, int(index))
-with distributed.EndTogether():
+with distributed.end_together():
   evaluate.evaluate(config, workdir)
   write.sample(config, workdir)
 """
@@ -168,7 +168,7 @@ from perceiver_ar_jax.parallel import distributed
 initialize = jax.distributed.initialize
 jax.distributed.initialize = lambda *args, **names: initialize(*args, **names | {"shutdown_timeout_seconds": 2})
 distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-with distributed.EndTogether():
+with distributed.end_together():
   if jax.process_index() == 0:
     time.sleep(6)
 """

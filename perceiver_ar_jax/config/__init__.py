@@ -1,29 +1,21 @@
 """The settings of an experiment: frozen, documented, validated dataclasses.
 
-A config file builds an `ml_collections.ConfigDict` from `defaults()`, so that every field below can be overridden on
-the command line (`--config.train.steps=100`); `resolve` turns it into a `Config`. This package owns names, types,
-defaults and every check that needs only the settings. What depends on the machine (the number of devices, the data on
-disk) is checked where it is first known, and names of implementations by the module whose table has them.
+A config file fills the `ml_collections.ConfigDict` of `defaults()`, the command line overrides it
+(`--config.train.steps=100`), and `resolve` turns it into a `Config`. This package owns names, types, defaults and every
+check that needs only the settings. Devices and data on disk are checked where they are first known, and names of
+implementations by the module whose table has them.
 """
 
 import dataclasses
 import json
-import types
 import typing
+from collections.abc import Iterator
+from types import UnionType
 from typing import Any
 
 from ml_collections import config_dict
 
-from perceiver_ar_jax.config.checks import (
-  InputError,
-  TransientError,
-  lookup,
-  nearest,
-  reading,
-  require,
-  require_seed,
-  writing,
-)
+from perceiver_ar_jax.config.checks import InputError, TransientError, lookup, nearest, reading, require, writing
 from perceiver_ar_jax.config.data import DATA_PATHS, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ModelConfig
@@ -42,8 +34,7 @@ class Config:
   seed: int = 0
   """Seed of weights, dropout, shuffling and crops: 0..2^32-1."""
   compilation_cache: str | None = "~/.cache/perceiver_ar_jax"
-  """Folder of compiled programs, used by later starts of any run; JAX_COMPILATION_CACHE_DIR takes precedence. None: no
-  cache."""
+  """Folder of compiled programs for later starts of any run, or None; JAX_COMPILATION_CACHE_DIR takes precedence."""
   model: ModelConfig
   data: DataConfig
   train: TrainConfig
@@ -54,34 +45,27 @@ class Config:
   plan: PlanConfig = PlanConfig()
 
   def __post_init__(self):
-    require_seed("seed", self.seed)
+    require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0..4294967295 (2^32-1).")
     require(
       self.train.batch_size % self.data.shards == 0,
       f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each shard of the data"
-      " provides the same number of rows of a batch, so choose a divisor.",
+      " provides the same number of rows of a batch.",
     )
-    kept = self.sample.kept_latents
+    kept, num_latents = self.sample.kept_latents, self.model.num_latents
     require(
-      kept is None or 1 <= kept <= self.model.num_latents,
-      f"sample.kept_latents={kept} must be in 1..{self.model.num_latents}: the model has {self.model.num_latents}"
-      " latents.",
-    )
-    cross_attends = self.model.num_cross_attends
-    require(
-      0 <= self.attention_map.cross_attend < cross_attends,
-      f"attention_map.cross_attend={self.attention_map.cross_attend} must be in 0..{cross_attends - 1}: {cross_attends}"
-      f" cross-attentions, the first and those of model.cross_attend_after={self.model.cross_attend_after}.",
-    )
-    latents = self.eval.num_latents or self.model.num_latents
-    stride = self.eval.stride or latents
-    require(
-      latents <= self.model.max_context,
-      f"eval.num_latents={latents} exceeds model.max_context={self.model.max_context}: lower it.",
+      kept is None or 1 <= kept <= num_latents, f"sample.kept_latents={kept} must be in 1..{num_latents}, the latents."
     )
     require(
-      stride <= latents,
-      f"eval.stride={stride} exceeds the {latents} latents at evaluation, so tokens would not be scored: lower"
-      " eval.stride or raise eval.num_latents.",
+      0 <= self.attention_map.cross_attend < self.model.num_cross_attends,
+      f"attention_map.cross_attend={self.attention_map.cross_attend} must be in 0..{self.model.num_cross_attends - 1}:"
+      f" the first cross-attention and those of model.cross_attend_after={self.model.cross_attend_after}.",
+    )
+    latents, context = self.eval.num_latents or num_latents, self.model.max_context
+    require(latents <= context, f"eval.num_latents={latents} exceeds model.max_context={context}: lower it.")
+    require(
+      (self.eval.stride or latents) <= latents,
+      f"eval.stride={self.eval.stride} exceeds the {latents} latents at evaluation, so tokens would not be scored:"
+      " lower it or raise eval.num_latents.",
     )
 
   def to_json(self) -> str:
@@ -94,36 +78,15 @@ class Config:
     values = json.loads(text)
     for section, name in _REMOVED_SETTINGS:
       values.get(section, {}).pop(name, None)
-    return _build(cls, values | {"data": _IMPLICIT_DATA | values.get("data", {})}, prefix="")
+    return _build(cls, values | {"data": _IMPLICIT_DATA | values.get("data", {})})
 
 
-def defaults() -> config_dict.ConfigDict:
+def defaults(section: type = Config) -> config_dict.ConfigDict:
   """Returns a ConfigDict of all defaults, with None for settings that have no default: the config file sets them."""
-  return _defaults(Config)
-
-
-def resolve(config: config_dict.ConfigDict) -> Config:
-  """Returns the validated, frozen `Config` of a filled `ConfigDict`; raises InputError for invalid settings."""
-  return _build(Config, config.to_dict(preserve_field_references=False), prefix="")
-
-
-def _typed_fields(cls: type) -> list[tuple[dataclasses.Field, type, bool]]:
-  """Returns (field, its plain type, whether None is allowed) of each field."""
-  hints, result = typing.get_type_hints(cls), []
-  for field in dataclasses.fields(cls):
-    hint = hints[field.name]
-    optional = isinstance(hint, types.UnionType)
-    if optional:
-      (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
-    result.append((field, typing.get_origin(hint) or hint, optional))
-  return result
-
-
-def _defaults(cls: type) -> config_dict.ConfigDict:
   result = config_dict.ConfigDict()
-  for field, kind, _ in _typed_fields(cls):
+  for field, kind, _ in _typed_fields(section):
     if dataclasses.is_dataclass(kind):
-      result[field.name] = _defaults(kind)
+      result[field.name] = defaults(kind)
     elif field.default in (dataclasses.MISSING, None):
       result[field.name] = config_dict.placeholder(kind)
     else:
@@ -131,33 +94,41 @@ def _defaults(cls: type) -> config_dict.ConfigDict:
   return result
 
 
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-  """Builds a `cls` from plain `values`, recursively; errors name unknown and missing keys with their full path."""
-  fields = _typed_fields(cls)
-  known = [field.name for field, _, _ in fields]
+def resolve(config: config_dict.ConfigDict) -> Config:
+  """Returns the validated, frozen `Config` of a filled `ConfigDict`; raises InputError for invalid settings."""
+  return _build(Config, config.to_dict(preserve_field_references=False))
+
+
+def _typed_fields(cls: type) -> Iterator[tuple[dataclasses.Field, type, bool]]:
+  """Yields (field, its plain type, whether None is allowed) of each field."""
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    hint = hints[field.name]
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    yield field, typing.get_origin(kinds[0]) or kinds[0], len(kinds) > 1
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+  """Returns a `cls` of plain `values`, recursively; errors name unknown and missing keys with their full path."""
+  known = [field.name for field in dataclasses.fields(cls)]
   for name in values:
     require(name in known, f"Unknown config key {prefix + name!r}. {nearest(name, known)}")
   arguments = {}
-  for field, kind, optional in fields:
-    name, value = field.name, values.get(field.name)
-    if kind is tuple and value == (None,):  # parsed from the flag --config...=None
-      value = None
+  for field, kind, optional in _typed_fields(cls):
+    name, value = field.name, values.get(field.name, field.default)
+    path = f"config.{prefix}{name}"
     if dataclasses.is_dataclass(kind):
-      arguments[name] = _build(kind, value or {}, f"{prefix}{name}.")
-    elif value is None:
-      missing = field.default is dataclasses.MISSING
-      require(not missing, f"config.{prefix}{name} is not set: add --config.{prefix}{name}=... or set it in the file.")
-      require(optional or name not in values, f"config.{prefix}{name} must not be None.")
-      arguments[name] = None if name in values else field.default
+      arguments[name] = _build(kind, values.get(name) or {}, f"{prefix}{name}.")
+      continue
+    if isinstance(value, list) or value == (None,):  # read from JSON, or parsed from the flag --config...=None
+      value = tuple(value) if value != (None,) else None
+    elif kind is float and type(value) is int:
+      value = float(value)
+    if value is None or value is dataclasses.MISSING:
+      has_default = field.default is not dataclasses.MISSING
+      require(has_default, f"{path} is not set: add --{path}=... or set it in the file.")
+      require(optional, f"{path} must not be None.")
     else:
-      arguments[name] = _convert(kind, value, prefix + name)
+      require(type(value) is kind, f"{path}={value!r} must be of type {kind.__name__}.")
+    arguments[name] = value
   return cls(**arguments)
-
-
-def _convert(kind: type, value: Any, path: str) -> Any:
-  if kind is tuple and isinstance(value, (list, tuple)):
-    return tuple(value)
-  if kind is float and type(value) is int:
-    return float(value)
-  require(type(value) is kind, f"config.{path}={value!r} must be of type {kind.__name__}.")
-  return value

@@ -22,10 +22,7 @@ class InputError(ValueError):
 
 
 class TransientError(RuntimeError):
-  """Storage or memory failed in a way that may pass, such as a full disk; the message is one paragraph.
-
-  Nothing is lost: the same command resumes once the cause is gone.
-  """
+  """Storage or memory failed in a way that may pass, such as a full disk; then the same command resumes."""
 
 
 class _Kind:
@@ -37,30 +34,24 @@ class _Kind:
   def __init__(self, types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], statuses: str):
     self._types, self._http_codes = types, http_codes
     self._errnos = [getattr(errno, name) for name in errnos.split() if hasattr(errno, name)]
-    texts = [re.escape(os.strerror(number)) for number in self._errnos]
     codes = rf"(?:\bHTTP|[Ss]tatus)\D{{0,20}}(?:{'|'.join(map(str, http_codes))})\b"
-    self._message = re.compile("|".join([*texts, codes, statuses]))
+    self._message = re.compile("|".join([*(re.escape(os.strerror(n)) for n in self._errnos), codes, statuses]))
 
-  def matches(self, error: BaseException) -> bool:
+  def __call__(self, error: BaseException) -> bool:
     """Returns whether the error, or one that it was raised from or while handling, is of this kind."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-      current = pending.pop()
-      if current is not None and id(current) not in seen:
-        if (
-          isinstance(current, self._types)
-          or getattr(current, "errno", None) in self._errnos
-          or getattr(current, "code", None) in self._http_codes
-          or self._message.search(str(current))
-        ):
-          return True
-        seen.add(id(current))
-        pending += [current.__context__, current.__cause__]
-    return False
+    chain = [error]
+    for link in chain:
+      chain += [cause for cause in (link.__context__, link.__cause__) if cause is not None and cause not in chain]
+    return any(
+      isinstance(link, self._types)
+      or getattr(link, "errno", None) in self._errnos
+      or getattr(link, "code", None) in self._http_codes
+      or self._message.search(str(link))
+      for link in chain
+    )
 
 
-_TRANSIENT = _Kind(
+is_transient = _Kind(
   (TransientError, MemoryError, TimeoutError),
   "ENOSPC EDQUOT EFBIG ENOMEM EMFILE ENFILE EAGAIN EBUSY EINTR EIO EREMOTEIO ESTALE ENODEV ENXIO ENOTCONN ESHUTDOWN"
   " ETIMEDOUT ECONNREFUSED ECONNRESET ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETRESET ENETUNREACH",
@@ -68,17 +59,9 @@ _TRANSIENT = _Kind(
   r"\bRESOURCE_EXHAUSTED\b|\bUNAVAILABLE\b|\bDEADLINE_EXCEEDED\b|\bABORTED\b"
   "|Service Unavailable|Bad Gateway|Gateway Time-?out|Internal Server Error|Too Many Requests",
 )
-_DENIED = _Kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERMISSION_DENIED\b|\bUNAUTHENTICATED\b")
-
-
-def is_transient(error: BaseException) -> bool:
-  """Returns whether storage or memory failed in a way that may pass."""
-  return _TRANSIENT.matches(error)
-
-
-def is_denied(error: BaseException) -> bool:
-  """Returns whether the user may not access a file."""
-  return _DENIED.matches(error)
+"""Whether storage or memory failed in a way that may pass."""
+is_denied = _Kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERMISSION_DENIED\b|\bUNAUTHENTICATED\b")
+"""Whether the user may not access a file."""
 
 
 def one_line(error: BaseException) -> str:
@@ -101,12 +84,7 @@ def for_user(error: BaseException) -> InputError | TransientError | None:
 
 @contextlib.contextmanager
 def _accessing(participle: str, path: object, fix: str) -> Iterator[None]:
-  """A context that accesses a path that the user chose.
-
-  Raises:
-    TransientError: a full disk or another error that may pass.
-    InputError: any other OSError; the message names the path and the fix.
-  """
+  """A context in which an OSError becomes a TransientError if it may pass, or else an InputError with path and fix."""
   try:
     yield
   except OSError as error:
@@ -127,11 +105,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def lookup(field: str, name: str, table: Mapping[str, Value], also: Sequence[str] = ()) -> Value:
-  """Returns the entry `name` of a table of implementations; `also` are further names to list in the message.
-
-  Raises:
-    InputError: the table has no such entry; the message names the setting and the known names.
-  """
+  """Returns the entry `name` of a table of implementations; raises InputError listing its names and those in `also`."""
   require(name in table, f"{field}={name!r} is unknown. {nearest(name, [*also, *table])}")
   return table[name]
 
@@ -145,11 +119,6 @@ def require(condition: bool, message: str) -> None:
 def require_choice(field: str, value: str, known: Iterable[str]) -> None:
   """Raises InputError unless the field's value is a known name."""
   require(value in known, f"{field}={value!r} is unknown. {nearest(value, known)}")
-
-
-def require_seed(field: str, value: int) -> None:
-  """Raises InputError unless random keys and generators distinguish the seed from all others."""
-  require(0 <= value < 2**32, f"{field}={value} must be in 0..4294967295 (2^32-1).")
 
 
 def require_at_least(minimum: int, section: str, config: Any, *names: str) -> None:

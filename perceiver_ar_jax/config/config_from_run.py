@@ -3,10 +3,10 @@
 This is also the config file of commands that are given --workdir and no --config (command_line.py).
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from perceiver_ar_jax.config import Config, InputError, defaults, reading
@@ -39,27 +39,19 @@ def load_config(workdir: str | os.PathLike) -> Config:
 
 def keep_split_rule(config: Config, workdir: str | os.PathLike) -> Config:
   """Returns `config` with the data.split_rule of the run in `workdir`, if any: its split must not change."""
-  try:
+  with contextlib.suppress(InputError):  # commands that need the run report it
     rule = load_config(workdir).data.split_rule
-  except InputError:  # commands that need the run report it
-    return config
-  if rule == config.data.split_rule:
-    return config
-  print(f"{workdir} was started with data.split_rule={rule}, and keeps it.", file=sys.stderr)
-  return dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule=rule))
+    if rule != config.data.split_rule:
+      print(f"{workdir} was started with data.split_rule={rule}, and keeps it.", file=sys.stderr)
+      return dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule=rule))
+  return config
 
 
 def flatten(config: Config) -> dict[str, Any]:
   """Returns every setting by its dotted name, such as train.steps."""
-  return dict(_flatten(dataclasses.asdict(config)))
+  from flax import traverse_util  # imports JAX, which the command line does not need
 
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      yield from _flatten(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value
+  return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
 
 
 def _path(workdir: str | os.PathLike):

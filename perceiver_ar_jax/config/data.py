@@ -20,15 +20,14 @@ class DataConfig:
   cache_dir: str | None = None
   """Folder that launch/cache_tasks.sh filled: its events are read instead of being computed from the dataset."""
   files: str | None = None
-  """The user's own files, for text_files, midi_files, image_files, audio_codes and video_codes: a folder, or a glob in
-  which ** crosses folders."""
+  """Your own files, for text_files, midi_files, image_files, audio_codes, video_codes: a folder, or a glob with **."""
   validation_files: str | None = None
   """The files held out for validation, likewise; None: `validation_fraction` of them."""
   validation_fraction: float = 0.05
   """Fraction of the files held out, at least one of them; or of each text, with split_by=position."""
   split_rule: str = "path"
-  """How files to hold out are chosen: by a hash of their paths relative to `files` (path), or of their names alone
-  (name), the rule of older runs, whose config.json lacks this setting. A run keeps its rule."""
+  """Files to hold out are chosen by a hash of their paths relative to `files` (path) or of their names (name), the rule
+  of older runs, whose config.json lacks this setting. A run keeps its rule."""
   split_by: str = "file"
   """text_files: hold out whole files (file), or the last part of each (position)."""
   sentencepiece: str | None = None
@@ -48,15 +47,14 @@ class DataConfig:
   code_levels: int = 8
   """audio_codes: levels of the residual quantiser that are used, the coarse ones first."""
   code_layout: str = "frames_levels"
-  """audio_codes: the axes of the arrays: frames_levels, or levels_frames as codecs that return [batch, levels, frames]
-  have them. It is never guessed. Leading axes of 1 are dropped."""
+  """audio_codes: the axes of the arrays, frames_levels or levels_frames, after leading axes of 1; never guessed."""
   train_split: str = "train"
   """Split that training reads."""
   min_crop: int = 1
   """Shortest training crop of a sequence, in events; longer ones keep first tokens from being over-sampled."""
   shards: int = 1
-  """Parts that the training records are divided into; each is read and shuffled separately for its share of every
-  batch. The order of the data depends on it and not on the number of hosts; a host reads the parts of its rows."""
+  """Parts of the training records, each read and shuffled separately for its share of every batch. The order of the
+  data depends on it and not on the number of hosts; a host reads the parts of its rows."""
   shuffle_buffer: int = 2048
   """Maximum number of encoded records in the shuffle buffer, and of 32 MiB; every checkpoint contains the buffer."""
 
@@ -66,11 +64,8 @@ class DataConfig:
         object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
     counts = ("min_crop", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels")
     require_at_least(1, "data", self, *counts)
-    require(
-      0 < self.validation_fraction < 1,
-      f"data.validation_fraction={self.validation_fraction} must be between 0 and 1; to hold out specific files,"
-      " set data.validation_files.",
-    )
+    fraction = f"data.validation_fraction={self.validation_fraction} must be between 0 and 1"
+    require(0 < self.validation_fraction < 1, f"{fraction}; to hold out specific files, set data.validation_files.")
     require(0 <= self.max_transposition < 128, f"data.max_transposition={self.max_transposition} must be in 0..127.")
     require(0 <= self.max_stretch < 1, f"data.max_stretch={self.max_stretch} must be in [0, 1).")
     require_choice("data.split_by", self.split_by, ("file", "position"))

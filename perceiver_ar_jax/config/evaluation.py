@@ -1,8 +1,9 @@
 """Settings of evaluation, sampling and attention maps."""
 
 import dataclasses
+import math
 
-from perceiver_ar_jax.config.checks import require, require_at_least, require_seed
+from perceiver_ar_jax.config.checks import require, require_at_least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,11 @@ class EvalConfig:
   max_sequences: int | None = None
   """Score only the first sequences, at most this many (of each task of a mixture); None: all."""
   max_tokens: int | None = None
-  """Score at most this many tokens (of each task of a mixture), the first ones of the split; the last sequence is cut,
-  and words and bytes are those of the scored part. A text of subword tokens is cut between words. None: all."""
+  """Score only the first tokens of the split, at most this many (of each task of a mixture); the last sequence is cut,
+  a text of subword tokens between words, and words and bytes are those of the scored part. None: all."""
   num_samples: int | None = None
-  """Samples that training draws at each evaluation, by the settings of `sample`, for TensorBoard; 0: none. None: 2 on a
-  single device, otherwise none: weights that are sharded over devices are gathered for each token."""
+  """Samples that training draws at each evaluation, by the settings of `sample`, for TensorBoard. None: 2 on a single
+  device, otherwise 0: weights that are sharded over devices are gathered for each token."""
 
   def __post_init__(self):
     require_at_least(0, "eval", self, "num_samples")
@@ -40,9 +41,8 @@ class SampleConfig:
 
   prompt: str | None = None
   """How samples begin. "data": with the first documents of eval.split. @FILE, or a pattern such as @folder/*.mid: with
-  files of the task's kind. Any other value is such a path too, except for tasks of text: there it is the text itself
-  unless it looks like a path, that is, begins with /, ./, ../ or ~/, contains a / but no space, or ends in a usual
-  suffix such as .txt. None: with nothing."""
+  files of the task's kind. Any other value is such a path too, but for tasks of text the text itself unless it looks
+  like a path: begins with /, ./, ../ or ~/, contains a / but no space, or ends in .txt or similar. None: no prompt."""
   prompt_tokens: int | None = None
   """Maximum number of tokens used of each prompt, the first ones; None: half of an image or a copy, half a context of
   other documents of the split, and all of the user's own text, music or codes."""
@@ -67,12 +67,9 @@ class SampleConfig:
 
   def __post_init__(self):
     require(self.prompt != "", "sample.prompt is empty: leave it out to sample without a prompt.")
-    require_seed("sample.seed", self.seed)
+    require(0 <= self.seed < 2**32, f"sample.seed={self.seed} must be in 0..4294967295 (2^32-1).")
     require_at_least(1, "sample", self, "prompt_tokens", "length", "num_samples", "batch_size")
-    require(
-      0 <= self.temperature < float("inf"),
-      f"sample.temperature={self.temperature} must be 0 (always the likeliest token) or more; 1 is the model's own.",
-    )
+    require(0 <= self.temperature < math.inf, f"sample.temperature={self.temperature} must be 0 or more, and finite.")
     require(self.top_k >= 0, f"sample.top_k={self.top_k} must be at least 1, or 0 to draw from all tokens.")
     require(0 < self.top_p <= 1, f"sample.top_p={self.top_p} must be in (0, 1]; 1 draws from all tokens.")
 
@@ -92,6 +89,5 @@ class AttentionMapConfig:
     require(bool(self.prompt), 'attention_map.prompt is empty: give a file or a text, or leave it out for "data".')
     require(
       all(isinstance(output, int) and output >= 1 for output in self.outputs),
-      f"attention_map.outputs={self.outputs} must be integers from 1 on, 1 being the first event that is"
-      ' predicted: --config.attention_map.outputs="(100,2000)".',
+      f"attention_map.outputs={self.outputs} must be integers from 1 on, such as (100,2000).",
     )

@@ -81,18 +81,16 @@ class TrainConfig:
     require_at_least(0, "train", self, "z_loss")
     require(
       self.batch_size % self.microbatches == 0,
-      f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}: make the batch"
-      " a multiple of it.",
+      f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}: change either.",
     )
     require_choice("train.loss_reduction", self.loss_reduction, ("mean", "sum"))
     require_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
     require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1).")
-    warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps or 1
+    warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
     require(
-      self.optimizer.schedule != "cosine" or warmup + decay <= self.steps,
-      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and then a cosine over"
-      f" train.optimizer.cosine_steps={self.optimizer.cosine_steps or 'the rest'}: lower these"
-      " (--config.train.optimizer.warmup_steps=0) or train longer.",
+      self.optimizer.schedule != "cosine" or warmup + (decay or 1) <= self.steps,
+      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and then"
+      f" train.optimizer.cosine_steps={decay or 'the rest'}: lower these, or train longer.",
     )
 
 
@@ -125,5 +123,5 @@ class PlanConfig:
   """What --mode=plan compiles for; training ignores it."""
 
   topology: str | None = None
-  """The chips to plan for: a slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, such as v4-128;
-  several slices, 2xv5e:16x16; or nodes of GPUs, h100:4x8, a100:8."""
+  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, such as v4-128; several slices,
+  2xv5e:16x16; or nodes of GPUs, h100:4x8, a100:8."""

@@ -50,44 +50,15 @@ def _gpu(peak_flops: float, memory: int, **description) -> Chip:
   return Chip(peak_flops=peak_flops, hbm_bytes=memory * 3 // 4, dims=0, target=target)
 
 
-CHIPS |= {
-  "h100": _gpu(
-    989e12,
-    84_942_979_072,
-    name="NVIDIA H100 80GB HBM3",
-    shared=233_472,
-    optin=232_448,
-    cores=132,
-    fpus=128,
-    bandwidth=3_352_320_000_000,
-    cache=52_428_800,
-    clock=1.98,
-    major=9,
-  ),
-  "a100": _gpu(
-    312e12,
-    84_974_239_744,
-    name="NVIDIA A100-SXM4-80GB",
-    shared=167_936,
-    optin=166_912,
-    cores=108,
-    fpus=64,
-    bandwidth=2_039_000_000_000,
-    cache=41_943_040,
-    clock=1.41,
-    major=8,
-  ),
-}
+_H100 = {"name": "NVIDIA H100 80GB HBM3", "shared": 233_472, "optin": 232_448, "cores": 132, "fpus": 128, "clock": 1.98}
+_H100 |= {"bandwidth": 3_352_320_000_000, "cache": 52_428_800, "major": 9}
+_A100 = {"name": "NVIDIA A100-SXM4-80GB", "shared": 167_936, "optin": 166_912, "cores": 108, "fpus": 64, "clock": 1.41}
+_A100 |= {"bandwidth": 2_039_000_000_000, "cache": 41_943_040, "major": 8}
+CHIPS |= {"h100": _gpu(989e12, 84_942_979_072, **_H100), "a100": _gpu(312e12, 84_974_239_744, **_A100)}
 
 # Beginnings of Device.device_kind, the longer ones first.
-_DEVICE_KINDS = {
-  "TPU v6 lite": "v6e",
-  "TPU v5 lite": "v5e",
-  "TPU v5": "v5p",
-  "TPU v4": "v4",
-  "NVIDIA H100": "h100",
-  "NVIDIA A100": "a100",
-}
+_DEVICE_KINDS = {"TPU v6 lite": "v6e", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v4": "v4"}
+_DEVICE_KINDS |= {"NVIDIA H100": "h100", "NVIDIA A100": "a100"}
 
 
 def chip_of_device(device_kind: str) -> Chip | None:
@@ -95,8 +66,9 @@ def chip_of_device(device_kind: str) -> Chip | None:
   return next((CHIPS[name] for start, name in _DEVICE_KINDS.items() if device_kind.startswith(start)), None)
 
 
-# Shapes of the slices that Cloud TPU offers by number of chips, for names that do not spell the shape.
+# Shapes of the slices that Cloud TPU offers, by dimensions, for names that do not spell the shape.
 _SHAPES = {
+  0: [],
   2: [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)],
   3: [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16)],
 }
@@ -137,43 +109,30 @@ def parse_topology(name: str) -> Topology:
   Raises:
     InputError: the version is unknown, or no slice of it has this shape.
   """
-  name = name.strip().lower()
-  multislice = re.fullmatch(r"([1-9]\d*)x([a-z].*)", name)
-  if multislice:
-    topology = parse_topology(multislice[2])
-    if not topology.chip.dims:
-      raise InputError(
-        f"plan.topology={name!r}: give the number of nodes and of GPUs per node, such as {topology.version}:4x8."
-      )
-    return dataclasses.replace(topology, slices=int(multislice[1]))
-  match = re.fullmatch(r"(\w+?)(?::(\d+(?:x\d+)*)|-(\d+))", name)
-  version = match and {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e"}.get(match[1], match[1])
+  match = re.fullmatch(r"(?:([1-9]\d*)x(?=[a-z]))?([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", name.strip().lower())
+  slices, version, spelled, cores = match.groups() if match else (None, name, None, None)
+  version = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e"}.get(version, version)
   if match is None or version not in CHIPS:
     raise InputError(
       f"plan.topology={name!r} is not a slice of TPUs or nodes of GPUs: give version and shape, such as v5e:16x16,"
       " v4:4x4x8 or h100:4x8 (4 nodes of 8), or the usual name of a slice, such as v4-128."
-      f" {nearest(version or name, CHIPS)}"
+      f" {nearest(version, CHIPS)}"
     )
   chip = CHIPS[version]
-  shape = tuple(map(int, match[2].split("x"))) if match[2] else ()
-  if not chip.dims:
-    if len(shape) not in (1, 2) or min(shape) < 1:
-      raise InputError(
-        f"plan.topology={name!r}: give the number of GPUs, {version}:8, or of nodes and GPUs per node, {version}:4x8."
-      )
-    return Topology(version, (1, *shape)[-2:])
-  example = f"{version}:{'16x16' if chip.dims == 2 else '4x4x8'}"
-  if match[3]:
-    sizes = {math.prod(shape) * chip.cores_per_chip: shape for shape in _SHAPES[chip.dims]}
-    if int(match[3]) not in sizes:
-      known = ", ".join(f"{version}-{size}" for size in sizes)
-      raise InputError(f"plan.topology={name!r} is not a usual size. Known: {known}; or give a shape, {example}.")
-    return Topology(version, sizes[int(match[3])])
-  # Four chips to a host, in a square; a slice has whole hosts.
-  whole_hosts = math.prod(shape) == 1 or (all(size % 2 == 0 for size in shape[:2]) and min(shape) > 0)
-  if len(shape) != chip.dims or not whole_hosts:
-    raise InputError(
-      f"plan.topology={name!r} is not the shape of a {version} slice: it needs {chip.dims} numbers, of which the first"
-      f" two are even since a host has 2x2 chips, such as {example}."
+  usual = {f"{version}-{math.prod(shape) * chip.cores_per_chip}": shape for shape in _SHAPES[chip.dims]}
+  shape = tuple(map(int, spelled.split("x"))) if spelled else usual.get(f"{version}-{cores}", ())
+  if chip.dims:
+    # Four chips to a host, in a square; a slice has whole hosts.
+    whole_hosts = math.prod(shape) == 1 or all(size % 2 == 0 for size in shape[:2])
+    valid = len(shape) == chip.dims and min(shape) > 0 and whole_hosts
+    required = (
+      f"{version}:{'16x16' if chip.dims == 2 else '4x4x8'}, {chip.dims} numbers, of which the first two are even"
     )
-  return Topology(version, shape)
+    required += f" since a host has 2x2 chips, or one of {', '.join(usual)}"
+  else:
+    valid = len(shape) in (1, 2) and min(shape) > 0 and not slices
+    required = f"the number of GPUs, {version}:8, or of nodes and of GPUs per node, {version}:4x8"
+    shape = (1, *shape)[-2:]
+  if not valid:
+    raise InputError(f"plan.topology={name!r} is not a size of {version}: give {required}.")
+  return Topology(version, shape, int(slices or 1))

@@ -4,6 +4,7 @@ Every process runs the same code on the same global arrays. What only one proces
 be read) must be agreed on before any process acts on it: processes that take different branches deadlock.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.config.checks import EXIT_TRANSIENT, for_user
+from perceiver_ar_jax.config.checks import EXIT_TRANSIENT, for_user, require
 
 HEARTBEAT_SECONDS = 30
 """A process without a heartbeat for this long counts as dead, and the others exit."""
@@ -31,10 +33,7 @@ HEARTBEAT_SECONDS = 30
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
   """Initializes jax.distributed, if there are several processes; call it before any use of a device.
 
-  Without arguments, a TPU pod or a Slurm step of several tasks is detected.
-
-  Raises:
-    InputError: some of the arguments are missing or wrong.
+  Without arguments, a TPU pod or a Slurm step of several tasks is detected. Raises InputError for wrong arguments.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
@@ -42,21 +41,15 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     if _in_slurm_step() or _on_tpu():
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return
-  if missing:
-    raise InputError(f"{' and '.join(missing)} must be set too: several processes need all of {', '.join(given)}.")
-  if not 0 <= process_id < num_processes:
-    raise InputError(f"--process_id={process_id} must be in 0..{num_processes - 1}, a different one for each process.")
-  if not coordinator.rpartition(":")[2].isdigit():
-    raise InputError(f"--coordinator={coordinator} must be host:port of process 0, such as 10.0.0.2:12345.")
+  require(not missing, f"{' and '.join(missing)} must be set too: several processes need all of {', '.join(given)}.")
+  others = f"0..{num_processes - 1}, a different one for each process"
+  require(0 <= process_id < num_processes, f"--process_id={process_id} must be in {others}.")
+  has_port = coordinator.rpartition(":")[2].isdigit()
+  require(has_port, f"--coordinator={coordinator} must be host:port of process 0, such as 10.0.0.2:12345.")
   if num_processes > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-      shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    timeouts = {f"{name}_timeout_seconds": HEARTBEAT_SECONDS for name in ("heartbeat", "shutdown")}
+    jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
 
 
 def _in_slurm_step() -> bool:
@@ -129,22 +122,21 @@ class DelayedMaximum:
     return 0 if earlier is None else int(earlier)
 
 
-class EndTogether:
+@contextlib.contextmanager
+def end_together() -> Iterator[None]:
   """A context that all processes leave together: when all are done, or soon after an error in one of them.
 
   JAX's own barrier at exit is not enough: it times out while one process is still writing files, and a process that
   failed would wait there for the others, which wait for it in a computation.
   """
-
-  def __enter__(self) -> "EndTogether":
-    return self
-
-  def __exit__(self, kind, error, traceback) -> None:
-    if isinstance(error, SystemExit) or jax.process_count() == 1:
-      return
-    if error is None:
-      wait_for_all("end")
-      return
+  try:
+    yield
+    wait_for_all("end")
+  except SystemExit:
+    raise
+  except BaseException as error:
+    if jax.process_count() == 1:
+      raise
     name = f"process {jax.process_index()} of {jax.process_count()}"
     explained = for_user(error)
     if explained:
@@ -152,7 +144,7 @@ class EndTogether:
       os._exit(1 if isinstance(explained, InputError) else EXIT_TRANSIENT)
     if isinstance(error, KeyboardInterrupt):
       os._exit(128 + signal.SIGINT)
-    sys.excepthook(kind, error, traceback)
+    sys.excepthook(type(error), error, error.__traceback__)
     if isinstance(error, jax.errors.JaxRuntimeError):
       print(f"A computation failed in {name}; probably another process has died.", file=sys.stderr, flush=True)
       time.sleep(HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died

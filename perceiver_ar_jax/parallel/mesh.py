@@ -13,7 +13,7 @@ from perceiver_ar_jax.config import InputError, MeshConfig
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """A mesh over `devices` (default: all); an axis of -1 gets all devices that the other axes leave.
 
-  Devices of several slices, connected by a slow network, get a hybrid mesh: one axis spans the slices.
+  Only one axis spans several slices, which a slow network connects.
 
   Raises:
     InputError: the product of the sizes is not the number of devices, or no axis can span their slices.
@@ -39,7 +39,6 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
       f"The {len(devices)} devices form {slices} slices, over which the axis mesh.across_slices={config.across_slices}"
       f" of size {sizes[AXES.index(config.across_slices)]} cannot be spread: make it a multiple of {slices}."
     )
-  # The slow network between slices is left to one axis; all others stay within a slice.
   within = [size // number for size, number in zip(sizes, between)]
   grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
   return Mesh(grid, AXES, axis_types=axis_types)
@@ -50,9 +49,8 @@ def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % parts:
     raise InputError(
-      f"{field}={batch_size} is not divisible by {parts}, the number of parts into which this mesh"
-      f" ({', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}) splits a batch: make it a multiple of"
-      f" {parts}, or lower mesh.data or mesh.fsdp."
+      f"{field}={batch_size} is not divisible by {parts}, the number of parts into which the mesh splits a batch"
+      " (mesh.data x mesh.fsdp): change one of them."
     )
 
 

@@ -1,8 +1,7 @@
 """Logical axes of weights and activations, and the one table that maps them to mesh axes.
 
-Models name the meaning of each axis ("width", "heads"); only this module knows over which mesh axes it is
-sharded. A dimension whose size is not divisible by its mesh axes is replicated, so that odd sizes (a vocabulary of
-259) work on every mesh.
+Models name the meaning of each axis ("width", "heads"); only this module knows over which mesh axes it is sharded. A
+dimension that its mesh axes do not divide is replicated, so that odd sizes (a vocabulary of 259) work on every mesh.
 """
 
 import math
@@ -32,18 +31,11 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
-  """The PartitionSpec of an array of `shape` with these logical `axes` on `mesh`.
-
-  Raises:
-    KeyError: an axis that RULES does not name.
-  """
+  """The PartitionSpec of an array of `shape` with these logical `axes`, keys of RULES, on `mesh`."""
   parts = []
   for axis, size in zip(axes, shape, strict=True):
     names = tuple(name for name in (RULES[axis] if axis else ()) if mesh.shape[name] > 1)
-    count = 1
-    for name in names:
-      count *= mesh.shape[name]
-    parts.append(names if names and size % count == 0 else None)
+    parts.append(names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None)
   return PartitionSpec(*parts)
 
 
@@ -69,9 +61,8 @@ def shardings(boxed_shapes, mesh: Mesh):
   """A tree of NamedShardings for a tree of (possibly nn.Partitioned) shapes, as `jax.eval_shape` gives it."""
 
   def layout(leaf):
-    if isinstance(leaf, nn.Partitioned):
-      return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
-    return NamedSharding(mesh, PartitionSpec())
+    boxed = isinstance(leaf, nn.Partitioned)
+    return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh) if boxed else PartitionSpec())
 
   return jax.tree.map(layout, boxed_shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
@@ -81,16 +72,9 @@ def bytes_per_device(tree) -> int:
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-BATCH_AXES: dict[str, tuple[str | None, ...]] = {
-  "inputs": ("batch", "slots"),
-  "positions": ("batch", "slots", None),
-}
-"""Logical axes of a batch's arrays; of all others, only the rows are sharded."""
-
-
 def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
-  """The logical axes of the array `name` of a batch."""
-  return BATCH_AXES.get(name, ("batch", *(None,) * (ndim - 1)))
+  """The logical axes of the array `name` of a batch; only rows are sharded, and slots of what the context reads."""
+  return ("batch", "slots" if name in ("inputs", "positions") else None, None)[:ndim]
 
 
 def batch_shardings(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSharding]:

@@ -19,7 +19,7 @@ from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training.state import TrainState
 
-_LESS_MEMORY = (
+LESS_MEMORY = (
   "Lower train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
   " model.attention=streamed (a long context), shard the weights over more devices with mesh.fsdp, or make"
   " the model smaller (latent_width, num_layers, num_latents)."
@@ -41,14 +41,14 @@ def compile_step(
   inputs = model.num_layers * rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
   weights = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
   lower_limit = {"weights, gradients and optimizer state": weights, "inputs of the layers": inputs}
-  _check("The train step", lower_limit, _LESS_MEMORY)
+  _check("The train step", lower_limit, LESS_MEMORY)
   shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
   batch = {name: spec.update(sharding=shardings[name]) for name, spec in batch_spec.items()}
-  with _compiling("the train step", _LESS_MEMORY):
+  with _compiling("the train step", LESS_MEMORY):
     compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
   arguments, temporary = compiled.memory_analysis().argument_size_in_bytes, bytes_beside_arguments(compiled)
   parts = {"weights, optimizer state and batch": arguments, "temporary": temporary}
-  distributed.log(_check("The train step", parts, _LESS_MEMORY))
+  distributed.log(_check("The train step", parts, LESS_MEMORY))
   return compiled
 
 
