@@ -17,7 +17,7 @@ MAX_FILE_LINES = 400
 MAX_PACKAGE_LINES = {"perceiver_ar_jax/experiments": 800, "perceiver_ar_jax": 11_700}
 """Lines of Python, without packages listed before. The target of perceiver_ar_jax is 7,500: lower the limit with it."""
 PROSE = (
-  ".ci/check.py",
+  ".ci/*.py",
   ".github/**/*.yml",
   "*.md",
   "benchmarks/*.py",

@@ -30,39 +30,31 @@ _BEAM_OPTIONS = flags.DEFINE_list(
 
 def main(config: Config) -> int:
   for task, _ in tasks.get_tasks(config.data, config.model.max_context + 1):
-    cache(dataclasses.replace(config.data, task=task.name, cache_dir=None), _OUTPUT.value)
+    _cache(dataclasses.replace(config.data, task=task.name, cache_dir=None), _OUTPUT.value)
   return 0
 
 
-def cache(data: DataConfig, output: str) -> None:
-  """Stores all splits of `data.task` in the folder `output`.
-
-  Raises:
-    InputError: Beam is missing, the task's data is, or the cache exists already.
-  """
+def _cache(data: DataConfig, output: str) -> None:
+  """Stores all splits of `data.task` in the folder `output`; raises InputError if Beam or the data are missing."""
   try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
     from seqio import beam_utils
   except ImportError as error:
     raise InputError(
-      f"Caching needs the package {error.name}, in an environment of its own: launch/cache_tasks.sh makes it and runs"
-      " this."
+      f"Caching needs the package {error.name}: run launch/cache_tasks.sh, which installs it in its own environment."
     ) from error
   folder = os.path.join(output, data.task)
   if tf.io.gfile.exists(os.path.join(folder, "COMPLETED")):
-    raise InputError(f"{folder} holds a finished cache already: delete it, or choose another --output.")
+    raise InputError(f"{folder} contains a finished cache already: delete it, or choose another --output.")
   task = tasks.register(data)
   if not task.supports_caching:
     raise InputError(f"The task {data.task} is generated from numbers: caching is not supported.")
   splits = [split for split in task.source.splits if task.source.num_input_examples(split)]
   with beam.Pipeline(options=PipelineOptions(_BEAM_OPTIONS.value)) as pipeline:
     for split in splits:
-      documents = (
-        pipeline
-        | f"make {split}" >> beam_utils.PreprocessTask(task, split, setup_fn=functools.partial(tasks.register, data))
-        | f"shuffle {split}" >> beam.Reshuffle()
-      )
+      preprocess = beam_utils.PreprocessTask(task, split, setup_fn=functools.partial(tasks.register, data))
+      documents = pipeline | f"make {split}" >> preprocess | f"shuffle {split}" >> beam.Reshuffle()
       prefix = seqio.get_cached_tfrecord_prefix(folder, split)
       _ = documents | f"write {split}" >> beam_utils.WriteExampleTfRecord(prefix, num_shards=_SHARDS.value)
       for name, transform, path in (
@@ -70,10 +62,8 @@ def cache(data: DataConfig, output: str) -> None:
         ("stats", beam_utils.GetStats(task.output_features), seqio.get_cached_stats_path(folder, split)),
       ):
         _ = documents | f"{name} {split}" >> transform | f"write {name} {split}" >> beam_utils.WriteJson(path)
-  for name, content in (
-    (sources.CACHE_SETTINGS, json.dumps(sources.cache_settings(data), indent=2)),
-    ("COMPLETED", ""),
-  ):
+  settings = json.dumps(sources.cache_settings(data), indent=2)
+  for name, content in ((sources.CACHE_SETTINGS, settings), ("COMPLETED", "")):
     with tf.io.gfile.GFile(os.path.join(folder, name), "w") as file:
       file.write(content)
   print(f"Stored {', '.join(splits)} of {data.task} in {folder}. Train on it: --config.data.cache_dir={output}")

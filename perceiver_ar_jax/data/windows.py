@@ -21,9 +21,6 @@ from perceiver_ar_jax.data.documents import Document
 Batch = dict[str, np.ndarray]
 """inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]; a row has no B."""
 
-MIN_EVENTS = 2
-"""The shortest document or crop that has anything to predict: one input and its target."""
-
 
 def longest_crop(config: Config) -> int:
   """In events: the context's inputs and the target of the last one."""
@@ -60,25 +57,19 @@ def row_of(batch: Batch, index: int) -> Batch:
 
 
 def train_window(
-  row: Batch,
-  document: Document,
-  draw: float,
-  *,
-  min_crop: int,
-  augment: Callable[[np.ndarray], np.ndarray] | None = None,
+  row: Batch, document: Document, draw: float, *, min_crop: int, augment: Callable | None = None
 ) -> None:
   """Fills an empty row with a random window of a document; every target has weight 1.
 
   Args:
     row: see `row_of`.
-    document: at least MIN_EVENTS long; which events it scores matters in evaluation only.
+    document: at least 2 events; which of them it scores matters in evaluation only.
     draw: a random number in [0, 1) that determines the crop, see Document.crop.
-    min_crop: shortest crop in events, target included: keeps the first events, which every short crop contains, from
-      being over-sampled.
+    min_crop: shortest crop in events, so that the first events, which all short crops contain, are not over-sampled.
     augment: events of the crop -> other events; positions must be those that count from the crop's start.
   """
   longest = len(row["inputs"]) + 1
-  events, positions = document.crop(draw, longest, max(min_crop, MIN_EVENTS))
+  events, positions = document.crop(draw, longest, max(min_crop, 2))  # an input and its target
   if augment:
     events = augment(events)[-longest:]
     positions = document.positions(0, len(events))
@@ -100,8 +91,7 @@ def eval_blocks(num_events: int, stride: int) -> Iterator[tuple[int, int]]:
   The first block is the short one when `stride` does not divide the number of targets, so that all later ones have as
   much context as possible.
   """
-  num_targets = max(num_events - 1, 0)
-  ends = range(num_targets, 0, -stride)
+  ends = range(num_events - 1, 0, -stride)
   return ((1 + end, min(stride, end)) for end in reversed(ends))
 
 
