@@ -2,9 +2,8 @@
 
   python -m perceiver_ar_jax.data.cache --config=configs/pg19.py --output=DIR [--beam_options=--runner=...,...]
 
-It pays for text in SentencePiece, whose documents take long to make. Needs Apache Beam, in an environment
-of its own (launch/cache_tasks.sh makes it). The layout is seqio's: DIR/<task>/<split>.tfrecord-*, with what the
-documents depend on in settings.json; COMPLETED comes last.
+It pays for text in SentencePiece. Needs Apache Beam, in an environment of its own (launch/cache_tasks.sh makes it). The
+layout is seqio's: DIR/<task>/<split>.tfrecord-*; settings.json has what the documents depend on; COMPLETED comes last.
 """
 
 import dataclasses
@@ -20,12 +19,8 @@ from perceiver_ar_jax.data import sources, tasks
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of caches; each task gets a folder in it.")
-_SHARDS = flags.DEFINE_integer(
-  "shards", 16, "Files for each split; a multiple of the hosts that will read them.", lower_bound=1
-)
-_BEAM_OPTIONS = flags.DEFINE_list(
-  "beam_options", ["--runner=FnApiRunner"], "Options of the Beam pipeline, such as its runner and workers."
-)
+_SHARDS = flags.DEFINE_integer("shards", 16, "Files of each split: a multiple of data.shards.", lower_bound=1)
+_BEAM_OPTIONS = flags.DEFINE_list("beam_options", ["--runner=FnApiRunner"], "Options of the Beam pipeline.")
 
 
 def main(config: Config) -> int:

@@ -1,13 +1,12 @@
 """Training batches: an endless, exactly resumable stream, the same on any number of hosts.
 
-The path of a batch: records of a shard, still encoded -> shuffle -> repeat -> documents -> random crops -> rows of the
-hosts -> arrays over all devices. Shuffling before repeating makes every epoch use each record exactly once, and
-shuffling encoded records keeps the saved state at the size of the shuffle buffer. The first stages are tf.data's, whose
-state can be saved; the later ones are pure functions of a record and its number in NumPy.
+Records of a shard, still encoded -> shuffle -> repeat are stages of tf.data, whose state can be saved. Shuffling before
+repeating makes every epoch use each record once; shuffling encoded records keeps the state at the size of the shuffle
+buffer. Then come pure functions of a record and its number: documents -> random crops -> rows -> arrays over devices.
 
-The records are divided into `data.shards` shards, each of which provides an equal range of rows of every batch. A host
-draws the records of the shards of its rows (encoded, or mere numbers and paths) and opens the documents of its own rows
-only. Shards do not depend on hosts, so neither does their saved position.
+Each of `data.shards` shards of the records provides an equal range of rows of every batch. A host draws the records of
+the shards of its rows and opens the documents of its own rows only. Shards do not depend on hosts, so neither does
+their saved position.
 """
 
 import concurrent.futures
@@ -46,17 +45,14 @@ class _Shard:
   """The rows that this host fills, among those that the shard provides for each batch."""
   is_saved_here: bool
   """Whether this host saves the position, which is the same on all hosts that read the shard."""
-  records: list[Iterator] = dataclasses.field(default_factory=list)
+  records: Sequence[Iterator] = ()
   """Of each task."""
   num_batches: int = 0
   """Batches drawn, including those without a readable record; the number is the seed of a batch's crops."""
 
 
 class TrainLoader(Iterator[Batch]):
-  """Training batches, of each the rows of one host; the same for the same settings and after a restore.
-
-  Batches are dicts of NumPy arrays: inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights
-  float32[B, M].
+  """Training batches (windows.Batch), of each the rows of one host; the same for the same settings and when restored.
 
   Args:
     config: the experiment; `data`, `seed`, the batch size and the model's context and latents determine the batches.
@@ -99,15 +95,13 @@ class TrainLoader(Iterator[Batch]):
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of each array of a global batch, without drawing one."""
-    rows = self._config.train.batch_size
-    return {name: jax.ShapeDtypeStruct((rows, *row.shape[1:]), row.dtype) for name, row in self._empty(1).items()}
+    return jax.eval_shape(lambda: self._empty(self._config.train.batch_size))
 
   def _empty(self, size: int) -> Batch:
     model, dims = self._config.model, self.task.position_dims
     return windows.empty_batch(size, context=model.max_context, latents=model.num_latents, position_dims=dims)
 
   def _start(self, shard: _Shard) -> None:
-    """Moves to the start of the shard."""
     shard.num_batches, shard.records = 0, [iter(self._records(task, shard.index)) for task in self._tasks]
 
   def _records(self, task: Task, index: int) -> tf.data.Dataset:

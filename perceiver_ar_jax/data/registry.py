@@ -53,8 +53,7 @@ class Task:
   unknown: int | None = None
   """The event for everything that is not in the vocabulary."""
   read: Callable[[Any], Document] | None = None
-  """Returns the document of a prompt, given the bytes of a text or, for other modalities, the path (str) of a file;
-  None: the task has no prompts but its own documents."""
+  """Returns the document of a prompt: the bytes of a text, or else the path (str) of a file; None: no such prompts."""
   length: int | None = None
   """Events of every document; None: they vary."""
   place: Callable[[int, int], np.ndarray] | None = lambda start, end: count_positions(end - start)
@@ -77,8 +76,7 @@ class Task:
   def open(self, record: Record) -> Document | None:
     """Returns the document of a record; None, with a warning, if it cannot be decoded or has nothing to predict.
 
-    Whatever a decoder raises about the content of a record only costs that record. Errors of the settings, memory and
-    the file system are raised: the next record would meet them too.
+    Errors of the settings, memory and the file system are raised: the next record would meet them too.
     """
     try:
       document = self.document(record)
@@ -172,9 +170,7 @@ def names() -> list[str]:
 def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
   """The task that `data` names, or the tasks of the mixture, each with its share of the training examples.
 
-  Args:
-    data: `task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1".
-    max_events: the longest crop.
+  `data.task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1".
 
   Raises:
     InputError: an unknown name, a wrong rate, tasks of different vocabularies.

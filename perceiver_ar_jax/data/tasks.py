@@ -301,11 +301,10 @@ def mirror(events_K: np.ndarray, length: int) -> Document:
 
 def register(data: DataConfig) -> seqio.Task:
   """Registers `data.task` under these settings with seqio, in place of the default ones; Beam's workers call this."""
-  (task, _), *_ = get_tasks(data, DEFAULT_MAX_EVENTS)
-  seqio_task = to_seqio(task)
+  ((task, _),) = get_tasks(data, DEFAULT_MAX_EVENTS)
   seqio.TaskRegistry.remove(data.task)
-  seqio.TaskRegistry.add_provider(data.task, seqio_task)
-  return seqio_task
+  seqio.TaskRegistry.add_provider(data.task, to_seqio(task))
+  return seqio.TaskRegistry.get(data.task)
 
 
 for _size in (32, 64):

@@ -21,9 +21,7 @@ from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import splits, tasks, texts, windows
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
-_VOCAB_SIZE = flags.DEFINE_integer(
-  "vocab_size", 32_000, "Subword tokens of the model, its 256 bytes included.", lower_bound=300
-)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Subword tokens, all 256 bytes included.", lower_bound=300)
 
 _MAX_BYTES = 100 * 10**6
 """Larger texts are sampled evenly."""

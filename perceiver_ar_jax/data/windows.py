@@ -7,8 +7,7 @@ event after its input. A window is the range of at most `context` inputs that en
     context 4, latents 2, events SOS a b c d e:   ending at e:   inputs   a   b   c   d   targets d e
                                                   ending at b:   inputs PAD PAD SOS   a   targets a b
 
-A batch is a dict of arrays that are initially padding, `empty_batch`; each row is filled with one window. All functions
-here are pure, in NumPy.
+A batch is a dict of arrays that are initially padding, `empty_batch`; each row is filled with one window.
 """
 
 from collections.abc import Callable, Iterator
@@ -79,7 +78,7 @@ def train_window(
 def eval_window(row: Batch, document: Document, end: int, num_new: int) -> None:
   """Fills an empty row with the window whose last target is event `end` - 1 of a document, `end` in 2..N.
 
-  At most the last `num_new` targets have weight 1, if the document scores them; the others only provide context.
+  At most the last `num_new` targets have weight 1, if the document scores them.
   """
   start = max(end - 1 - len(row["inputs"]), 0)
   _fill(row, document.read(start, end), document.positions(start, end), document.scored(start, end), num_new)
