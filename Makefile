@@ -35,6 +35,7 @@ lint: install
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 	$(RUN) .ci/check.py
+	$(RUN) .ci/path.py
 	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch
 
 format: install

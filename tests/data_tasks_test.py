@@ -188,7 +188,7 @@ def test_every_task_is_a_seqio_task_too():
 
 @pytest.fixture
 def lines_of_a_fork():
-  """A task as the example of registry.py makes one."""
+  """A task as docs/extending.md makes one."""
 
   def lines(split, shuffle_files):
     return tf.data.Dataset.from_tensor_slices({"text": ["ab", "", "c"]})

@@ -1,13 +1,12 @@
 """Training batches: an endless, exactly resumable stream, the same on any number of hosts.
 
-The path of a batch: records of a shard, still encoded -> shuffle -> repeat -> documents -> random crops -> rows of the
-hosts -> arrays over all devices. Shuffling before repeating makes every epoch use each record exactly once, and
-shuffling encoded records keeps the saved state at the size of the shuffle buffer. The first stages are tf.data's, whose
-state can be saved; the later ones are pure functions of a record and its number in NumPy.
+Records of a shard, still encoded -> shuffle -> repeat are stages of tf.data, whose state can be saved. Shuffling before
+repeating makes every epoch use each record once; shuffling encoded records keeps the state at the size of the shuffle
+buffer. Then come pure functions of a record and its number: documents -> random crops -> rows -> arrays over devices.
 
-The records are divided into `data.shards` shards, each of which provides an equal range of rows of every batch. A host
-draws the records of the shards of its rows (encoded, or mere numbers and paths) and opens the documents of its own rows
-only. Shards do not depend on hosts, so neither does their saved position.
+Each of `data.shards` shards of the records provides an equal range of rows of every batch. A host draws the records of
+the shards of its rows and opens the documents of its own rows only. Shards do not depend on hosts, so neither does
+their saved position.
 """
 
 import concurrent.futures
@@ -16,7 +15,6 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,24 +27,13 @@ from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.registry import Record, Task, skip_reasons, to_records
 from perceiver_ar_jax.data.sources import ListSource, sentencepiece_fingerprint
 from perceiver_ar_jax.data.tasks import get_tasks
-from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.tf_cpu import seqio, tf
 from perceiver_ar_jax.data.windows import Batch
 
 _SHUFFLE_BYTES = 32 * 2**20
 """Average size limit of a shuffle buffer: whole books would make checkpoints of gigabytes."""
-_THREADS = min(16, os.cpu_count() or 1)
-"""Threads of a host that fill rows, in Python."""
-
-
-class _Example(NamedTuple):
-  """A record that was drawn for a row, and the random numbers of the row."""
-
-  task: Task
-  record: Record
-  draw: float
-  """Determines the crop, in [0, 1)."""
-  seed: int
-  """Seed of its augmentation."""
+_pool = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+"""The threads that fill rows, of all loaders; they start when they are first needed."""
 
 
 @dataclasses.dataclass
@@ -58,17 +45,14 @@ class _Shard:
   """The rows that this host fills, among those that the shard provides for each batch."""
   is_saved_here: bool
   """Whether this host saves the position, which is the same on all hosts that read the shard."""
-  records: list[Iterator] = dataclasses.field(default_factory=list)
+  records: Sequence[Iterator] = ()
   """Of each task."""
   num_batches: int = 0
   """Batches drawn, including those without a readable record; the number is the seed of a batch's crops."""
 
 
-class TrainLoader:
-  """Training batches, of each the rows of one host; the same for the same settings and after a restore.
-
-  Batches are dicts of NumPy arrays: inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights
-  float32[B, M].
+class TrainLoader(Iterator[Batch]):
+  """Training batches (windows.Batch), of each the rows of one host; the same for the same settings and when restored.
 
   Args:
     config: the experiment; `data`, `seed`, the batch size and the model's context and latents determine the batches.
@@ -81,55 +65,27 @@ class TrainLoader:
   """
 
   def __init__(self, config: Config, rows_of_hosts: Sequence[Sequence[int]] | None = None, host: int = 0):
-    self._config, self._split = config, config.data.train_split
-    self._num_shards = config.data.shards
+    self._config, self._split, self._num_shards = config, config.data.train_split, config.data.shards
     self._shard_rows = config.train.batch_size // self._num_shards
-    shares = get_tasks(config.data, windows.longest_crop(config))
-    self._tasks = [task for task, _ in shares]
-    self._cumulative_shares = np.cumsum([share for _, share in shares])
-    self._smallest_share = min(share for _, share in shares)
-    self._num_records = [self._count_records(task) for task in self._tasks]
+    self._tasks, self._shares = zip(*get_tasks(config.data, windows.longest_crop(config)))
+    self._num_records = [task.num_records(config, self._split) for task in self._tasks]
+    for task, count in zip(self._tasks, self._num_records):
+      if count is not None and count < self._num_shards:
+        raise InputError(
+          f"The split {self._split!r} of {task.name} has {count} records, fewer than data.shards={self._num_shards}:"
+          " lower it, or train on more data."
+        )
     rows_of_hosts = [range(config.train.batch_size)] if rows_of_hosts is None else rows_of_hosts
-    self.rows = rows_of_hosts[host]
-    rows_of_shards = [self._rows_of_shard(self.rows, shard) for shard in range(self._num_shards)]
-    self._shards = [
-      _Shard(shard, rows, not any(self._rows_of_shard(others, shard) for others in rows_of_hosts[:host]))
-      for shard, rows in enumerate(rows_of_shards)
-      if rows
-    ]
-    for shard in self._shards:
-      self._start(shard)
-
-  def _count_records(self, task: Task) -> int | None:
-    task.check_vocabulary(self._config)
-    count = task.num_records(self._split)
-    if count is not None and count < self._num_shards:
-      raise InputError(
-        f"The split {self._split!r} of {task.name} has {count} records, fewer than data.shards={self._num_shards}:"
-        " lower it, or train on more data."
+    self.rows, self._shards = rows_of_hosts[host], []
+    for index in range(self._num_shards):
+      first = index * self._shard_rows
+      rows, *rows_of_earlier_hosts = (
+        [row - first for row in rows if 0 <= row - first < self._shard_rows]
+        for rows in (self.rows, *rows_of_hosts[:host])
       )
-    return count
-
-  def _rows_of_shard(self, rows: Sequence[int], shard: int) -> list[int]:
-    """Those of the batch's `rows` that `shard` provides, counted from its first row."""
-    return [row - shard * self._shard_rows for row in rows if row // self._shard_rows == shard]
-
-  def _start(self, shard: _Shard) -> None:
-    """Moves to the start of the shard."""
-    shard.num_batches, shard.records = 0, [iter(self._open(task, shard.index)) for task in self._tasks]
-
-  def _open(self, task: Task, shard: int) -> tf.data.Dataset:
-    data, seed = self._config.data, self._config.seed
-    records = task.shard_records(self._split, seed=seed, index=shard, count=self._num_shards)
-    record_bytes = getattr(task.source, "bytes_per_record", lambda split: 0)(self._split)
-    buffer = min(
-      -(-data.shuffle_buffer // self._num_shards),
-      max(1, int(_SHUFFLE_BYTES / self._num_shards / max(record_bytes, 1))),
-    )
-    records = task.preprocess(records.shuffle(buffer, seed=seed, reshuffle_each_iteration=True).repeat())
-    # Records of a fixed shape are drawn a batch at a time, which saves a call for each; a mixture draws one by one.
-    fixed = all(spec.shape.is_fully_defined() for spec in records.element_spec.values())
-    return records.batch(self._shard_rows if fixed and len(self._tasks) == 1 else 1)
+      if rows:
+        self._shards.append(_Shard(index, rows, is_saved_here=not any(rows_of_earlier_hosts)))
+        self._start(self._shards[-1])
 
   @property
   def task(self) -> Task:
@@ -139,85 +95,78 @@ class TrainLoader:
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of each array of a global batch, without drawing one."""
-    rows = self._config.train.batch_size
-    return {name: jax.ShapeDtypeStruct((rows, *row.shape[1:]), row.dtype) for name, row in self._empty(1).items()}
+    return jax.eval_shape(lambda: self._empty(self._config.train.batch_size))
 
   def _empty(self, size: int) -> Batch:
     model, dims = self._config.model, self.task.position_dims
     return windows.empty_batch(size, context=model.max_context, latents=model.num_latents, position_dims=dims)
 
-  def __iter__(self) -> "TrainLoader":
-    return self
+  def _start(self, shard: _Shard) -> None:
+    shard.num_batches, shard.records = 0, [iter(self._records(task, shard.index)) for task in self._tasks]
+
+  def _records(self, task: Task, index: int) -> tf.data.Dataset:
+    """Returns the records of one shard, in batches; files are in a different order in each epoch."""
+    seed, source, split = self._config.seed, task.source, self._split
+    if source.supports_arbitrary_sharding:
+      shard = seqio.ShardInfo(index=index, num_shards=self._num_shards)
+      records = source.get_dataset(split=split, shuffle=True, seed=seed, shard_info=shard)
+    else:
+      records = source.get_dataset(split=split, shuffle=False).shard(self._num_shards, index)
+    record_bytes = getattr(source, "bytes_per_record", lambda split: 0)(split)
+    buffer = min(
+      -(-self._config.data.shuffle_buffer // self._num_shards),
+      max(1, int(_SHUFFLE_BYTES / self._num_shards / max(record_bytes, 1))),
+    )
+    records = task.preprocess(records.shuffle(buffer, seed=seed, reshuffle_each_iteration=True).repeat())
+    # Records of a fixed shape are drawn a batch at a time, which saves a call for each; a mixture draws one by one.
+    fixed = all(spec.shape.is_fully_defined() for spec in records.element_spec.values())
+    return records.batch(self._shard_rows if fixed and len(self._tasks) == 1 else 1)
 
   def __next__(self) -> Batch:
     batch, start = self._empty(len(self.rows)), 0
     for shard in self._shards:
-      self._fill(shard, {name: values[start : start + len(shard.rows)] for name, values in batch.items()})
+      self._fill(shard, [windows.row_of(batch, start + index) for index in range(len(shard.rows))])
       start += len(shard.rows)
     windows.check_positions(batch["positions"], self._config)
     return batch
 
-  def _fill(self, shard: _Shard, batch: Batch) -> None:
-    """Fills the rows of one shard, which are empty."""
-    for _ in range(self._max_attempts()):
-      examples, readable = self._draw(shard), {}
-
-      def fill_some(first: int, examples=examples, readable=readable) -> None:
-        for index in range(first, len(shard.rows), _THREADS):
-          example = examples[shard.rows[index]]
-          readable[shard.rows[index]] = self._try(batch, index, example, example)
-
-      list(_pool().map(fill_some, range(_THREADS)))
-      if self._replace_unreadable(shard, batch, examples, readable):
+  def _fill(self, shard: _Shard, rows: list[Batch]) -> None:
+    """Fills the empty rows of one shard."""
+    max_attempts = 2**62  # batches without a readable record after which the whole split is known to have none
+    if None not in self._num_records:
+      max_attempts = 2 + int(2 * sum(self._num_records) / self._shard_rows / min(self._shares))
+    for _ in range(max_attempts):
+      fill_row = functools.partial(self._fill_row, *self._draw(shard), set())
+      if all(list(_pool.map(fill_row, shard.rows, rows))):
         return
     raise InputError(
       f"The split {self._split!r} of {self._config.data.task} has {sum(self._num_records)} records, and none can be"
       f" read: {skip_reasons()}."
     )
 
-  def _replace_unreadable(
-    self, shard: _Shard, batch: Batch, examples: list[_Example], readable: dict[int, bool]
-  ) -> bool:
-    """Fills rows whose record is unreadable with a crop of the next readable example; False if all are unreadable.
+  def _fill_row(self, records, draws, seeds, unreadable: set[int], number: int, row: Batch) -> bool:
+    """Fills a row, with the random numbers of row `number` of a shard; returns False if no record can be read.
 
-    The example may belong to a row of another host, so that a batch is the same for any number of hosts.
+    The record is that of the row or, if that is unreadable, the next readable one of the shard, which may belong to a
+    row of another host, so that a batch is the same for any number of hosts.
     """
-    for index, row in enumerate(shard.rows):
-      if readable[row]:
+    for candidate in (*range(number, len(records)), *range(number)):
+      if candidate in unreadable:
         continue
-      for candidate in ((row + step) % len(examples) for step in range(1, len(examples))):
-        if readable.get(candidate, True):
-          readable[candidate] = self._try(batch, index, examples[row], examples[candidate])
-          if readable[candidate]:
-            break
-      else:
-        return False
-    return True
+      task, record = records[candidate]
+      document = task.open(record)
+      if document is not None:
+        augment = task.augment and functools.partial(task.augment, random=np.random.default_rng(seeds[number]))
+        try:
+          windows.train_window(row, document, draws[number], min_crop=self._config.data.min_crop, augment=augment)
+          return True
+        except Unreadable as error:  # a file that vanished or shrank since it was listed
+          task.skip(record, error)
+      unreadable.add(candidate)
+    return False
 
-  def _try(self, batch: Batch, index: int, example: _Example, source: _Example) -> bool:
-    """Fills a row with the random numbers of `example` and the record of `source`; False if that is unreadable."""
-    document = source.task.open(source.record)
-    if document is None:
-      return False
-    augment = source.task.augment
-    if augment:
-      augment = functools.partial(augment, random=np.random.default_rng(example.seed))
-    row, min_crop = windows.row_of(batch, index), self._config.data.min_crop
-    try:
-      windows.train_window(row, document, example.draw, min_crop=min_crop, augment=augment)
-      return True
-    except Unreadable as error:  # a file that vanished or shrank since it was listed
-      source.task.skip(source.record, error)
-      return False
-
-  def _max_attempts(self) -> int:
-    """Number of batches without a readable record after which the whole split is known to have none."""
-    if None in self._num_records:
-      return 2**62
-    return 2 + int(2 * sum(self._num_records) / self._shard_rows / self._smallest_share)
-
-  def _draw(self, shard: _Shard) -> list[_Example]:
-    """The examples of all rows that the shard provides for the next batch."""
+  def _draw(self, shard: _Shard) -> tuple[list[tuple[Task, Record]], np.ndarray, np.ndarray]:
+    """Returns the records, numbers in [0, 1) and seeds of all rows that the shard provides for the next batch."""
     # Numbering batches over all shards gives the crops of each shard their own random numbers.
     number, size = shard.num_batches * self._num_shards + shard.index, self._shard_rows
     random = np.random.Generator(np.random.Philox(key=[self._config.seed % 2**64, number]))
@@ -228,10 +177,10 @@ class TrainLoader:
       while len(records) < size:
         records += self._next_records(shard, 0)
     else:
-      drawn = np.searchsorted(self._cumulative_shares, random.random(size), side="right")
+      drawn = np.searchsorted(np.cumsum(self._shares), random.random(size), side="right")
       chosen = np.minimum(drawn, len(self._tasks) - 1)
       records = [record for index in chosen for record in self._next_records(shard, index)]
-    return list(map(_Example, [self._tasks[index] for index in chosen], records, draws, seeds))
+    return [(self._tasks[index], record) for index, record in zip(chosen, records)], draws, seeds
 
   def _next_records(self, shard: _Shard, task_index: int) -> list[Record]:
     batch = next(shard.records[task_index], None)
@@ -259,35 +208,33 @@ class TrainLoader:
       InputError: the state is of other shards, or of other data (other settings).
       FileNotFoundError: `directory` contains no state at all.
     """
+    directory = epath.Path(directory)
     for shard in self._shards:
-      self._restore(shard, epath.Path(directory))
-
-  def _restore(self, shard: _Shard, directory: epath.Path) -> None:
-    path = directory / f"{self._name(shard)}.json"
-    if not path.exists():
-      saved_shards = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
-      if not saved_shards:
-        raise FileNotFoundError(f"{directory} contains no state of a data iterator")
-      raise InputError(
-        f"{directory} contains no data iterator state for {self._name(shard)}, only for {', '.join(saved_shards)}: set"
-        " data.shards back to what it was."
-      )
-    state = json.loads(path.read_text())
-    names = {"num_records": "number of records", "files": "checksum of the files' names"}
-    changed = [
-      f"{names.get(name, name)} was {state['stream'].get(name)!r} and is {value!r}"
-      for name, value in self._stream.items()
-      if state["stream"].get(name) != value
-    ]
-    if changed:
-      raise InputError(
-        f"The data position in {directory} does not apply, since the data or its settings have changed"
-        f" ({'; '.join(changed)}): restore files and settings, or start in a new workdir."
-      )
-    # From the start: the state of an iterator that was not used does not undo the shuffles of one that was.
-    self._start(shard)
-    self._checkpoint(shard).read(os.fspath(directory / self._name(shard))).assert_consumed()
-    shard.num_batches = state["num_batches"]
+      path = directory / f"{self._name(shard)}.json"
+      if not path.exists():
+        saved_shards = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
+        if not saved_shards:
+          raise FileNotFoundError(f"{directory} contains no state of a data iterator")
+        raise InputError(
+          f"{directory} contains no data iterator state for {self._name(shard)}, only for {', '.join(saved_shards)}:"
+          " set data.shards back to what it was."
+        )
+      state = json.loads(path.read_text())
+      names = {"num_records": "number of records", "files": "checksum of the files' names"}
+      changed = [
+        f"{names.get(name, name)} was {state['stream'].get(name)!r} and is {value!r}"
+        for name, value in self._stream.items()
+        if state["stream"].get(name) != value
+      ]
+      if changed:
+        raise InputError(
+          f"The data position in {directory} does not apply, since the data or its settings have changed"
+          f" ({'; '.join(changed)}): restore files and settings, or start in a new workdir."
+        )
+      # From the start: the state of an iterator that was not used does not undo the shuffles of one that was.
+      self._start(shard)
+      self._checkpoint(shard).read(os.fspath(directory / self._name(shard))).assert_consumed()
+      shard.num_batches = state["num_batches"]
 
   @functools.cached_property
   def _stream(self) -> dict:
@@ -320,14 +267,8 @@ class TrainLoader:
 def to_global(
   batch: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int, shardings: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
-  """Global arrays of `batch_size` rows, some of which each host provides.
-
-  Args:
-    batch: this host's rows.
-    rows: their numbers, in order: at least those on its devices.
-    batch_size: rows of all hosts together.
-    shardings: the sharding of each array; dimensions other than the rows may be sharded as well.
-  """
+  """Global arrays of `batch_size` rows, of which `batch` contains this host's: those numbered `rows`, in order, which
+  are at least those on its devices. Other dimensions may be sharded as well."""
 
   def globalise(values: np.ndarray, sharding: Sharding) -> jax.Array:
     def local_part(index: tuple[slice, ...]) -> np.ndarray:
@@ -338,9 +279,3 @@ def to_global(
     return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, local_part)
 
   return {name: globalise(values, shardings[name]) for name, values in batch.items()}
-
-
-@functools.cache
-def _pool() -> concurrent.futures.ThreadPoolExecutor:
-  """The threads that fill rows, of all loaders."""
-  return concurrent.futures.ThreadPoolExecutor(_THREADS)

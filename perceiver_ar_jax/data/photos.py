@@ -1,17 +1,4 @@
-"""Small crops of photographs that installed packages contain, so that training needs no download.
-
-| photograph        | split      | package      | author, terms                                              |
-|-------------------|------------|--------------|------------------------------------------------------------|
-| astronaut         | train      | scikit-image | NASA (Eileen Collins), public domain                       |
-| coffee            | train      | scikit-image | Rachel Michetti, CC0                                       |
-| rocket            | train      | scikit-image | SpaceX, released into the public domain                    |
-| hubble_deep_field | train      | scikit-image | NASA and ESA, public domain                                |
-| retina            | train      | scikit-image | Mikael Häggström, CC0                                      |
-| flower            | train      | scikit-learn | flickr.com/photos/vultilion/6056698931, CC BY 2.0          |
-| chelsea           | validation | scikit-image | Stéfan van der Walt, CC0                                   |
-| china             | validation | scikit-learn | danielbuechele, flickr.com/.../6061409035, CC BY 2.0       |
-
-Other photographs in these packages are left out because their terms are not stated.
+"""Small crops of photographs that scikit-image and scikit-learn contain, so that training needs no download.
 
 A record is only the number of a crop; photograph, scale, corner and mirroring are a stateless hash of it. So the state
 of a pipeline over 50,000 crops is a few integers, and every crop can be reproduced from its number. The pixels are in
@@ -30,21 +17,22 @@ from perceiver_ar_jax.data.tf_cpu import tf
 
 PHOTOGRAPHS = {
   "train": (
-    ("skimage", "data/astronaut.png", 1.0),
-    ("skimage", "data/coffee.png", 1.0),
-    ("skimage", "data/rocket.jpg", 1.0),
-    ("skimage", "data/hubble_deep_field.jpg", 0.1),
-    ("skimage", "data/retina.jpg", 0.3),
-    ("sklearn", "datasets/images/flower.jpg", 1.0),
+    ("skimage", "data/astronaut.png", 1.0),  # NASA (Eileen Collins), public domain
+    ("skimage", "data/coffee.png", 1.0),  # Rachel Michetti, CC0
+    ("skimage", "data/rocket.jpg", 1.0),  # SpaceX, released into the public domain
+    ("skimage", "data/hubble_deep_field.jpg", 0.1),  # NASA and ESA, public domain
+    ("skimage", "data/retina.jpg", 0.3),  # Mikael Häggström, CC0
+    ("sklearn", "datasets/images/flower.jpg", 1.0),  # flickr.com/photos/vultilion/6056698931, CC BY 2.0
   ),
   "validation": (
-    ("skimage", "data/chelsea.png", 1.0),
-    ("sklearn", "datasets/images/china.jpg", 1.0),
+    ("skimage", "data/chelsea.png", 1.0),  # Stéfan van der Walt, CC0
+    ("sklearn", "datasets/images/china.jpg", 1.0),  # danielbuechele, flickr.com/.../6061409035, CC BY 2.0
   ),
 }
 """(import name of the package, path in it, weight) of each photograph; no photograph is in two splits.
 
-Hubble's and the retina's are mostly black and weigh less, because dark crops are learned quickly.
+Others in these packages are left out because their terms are not stated. Hubble's and the retina's are mostly black and
+weigh less, because dark crops are learned quickly.
 """
 
 NUM_CROPS = {"train": 50_000, "validation": 64}
@@ -90,11 +78,8 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
 
 @functools.lru_cache
 def _pyramids(split: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the levels of the photographs of a split.
-
-  Returns:
-    uint8[levels, height, width, 3] padded with black, int32[levels, 2] true heights and widths, float[levels] weights.
-  """
+  """The levels of the photographs of a split: uint8[levels, height, width, 3] padded with black, their true heights and
+  widths int32[levels, 2], and their weights float[levels]."""
   levels, weights = [], []
   for package, path, weight in PHOTOGRAPHS[split]:
     image = _load(package, path)
@@ -116,8 +101,5 @@ def _load(package: str, path: str) -> PIL.Image.Image:
   file = pathlib.Path(spec.submodule_search_locations[0]) / path if spec else None
   if file is None or not file.exists():
     distribution = _DISTRIBUTIONS[package]
-    raise InputError(
-      f"The photograph {path} of the package {distribution} is not installed: run `pip install {distribution}`."
-    )
-  with PIL.Image.open(file) as image:
-    return image.convert("RGB")
+    raise InputError(f"The photograph {path} of {distribution} is not installed: run `pip install {distribution}`.")
+  return PIL.Image.open(file).convert("RGB")

@@ -1,19 +1,6 @@
 """Tasks and their registry: a task defines a source, converts its records to documents, and names their unit.
 
-A fork adds a task in a few lines: a builder that creates it for the config's data settings, and `add`. To read, for
-example, the poems of a prepared TFDS dataset, as bytes or as subword tokens of `data.sentencepiece`:
-
-    def poems(data, max_events):
-      tokens = texts.tokenizer(data.sentencepiece)
-      return Task(
-        name="poems",
-        source=TfdsSource("my_poems:1.0.0", data_dir=data.data_dir),
-        document=lambda record: tokens.document(texts.Text(record["text"])),
-        modality="text", unit="bits_per_byte", vocab_size=tokens.vocab_size, decode=tokens.decode,
-      )
-
-    registry.add("poems", poems)
-
+A builder makes the task for the data settings of a config, and `add` registers it: docs/extending.md has an example.
 Each task is also a seqio task of the same name (`to_seqio`), by which seqio's tools cache it offline and inspect it.
 """
 
@@ -34,10 +21,7 @@ from perceiver_ar_jax.data.warn_once import newest_messages, warn_once
 
 PREFETCH = 64
 """Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
-_TF_THREADS = 8
-"""Threads that read and decode records, in TensorFlow."""
-MODALITIES = ("audio", "copy", "image", "music", "text", "video")
-
+_MODALITIES = ("audio", "image", "music", "numbers", "text", "video")
 Record = Mapping[str, Any]
 """One record of a source: NumPy scalars and arrays, bytes for strings."""
 
@@ -48,11 +32,9 @@ class Task:
 
   name: str
   source: seqio.DataSource
-  """The source of the records."""
   document: Callable[[Record], Document]
-  """Converts a record to a document; errors about the record's content skip the record (see `open`)."""
+  """Converts a record of the source to a document; errors about the record's content skip the record (see `open`)."""
   modality: str
-  """The kind of its documents: one of MODALITIES."""
   unit: str
   """The unit of its held-out loss: one of units.UNITS."""
   vocab_size: int
@@ -60,7 +42,6 @@ class Task:
   decode: Callable[[np.ndarray], Any]
   """Converts events int32[n] to a picture, a text, notes or codes (of video: flat, since each file has its grid)."""
   position_dims: int = 1
-  """P: the number of position dimensions."""
   encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   """Settings that determine the meaning of ids and positions: a model can only be used with those of its training."""
   preprocessors: Sequence[Callable[..., tf.data.Dataset]] = ()
@@ -72,8 +53,7 @@ class Task:
   unknown: int | None = None
   """The event for everything that is not in the vocabulary."""
   read: Callable[[Any], Document] | None = None
-  """Returns the document of a prompt, given the bytes of a text or, for other modalities, the path (str) of a file;
-  None: the task has no prompts but its own documents."""
+  """Returns the document of a prompt: the bytes of a text, or else the path (str) of a file; None: no such prompts."""
   length: int | None = None
   """Events of every document; None: they vary."""
   place: Callable[[int, int], np.ndarray] | None = lambda start, end: count_positions(end - start)
@@ -85,26 +65,24 @@ class Task:
   """Indices int[n] in a document -> their groups int[n]."""
 
   def __post_init__(self):
-    for field, known in (("unit", units.UNITS), ("modality", MODALITIES)):
-      value = getattr(self, field)
-      if value not in known:
-        raise ValueError(f"{field}={value!r} is unknown. {nearest(value, known)}")
+    for field, known in (("unit", units.UNITS), ("modality", _MODALITIES)):
+      if getattr(self, field) not in known:
+        raise ValueError(f"{field}={getattr(self, field)!r} is unknown. {nearest(getattr(self, field), known)}")
 
   def allowed(self) -> np.ndarray:
     """bool[G, V], see `groups`."""
-    return allow(self.vocab_size, range(NUM_SPECIAL, self.vocab_size), [EOS]) if self.groups is None else self.groups()
+    return allow(self.vocab_size, [EOS, *range(NUM_SPECIAL, self.vocab_size)]) if self.groups is None else self.groups()
 
   def open(self, record: Record) -> Document | None:
     """Returns the document of a record; None, with a warning, if it cannot be decoded or has nothing to predict.
 
-    Whatever a decoder raises about the content of a record only costs that record. Errors of the settings, memory and
-    the file system are raised: the next record would meet them too.
+    Errors of the settings, memory and the file system are raised: the next record would meet them too.
     """
     try:
       document = self.document(record)
       if document.has_targets():
         return document
-      raise Unreadable(f"{self._describe(record)} has nothing to predict")
+      self.skip(record, f"{self._describe(record)} has nothing to predict")
     except Unreadable as error:
       self.skip(record, error)
     except (InputError, MemoryError):
@@ -112,25 +90,30 @@ class Task:
     except Exception as error:
       if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without a number
         raise
-      self.skip(record, Unreadable(f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})"))
+      self.skip(record, f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})")
     return None
 
-  def num_records(self, split: str) -> int | None:
+  def skip(self, record: Record, reason: Unreadable | str) -> None:
+    """Reports that a record is not used; a file counts once, however many of its records are skipped, and how often."""
+    warn_once("skipped", f"Skipped: {reason}", subject=self._describe(record) if "path" in record else None)
+
+  def _describe(self, record: Record) -> str:
+    return os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
+
+  def num_records(self, config: Config, split: str) -> int | None:
     """Returns the number of records of a split, None if unknown.
 
     Raises:
-      InputError: an unknown split, or missing data.
+      InputError: an unknown split, missing data, or a model with fewer token ids than the task.
     """
+    if self.vocab_size > config.model.vocab_size:
+      raise InputError(
+        f"The task {self.name} has {self.vocab_size} token ids (PAD, EOS and SOS included), but model.vocab_size is"
+        f" {config.model.vocab_size}: set --config.model.vocab_size={self.vocab_size} or more."
+      )
     if not isinstance(self.source, TfdsSource) and split not in self.source.splits:
       raise InputError(f"The task {self.name} has no split {split!r}. {nearest(split, self.source.splits)}")
     return self.source.num_input_examples(split)
-
-  def shard_records(self, split: str, *, seed: int, index: int, count: int) -> tf.data.Dataset:
-    """Returns shard `index` of `count` of the records; files are in a different order in each epoch."""
-    if self.source.supports_arbitrary_sharding:
-      shard = seqio.ShardInfo(index=index, num_shards=count)
-      return self.source.get_dataset(split=split, shuffle=True, seed=seed, shard_info=shard)
-    return self.source.get_dataset(split=split, shuffle=False).shard(count, index)
 
   def preprocess(self, records: tf.data.Dataset) -> tf.data.Dataset:
     """Returns the records after TensorFlow's part of the work, which continues in the background."""
@@ -138,36 +121,20 @@ class Task:
       records = preprocessor(records)
     if self.preprocessors:
       records = records.prefetch(PREFETCH)
-    options = tf.data.Options()
-    options.deterministic = True
     # All elements that a stage has ready are part of the saved state, so every buffer is bounded: parallel maps by the
     # number of threads, and no stages that TensorFlow adds.
-    options.threading.private_threadpool_size = _TF_THREADS
+    options = tf.data.Options()
+    options.deterministic = True
+    options.threading.private_threadpool_size = 8
     options.autotune.enabled = False
     options.experimental_optimization.inject_prefetch = False
     options.experimental_optimization.map_and_batch_fusion = False
     return records.with_options(options)
 
-  def check_vocabulary(self, config: Config) -> None:
-    """Raises InputError if the model has fewer token ids than the task."""
-    if self.vocab_size > config.model.vocab_size:
-      raise InputError(
-        f"The task {self.name} has {self.vocab_size} token ids (PAD, EOS and SOS included), but model.vocab_size is"
-        f" {config.model.vocab_size}: set --config.model.vocab_size={self.vocab_size} or more."
-      )
-
-  def skip(self, record: Record, error: Unreadable) -> None:
-    """Reports that a record is not used; a file counts once, however many of its records are skipped, and how often."""
-    warn_once("skipped", f"Skipped: {error}", subject=self._describe(record) if "path" in record else None)
-
-  def _describe(self, record: Record) -> str:
-    return os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
-
 
 def to_records(batch: Mapping[str, tf.Tensor]) -> list[Record]:
   """Splits a batch of records."""
-  values = [value.numpy() for value in batch.values()]
-  return [dict(zip(batch, record)) for record in zip(*values)]
+  return [dict(zip(batch, record)) for record in zip(*(value.numpy() for value in batch.values()))]
 
 
 def skip_reasons() -> str:
@@ -176,12 +143,9 @@ def skip_reasons() -> str:
   return "; ".join(reasons) or "it is empty"
 
 
-def allow(vocab_size: int, *ids: Iterable[int]) -> np.ndarray:
+def allow(vocab_size: int, ids: Iterable[int]) -> np.ndarray:
   """bool[1, vocab_size], True for the given ids."""
-  result = np.zeros((1, vocab_size), bool)
-  for allowed_ids in ids:
-    result[0, list(allowed_ids)] = True
-  return result
+  return np.isin(np.arange(vocab_size), list(ids))[None]
 
 
 Builder = Callable[[DataConfig, int], Task]
@@ -206,42 +170,20 @@ def names() -> list[str]:
 def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
   """The task that `data` names, or the tasks of the mixture, each with its share of the training examples.
 
-  Args:
-    data: `task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1".
-    max_events: the longest crop.
+  `data.task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1".
 
   Raises:
     InputError: an unknown name, a wrong rate, tasks of different vocabularies.
   """
-  if data.task in _BUILDERS:
-    return [(_build(data.task, data, max_events), 1.0)]
   rates = _mixture_rates(data.task)
-  tasks = [_build(name, data, max_events) for name in rates]
-  kinds = {(task.modality, task.vocab_size, task.position_dims) for task in tasks}
-  if len(kinds) > 1:
+  tasks = [_build(dataclasses.replace(data, task=name), max_events) for name in rates]
+  if len({(task.modality, task.vocab_size, task.position_dims) for task in tasks}) > 1:
     described = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
     raise InputError(
       f"The tasks of the mixture data.task={data.task!r} have different vocabularies ({described}): mix tasks of one"
       " modality and one vocabulary."
     )
-  total = sum(rates.values())
-  return [(task, rates[task.name] / total) for task in tasks]
-
-
-def _build(name: str, data: DataConfig, max_events: int) -> Task:
-  task = _BUILDERS[name](dataclasses.replace(data, task=name), max_events)
-  return task if data.cache_dir is None else _from_cache(task, data)
-
-
-def _from_cache(task: Task, data: DataConfig) -> Task:
-  """The same task, reading the documents that data/cache.py has stored."""
-  source = CachedSource(to_seqio(task), data)
-
-  def document(record):
-    counts = {name: int(record[name]) for name in ("words", "bytes") if name in record}
-    return task.stored(record["events"], record["positions"] if task.position_dims > 1 else None, counts)
-
-  return dataclasses.replace(task, source=source, document=document, preprocessors=())
+  return [(task, rate / sum(rates.values())) for task, rate in zip(tasks, rates.values())]
 
 
 def _mixture_rates(name: str) -> dict[str, float]:
@@ -262,40 +204,46 @@ def _mixture_rates(name: str) -> dict[str, float]:
   return rates
 
 
+def _build(data: DataConfig, max_events: int) -> Task:
+  task = _BUILDERS[data.task](data, max_events)
+  if data.cache_dir is None:
+    return task
+
+  def stored_document(record):
+    counts = {name: int(record[name]) for name in ("words", "bytes") if name in record}
+    return task.stored(record["events"], record["positions"] if task.position_dims > 1 else None, counts)
+
+  source = CachedSource(to_seqio(task), data)
+  return dataclasses.replace(task, source=source, document=stored_document, preprocessors=())
+
+
 def to_seqio(task: Task) -> seqio.Task:
   """The seqio task that yields the documents of `task` whole: events, positions, and words and bytes of texts.
 
   These are tensors, so it suits looking around and caching, not training on texts longer than the context.
   """
-  dims = task.position_dims
   specs = {"events": tf.TensorSpec([None], tf.int32)}
-  if dims > 1:  # otherwise they only count, and need not be stored
-    specs["positions"] = tf.TensorSpec([None, dims], tf.int32)
+  if task.position_dims > 1:  # otherwise they only count, and need not be stored
+    specs["positions"] = tf.TensorSpec([None, task.position_dims], tf.int32)
   if task.modality == "text":
-    specs.update(words=tf.TensorSpec([], tf.int64), bytes=tf.TensorSpec([], tf.int64))
+    specs |= {name: tf.TensorSpec([], tf.int64) for name in ("words", "bytes")}
 
   def whole(names: Sequence[str], *values: np.ndarray) -> list[np.ndarray]:
     document = task.open(dict(zip(names, values)))
     if document is None or document.continues:
-      document = Document(np.zeros(0, np.int32), np.zeros((0, dims), np.int32))
-    length, counts = len(document), document.counts()
-    arrays: dict[str, np.ndarray] = {
-      "events": document.read(0, length).astype(np.int32),
-      "positions": document.positions(0, length).astype(np.int32),
-      **{name: np.asarray(counts.get(name, 0), np.int64) for name in ("words", "bytes")},
-    }
-    return [arrays[name] for name in specs]
+      document = Document(np.zeros(0, np.int32), np.zeros((0, task.position_dims), np.int32))
+    events, positions = document.read(0, len(document)), document.positions(0, len(document))
+    arrays = {"events": events, "positions": positions, "words": 0, "bytes": 0, **document.counts()}
+    return [np.asarray(arrays[name], spec.dtype.as_numpy_dtype) for name, spec in specs.items()]
 
   def to_document(record):
-    values = tf.numpy_function(
-      functools.partial(whole, list(record)), list(record.values()), [spec.dtype for spec in specs.values()], False
-    )
+    types = [spec.dtype for spec in specs.values()]
+    values = tf.numpy_function(functools.partial(whole, list(record)), list(record.values()), types, stateful=False)
     return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in zip(specs.items(), values)}
 
-  def count_positions(document):
+  def add_positions(document):
     return {"positions": tf.range(1, tf.size(document["events"]) + 1)[:, None], **document}
 
-  vocabulary = seqio.PassThroughVocabulary(task.vocab_size, eos_id=EOS)
   return seqio.Task(
     task.name,
     source=task.source,
@@ -303,10 +251,10 @@ def to_seqio(task: Task) -> seqio.Task:
       *task.preprocessors,
       lambda dataset: dataset.map(to_document).filter(lambda document: tf.size(document["events"]) > 1),
       *([seqio.CacheDatasetPlaceholder()] if task.source.caching_permitted else []),
-      seqio.map_over_dataset(count_positions),
+      seqio.map_over_dataset(add_positions),
     ],
     output_features={
-      "events": seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32),
+      "events": seqio.Feature(seqio.PassThroughVocabulary(task.vocab_size, eos_id=EOS), add_eos=False, dtype=tf.int32),
       "positions": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32, rank=2),
     },
   )

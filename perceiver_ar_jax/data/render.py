@@ -6,15 +6,14 @@ from typing import BinaryIO
 import numpy as np
 import PIL.Image
 
-from perceiver_ar_jax.data import NUM_SPECIAL, codes, music
+from perceiver_ar_jax.data import NUM_SPECIAL, music
 from perceiver_ar_jax.data.registry import Task
 
 _GAP = 2
 _GREY = 128
 _MIN_PIXELS = 128
-_MAX_FRAMES = 16
 _MAX_STEPS = 1000
-"""Columns of a picture of music (10 s) or of audio codes (frames)."""
+"""Columns of a piano roll: 10 s."""
 
 
 def text(task: Task, events: np.ndarray) -> str:
@@ -22,55 +21,36 @@ def text(task: Task, events: np.ndarray) -> str:
   if task.modality == "text":
     return task.decode(events)
   if task.modality == "music":
-    notes = task.decode(events)
     return "\n".join(
       f"{note.onset:8.2f} s  {note.offset - note.onset:6.2f} s  pitch {note.pitch:3d}  velocity {note.velocity:3d}"
-      for note in notes
+      for note in task.decode(events)
     )
   return np.array2string(np.asarray(events), threshold=64, edgeitems=24, max_line_width=100)
 
 
-def picture(task: Task, events: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
-  """Returns a picture uint8[height, width, 3] of a document's events; None for text, copies and too few events.
+def picture(task: Task, events: np.ndarray) -> np.ndarray | None:
+  """Returns a picture uint8[height, width, 3] of the events int32[n] from a document's start.
 
-  Music is drawn as a piano roll (time to the right, pitch upwards, loud is bright), audio codes as a map of levels over
-  frames, video codes as frames side by side, each code a shade. Small pictures are enlarged.
-
-  Args:
-    task: the events' task.
-    events: int32[n], from a document's start.
-    positions: int32[n, P] of the same.
+  Music is drawn as a piano roll (time to the right, pitch upwards, loud is bright); a small image is enlarged. None for
+  other modalities, and for a part of an image.
   """
   if task.modality == "image":
     try:
-      return _enlarge(task.decode(events[events >= NUM_SPECIAL]))
+      pixels = task.decode(events[events >= NUM_SPECIAL])
     except ValueError:  # a crop, not a whole picture
       return None
+    factor = max(1, _MIN_PIXELS // max(pixels.shape[:2]))
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
   if task.modality == "music":
     # One event more, since it may be the time shift across the last column; a whole piece would take a lot of memory.
     shown = events[: np.searchsorted(music.steps(events), _MAX_STEPS, side="right") + 1]
     roll = music.piano_roll(shown)[:, :_MAX_STEPS]
     used = np.flatnonzero(roll.any(axis=1))
     roll = roll[used[0] : used[-1] + 1] if len(used) else roll
-    return colours(np.repeat(roll[::-1] * 2, 2, axis=0))
-  if task.modality == "audio":
-    shades = _shades(task.decode(events))
-    return colours(np.repeat(shades.T[:, :_MAX_STEPS], 8, axis=0)) if len(shades) else None
-  if task.modality == "video":
-    height, width = positions[:, 1:].max(axis=0) - 1
-    frames = codes.to_video(events, height, width)[:_MAX_FRAMES]
-    return grid([_enlarge(colours(frame)) for frame in _shades(frames)], columns=8) if len(frames) else None
+    brightness_HxWx1 = np.repeat(roll[::-1] * 2, 2, axis=0)[..., None] / np.float32(255)
+    dark_blue, yellow = np.array([20, 20, 60]), np.array([255, 230, 80])
+    return (dark_blue + (yellow - dark_blue) * brightness_HxWx1).astype(np.uint8)
   return None
-
-
-def _shades(values: np.ndarray) -> np.ndarray:
-  """Returns codes as uint8 shades, scaled to their largest."""
-  return (values * (255 / max(values.max(initial=0), 1))).astype(np.uint8)
-
-
-def _enlarge(pixels: np.ndarray) -> np.ndarray:
-  factor = max(1, _MIN_PIXELS // max(pixels.shape[:2]))
-  return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -87,10 +67,3 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 def save_png(pixels: np.ndarray, file: BinaryIO) -> None:
   """Writes a picture uint8[height, width, 3] to an open file."""
   PIL.Image.fromarray(pixels).save(file, format="PNG")
-
-
-def colours(values: np.ndarray) -> np.ndarray:
-  """Maps 0..255 to colours from dark blue to yellow: uint8[..., 3]."""
-  values = values.astype(np.float32)[..., None] / 255
-  low, high = np.array([20, 20, 60]), np.array([255, 230, 80])
-  return (low + (high - low) * values).astype(np.uint8)

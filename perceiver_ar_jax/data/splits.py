@@ -25,8 +25,7 @@ def documents(
   for any part of the first document.
   """
   for task, _ in get_tasks(config.data, windows.longest_crop(config)):
-    task.check_vocabulary(config)
-    task.num_records(split)
+    task.num_records(config, split)
     records = task.source.get_dataset(split=split, shuffle=False)
     if max_sequences is None and max_tokens is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
       raise InputError(f"The split {split!r} of {task.name} never ends: set eval.max_sequences or eval.max_tokens.")
@@ -40,7 +39,7 @@ def num_documents(config: Config, split: str, max_sequences: int | None = None) 
   """Returns how many documents `documents` yields at most; None where that is unknown."""
   counts = []
   for task, _ in get_tasks(config.data, windows.longest_crop(config)):
-    count = task.num_records(split)
+    count = task.num_records(config, split)
     if isinstance(task.source, ListSource):
       count = task.source.num_documents(split)
     counts.append(min((limit for limit in (count, max_sequences) if limit is not None), default=None))

@@ -1,19 +1,4 @@
-"""The tasks of the project, each a function from the data settings of a config to a registry.Task.
-
-| task | records | document |
-|---|---|---|
-| imagenet64, imagenet32 (_rgb_planes) | prepared TFDS downsampled_imagenet | the sub-pixels of a picture |
-| photos64, photos32 (_rgb_planes) | crops of photographs in installed packages | the same |
-| image_files | the user's own pictures | the same, `data.image_size` and `data.image_order` |
-| pg19 | prepared TFDS pg19 | a book |
-| wikitext103, enwik8 | the files of the release in `data.data_dir` | a split |
-| text_files | the user's own texts | a file, or its part of the split |
-| maestro_v1, maestro_v3 | the unpacked release in `data.data_dir` | a performance |
-| midi_files | the user's own MIDI files | a file |
-| audio_codes, video_codes | the user's own .npy and .npz files | a file |
-| books_and_code | half pg19, half text_files | a mixture; a fork adds others with seqio.MixtureRegistry.add |
-| copy | numbers | random bytes and the same mirrored |
-"""
+"""The tasks of the project, each a function from data settings to a registry.Task; docs/data.md describes them."""
 
 import csv
 import functools
@@ -24,122 +9,123 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, registry, texts
-from perceiver_ar_jax.data.documents import Document, Unreadable
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, texts
+from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.files import file_size, own_files, read_bytes, split_files
-from perceiver_ar_jax.data.registry import Record, Task, add, get_tasks, names
+from perceiver_ar_jax.data.registry import DEFAULT_MAX_EVENTS, Record, Task, add, allow, get_tasks, names, to_seqio
 from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
 __all__ = ["Task", "add", "get_tasks", "names"]  # of the registry, filled
 
 NUM_COPY_VALIDATION = 256
-
 _OWN_SPLITS = ("train", "validation")
 _RELEASE_SPLITS = ("train", "validation", "test")
 
 
-def _list_files(data: DataConfig, suffixes: tuple[str, ...], split: str) -> list[Record]:
-  """Returns the user's own files, one record {"path"} per file."""
-  return [{"path": path} for path in split_files(data, split, suffixes)]
+def _file_task(data: DataConfig, read: Callable[[str], Document], suffixes: Sequence[str], **fields) -> Task:
+  """Returns the task whose documents `read` makes from the user's own files; `fields` are others of Task."""
+
+  def records(split: str) -> list[Record]:
+    return [{"path": path} for path in split_files(data, split, suffixes)]
+
+  defaults = {
+    "source": ListSource(records, _OWN_SPLITS),
+    "document": lambda record: read(os.fsdecode(record["path"])),
+  }
+  return Task(name=data.task, read=read, **defaults | fields)
 
 
-def _files(data: DataConfig, suffixes: tuple[str, ...]) -> ListSource:
-  return ListSource(functools.partial(_list_files, data, suffixes), _OWN_SPLITS)
+def _release_file(data: DataConfig, release: str, *names: str) -> str:
+  """Returns the path of the first of `names` that exists in the folder of a release that the user has unpacked."""
+  if not data.data_dir:
+    raise InputError(
+      f"The task {data.task} reads your copy of {release}: set data.data_dir (--config.data.data_dir=FOLDER) to the"
+      f" folder that contains {names[0]}."
+    )
+  paths = [os.path.join(data.data_dir, name) for name in names]
+  for path in paths:
+    if tf.io.gfile.exists(path):
+      return path
+  raise InputError(f"{' or '.join(paths)} does not exist: point data.data_dir at the folder of the unpacked {release}.")
 
 
-def _path(record: Record) -> str:
-  return os.fsdecode(record["path"])
-
-
-def register(data: DataConfig) -> seqio.Task:
-  """Registers `data.task` under these settings with seqio, in place of the default ones; Beam's workers call this."""
-  (task, _), *_ = get_tasks(data, registry.DEFAULT_MAX_EVENTS)
-  seqio_task = registry.to_seqio(task)
-  seqio.TaskRegistry.remove(data.task)
-  seqio.TaskRegistry.add_provider(data.task, seqio_task)
-  return seqio_task
-
-
-# Images
-
-
-def _image_task(name: str, source: seqio.DataSource, size: int, order: str, **more) -> Task:
-  return Task(
-    name=name,
-    source=source,
+def _image_task(data: DataConfig, size: int, order: str, **fields) -> Task:
+  return _file_task(
+    data,
+    lambda path: images.document(images.load(read_bytes(path), path, size), order),
+    images.SUFFIXES,
     modality="image",
     unit="bits_per_dim",
     vocab_size=images.VOCAB_SIZE,
     position_dims=3,
     encoding={"image_size": size, "image_order": order},
     decode=lambda events: images.to_image(events, size, order),
-    read=lambda path: images.document(images.load(read_bytes(path), path, size), order),
     length=images.num_events(size),
     place=lambda start, end: images.positions(size, order)[start:end],
-    groups=lambda: registry.allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
-    **{"document": lambda record: images.document(record["image"], order), **more},
+    groups=lambda: allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
+    **fields,
+  )
+
+
+def _prepared_images(data: DataConfig, size: int, order: str, source: seqio.DataSource, decode: Callable) -> Task:
+  """`decode` returns the picture uint8[size, size, 3] of a record, in TensorFlow."""
+  return _image_task(
+    data,
+    size,
+    order,
+    source=source,
+    preprocessors=[seqio.map_over_dataset(lambda record: {"image": decode(record)})],
+    document=lambda record: images.document(record["image"], order),
   )
 
 
 def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
   def decode(record):
-    image = tf.io.decode_png(record["image"], channels=3)
-    return {"image": tf.ensure_shape(image, [size, size, 3])}
+    return tf.ensure_shape(tf.io.decode_png(record["image"], channels=3), [size, size, 3])
 
   source = TfdsSource(
     f"downsampled_imagenet/{size}x{size}:2.0.0",
     decoders={"image": tfds.decode.SkipDecoding()},  # images stay encoded until after the shuffle
     data_dir=data.data_dir,
   )
-  return _image_task(data.task, source, size, order, preprocessors=[seqio.map_over_dataset(decode)])
+  return _prepared_images(data, size, order, source, decode)
 
 
 def _photos(size: int, order: str, data: DataConfig, max_events: int) -> Task:
-  def crop(record):
-    return {"image": photos.crop(record, size)}
-
-  source = NumberSource(photos.NUM_CROPS)
-  return _image_task(data.task, source, size, order, preprocessors=[seqio.map_over_dataset(crop)])
+  return _prepared_images(data, size, order, NumberSource(photos.NUM_CROPS), lambda record: photos.crop(record, size))
 
 
 def _image_files(data: DataConfig, max_events: int) -> Task:
-  def document(record):
-    image = images.load(read_bytes(_path(record)), _path(record), data.image_size)
-    return images.document(image, data.image_order)
-
-  source = _files(data, images.SUFFIXES)
-  return _image_task(data.task, source, data.image_size, data.image_order, document=document)
+  return _image_task(data, data.image_size, data.image_order)
 
 
-# Text
+def _text_of_file(record: Record) -> tuple[texts.Text, tuple[int, int]]:
+  """Returns the text of a record of `_parts`, and the range of its bytes at which crops end."""
+  path = os.fsdecode(record["path"])
+  text = texts.FileText(path, int(record["offset"]), int(record["size"]))
+  if not len(text):
+    raise Unreadable(f"{path} is empty")
+  texts.check_file(path)
+  start = int(record["part"]) * texts.PART_BYTES
+  return text, (start, min(start + texts.PART_BYTES, len(text)))
 
 
-def _text_task(name: str, source: seqio.DataSource, unit: str, data: DataConfig, document=None) -> Task:
+def _text_task(data: DataConfig, unit: str, source: seqio.DataSource, text: Callable = _text_of_file) -> Task:
+  """`text` returns the arguments of the tokenizer's `document` for a record."""
   tokens = texts.tokenizer(data.sentencepiece)
-
   return Task(
-    name=name,
+    name=data.task,
     source=source,
-    document=document or functools.partial(_part_of_file, tokens),
+    document=lambda record: tokens.document(*text(record)),
     modality="text",
     unit=unit,
     vocab_size=tokens.vocab_size,
     decode=tokens.decode,
     unknown=tokens.unknown,
     read=lambda content: tokens.document(texts.Text(content)),
-    groups=lambda: registry.allow(tokens.vocab_size, tokens.drawable, [EOS]),
+    groups=lambda: allow(tokens.vocab_size, [EOS, *tokens.drawable]),
   )
-
-
-def _part_of_file(tokens: texts.ByteTokenizer | texts.SubwordTokenizer, record: Record) -> Document:
-  """Returns the document of a record of `_parts`."""
-  text = texts.FileText(_path(record), int(record["offset"]), int(record["size"]))
-  if not len(text):
-    raise Unreadable(f"{_path(record)} is empty")
-  texts.check_file(_path(record))
-  start = int(record["part"]) * texts.PART_BYTES
-  return tokens.document(text, (start, min(start + texts.PART_BYTES, len(text))))
 
 
 def _parts(path: str, start: float = 0.0, end: float = 1.0) -> list[Record]:
@@ -151,44 +137,30 @@ def _parts(path: str, start: float = 0.0, end: float = 1.0) -> list[Record]:
 
 
 def _pg19(data: DataConfig, max_events: int) -> Task:
-  tokens = texts.tokenizer(data.sentencepiece)
-
-  def document(record):
+  def text(record):
     if not record["book_text"]:
       raise Unreadable(f"The book {os.fsdecode(record['book_title'])!r} of pg19 is empty")
-    return tokens.document(texts.Text(record["book_text"]))
+    return (texts.Text(record["book_text"]),)
 
-  source = TfdsSource("pg19:0.1.1", data_dir=data.data_dir)
-  return _text_task(data.task, source, "word_perplexity", data, document)
+  return _text_task(data, "word_perplexity", TfdsSource("pg19:0.1.1", data_dir=data.data_dir), text)
 
 
 def _wikitext103(data: DataConfig, max_events: int) -> Task:
   names = {"train": "wiki.train", "validation": "wiki.valid", "test": "wiki.test"}
 
   def records(split):
-    folder = _release(data, "WikiText-103", "wiki.train.raw (or wiki.train.tokens) and its two siblings")
-    for ending in ("raw", "tokens"):
-      path = os.path.join(folder, f"{names[split]}.{ending}")
-      if tf.io.gfile.exists(path):
-        return _parts(path)
-    raise InputError(
-      f"data.data_dir={folder!r} contains neither {names[split]}.raw nor {names[split]}.tokens: point it at the folder"
-      " of the unpacked WikiText-103 release."
-    )
+    return _parts(_release_file(data, "WikiText-103", f"{names[split]}.raw", f"{names[split]}.tokens"))
 
-  return _text_task(data.task, ListSource(records, _RELEASE_SPLITS), "word_perplexity", data)
+  return _text_task(data, "word_perplexity", ListSource(records, _RELEASE_SPLITS))
 
 
 def _enwik8(data: DataConfig, max_events: int) -> Task:
   shares = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
   def records(split):
-    path = os.path.join(_release(data, "enwik8", "the file enwik8"), "enwik8")
-    if not tf.io.gfile.exists(path):
-      raise InputError(f"{path} does not exist: point data.data_dir at the folder that contains the file enwik8.")
-    return _parts(path, *shares[split])
+    return _parts(_release_file(data, "enwik8", "enwik8"), *shares[split])
 
-  return _text_task(data.task, ListSource(records, _RELEASE_SPLITS), "bits_per_byte", data)
+  return _text_task(data, "bits_per_byte", ListSource(records, _RELEASE_SPLITS))
 
 
 def _text_files(data: DataConfig, max_events: int) -> Task:
@@ -201,28 +173,14 @@ def _text_files(data: DataConfig, max_events: int) -> Task:
     stretch = (0.0, border) if split == "train" else (border, 1.0)
     return [part for path in own_files(data, suffixes) for part in _parts(path, *stretch)]
 
-  return _text_task(data.task, ListSource(records, _OWN_SPLITS), "bits_per_byte", data)
-
-
-def _release(data: DataConfig, name: str, content: str) -> str:
-  """Returns the folder of a release that the user has unpacked."""
-  if not data.data_dir:
-    raise InputError(
-      f"The task {data.task} reads your copy of {name}: set data.data_dir (--config.data.data_dir=FOLDER) to the folder"
-      f" that contains {content}."
-    )
-  return os.path.expanduser(data.data_dir)
-
-
-# Symbolic music
+  return _text_task(data, "bits_per_byte", ListSource(records, _OWN_SPLITS))
 
 
 @functools.lru_cache(maxsize=4096)  # files are parsed once: 4,096 performances take about 160 MB
 def _performance(path: str) -> np.ndarray:
   """Returns the events int16[N] of a MIDI file."""
-  content = read_bytes(path)
   try:
-    events = music.encode(music.read_notes(content))
+    events = music.encode(music.read_notes(read_bytes(path)))
   except ValueError as error:
     raise Unreadable(f"{path} cannot be read as a MIDI file: {error}") from error
   if not len(events):
@@ -230,10 +188,7 @@ def _performance(path: str) -> np.ndarray:
   return events.astype(np.int16)
 
 
-def _music_task(data: DataConfig, records: Callable[[str], Sequence[Record]], splits: tuple[str, ...]) -> Task:
-  def document(record):
-    return Document(np.concatenate([[SOS], _performance(_path(record)), [EOS]], dtype=np.int32))
-
+def _midi_files(data: DataConfig, max_events: int, **fields) -> Task:
   def augment(events, random):
     if data.max_transposition:
       events = music.transpose(events, int(random.integers(-data.max_transposition, data.max_transposition + 1)))
@@ -241,93 +196,76 @@ def _music_task(data: DataConfig, records: Callable[[str], Sequence[Record]], sp
       events = music.stretch(events, 1 + random.uniform(-data.max_stretch, data.max_stretch))
     return events
 
-  return Task(
-    name=data.task,
-    source=ListSource(records, splits),
-    document=document,
+  return _file_task(
+    data,
+    lambda path: Document(np.concatenate([[SOS], _performance(path), [EOS]], dtype=np.int32)),
+    (".mid", ".midi", ".rmi"),
     modality="music",
     unit="nats_per_token",
     vocab_size=music.VOCAB_SIZE,
     decode=music.decode,
-    read=lambda path: document({"path": path}),
     augment=augment if data.max_transposition or data.max_stretch else None,
+    **fields,
   )
 
 
 def _maestro(version: str, data: DataConfig, max_events: int) -> Task:
-  def list_records(split):
-    folder = _release(data, "MAESTRO", f"maestro-{version}.csv and the folders of MIDI files that it lists")
-    table = os.path.join(folder, f"maestro-{version}.csv")
-    if not tf.io.gfile.exists(table):
-      raise InputError(f"{table} does not exist: point data.data_dir at the unpacked MAESTRO {version} release.")
+  def records(split):
+    table = _release_file(data, "MAESTRO", f"maestro-{version}.csv")
     rows = csv.DictReader(io.StringIO(read_bytes(table).decode("utf-8")))
-    records = [{"path": os.path.join(folder, row["midi_filename"])} for row in rows if row["split"] == split]
-    if not records:
+    folder = os.path.dirname(table)
+    paths = [os.path.join(folder, row["midi_filename"]) for row in rows if row["split"] == split]
+    if not paths:
       raise InputError(f"{table} lists no file in the split {split!r}: is it complete?")
-    return records
+    return [{"path": path} for path in paths]
 
-  return _music_task(data, list_records, _RELEASE_SPLITS)
-
-
-def _midi_files(data: DataConfig, max_events: int) -> Task:
-  return _music_task(data, functools.partial(_list_files, data, (".mid", ".midi", ".rmi")), _OWN_SPLITS)
-
-
-# Codes of neural codecs
+  return _midi_files(data, max_events, source=ListSource(records, _RELEASE_SPLITS))
 
 
 def _audio_codes(data: DataConfig, max_events: int) -> Task:
-  def document(record):
-    path = _path(record)
-    frames = codes.load(read_bytes(path), path, data.codebook_size)
-    frames = codes.audio_frames(frames, data.code_levels, data.code_layout, path)
-    return codes.AudioDocument(codes.flatten_audio(frames, data.codebook_size), data.code_levels)
+  levels, size = data.code_levels, data.codebook_size
 
-  return Task(
-    name=data.task,
-    source=_files(data, (".npy", ".npz")),
-    document=document,
+  def document(path):
+    frames = codes.audio_frames(codes.load(read_bytes(path), path, size), levels, data.code_layout, path)
+    return codes.AudioDocument(codes.flatten_audio(frames, size), levels)
+
+  return _file_task(
+    data,
+    document,
+    (".npy", ".npz"),
     modality="audio",
     unit="nats_per_token",
-    vocab_size=codes.audio_vocab_size(data.code_levels, data.codebook_size),
-    encoding={"code_levels": data.code_levels, "codebook_size": data.codebook_size},
+    vocab_size=codes.audio_vocab_size(levels, size),
+    encoding={"code_levels": levels, "codebook_size": size},
     position_dims=2,
-    read=lambda path: document({"path": path}),
-    place=codes.AudioDocument(np.zeros(0, np.int32), data.code_levels).positions,
-    groups=lambda: codes.audio_groups(data.code_levels, data.codebook_size),
-    group=lambda places: np.maximum(places - 1, 0) % data.code_levels,
-    decode=lambda events: codes.to_audio(events, data.code_levels, data.codebook_size),
-    stored=lambda events, positions, counts: codes.AudioDocument(events, data.code_levels),
+    place=codes.AudioDocument(np.zeros(0, np.int32), levels).positions,
+    groups=lambda: codes.audio_groups(levels, size),
+    group=lambda places: np.maximum(places - 1, 0) % levels,
+    decode=lambda events: codes.to_audio(events, levels, size),
+    stored=lambda events, positions, counts: codes.AudioDocument(events, levels),
   )
 
 
 def _video_codes(data: DataConfig, max_events: int) -> Task:
-  def document(record):
-    path = _path(record)
-    return codes.video_document(codes.load(read_bytes(path), path, data.codebook_size), path)
-
-  return Task(
-    name=data.task,
-    source=_files(data, (".npy", ".npz")),
-    document=document,
+  size, vocab_size = data.codebook_size, data.codebook_size + NUM_SPECIAL
+  return _file_task(
+    data,
+    lambda path: codes.video_document(codes.load(read_bytes(path), path, size), path),
+    (".npy", ".npz"),
     modality="video",
     unit="nats_per_token",
-    vocab_size=data.codebook_size + NUM_SPECIAL,
-    encoding={"codebook_size": data.codebook_size},
+    vocab_size=vocab_size,
+    encoding={"codebook_size": size},
     position_dims=3,
-    read=lambda path: document({"path": path}),
     place=None,  # the position of a code depends on the document's grid
-    groups=lambda: registry.allow(
-      data.codebook_size + NUM_SPECIAL, range(NUM_SPECIAL, data.codebook_size + NUM_SPECIAL)
-    ),
+    groups=lambda: allow(vocab_size, range(NUM_SPECIAL, vocab_size)),
     decode=lambda events: events[events >= NUM_SPECIAL] - NUM_SPECIAL,
   )
 
 
-# The copy task
-
-
 def _copy(data: DataConfig, max_events: int) -> Task:
+  vocab_size = 256 + NUM_SPECIAL
+
   def document(record):
     random = np.random.Generator(np.random.Philox(key=[2 if record["validation"] else 1, int(record["number"])]))
     return mirror(random.integers(0, 256, (max_events - 1) // 2) + NUM_SPECIAL, max_events)
@@ -336,13 +274,11 @@ def _copy(data: DataConfig, max_events: int) -> Task:
     name=data.task,
     source=NumberSource({"train": None, "validation": NUM_COPY_VALIDATION}),
     document=document,
-    modality="copy",
+    modality="numbers",
     unit="accuracy",
-    vocab_size=256 + NUM_SPECIAL,
+    vocab_size=vocab_size,
     length=max_events,
-    groups=lambda: np.concatenate(
-      [registry.allow(256 + NUM_SPECIAL, ids) for ids in (range(NUM_SPECIAL, 256 + NUM_SPECIAL), [EOS])]
-    ),
+    groups=lambda: np.concatenate([allow(vocab_size, range(NUM_SPECIAL, vocab_size)), allow(vocab_size, [EOS])]),
     group=lambda places: (places >= max_events - 1).astype(int),
     decode=lambda events: np.asarray(events) - NUM_SPECIAL,
   )
@@ -358,9 +294,17 @@ def mirror(events_K: np.ndarray, length: int) -> Document:
   mirrored = events_K[: length - 2 - num_random][::-1]
   return Document(
     np.concatenate([[SOS], events_K, mirrored, [EOS]], dtype=np.int32),
-    positions=np.arange(1, length + 1, dtype=np.int32)[:, None],
+    positions=count_positions(length),
     scored=np.arange(length) > num_random,
   )
+
+
+def register(data: DataConfig) -> seqio.Task:
+  """Registers `data.task` under these settings with seqio, in place of the default ones; Beam's workers call this."""
+  ((task, _),) = get_tasks(data, DEFAULT_MAX_EVENTS)
+  seqio.TaskRegistry.remove(data.task)
+  seqio.TaskRegistry.add_provider(data.task, to_seqio(task))
+  return seqio.TaskRegistry.get(data.task)
 
 
 for _size in (32, 64):
@@ -368,16 +312,15 @@ for _size in (32, 64):
     _suffix = "" if _order == "pixel_raster" else f"_{_order}"
     add(f"imagenet{_size}{_suffix}", functools.partial(_imagenet, _size, _order))
     add(f"photos{_size}{_suffix}", functools.partial(_photos, _size, _order))
+for _version in ("v1", "v3"):
+  add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
 add("image_files", _image_files)
 add("pg19", _pg19)
 add("wikitext103", _wikitext103)
 add("enwik8", _enwik8)
 add("text_files", _text_files)
-for _version in ("v1", "v3"):
-  add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
 add("midi_files", _midi_files)
 add("audio_codes", _audio_codes)
 add("video_codes", _video_codes)
 add("copy", _copy)
-
 seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)])

@@ -8,6 +8,7 @@ outside the vocabulary are encoded as bytes. (The exception is U+2581, by which 
 """
 
 import dataclasses
+import io
 import re
 from collections.abc import Iterator
 
@@ -20,9 +21,7 @@ from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import splits, tasks, texts, windows
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
-_VOCAB_SIZE = flags.DEFINE_integer(
-  "vocab_size", 32_000, "Subword tokens of the model, its 256 bytes included.", lower_bound=300
-)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Subword tokens, all 256 bytes included.", lower_bound=300)
 
 _MAX_BYTES = 100 * 10**6
 """Larger texts are sampled evenly."""
@@ -37,13 +36,13 @@ def main(config: Config) -> int:
   for task, _ in tasks.get_tasks(config.data, windows.longest_crop(config)):
     if task.modality != "text":
       raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")
-  path = epath.Path(_OUTPUT.value)
+  path, model = epath.Path(_OUTPUT.value), io.BytesIO()
   with writing(f"--output={path}", "give another"):  # now, rather than after the training
     path.parent.mkdir(parents=True, exist_ok=True)
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_lines(config, _MAX_BYTES),
-      model_writer=(content := _Content()),
+      sentence_iterator=_lines(config),
+      model_writer=model,
       vocab_size=_VOCAB_SIZE.value,
       model_type="unigram",
       normalization_rule_name="identity",
@@ -60,35 +59,23 @@ def main(config: Config) -> int:
   except RuntimeError as error:  # names the largest size that the text allows
     raise InputError(f"SentencePiece cannot train --vocab_size={_VOCAB_SIZE.value} on this text: {error}") from error
   with writing(f"--output={path}", "give another"):
-    path.write_bytes(content.value)
+    path.write_bytes(model.getvalue())
   size = texts.SubwordTokenizer(_OUTPUT.value).vocab_size
   print(f"Wrote {path}. Train with --config.data.sentencepiece={path} --config.model.vocab_size={size}")
   return 0
 
 
-class _Content:
-  """What SentencePiece writes its model into."""
-
-  value = b""
-
-  def write(self, value: bytes) -> None:
-    self.value += value
-
-
-def _lines(config: Config, max_bytes: int) -> Iterator[bytes]:
-  """Lines of the training split; of every n-th stretch of it where it exceeds `max_bytes`."""
+def _lines(config: Config) -> Iterator[bytes]:
+  """Lines of the training split; of every n-th stretch of it where it exceeds `_MAX_BYTES`."""
 
   def all_texts() -> Iterator[texts.Text]:  # read twice, since all of them may not fit into memory
-    for _, document in splits.documents(config, config.data.train_split):
-      yield document.text
+    return (document.text for _, document in splits.documents(config, config.data.train_split))
 
-  total = sum(map(len, all_texts()))
-  step = max(1, -(-total // max_bytes))
+  total, number = sum(map(len, all_texts())), 0
   with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="Reading") as bar:
-    number = 0
     for text in all_texts():
       for start in range(0, len(text), _STRETCH_BYTES):
-        if number % step == 0:
+        if number % max(1, -(-total // _MAX_BYTES)) == 0:
           yield from _LINES.findall(text.read(start, start + _STRETCH_BYTES))
         number += 1
         bar.update(min(_STRETCH_BYTES, len(text) - start))

@@ -1,7 +1,4 @@
-"""The units of held-out loss: how each is computed from sums over scored tokens, and how it is printed.
-
-A task names its unit (Task.unit), and all modules look it up here.
-"""
+"""The units of held-out loss, named by tasks: how each is computed from sums over scored tokens, and printed."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -7,8 +7,7 @@ event after its input. A window is the range of at most `context` inputs that en
     context 4, latents 2, events SOS a b c d e:   ending at e:   inputs   a   b   c   d   targets d e
                                                   ending at b:   inputs PAD PAD SOS   a   targets a b
 
-A batch is a dict of arrays that are initially padding, `empty_batch`; each row is filled with one window. All functions
-here are pure, in NumPy.
+A batch is a dict of arrays that are initially padding, `empty_batch`; each row is filled with one window.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +19,6 @@ from perceiver_ar_jax.data.documents import Document
 
 Batch = dict[str, np.ndarray]
 """inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]; a row has no B."""
-
-MIN_EVENTS = 2
-"""The shortest document or crop that has anything to predict: one input and its target."""
 
 
 def longest_crop(config: Config) -> int:
@@ -60,25 +56,19 @@ def row_of(batch: Batch, index: int) -> Batch:
 
 
 def train_window(
-  row: Batch,
-  document: Document,
-  draw: float,
-  *,
-  min_crop: int,
-  augment: Callable[[np.ndarray], np.ndarray] | None = None,
+  row: Batch, document: Document, draw: float, *, min_crop: int, augment: Callable | None = None
 ) -> None:
   """Fills an empty row with a random window of a document; every target has weight 1.
 
   Args:
     row: see `row_of`.
-    document: at least MIN_EVENTS long; which events it scores matters in evaluation only.
+    document: at least 2 events; which of them it scores matters in evaluation only.
     draw: a random number in [0, 1) that determines the crop, see Document.crop.
-    min_crop: shortest crop in events, target included: keeps the first events, which every short crop contains, from
-      being over-sampled.
+    min_crop: shortest crop in events, so that the first events, which all short crops contain, are not over-sampled.
     augment: events of the crop -> other events; positions must be those that count from the crop's start.
   """
   longest = len(row["inputs"]) + 1
-  events, positions = document.crop(draw, longest, max(min_crop, MIN_EVENTS))
+  events, positions = document.crop(draw, longest, max(min_crop, 2))  # an input and its target
   if augment:
     events = augment(events)[-longest:]
     positions = document.positions(0, len(events))
@@ -88,7 +78,7 @@ def train_window(
 def eval_window(row: Batch, document: Document, end: int, num_new: int) -> None:
   """Fills an empty row with the window whose last target is event `end` - 1 of a document, `end` in 2..N.
 
-  At most the last `num_new` targets have weight 1, if the document scores them; the others only provide context.
+  At most the last `num_new` targets have weight 1, if the document scores them.
   """
   start = max(end - 1 - len(row["inputs"]), 0)
   _fill(row, document.read(start, end), document.positions(start, end), document.scored(start, end), num_new)
@@ -100,8 +90,7 @@ def eval_blocks(num_events: int, stride: int) -> Iterator[tuple[int, int]]:
   The first block is the short one when `stride` does not divide the number of targets, so that all later ones have as
   much context as possible.
   """
-  num_targets = max(num_events - 1, 0)
-  ends = range(num_targets, 0, -stride)
+  ends = range(num_events - 1, 0, -stride)
   return ((1 + end, min(stride, end)) for end in reversed(ends))
 
 

@@ -147,13 +147,13 @@ def picture(sample: Sample) -> np.ndarray | None:
   """
   if sample.task.modality == "image":
     return _image(sample, sample.events)
-  return render.picture(sample.task, sample.events, sample.prompt.place(0, len(sample.events)))
+  return render.picture(sample.task, sample.events)
 
 
 def _image(sample: Sample, events: np.ndarray) -> np.ndarray:
   whole = np.full(sample.task.length, _UNSEEN + NUM_SPECIAL, np.int32)
   whole[: len(events)] = events
-  return render.picture(sample.task, whole, sample.prompt.place(0, len(whole)))
+  return render.picture(sample.task, whole)
 
 
 def grid(samples: list[Sample]) -> np.ndarray | None:
