@@ -45,7 +45,8 @@ def _params_and_step(root: Any, max_bytes: int) -> tuple[dict[str, dict[str, np.
   if sum(map(len, modules.values())) > _MAX_PARAMETERS:  # modules can share one dictionary
     raise pickle.UnpicklingError(f"it has more than {_MAX_PARAMETERS:,} parameters")
   params = {path: {name: _unwrap(module[name], np.ndarray) for name in module} for path, module in modules.items()}
-  if sum(array.nbytes for module in params.values() for array in module.values()) > max_bytes:
+  arrays = {id(array): array.nbytes for module in params.values() for array in module.values()}
+  if sum(arrays.values()) > max_bytes:  # of different arrays, which can be views of the same bytes
     raise pickle.UnpicklingError("its arrays are larger than the file")
   return params, int(_unwrap(state.get("global_step", 0), (int, np.integer)))
 

@@ -19,6 +19,8 @@ from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.data import EOS, PAD
 from perceiver_ar_jax.models import decode_cache
 from perceiver_ar_jax.models.architectures import make_model
+from perceiver_ar_jax.models.keys import CachedKeys
+from perceiver_ar_jax.parallel import sharding
 
 
 class SamplingSettings(NamedTuple):
@@ -63,7 +65,7 @@ def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, ste
     context = decode_cache.prefill(
       config, decode_cache.UnstackedParams.from_params(config, params), tokens_BxL, positions_BxLxP
     )
-  return DecodeState(context, ended_B, step)
+  return _sharded(DecodeState(context, ended_B, step))
 
 
 def cached_block(
@@ -103,7 +105,7 @@ def cached_block(
   )
   state, (token_B, logits_BxV) = add(state, latents_Bx1xD, last_index)
   tokens_BxT = jnp.concatenate([tokens_TxB, token_B[None]]).T
-  return state, tokens_BxT, jnp.moveaxis(jnp.concatenate([logits_TxBxV, logits_BxV[None]]), 0, 1)
+  return _sharded(state), tokens_BxT, jnp.moveaxis(jnp.concatenate([logits_TxBxV, logits_BxV[None]]), 0, 1)
 
 
 def exact_block(config: ModelConfig, params, state: DecodeState, plan: BlockPlan, settings: SamplingSettings, keys_B):
@@ -123,7 +125,18 @@ def exact_block(config: ModelConfig, params, state: DecodeState, plan: BlockPlan
     return state._replace(context=context), (token_B, logits_BxV)
 
   state, (tokens_TxB, logits_TxBxV) = jax.lax.scan(step, state, jnp.arange(plan.group_BxT.shape[1]))
-  return state, tokens_TxB.T, jnp.moveaxis(logits_TxBxV, 0, 1)
+  return _sharded(state), tokens_TxB.T, jnp.moveaxis(logits_TxBxV, 0, 1)
+
+
+def _sharded(state: DecodeState) -> DecodeState:
+  """Returns the state, sharded over the mesh in use: cached keys and values as in the models, all others by row."""
+
+  def constrain(leaf):
+    if isinstance(leaf, CachedKeys):
+      return jax.tree.map(lambda x: sharding.constrain(x, "batch_heads", "context", None), leaf)
+    return sharding.constrain(leaf, *("batch", *(None,) * leaf.ndim)[: leaf.ndim])
+
+  return jax.tree.map(constrain, state, is_leaf=lambda leaf: isinstance(leaf, CachedKeys))
 
 
 def row_keys(seed, numbers_B) -> jax.Array:
