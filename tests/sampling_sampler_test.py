@@ -4,6 +4,8 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -18,8 +20,11 @@ from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, tasks
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models.architectures import make_model
+from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import prompts, write
 from perceiver_ar_jax.sampling.sampler import Sampler
+from perceiver_ar_jax.training import checkpoint, optimizer, state
+from perceiver_ar_jax.training import workdir as workdir_lib
 from tests import tiny
 
 MODEL = dict(
@@ -335,3 +340,31 @@ def test_the_command_writes_samples_and_names_what_is_missing(copy_of_trained, t
   assert all(len(np.load(samples / name)) == 33 for name in report["files"])
   with pytest.raises(InputError, match="contains no run"):
     Sampler.from_workdir(tmp_path)
+
+
+def sample_without_tensorflow(folder: pathlib.Path) -> None:
+  """Writes checkpoints of untrained models of bytes, pictures and music, and samples from them."""
+  text = resolve(text_files, sample=dict(prompt="Once", length=20))
+  image_model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned", positions_from_data=True)
+  images = resolve(image_files, dict(image_size=8), image_model)
+  notes = resolve(midi_files, model=dict(num_cross_heads=1, rotary_fraction=0.5), sample=dict(length=20))
+  for name, config in {"text": text, "images": images, "music": notes}.items():
+    workdir, mesh = folder / name, make_mesh(config.mesh)
+    initial = state.init_state(config, optimizer.make_optimizer(config.train.optimizer, 1), mesh)
+    with workdir_lib.own(config, epath.Path(workdir)), checkpoint.Checkpointer(epath.Path(workdir)) as checkpointer:
+      checkpointer.save(initial, data=None)
+    assert len(write.sample(config, workdir)) == 4
+    assert len(Sampler.from_workdir(workdir)(num_samples=1)) == 1
+  write.score(text, folder / "text")
+  imported = {"tensorflow", "tensorflow_datasets", "seqio"} & set(sys.modules)
+  assert not imported, imported
+
+
+@pytest.mark.slow
+def test_samples_and_scores_need_no_tensorflow(tmp_path):
+  call = f"import pathlib; from tests import {__name__.rpartition('.')[2]} as test"
+  call += f"; test.sample_without_tensorflow(pathlib.Path({str(tmp_path)!r}))"
+  result = subprocess.run([sys.executable, "-c", call], cwd=tiny.ROOT, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  assert (tmp_path / "text" / "score.json").exists()
+  assert {path.suffix for path in tmp_path.glob("*/samples/0-0/*")} >= {".txt", ".png", ".mid", ".json"}

@@ -10,6 +10,8 @@ draws the records of the shards of its rows (encoded, or mere numbers and paths)
 only. Shards do not depend on hosts, so neither does their saved position.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import dataclasses
 import functools
@@ -146,7 +148,7 @@ class TrainLoader:
     model, dims = self._config.model, self.task.position_dims
     return windows.empty_batch(size, context=model.max_context, latents=model.num_latents, position_dims=dims)
 
-  def __iter__(self) -> "TrainLoader":
+  def __iter__(self) -> TrainLoader:
     return self
 
   def __next__(self) -> Batch:

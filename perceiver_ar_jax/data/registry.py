@@ -17,6 +17,8 @@ example, the poems of a prepared TFDS dataset, as bytes or as subword tokens of 
 Each task is also a seqio task of the same name (`to_seqio`), by which seqio's tools cache it offline and inspect it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import os
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import wrapt
 
 from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units
@@ -193,9 +196,12 @@ DEFAULT_MAX_EVENTS = 2048
 
 
 def add(name: str, build: Builder) -> None:
-  """Registers a task, here and, under default settings, with seqio."""
+  """Registers a task, here and, once seqio is imported, under default settings with seqio."""
   _BUILDERS[name] = build
-  seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS)))
+  wrapt.register_post_import_hook(
+    lambda seqio: seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS))),
+    "seqio",
+  )
 
 
 def names() -> list[str]:

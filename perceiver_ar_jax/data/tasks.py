@@ -15,6 +15,8 @@
 | copy | numbers | random bytes and the same mirrored |
 """
 
+from __future__ import annotations
+
 import csv
 import functools
 import io
@@ -22,6 +24,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import wrapt
 
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, registry, texts
@@ -82,6 +85,10 @@ def _image_task(name: str, source: seqio.DataSource, size: int, order: str, **mo
   )
 
 
+def _map(function: Callable, dataset: tf.data.Dataset) -> tf.data.Dataset:
+  return seqio.map_over_dataset(function)(dataset)
+
+
 def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
   def decode(record):
     image = tf.io.decode_png(record["image"], channels=3)
@@ -89,10 +96,10 @@ def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
 
   source = TfdsSource(
     f"downsampled_imagenet/{size}x{size}:2.0.0",
-    decoders={"image": tfds.decode.SkipDecoding()},  # images stay encoded until after the shuffle
+    decoders=lambda: {"image": tfds.decode.SkipDecoding()},  # images stay encoded until after the shuffle
     data_dir=data.data_dir,
   )
-  return _image_task(data.task, source, size, order, preprocessors=[seqio.map_over_dataset(decode)])
+  return _image_task(data.task, source, size, order, preprocessors=[functools.partial(_map, decode)])
 
 
 def _photos(size: int, order: str, data: DataConfig, max_events: int) -> Task:
@@ -100,7 +107,7 @@ def _photos(size: int, order: str, data: DataConfig, max_events: int) -> Task:
     return {"image": photos.crop(record, size)}
 
   source = NumberSource(photos.NUM_CROPS)
-  return _image_task(data.task, source, size, order, preprocessors=[seqio.map_over_dataset(crop)])
+  return _image_task(data.task, source, size, order, preprocessors=[functools.partial(_map, crop)])
 
 
 def _image_files(data: DataConfig, max_events: int) -> Task:
@@ -380,4 +387,6 @@ add("audio_codes", _audio_codes)
 add("video_codes", _video_codes)
 add("copy", _copy)
 
-seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)])
+wrapt.register_post_import_hook(
+  lambda seqio: seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)]), "seqio"
+)
