@@ -98,11 +98,7 @@ def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
 
 
 class Evaluator:
-  """Scores one split of the config's task with any parameters; compiled once.
-
-  Raises:
-    InputError: the mesh does not divide `eval.batch_size`.
-  """
+  """Scores one split with any parameters; compiled once. InputError: the mesh does not divide eval.batch_size."""
 
   def __init__(self, config: Config, mesh: Mesh):
     check_batch(config.eval.batch_size, "eval.batch_size", mesh)
@@ -116,13 +112,9 @@ class Evaluator:
     should_stop: Callable[[], bool] = lambda: False,
     documents: Sequence[tuple[Task, Document]] | None = None,
   ) -> dict | None:
-    """Returns the metrics of the whole split (docs/evaluation.md); None if `should_stop` returned True.
+    """Returns the metrics of the split or the documents (docs/evaluation.md); None if `should_stop` returned True.
 
-    Args:
-      params: the weights.
-      step: their step, for the result.
-      should_stop: called once per batch, by all processes.
-      documents: scored instead of a split.
+    `should_stop` is called once per batch, by all processes.
 
     Raises:
       InputError: as splits.eval_documents and eval_batches, or no document can be read. All processes raise it if one
@@ -130,11 +122,10 @@ class Evaluator:
     """
     config, totals, size = self._config, metrics.Totals(), self._config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
+    num_documents = None if documents is None else len(documents)
     if documents is None:
       num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
       documents = splits.eval_documents(config)
-    else:
-      num_documents = len(documents)
     with jax.set_mesh(self._mesh), _progress_bar() as bar:
       batches, pending = splits.eval_batches(config, _extend_total(bar, documents, num_documents), rows), None
       while (batch := _next_on_all(batches)) is not None:

@@ -62,9 +62,8 @@ def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, ste
   """Returns the state after right-aligned prompts; `ended_B` and `step` as in DecodeState."""
   context = UncachedContext(tokens_BxL, positions_BxLxP)
   if cached:
-    context = decode_cache.prefill(
-      config, decode_cache.UnstackedParams.from_params(config, params), tokens_BxL, positions_BxLxP
-    )
+    weights = decode_cache.UnstackedParams.from_params(config, params)
+    context = decode_cache.prefill(config, weights, tokens_BxL, positions_BxLxP)
   return _sharded(DecodeState(context, ended_B, step))
 
 
@@ -73,14 +72,9 @@ def cached_block(
 ):
   """Returns (the state after T tokens, tokens_BxT, the logits_BxTxV that they were drawn from).
 
-  Args:
-    config: of the model.
-    kept: latents that pass through the layers at the start; T - 1 are added, so T is at most M - kept + 1.
-    params: of the model.
-    state: to be donated, so that its caches are updated in place.
-    plan: of the T tokens; the context must have T - 1 unused slots.
-    settings: temperature, top-k and top-p.
-    keys_B: a random key for each row, the same in all blocks.
+  `kept` latents pass through the layers at the start and T - 1 are added, so T is at most M - kept + 1; the context
+  must have T - 1 unused slots. `state` is to be donated, so that its caches are updated in place. `keys_B` are random
+  keys of the rows, the same in all blocks.
   """
   weights = decode_cache.UnstackedParams.from_params(config, params)
   latents_Bx1xD, context, layers = decode_cache.refill(config, weights, state.context, kept)
@@ -113,15 +107,11 @@ def exact_block(config: ModelConfig, params, state: DecodeState, plan: BlockPlan
   model = make_model(config)
 
   def step(state, index):
-    tokens_BxL, positions_BxLxP = state.context
-    latents_BxMxD = model.apply({"params": params}, tokens_BxL, positions_BxLxP, method="latents")
+    latents_BxMxD = model.apply({"params": params}, *state.context, method="latents")
     logits_BxV = model.apply({"params": params}, latents_BxMxD[:, -1:], method="logits")[:, 0]
     token_B, state = _draw(logits_BxV, plan, index, settings, keys_B, state)
-    position_BxP = plan.positions_BxTxP[:, index]
-    context = UncachedContext(
-      jnp.concatenate([tokens_BxL[:, 1:], token_B[:, None]], axis=1),
-      jnp.concatenate([positions_BxLxP[:, 1:], position_BxP[:, None]], axis=1),
-    )
+    newest = UncachedContext(token_B, plan.positions_BxTxP[:, index])
+    context = jax.tree.map(lambda x, new: jnp.concatenate([x[:, 1:], new[:, None]], axis=1), state.context, newest)
     return state._replace(context=context), (token_B, logits_BxV)
 
   state, (tokens_TxB, logits_TxBxV) = jax.lax.scan(step, state, jnp.arange(plan.group_BxT.shape[1]))
@@ -140,7 +130,7 @@ def _sharded(state: DecodeState) -> DecodeState:
 
 
 def row_keys(seed, numbers_B) -> jax.Array:
-  """Returns random keys of the samples with these numbers; they do not depend on other samples of the batch."""
+  """Returns random keys of the samples with these numbers, independent of other samples of the batch."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B)
 
 

@@ -29,23 +29,14 @@ class Prompt(NamedTuple):
   """The beginning of a sample, and the known properties of its continuation."""
 
   task: Task
-  events: np.ndarray
-  """int32[n], n >= 1."""
-  place: Callable[[int, int], np.ndarray]
-  """Positions, as Task.place."""
-  length: int | None = None
-  """Events of the whole sample; None: any number."""
-  original: np.ndarray | None = None
-  """All events of the document that the prompt begins, if any."""
+  events: np.ndarray  # int32[n], n >= 1
+  place: Callable[[int, int], np.ndarray]  # positions, as Task.place
+  length: int | None = None  # events of the whole sample; None: any number
+  original: np.ndarray | None = None  # all events of the document that the prompt begins, if any
 
 
 def parse(task: Task, setting: str | None) -> str | epath.Path | None:
-  """Returns the prompt of a setting of the command line, such as sample.prompt, in the form that Python takes.
-
-  "data" and None stay as they are. @PATH is a path, and so is every other value for a task that reads files. For a task
-  of text, a value is a path if it begins with /, ./, ../ or ~/, contains a / but no space, or ends in a common suffix
-  such as .txt; any other value is the text itself.
-  """
+  """Returns the prompt of a setting of the command line as Python takes it, by the rule in SampleConfig.prompt."""
   if setting is None or setting == DATA:
     return setting
   is_path = setting.startswith("@") or task.modality != "text" or _PATH.fullmatch(setting)
@@ -55,14 +46,9 @@ def parse(task: Task, setting: str | None) -> str | epath.Path | None:
 def find(
   config: Config, task: Task, prompt: str | os.PathLike | None, count: int, prompt_tokens: int | None = None
 ) -> list[Prompt]:
-  """Returns prompts for `count` samples, at least one.
+  """Returns prompts for `count` samples, at least one: of None, "data", or a text or path as in `read`.
 
-  Args:
-    config: "data" reads documents of its `eval.split`, and so does None for a task whose positions only a document has.
-    task: the task.
-    prompt: None, "data", or as in `read`.
-    count: the number of samples.
-    prompt_tokens: as in SampleConfig.
+  "data" reads documents of eval.split, and so does None for a task whose positions only a document has.
 
   Raises:
     InputError: as `read`, or the split has no readable document.

@@ -4,7 +4,7 @@
     print(sample("Once upon a time", length=500, temperature=0.8)[0].value)
     print(sample.score("Once upon a time")["bits_per_byte"])
 
-This module owns the loop on the host: prompts, blocks, and when a context is computed again. The computations on the
+This module owns the loop on the host: batches, blocks, and when a context is computed again. The computations on the
 device are in generate.py.
 """
 
@@ -57,14 +57,10 @@ class Sample:
 
 
 class Sampler:
-  """Generates with one model; compiled at the first call for each batch size.
+  """Generates with the weights `params` (None: assigned later); compiled at the first call for each batch size.
 
-  Args:
-    config: of the run; `sample` has the defaults of a call.
-    params: the weights; None: `params` is assigned later.
-    mesh: devices of the weights; rows of a batch are sharded over data and fsdp, the context's keys and values over
-      context.
-    step: of the checkpoint.
+  `config.sample` has the defaults of a call. Rows of a batch are sharded over the mesh axes data and fsdp, the keys and
+  values of the context over context.
 
   Raises:
     InputError: an unknown task, or a model that cannot be cached (`sample.cache`).
@@ -93,11 +89,7 @@ class Sampler:
 
   @classmethod
   def from_workdir(cls, workdir: epath.PathLike, config: Config | None = None) -> "Sampler":
-    """Returns a sampler with the newest good checkpoint of a run, which is only read.
-
-    Args:
-      workdir: of the run.
-      config: None: that of the run.
+    """Returns a sampler with the newest good checkpoint of a run, by default with the config of the run.
 
     Raises:
       InputError: no run or no readable checkpoint, or the checkpoint is of another model than that of `config`.
@@ -142,11 +134,8 @@ class Sampler:
       prompt = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
     longest, context = max(len(each.events) for each in prompt), self.config.model.max_context
     if longest > context:
-      warn_once(
-        "shortened",
-        f"The prompt of {longest:,} tokens is longer than the context: the model sees its newest ones, at most"
-        f" {context:,}",
-      )
+      newest = f"the model sees its newest ones, at most {context:,}"
+      warn_once("shortened", f"The prompt of {longest:,} tokens is longer than the context: {newest}")
     rows = [_Row(prompt[index % len(prompt)], chosen.length, context) for index in range(chosen.num_samples)]
     for first in range(0, len(rows), chosen.batch_size):
       batch = rows[first : first + chosen.batch_size]
@@ -167,9 +156,9 @@ class Sampler:
     assert result is not None  # without should_stop, evaluation always ends
     return result
 
-  @functools.cached_property
+  @functools.cached_property  # compiled once
   def _evaluator(self) -> evaluate.Evaluator:
-    return evaluate.Evaluator(self.config, self.mesh)  # kept, since it compiles
+    return evaluate.Evaluator(self.config, self.mesh)
 
   def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int, on_tokens, should_stop) -> None:
     """Adds events to the rows, which are numbers `first`, `first` + 1, ..., until each is complete."""
@@ -193,12 +182,7 @@ class Sampler:
           return
 
   def bytes_per_device(self, params, num_samples: int) -> int:
-    """Compiles a call with `num_samples` rows; returns the bytes that it needs on each device beside `params`.
-
-    Args:
-      params: the weights, or their shapes and shardings.
-      num_samples: rows per batch.
-    """
+    """Compiles a batch of `num_samples` rows; returns its bytes on each device beside `params` (abstract or not)."""
     chosen = self.config.sample
     (prompt, *_) = prompts.find(self.config, self.task, chosen.prompt, 1, chosen.prompt_tokens)
     rows = self._padded([_Row(prompt, None, self.config.model.max_context)], num_samples)
@@ -225,10 +209,11 @@ class Sampler:
   def _plan(self, rows: list["_Row"]) -> generate.BlockPlan:
     """Returns positions and allowed events of the next block."""
     new = self._block_tokens
+    unused_ids = self.config.model.vocab_size - self.task.vocab_size
     return generate.BlockPlan(
       np.stack([self._positions(row, len(row.events), len(row.events) + new) for row in rows]),
       np.stack([row.prompt.task.group(len(row.events) + np.arange(new)) for row in rows]).astype(np.int32),
-      np.pad(self.task.allowed(), ((0, 0), (0, self.config.model.vocab_size - self.task.vocab_size))),
+      np.pad(self.task.allowed(), ((0, 0), (0, unused_ids))),
     )
 
   def _begin_arguments(self, rows: list["_Row"], window: int, done: int) -> tuple:
@@ -263,12 +248,10 @@ class Sampler:
     )
 
 
-def _draw_arguments(settings: SampleConfig, first: int, size: int) -> tuple:
+def _draw_arguments(chosen: SampleConfig, first: int, size: int) -> tuple:
   """Returns how tokens are drawn: settings, seed, and the numbers of `size` samples from `first` on."""
-  drawing = generate.SamplingSettings(
-    np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p)
-  )
-  return drawing, np.uint32(settings.seed), np.arange(first, first + size, dtype=np.int32)
+  settings = generate.SamplingSettings(np.float32(chosen.temperature), np.int32(chosen.top_k), np.float32(chosen.top_p))
+  return settings, np.uint32(chosen.seed), np.arange(first, first + size, dtype=np.int32)
 
 
 class _Row:

@@ -174,16 +174,15 @@ def grid(samples: list[Sample]) -> np.ndarray | None:
     return None
   if samples[0].prompt.original is None:
     return render.grid([picture(sample) for sample in samples], columns=min(len(samples), 8))
-  by_prompt = {}
+  rows: dict[int, list[np.ndarray]] = {}
   for sample in samples:
-    by_prompt.setdefault(id(sample.prompt), []).append(sample)
-  rows = [
-    [picture(row[0], row[0].prompt.events), *map(picture, row), picture(row[0], row[0].prompt.original)]
-    for row in by_prompt.values()
-  ]
-  columns = max(map(len, rows))
-  blank = np.full_like(rows[0][0], _UNSEEN)
-  return render.grid([cell for row in rows for cell in row + [blank] * (columns - len(row))], columns=columns)
+    rows.setdefault(id(sample.prompt), [picture(sample, sample.prompt.events)]).append(picture(sample))
+  columns = max(map(len, rows.values())) + 1
+  for sample in {id(sample.prompt): sample for sample in samples}.values():
+    row = rows[id(sample.prompt)]
+    row.append(picture(sample, sample.prompt.original))
+    row += [np.full_like(row[0], _UNSEEN)] * (columns - len(row))
+  return render.grid([cell for row in rows.values() for cell in row], columns=columns)
 
 
 def _write_png(path: epath.Path, pixels: np.ndarray) -> None:
