@@ -37,6 +37,7 @@ setuptools.setup(
     "tensorflow>=2.20,<3",
     "tensorflow-datasets>=4.9.8,<5",
     "tqdm>=4.66,<5",
+    "wrapt>=1.14,<3",
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],

@@ -4,6 +4,8 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -18,8 +20,11 @@ from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, tasks
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models.architectures import make_model
+from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import prompts, write
 from perceiver_ar_jax.sampling.sampler import Sampler
+from perceiver_ar_jax.training import checkpoint, optimizer, state
+from perceiver_ar_jax.training import workdir as workdir_lib
 from tests import tiny
 
 MODEL = dict(
@@ -68,7 +73,7 @@ def test_a_sample_continues_through_many_contexts_and_compiles_once(text):
   assert [sample.value for sample in again] == [sample.value for sample in long]
   assert text("Once", length=50, num_samples=3, batch_size=3, seed=6)[0].value != long[0].value[:54]
   text("Another beginning, of another length.", length=20, num_samples=3, batch_size=3, temperature=0.5, top_k=7)
-  assert len([name for name, *_ in text._compiled if name == "block"]) == 1
+  assert text._draw._cache_size() == 1
 
 
 def test_samples_do_not_depend_on_the_batch_size(text):
@@ -298,9 +303,8 @@ def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   config = resolve(midi_files, dict(files=str(tmp_path)), dict(num_cross_heads=1, rotary_fraction=0.5))
   (sample,) = sampler(config)(tmp_path / "a.mid", num_samples=1, length=40)
   assert [note.pitch for note in sample.value][:6] == [60, 61, 62, 63, 64, 65] and sample.num_new > 0
-  files = write.write_files(epath.Path(tmp_path), [sample], "new")
-  assert {"new-0.mid", "new-0.png"} <= set(files[0])
-  assert music.read_notes((tmp_path / "new-0.mid").read_bytes())
+  write.write_files(epath.Path(tmp_path), sample, "new")
+  assert (tmp_path / "new.png").exists() and music.read_notes((tmp_path / "new.mid").read_bytes())
 
   from configs import audio_codes
 
@@ -336,3 +340,31 @@ def test_the_command_writes_samples_and_names_what_is_missing(copy_of_trained, t
   assert all(len(np.load(samples / name)) == 33 for name in report["files"])
   with pytest.raises(InputError, match="contains no run"):
     Sampler.from_workdir(tmp_path)
+
+
+def sample_without_tensorflow(folder: pathlib.Path) -> None:
+  """Writes checkpoints of untrained models of bytes, pictures and music, and samples from them."""
+  text = resolve(text_files, sample=dict(prompt="Once", length=20))
+  image_model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned", positions_from_data=True)
+  images = resolve(image_files, dict(image_size=8), image_model)
+  notes = resolve(midi_files, model=dict(num_cross_heads=1, rotary_fraction=0.5), sample=dict(length=20))
+  for name, config in {"text": text, "images": images, "music": notes}.items():
+    workdir, mesh = folder / name, make_mesh(config.mesh)
+    initial = state.init_state(config, optimizer.make_optimizer(config.train.optimizer, 1), mesh)
+    with workdir_lib.own(config, epath.Path(workdir)), checkpoint.Checkpointer(epath.Path(workdir)) as checkpointer:
+      checkpointer.save(initial, data=None)
+    assert len(write.sample(config, workdir)) == 4
+    assert len(Sampler.from_workdir(workdir)(num_samples=1)) == 1
+  write.score(text, folder / "text")
+  imported = {"tensorflow", "tensorflow_datasets", "seqio"} & set(sys.modules)
+  assert not imported, imported
+
+
+@pytest.mark.slow
+def test_samples_and_scores_need_no_tensorflow(tmp_path):
+  call = f"import pathlib; from tests import {__name__.rpartition('.')[2]} as test"
+  call += f"; test.sample_without_tensorflow(pathlib.Path({str(tmp_path)!r}))"
+  result = subprocess.run([sys.executable, "-c", call], cwd=tiny.ROOT, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  assert (tmp_path / "text" / "score.json").exists()
+  assert {path.suffix for path in tmp_path.glob("*/samples/0-0/*")} >= {".txt", ".png", ".mid", ".json"}

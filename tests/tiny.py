@@ -1,6 +1,7 @@
 """A copy experiment that trains in seconds, and its command line, in this process or in another."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -55,6 +56,7 @@ app.define_help_flags()  # absl defines them once per process, so before `run_mo
 
 def run_module(module: str, *arguments) -> subprocess.CompletedProcess:
   """The exit code and output of `python -m module arguments`, run in this process; all flags are restored."""
+  importlib.import_module("perceiver_ar_jax.command_line")  # first, so that its flags are defined after the context too
   stdout, stderr = io.StringIO(), io.StringIO()
   with (
     flagsaver.flagsaver(),

@@ -9,6 +9,8 @@ the shards of its rows and opens the documents of its own rows only. Shards do n
 their saved position.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import dataclasses
 import functools

@@ -5,6 +5,8 @@ of a pipeline over 50,000 crops is a few integers, and every crop can be reprodu
 memory once, as a pyramid of each photograph shrunk by averaging areas.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 import pathlib

@@ -4,6 +4,8 @@ A builder makes the task for the data settings of a config, and `add` registers 
 Each task is also a seqio task of the same name (`to_seqio`), by which seqio's tools cache it offline and inspect it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import os
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import wrapt
 
 from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units
@@ -157,9 +160,12 @@ DEFAULT_MAX_EVENTS = 2048
 
 
 def add(name: str, build: Builder) -> None:
-  """Registers a task, here and, under default settings, with seqio."""
+  """Registers a task, here and, once seqio is imported, under default settings with seqio."""
   _BUILDERS[name] = build
-  seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS)))
+  wrapt.register_post_import_hook(
+    lambda seqio: seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS))),
+    "seqio",
+  )
 
 
 def names() -> list[str]:
@@ -187,7 +193,7 @@ def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
 
 
 def _mixture_rates(name: str) -> dict[str, float]:
-  if name in seqio.MixtureRegistry.names():
+  if name not in _BUILDERS and name in seqio.MixtureRegistry.names():
     mixture = seqio.MixtureRegistry.get(name)
     return {task.name: mixture.get_rate(task) for task in mixture.tasks}
   rates = {}

@@ -3,11 +3,13 @@
 All keep the saved state of a pipeline small: it contains encoded records, file names, or numbers.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -16,21 +18,39 @@ from perceiver_ar_jax.data.files import read_bytes
 from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
 
-class TfdsSource(seqio.TfdsDataSource):
+class _Source:
+  """A seqio.DataSourceInterface, implemented without importing seqio before records are read."""
+
+  caching_permitted = supports_arbitrary_sharding = True
+  performs_internal_shuffling = False
+  splits: Collection[str] = ()
+
+
+class TfdsSource(_Source):
   """A prepared TFDS dataset, read so that many hosts can share it and that training resumes exactly.
 
   seqio's own source loads with TFDS's defaults, which keep the records of a small dataset in a cache that becomes part
   of every checkpoint, split by whole files only, and start a download where data is missing. This one reads exact
   ranges of records, shuffles files in another order in each epoch from a seed, caches nothing and writes nothing.
-  `name` has config and version, "downsampled_imagenet/64x64:2.0.0"; `decoders` and `data_dir` are as for tfds.load.
+  `name` has config and version, "downsampled_imagenet/64x64:2.0.0"; `data_dir` is as for tfds.load, and `decoders()`.
   """
 
-  supports_arbitrary_sharding = True
-
   def __init__(self, name: str, *, decoders=None, data_dir: str | os.PathLike | None = None):
-    self._name, self._read_decoders = name, decoders
-    data_dir = None if data_dir is None else os.fspath(data_dir)
-    super().__init__(name, tfds_data_dir=data_dir, caching_permitted=True, read_only=True)
+    self._name, self._decoders = name, decoders
+    self._data_dir = None if data_dir is None else os.fspath(data_dir)
+
+  @functools.cached_property
+  def _seqio_source(self) -> seqio.TfdsDataSource:
+    return seqio.TfdsDataSource(self._name, tfds_data_dir=self._data_dir, read_only=True)
+
+  @property
+  def splits(self) -> Collection[str]:
+    """The splits of the dataset."""
+    return self._prepared().info.splits
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    """Returns the names of the split's files."""
+    return self._seqio_source.list_shards(split)
 
   def num_input_examples(self, split: str) -> int:
     """Returns the number of records of a split, or of a part of it such as "train[:90%]"; else raises InputError."""
@@ -61,11 +81,11 @@ class TfdsSource(seqio.TfdsDataSource):
       interleave_block_length=4,  # The records that each open file has read ahead are saved too.
     )
     return self._prepared().as_dataset(
-      split=split, shuffle_files=shuffle, read_config=read_config, decoders=self._read_decoders
+      split=split, shuffle_files=shuffle, read_config=read_config, decoders=self._decoders and self._decoders()
     )
 
   def _prepared(self) -> tfds.core.DatasetBuilder:
-    builder = self.tfds_dataset.builder
+    builder = self._seqio_source.tfds_dataset.builder
     if not tf.io.gfile.exists(os.path.join(builder.data_dir, "dataset_info.json")):
       raise InputError(
         f"The dataset {self._name} is not prepared in {builder.data_dir}. Point --config.data.data_dir at the folder of"
@@ -75,17 +95,14 @@ class TfdsSource(seqio.TfdsDataSource):
     return builder
 
 
-class ListSource(seqio.DataSource):
+class ListSource(_Source):
   """Records listed on first use, each a dict of the `path` of a file and other small values.
 
   `list_records` returns the records of a split, all with the same keys, or raises InputError if there is no record.
   """
 
-  supports_arbitrary_sharding = True
-
   def __init__(self, list_records: Callable[[str], Sequence[Mapping[str, str | int]]], splits: Sequence[str]):
-    self._list = functools.cache(list_records)
-    super().__init__(splits)
+    self._list, self.splits = functools.cache(list_records), tuple(splits)
 
   def num_input_examples(self, split: str) -> int:
     """Returns the number of records of the split."""
@@ -112,15 +129,14 @@ class ListSource(seqio.DataSource):
     return dataset if shard_info is None else dataset.shard(shard_info.num_shards, shard_info.index)
 
 
-class CachedSource(seqio.DataSource):
+class CachedSource(_Source):
   """The documents of a task that data/cache.py stored in `data.cache_dir` under the same `cache_settings`."""
 
-  supports_arbitrary_sharding = True
+  caching_permitted = False
 
   def __init__(self, task: seqio.Task, data: DataConfig):
     self._task, self._data = task, data
     self._folder = os.path.join(data.cache_dir, task.name)
-    super().__init__(splits=(), caching_permitted=False)
 
   @property
   def splits(self) -> tuple[str, ...]:
@@ -187,17 +203,28 @@ def sentencepiece_fingerprint(data: DataConfig) -> str | None:
   return None if data.sentencepiece is None else f"crc32 {zlib.crc32(read_bytes(data.sentencepiece)):08x}"
 
 
-class NumberSource(seqio.FunctionDataSource):
+class NumberSource(_Source):
   """Records that are only numbers, for tasks whose documents are a pure function of them.
 
   A record is {"number": int64, "validation": bool}, in order from 0; hashing both gives each split its own documents.
   `counts` has the number of records of each split, None for an endless one.
   """
 
-  def __init__(self, counts: Mapping[str, int | None]):
-    super().__init__(self._records, splits=tuple(counts), num_input_examples=counts, caching_permitted=False)
+  caching_permitted = supports_arbitrary_sharding = False
 
-  def _records(self, split: str, shuffle_files: bool) -> tf.data.Dataset:
-    count = self.num_input_examples(split)
+  def __init__(self, counts: Mapping[str, int | None]):
+    self._counts, self.splits = dict(counts), tuple(counts)
+
+  def num_input_examples(self, split: str) -> int | None:
+    """Returns the number of records of the split; None: endless."""
+    return self._counts[split]
+
+  def list_shards(self, split: str) -> list[str]:
+    """Returns one name, since the records are not divided."""
+    return [split]
+
+  def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
+    """Returns the records in order; they are shuffled and divided by the pipeline."""
+    count = self._counts[split]
     numbers = tf.data.Dataset.range(2**62).repeat() if count is None else tf.data.Dataset.range(count)
     return numbers.map(lambda number: {"number": number, "validation": split == "validation"})

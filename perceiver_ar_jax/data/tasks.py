@@ -1,5 +1,7 @@
 """The tasks of the project, each a function from data settings to a registry.Task; docs/data.md describes them."""
 
+from __future__ import annotations
+
 import csv
 import functools
 import io
@@ -7,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import wrapt
 
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, texts
@@ -75,7 +78,7 @@ def _prepared_images(data: DataConfig, size: int, order: str, source: seqio.Data
     size,
     order,
     source=source,
-    preprocessors=[seqio.map_over_dataset(lambda record: {"image": decode(record)})],
+    preprocessors=[lambda records: seqio.map_over_dataset(lambda record: {"image": decode(record)})(records)],
     document=lambda record: images.document(record["image"], order),
   )
 
@@ -86,7 +89,7 @@ def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
 
   source = TfdsSource(
     f"downsampled_imagenet/{size}x{size}:2.0.0",
-    decoders={"image": tfds.decode.SkipDecoding()},  # images stay encoded until after the shuffle
+    decoders=lambda: {"image": tfds.decode.SkipDecoding()},  # images stay encoded until after the shuffle
     data_dir=data.data_dir,
   )
   return _prepared_images(data, size, order, source, decode)
@@ -323,4 +326,7 @@ add("midi_files", _midi_files)
 add("audio_codes", _audio_codes)
 add("video_codes", _video_codes)
 add("copy", _copy)
-seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)])
+
+wrapt.register_post_import_hook(
+  lambda seqio: seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)]), "seqio"
+)

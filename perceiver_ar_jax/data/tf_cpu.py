@@ -1,11 +1,16 @@
 """TensorFlow, hidden from accelerators and quiet, and the libraries that import it: import them from here.
 
-At its first operation, TensorFlow allocates all memory of every GPU that it sees, which leaves none for JAX.
+At its first operation, TensorFlow allocates all memory of every GPU that it sees, which leaves none for JAX. All three
+libraries are imported when one of them is first used, since sampling needs none. So modules must not use them while
+they are imported themselves: with `from __future__ import annotations`, type annotations do not.
 """
 
 import contextlib
 import os
 import subprocess
+import sys
+import threading
+import types
 from collections.abc import Iterator
 
 _START_UP_LINES = r"/^(WARNING: All log messages before absl|[IWE]0000 |[0-9-]+ [0-9:.]+: [IWE] )/d"
@@ -35,14 +40,33 @@ def _without_start_up_lines() -> Iterator[None]:
       sed.wait(timeout=5)
 
 
-with _without_start_up_lines():
-  import seqio
-  import tensorflow as tf
-  import tensorflow_datasets as tfds
+_LOCK = threading.RLock()  # reentrant: registry.py uses seqio as soon as it is imported
+_loaded = False
 
-  tf.get_logger().setLevel("ERROR")
-  for _kind in ("GPU", "TPU"):
-    tf.config.set_visible_devices([], _kind)
-  tf.constant(0)  # some lines are logged at the first operation
 
-__all__ = ["seqio", "tf", "tfds"]
+def _load() -> None:
+  global _loaded
+  with _LOCK:
+    if _loaded:
+      return
+    _loaded = True
+    with _without_start_up_lines():
+      import seqio  # noqa: F401
+      import tensorflow as tf
+      import tensorflow_datasets as tfds  # noqa: F401
+
+      tf.get_logger().setLevel("ERROR")
+      for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+      tf.constant(0)  # some lines are logged at the first operation
+
+
+class _Late(types.ModuleType):
+  """A module that is imported when one of its attributes is read."""
+
+  def __getattr__(self, name: str):
+    _load()
+    return getattr(sys.modules[self.__name__], name)
+
+
+seqio, tf, tfds = map(_Late, ("seqio", "tensorflow", "tensorflow_datasets"))

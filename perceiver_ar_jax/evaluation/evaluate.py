@@ -33,16 +33,16 @@ from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 _SILENT_SECONDS = 5
-"""An evaluation that takes no longer shows no progress bar."""
+"""A shorter evaluation shows no progress bar."""
 
 
 def make_eval_step(config: Config):
   """Returns the pure function (params, batch) -> sums, for batches of splits.eval_batches.
 
-  By row: `document` int32[B], and float32[B] `nats`, `correct` and `tokens`. By row and bucket, float32[B, K] each:
-  `nats_by_position` and `tokens_by_position` by the index of a target in its document, `nats_by_context` and
-  `tokens_by_context` by the number of inputs that it is predicted from. Over all rows: `histogram` float32[V], the
-  scored targets by token id, and `words` and `bytes` of texts.
+  By row: `document` int32[B], and float32[B] `nats`, `correct` and `tokens`. By row and bucket of metrics.EDGES,
+  float32[B, K]: `nats_by_<name>` and `tokens_by_<name>`, where `position` is the index of a target in its document and
+  `context` the number of inputs that it is predicted from. Over all rows: `histogram` float32[V], the scored targets by
+  token id, and `words` and `bytes` of texts.
   """
   model = make_model(config.model)
 
@@ -79,45 +79,6 @@ def make_eval_step(config: Config):
   return eval_step
 
 
-class _EvalProgress:
-  """A progress bar over scored tokens, shown once an evaluation has taken 5 seconds.
-
-  The total is extrapolated from the documents opened so far: exact for documents of equal length.
-  """
-
-  def __init__(self, num_documents: int | None):
-    self._num_documents = num_documents
-    self._bar = tqdm.tqdm(
-      desc="Evaluating",
-      unit="token",
-      unit_scale=True,
-      delay=_SILENT_SECONDS,
-      mininterval=0.5 if sys.stderr.isatty() else _SILENT_SECONDS,
-      dynamic_ncols=True,
-      leave=False,
-      disable=jax.process_index() > 0,
-    )
-
-  def __enter__(self) -> "_EvalProgress":
-    return self
-
-  def __exit__(self, *unused) -> None:
-    self._bar.close()
-
-  def watch(self, documents: Iterable[tuple[Task, Document]]) -> Iterator[tuple[Task, Document]]:
-    """Yields the documents and updates the total."""
-    num_opened = num_tokens = 0
-    for task, document in documents:
-      num_opened, num_tokens = num_opened + 1, num_tokens + document.num_scored
-      if self._num_documents:
-        self._bar.total = max(round(num_tokens * self._num_documents / num_opened), num_tokens)
-      yield task, document
-
-  def update(self, num_tokens: float) -> None:
-    """Moves the bar to this number of tokens."""
-    self._bar.update(num_tokens - self._bar.n)
-
-
 def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
   """Returns the next batch, None at the end; raises InputError on all processes if one of them cannot read its rows.
 
@@ -137,16 +98,11 @@ def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
 
 
 class Evaluator:
-  """Scores one split of the config's task with any parameters; compiled once.
-
-  Raises:
-    InputError: the mesh does not divide `eval.batch_size`.
-  """
+  """Scores one split with any parameters; compiled once. InputError: the mesh does not divide eval.batch_size."""
 
   def __init__(self, config: Config, mesh: Mesh):
     check_batch(config.eval.batch_size, "eval.batch_size", mesh)
-    self._config = config
-    self._mesh = mesh
+    self._config, self._mesh = config, mesh
     self._step = jax.jit(make_eval_step(config), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def __call__(
@@ -156,33 +112,22 @@ class Evaluator:
     should_stop: Callable[[], bool] = lambda: False,
     documents: Sequence[tuple[Task, Document]] | None = None,
   ) -> dict | None:
-    """Returns the metrics of the whole split; None if `should_stop` returned True.
+    """Returns the metrics of the split or the documents (docs/evaluation.md); None if `should_stop` returned True.
 
-    The loss is given in all units that apply (data/units.py). `histogram_entropy_bits` is the loss of a model that only
-    knows how often each token occurs in the split. `interval_95` contains the ends of each metric's 95% interval,
-    documents being the random sample; None for one document. `by_position` and `by_context` group the tokens by their
-    index in the document (from 0), and by the number of inputs that they were predicted from.
-
-    Args:
-      params: the weights.
-      step: their step, for the result.
-      should_stop: called once per batch, by all processes.
-      documents: scored instead of a split.
+    `should_stop` is called once per batch, by all processes.
 
     Raises:
       InputError: as splits.eval_documents and eval_batches, or no document can be read. All processes raise it if one
         of them cannot read its rows.
     """
-    config, totals = self._config, metrics.Totals()
-    size = config.eval.batch_size
+    config, totals, size = self._config, metrics.Totals(), self._config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
+    num_documents = None if documents is None else len(documents)
     if documents is None:
       num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
       documents = splits.eval_documents(config)
-    else:
-      num_documents = len(documents)
-    with jax.set_mesh(self._mesh), _EvalProgress(num_documents) as progress:
-      batches, pending = splits.eval_batches(config, progress.watch(documents), rows), None
+    with jax.set_mesh(self._mesh), _progress_bar() as bar:
+      batches, pending = splits.eval_batches(config, _extend_total(bar, documents, num_documents), rows), None
       while (batch := _next_on_all(batches)) is not None:
         if should_stop():
           return None
@@ -190,7 +135,7 @@ class Evaluator:
         layout = sharding.batch_shardings(self._mesh, {name: (size, *x.shape[1:]) for name, x in batch.items()})
         sums, pending = pending, self._step(params, to_global(batch, rows, size, layout))
         totals.add(sums)
-        progress.update(totals.num_tokens)
+        bar.update(totals.num_tokens - bar.n)
       totals.add(pending)
     if not totals.num_tokens:
       raise splits.none_readable(config, config.eval.split)
@@ -220,14 +165,37 @@ class Evaluator:
     )
 
   @staticmethod
-  def write(result: dict, workdir: epath.Path) -> None:
-    """Writes eval-<split>-<step>.json in process 0; raises InputError if that fails."""
+  def write(result: dict, workdir: epath.Path, name: str | None = None) -> None:
+    """Writes <name>.json, by default eval-<split>-<step>.json, in process 0; raises InputError if that fails."""
     if jax.process_index():
       return
-    path = workdir / f"eval-{result['split']}-{result['step']}.json"
+    path = workdir / f"{name or 'eval-{split}-{step}'.format_map(result)}.json"
     with writing(path, "free it, or copy the run"):
       path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"Written to {path}", flush=True)
+
+
+def _progress_bar() -> tqdm.tqdm:
+  return tqdm.tqdm(
+    desc="Evaluating",
+    unit="token",
+    unit_scale=True,
+    delay=_SILENT_SECONDS,
+    mininterval=0.5 if sys.stderr.isatty() else _SILENT_SECONDS,
+    dynamic_ncols=True,
+    leave=False,
+    disable=jax.process_index() > 0,
+  )
+
+
+def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], count: int | None):
+  """Yields the documents; extrapolates the bar's total from those yielded, exact for documents of equal length."""
+  num_tokens = 0
+  for index, (task, document) in enumerate(documents, 1):
+    num_tokens += document.num_scored
+    if count:
+      bar.total = max(round(num_tokens * count / index), num_tokens)
+    yield task, document
 
 
 def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
@@ -257,29 +225,24 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:
-  """Returns the newest good checkpoint of a run, which is only read.
+  """Returns the newest good checkpoint of a run, which is only read; raises InputError as `restore`.
 
   `PerceiverAR(checkpoint.config.model).apply({"params": checkpoint.params}, tokens_BxL, positions_BxLxP)` gives logits.
-
-  Raises:
-    InputError: no run, or no readable checkpoint; or the devices do not fit the run's config.
   """
   workdir = epath.Path(workdir).expanduser()
   config = config_from_run.load_config(workdir)
-  _, step, params = restore(config, workdir)
-  return Checkpoint(config, step, params)
+  return Checkpoint(config, *restore(config, workdir)[1:])
 
 
 def evaluate(config: Config, workdir: epath.PathLike) -> dict:
   """Scores the newest good checkpoint of `workdir`, prints the result, and writes eval-<split>-<step>.json there.
 
   Raises:
-    InputError: the workdir has no readable checkpoint, or one of another model, or cannot be written.
+    InputError: as `restore`, or the workdir cannot be written.
   """
-  workdir = epath.Path(workdir)
   mesh, step, params = restore(config, workdir)
   evaluator = Evaluator(config, mesh)
   result = evaluator(params, step)
   distributed.log(evaluator.describe(result))
-  evaluator.write(result, workdir)
+  evaluator.write(result, epath.Path(workdir))
   return result

@@ -54,20 +54,20 @@ class Totals:
     histogram = self._sums["histogram"]
     frequencies = histogram[histogram > 0] / self.num_tokens
     sums = self._scored_sums()
-    result = {
+    interval = None
+    if (self._by_document[:, _TOKENS] > 0).sum() > 1:  # one document does not tell how others vary
+      low, high = (units.compute_all(self._scored_sums(sign), unit) for sign in (-1, 1))
+      interval = {name: [low[name], high[name]] for name in low}
+    return {
       "num_documents": len(self._by_document),
       "num_windows": self._num_windows,
       "num_tokens": int(sums.tokens),
+      **({"num_words": int(sums.words), "num_bytes": int(sums.bytes)} if sums.bytes else {}),
       **units.compute_all(sums, unit),
       "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
-      "interval_95": None,
+      "interval_95": interval,
+      **{f"by_{name}": self._buckets(name) for name in ("position", "context")},
     }
-    if sums.bytes:
-      result |= {"num_words": int(sums.words), "num_bytes": int(sums.bytes)}
-    if (self._by_document[:, _TOKENS] > 0).sum() > 1:  # one document does not tell how others vary
-      low, high = (units.compute_all(self._scored_sums(sign), unit) for sign in (-1, 1))
-      result["interval_95"] = {name: [low[name], high[name]] for name in low}
-    return result | {f"by_{name}": self._buckets(name) for name in ("position", "context")}
 
   def _scored_sums(self, sign: int = 0) -> units.ScoredSums:
     """Returns the sums, or those at an end of the 95% interval: -1 or 1."""

@@ -5,11 +5,10 @@
 writes the weights as step 0 of a run in DIR, which can be evaluated and trained further (fine-tuning). The file does
 not contain the architecture, so --config must describe the model it was trained with.
 
-A .dill file is a pickle, which dill would execute. unpickle.py reads its arrays without running code from it.
+A .dill file is a pickle, which dill would execute; unpickle.py reads its arrays without running code from it.
 """
 
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from flax import traverse_util
 
 from perceiver_ar_jax.config import Config, InputError, ModelConfig, nearest
-from perceiver_ar_jax.interop import unpickle
+from perceiver_ar_jax.interop.unpickle import load
 from perceiver_ar_jax.models import perceiver_ar, positions
 from perceiver_ar_jax.models.architectures import architecture_of
 from perceiver_ar_jax.parallel.mesh import make_mesh
@@ -28,33 +28,50 @@ from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
-_ACTIVATIONS = {"sq_relu": "squared_relu", "gelu": "gelu"}
-_ENCODINGS = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
-# Defaults of the official constructor.
-_DEFAULTS: dict[str, Any] = {
-  "cross_attention_shape_for_attn": "kv",
-  "input_embed_dim": 1024,
+# Official names of modules, by the names here.
+_ENDS = {"to_latents": "linear", "final_norm": "layer_norm", "to_logits": "logits"}
+_ATTENTION_AND_MLP = {
+  "attention/query": "attention/linear",
+  "keys_values/key": "attention/linear_1",
+  "keys_values/value": "attention/linear_2",
+  "attention/out": "attention/linear_3",
+  "mlp/up": "dense/linear",
+  "mlp/down": "dense/linear_1",
+}
+_CROSS_ATTEND = {"norm_query": "layer_norm", "norm_inputs": "layer_norm_1", "norm_mlp": "layer_norm_2"}
+_LAYER = {"norm_attention": "layer_norm", "norm_mlp": "layer_norm_1"}
+_NORM_PARAMETERS, _DENSE_PARAMETERS = {"scale": "scale", "bias": "offset"}, {"kernel": "w", "bias": "b"}
+
+_REQUIRED = object()
+# Options that are a field of ModelConfig, with the default of the official constructor.
+_FIELDS: dict[str, tuple[str, Any]] = {
+  "num_classes": ("vocab_size", _REQUIRED),
+  "max_context_length": ("max_context", _REQUIRED),
+  "z_index_dim": ("num_latents", 1024),
+  "num_transformers_per_block": ("num_layers", 12),
+  "num_z_channels": ("latent_width", 1024),
+  "input_embed_dim": ("embed_width", 1024),
+  "num_cross_attend_heads": ("num_cross_heads", 1),
+  "num_transformer_heads": ("num_self_heads", 8),
+  "transformer_widening_factor": ("mlp_widening", 1),
+  "use_positions_from_data": ("positions_from_data", False),
+  "fraction_to_rotate": ("rotary_fraction", 0.25),
+  "max_wavelength": ("rotary_max_wavelength", 8192),
+  "dropout_prob": ("dropout", 0.0),
+  "latent_dropout_prob": ("latent_dropout", 0.0),
+  "encoder_dropout_prob": ("cross_attend_dropout", 0.0),
+}
+# Options that are converted by `_config`, with their defaults.
+_CONVERTED: dict[str, Any] = {
+  "input_idx_size": _REQUIRED,
+  "position_encoding_type": _REQUIRED,
   "position_encoding": "sinusoidal",
   "learnable_position_embeddings": False,
-  "num_transformers_per_block": 12,
-  "z_index_dim": 1024,
-  "num_z_channels": 1024,
-  "num_cross_attend_heads": 1,
-  "num_transformer_heads": 8,
+  "cross_attention_shape_for_attn": "kv",
   "cross_attend_widening_factor": 1,
-  "transformer_widening_factor": 1,
   "additional_cross_attend_after_layers": (),
-  "dropout_prob": 0.0,
-  "latent_dropout_prob": 0.0,
-  "encoder_dropout_prob": 0.0,
   "activation_name": "sq_relu",
-  "fraction_to_rotate": 0.25,
-  "max_wavelength": 8192,
-  "use_positions_from_data": False,
 }
-_MAX_PARAMETERS = 100_000
-"""Arrays that a checkpoint may have; the largest published model has hundreds."""
-_REQUIRED = ("num_classes", "input_idx_size", "max_context_length", "position_encoding_type")
 # Options that are not supported, with the one value that can be converted.
 _UNSUPPORTED = {
   "num_latents_per_position": 1,
@@ -68,19 +85,9 @@ _UNSUPPORTED = {
   "train_input_positions": 0,
 }
 # Options that change only the order of computation, initial weights, or the effect of an unsupported option.
-_IGNORED = (
-  "cross_attention_head_group_size",
-  "chunked_cross_attention",
-  "chunked_cross_query_size",
-  "chunked_cross_key_size",
-  "final_layer_init_zeros",
-  "z_pos_enc_init_scale",
-  "share_learned_initial_query",
-  "initial_query_embed_activation_name",
-  "initial_query_embed_num_layers",
-  "concat_pos",
-  "name",
-)
+_IGNORED = """cross_attention_head_group_size chunked_cross_attention chunked_cross_query_size chunked_cross_key_size
+  final_layer_init_zeros z_pos_enc_init_scale share_learned_initial_query initial_query_embed_activation_name
+  initial_query_embed_num_layers concat_pos name""".split()
 
 
 def convert(
@@ -99,38 +106,6 @@ def convert(
   return config, convert_params(haiku_params, config)[0]
 
 
-def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
-  """Returns (parameters by module path, training step) of an official checkpoint.dill without running code from it.
-
-  Raises:
-    InputError: the file cannot be read, or is not such a checkpoint.
-  """
-  try:
-    with pathlib.Path(path).open("rb") as file:
-      state = unpickle.load(file)
-  except OSError as error:
-    raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
-  except Exception as error:  # any error of a damaged or foreign file
-    raise InputError(
-      f"--checkpoint={path} is not a readable pickle: {error}. Give an official checkpoint.dill."
-    ) from error
-  state = state if isinstance(state, dict) else {}
-  params: Any = state.get("params")
-  step = state.get("global_step", 0)
-  modules: list[Any] = list(params.values()) if isinstance(params, dict) else [None]
-  are_arrays = (
-    all(isinstance(module, dict) for module in modules)
-    and sum(map(len, modules)) <= _MAX_PARAMETERS  # modules can share one dictionary, so a small file can have many
-    and all(isinstance(value, np.ndarray) for module in modules for value in module.values())
-  )
-  if not are_arrays or not isinstance(step, (int, np.integer)):
-    raise InputError(
-      f"--checkpoint={path} is not an official checkpoint, which contains 'params': a mapping from module paths to"
-      " arrays."
-    )
-  return params, int(step)
-
-
 def convert_params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> tuple[dict, list[str]]:
   """Returns (the parameters of `config`, names of official parameters that are not used).
 
@@ -140,211 +115,129 @@ def convert_params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config:
   Raises:
     InputError: a parameter is missing.
   """
-  used = set()
-  modules = {path.replace("perceiver_ar/", "", 1).removeprefix("~/"): value for path, value in haiku_params.items()}
+  unused, params = {}, {}
+  for path, module in haiku_params.items():
+    path = path.replace("perceiver_ar/", "", 1).removeprefix("~/")
+    unused |= {f"{path}/{name}": value for name, value in module.items()}
 
-  def get(path, name):
-    used.add(f"{path}/{name}")
-    try:
-      return np.asarray(modules[path][name])
-    except KeyError as error:
-      raise InputError(
-        f"The checkpoint lacks the parameter {path}/{name}: give the config of the model that it was trained with."
-      ) from error
+  def take(name: str) -> np.ndarray:
+    if name not in unused:
+      raise InputError(f"The checkpoint lacks the parameter {name}: give the config of its model.")
+    return np.asarray(unused.pop(name))
 
-  def dense(path):
-    return {"kernel": get(path, "w"), "bias": get(path, "b")}
+  def add(target: str, table: Mapping[str, str], sources: Sequence[str]) -> None:
+    """Adds the modules of `table`, which are below `target` here and below `sources` in the checkpoint."""
+    for module, official in table.items():
+      parameters = _NORM_PARAMETERS if "norm" in module else _DENSE_PARAMETERS
+      for name, official_name in parameters.items():
+        values = [take(f"{source}{official}/{official_name}") for source in sources]
+        params[f"{target}{module}/{name}"] = np.stack(values) if target.startswith("layers") else values[0]
 
-  def norm(path):
-    return {"scale": get(path, "scale"), "bias": get(path, "offset")}
-
-  def attention(path):
-    return {
-      "attention": {"query": dense(f"{path}/attention/linear"), "out": dense(f"{path}/attention/linear_3")},
-      "keys_values": {"key": dense(f"{path}/attention/linear_1"), "value": dense(f"{path}/attention/linear_2")},
-    }
-
-  def mlp(path):
-    return {"up": dense(f"{path}/dense/linear"), "down": dense(f"{path}/dense/linear_1")}
-
-  def cross_attend(index):
-    path = _numbered("cross_attention", index)
-    return {
-      "norm_query": norm(f"{path}/layer_norm"),
-      "norm_inputs": norm(f"{path}/layer_norm_1"),
-      "norm_mlp": norm(f"{path}/layer_norm_2"),
-      "mlp": mlp(path),
-      **attention(path),
-    }
-
-  def layer(index):
-    path = _numbered("self_attention", index)
-    return {
-      "norm_attention": norm(f"{path}/layer_norm"),
-      "norm_mlp": norm(f"{path}/layer_norm_1"),
-      "mlp": mlp(path),
-      **attention(path),
-    }
-
-  embed = {"tokens": get("embed", "embeddings")}
-  if config.position_encoding == "learned":
-    for dimension in range(len(config.position_sizes)):
-      embed[f"position_{dimension}"] = get(f"embed_{dimension + 1}", "embeddings")
-  params = {
-    "embed": embed,
-    "to_latents": dense("linear"),
-    "final_norm": norm("layer_norm"),
-    "to_logits": dense("logits"),
-  }
-  start = 0
-  for run, length in enumerate(perceiver_ar.group_depths(config)):
-    params[f"cross_attend_{run}"] = cross_attend(run)
-    if length:
-      params[f"layers_{run}"] = _stack([layer(index) for index in range(start, start + length)])
-    start += length
-  encode = positions.encoding_of(config).table
-  if encode is not None:
-    for dimension, size in enumerate(config.position_sizes):
-      path = f"embed_{dimension + 1}"
+  params["embed/tokens"] = take("embed/embeddings")
+  for dimension, size in enumerate(config.position_sizes):
+    name = f"embed_{dimension + 1}/embeddings"
+    if config.position_encoding == "learned":
+      params[f"embed/position_{dimension}"] = take(name)
+    elif name in unused and (encode := positions.encoding_of(config).table) is not None:
       table = encode(jnp.arange(size)[None], size=size, width=config.input_width)[0]
-      stored = modules.get(path, {}).get("embeddings")
-      if stored is not None and stored.shape == table.shape and np.allclose(stored, table, atol=1e-3):
-        used.add(f"{path}/embeddings")
-  names = {f"{path}/{name}" for path, module in modules.items() for name in module}
-  return params, sorted(names - used)
+      if unused[name].shape == table.shape and np.allclose(unused[name], table, atol=1e-3):
+        del unused[name]
 
+  def numbered(name: str, index: int) -> str:
+    return f"{name}_{index}/" if index else f"{name}/"
 
-def _numbered(name: str, index: int) -> str:
-  return f"{name}_{index}" if index else name
-
-
-def _stack(trees: list[dict]) -> dict:
-  """Stacks the leaves of `trees` on a new first axis."""
-  first = trees[0]
-  if not isinstance(first, dict):
-    return np.stack(trees)
-  return {name: _stack([tree[name] for tree in trees]) for name in first}
+  add("", _ENDS, [""])
+  start = 0
+  for group, depth in enumerate(perceiver_ar.group_depths(config)):
+    add(f"cross_attend_{group}/", _ATTENTION_AND_MLP | _CROSS_ATTEND, [numbered("cross_attention", group)])
+    if depth:
+      layers = [numbered("self_attention", index) for index in range(start, start + depth)]
+      add(f"layers_{group}/", _ATTENTION_AND_MLP | _LAYER, layers)
+    start += depth
+  return traverse_util.unflatten_dict(params, sep="/"), sorted(unused)
 
 
 def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
-  for name in _REQUIRED:
-    if name not in model_kwargs:
-      raise InputError(f"The official argument {name} is missing: add it to model_kwargs.")
-  options = {*_REQUIRED, *_DEFAULTS, *_UNSUPPORTED, *_IGNORED}
+  defaults = _CONVERTED | {name: default for name, (_, default) in _FIELDS.items()}
+  options = {*defaults, *_UNSUPPORTED, *_IGNORED}
   for name, value in model_kwargs.items():
+    if name not in options:
+      raise InputError(f"The official option {name}={value!r} is unknown. {nearest(name, options)}")
     if name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
       raise InputError(
         f"The official option {name}={value!r} is not supported; only {_UNSUPPORTED[name]!r} can be converted."
       )
-    if name not in options:
-      raise InputError(f"The official option {name}={value!r} is unknown. {nearest(name, options)}")
-  kwargs = _DEFAULTS | dict(model_kwargs)
-  widening = kwargs["transformer_widening_factor"]
-  if kwargs["cross_attend_widening_factor"] != widening:
+  kwargs = defaults | dict(model_kwargs)
+  for name, value in kwargs.items():
+    if value is _REQUIRED:
+      raise InputError(f"The official argument {name} is missing: add it to model_kwargs.")
+  if kwargs["cross_attend_widening_factor"] != kwargs["transformer_widening_factor"]:
     raise InputError(
-      f"cross_attend_widening_factor={kwargs['cross_attend_widening_factor']} and"
-      f" transformer_widening_factor={widening} differ; only equal ones can be converted."
+      f"cross_attend_widening_factor={kwargs['cross_attend_widening_factor']} and transformer_widening_factor="
+      f"{kwargs['transformer_widening_factor']} differ; only equal ones can be converted."
     )
-  widths = {"kv": kwargs["input_embed_dim"], "q": kwargs["num_z_channels"]}
-  for name, known in (
-    ("activation_name", _ACTIVATIONS),
-    ("position_encoding", _ENCODINGS),
-    ("cross_attention_shape_for_attn", widths),
-  ):
+
+  def look_up(name: str, known: Mapping[str, Any]) -> Any:
     if kwargs[name] not in known:
       raise InputError(f"The official option {name}={kwargs[name]!r} is not supported; known: {', '.join(known)}.")
-  rotary = kwargs["position_encoding_type"] == "rotary"
-  encoding = "learned" if kwargs["learnable_position_embeddings"] else _ENCODINGS[kwargs["position_encoding"]]
+    return known[kwargs[name]]
+
+  widths = {"kv": kwargs["input_embed_dim"], "q": kwargs["num_z_channels"]}
+  encoding = look_up("position_encoding", {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"})
+  if kwargs["learnable_position_embeddings"]:
+    encoding = "learned"
   sizes = tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"])
+  is_rotary = kwargs["position_encoding_type"] == "rotary"
   return ModelConfig(
-    vocab_size=kwargs["num_classes"],
-    max_context=kwargs["max_context_length"],
-    num_latents=kwargs["z_index_dim"],
-    num_layers=kwargs["num_transformers_per_block"],
-    latent_width=kwargs["num_z_channels"],
-    embed_width=kwargs["input_embed_dim"],
-    num_cross_heads=kwargs["num_cross_attend_heads"],
-    cross_attend_width=widths[kwargs["cross_attention_shape_for_attn"]],
-    num_self_heads=kwargs["num_transformer_heads"],
-    mlp_widening=widening,
-    activation=_ACTIVATIONS[kwargs["activation_name"]],
-    position_encoding="rotary" if rotary else encoding,
-    position_sizes=() if rotary else sizes,
-    positions_from_data=kwargs["use_positions_from_data"],
-    rotary_fraction=kwargs["fraction_to_rotate"],
-    rotary_max_wavelength=kwargs["max_wavelength"],
+    **{field: kwargs[name] for name, (field, _) in _FIELDS.items()},
+    cross_attend_width=look_up("cross_attention_shape_for_attn", widths),
     cross_attend_after=tuple(kwargs["additional_cross_attend_after_layers"] or ()),
-    dropout=kwargs["dropout_prob"],
-    latent_dropout=kwargs["latent_dropout_prob"],
-    cross_attend_dropout=kwargs["encoder_dropout_prob"],
+    activation=look_up("activation_name", {"sq_relu": "squared_relu", "gelu": "gelu"}),
+    position_encoding="rotary" if is_rotary else encoding,
+    position_sizes=() if is_rotary else sizes,
   )
 
 
-def write_checkpoint(config: Config, haiku_params: Mapping[str, Mapping[str, np.ndarray]], workdir: str) -> int:
-  """Writes converted weights as step 0 of a run of `config` in `workdir`; returns their number.
-
-  Raises:
-    InputError: the weights do not fit `config.model`, or the workdir contains a run.
-  """
+def _run(config: Config) -> int:
+  """Writes the weights of --checkpoint as step 0 of a run of `config`; InputError if they do not fit its model."""
+  haiku_params, trained_steps = load(flags.FLAGS.checkpoint)
   if not architecture_of(config.model).has_cross_attention:
     raise InputError(
       f"Official checkpoints are of Perceiver AR, not of model.architecture={config.model.architecture}: leave it out."
     )
-  folder, mesh = epath.Path(workdir), make_mesh(config.mesh)
+  folder, mesh = epath.Path(flags.FLAGS.workdir), make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
   params, unused = convert_params(haiku_params, config.model)
   if unused:
     raise InputError(
-      f"The checkpoint contains parameters that the model of --config does not have: {', '.join(unused[:5])}"
-      f"{' and others' if len(unused) > 5 else ''}. Give the config of the model that it was trained with."
+      "The checkpoint contains parameters that the model of --config does not have:"
+      f" {', '.join(unused[:5])}{' and others' if len(unused) > 5 else ''}. Give the config of its model."
     )
-  _check_shapes(params, abstract.params)
+  given = traverse_util.flatten_dict(params, sep="/")
+  for name, leaf in traverse_util.flatten_dict(abstract.params, sep="/").items():
+    if given[name].shape != leaf.shape:
+      raise InputError(
+        f"The checkpoint's parameter {name} has shape {given[name].shape}, and with --config it has {leaf.shape}: give"
+        " the config of its model."
+      )
   if (folder / "checkpoints").exists():
-    raise InputError(f"--workdir={workdir} already contains a run: give a new folder.")
+    raise InputError(f"--workdir={folder} already contains a run: give a new folder.")
   with workdir_lib.own(config, folder), jax.set_mesh(mesh), checkpoint.Checkpointer(folder) as checkpointer:
     params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
     checkpointer.save(state_lib.TrainState(jnp.zeros((), jnp.int32), params, opt_state), data=None)
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _check_shapes(params: dict, expected: dict) -> None:
-  def shapes(tree):
-    return {
-      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-      for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-  given = shapes(params)
-  for name, shape in shapes(expected).items():
-    if given[name] != shape:
-      raise InputError(
-        f"The checkpoint's parameter {name} has shape {given[name]}, and with --config it has {shape}: give the config"
-        " of the model that it was trained with."
-      )
-
-
-def _run() -> None:
-  """Parses the flags, writes the checkpoint and exits."""
-  from perceiver_ar_jax import command_line  # here, so that importing this module defines no flags
-
-  flags.DEFINE_string("checkpoint", None, "An official checkpoint.dill.")
-
-  def convert_run(config: Config) -> int:
-    haiku_params, trained_steps = load(flags.FLAGS.checkpoint)
-    workdir = flags.FLAGS.workdir
-    count = write_checkpoint(config, haiku_params, workdir)
-    print(
-      f"Wrote {count:,} parameters, trained for {trained_steps:,} steps, as step 0 of {workdir}. To evaluate them, run"
-      " python -m perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without --mode, it trains"
-      " them."
-    )
-    return 0
-
-  command_line.run(convert_run, required=("checkpoint", "workdir"))
+  print(
+    f"Wrote {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, trained for {trained_steps:,} steps, as"
+    f" step 0 of {folder}. To evaluate them, run python -m perceiver_ar_jax.main with this --config and --workdir and"
+    " --mode=eval; without --mode, it trains them."
+  )
+  return 0
 
 
 if __name__ == "__main__":
-  _run()
+  from perceiver_ar_jax import command_line  # here, so that importing this module defines no flags
+
+  flags.DEFINE_string("checkpoint", None, "An official checkpoint.dill.")
+  command_line.run(_run, required=("checkpoint", "workdir"))

@@ -1,58 +1,66 @@
-"""Reads the arrays and plain containers of a pickle (a .dill file is one) without running code that it names.
+"""Reads the weights of an official checkpoint.dill, which is a pickle, without running code that it names.
 
-A pickle is a program for a stack machine, and Python's own machine imports and calls any function that the program
-names. The machine below imports nothing: a name such as numpy's `_reconstruct` selects one of the builders of this
-module, and all other objects, optimizer state for example, become None.
-
-The work is linear in the size of the file: shared objects are converted once, and values from the file are never
-hashed, printed or copied where they could be nested. The number of instructions and the size of all arrays are bounded.
+A pickle is a program for a stack machine, which calls any function that the program names. Here, a name such as numpy's
+`_reconstruct` selects one of the builders of this module, and every other object, of the optimizer's state for example,
+is an empty stand-in. Work and memory are linear in the size of the file: values that can be nested are never hashed,
+printed, copied or traversed, and arrays are views of the bytes in it.
 """
 
+import mmap
 import pickle
-import pickletools
 import re
-from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 
-MAX_INSTRUCTIONS = 10_000_000
-"""Instructions that a file may have; an official checkpoint has some thousands."""
-_INHERITED = """PROTO FRAME STOP MARK POP POP_MARK DUP GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
-  NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-  STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
-  BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST EMPTY_DICT
-  GLOBAL STACK_GLOBAL""".split()
-"""Instructions that only move values, or call `find_class`: Python's own implementation is safe."""
+from perceiver_ar_jax.config import InputError
+
+_MAX_PARAMETERS = 100_000
+"""Arrays that a checkpoint may have; the largest published model has hundreds."""
 
 
-def load(file: BinaryIO) -> Any:
-  """Returns the pickled object as None, numbers, strings, bytes, arrays, dictionaries, lists and tuples.
+def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+  """Returns (parameters by module path, training step) of an official checkpoint.dill without running code from it.
 
   Raises:
-    Exception: any error of a damaged or foreign file; pickle.UnpicklingError for content that this module refuses.
+    InputError: the file cannot be read, or is not such a checkpoint.
   """
-  file_bytes = file.seek(0, 2)
-  file.seek(0)
-  for number, (instruction, *_) in enumerate(pickletools.genops(file)):
-    if number >= MAX_INSTRUCTIONS:
-      raise pickle.UnpicklingError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
-    if ord(instruction.code) not in _Machine.dispatch:
-      raise pickle.UnpicklingError(f"it uses the instruction {instruction.name}, which is not supported")
-  file.seek(0)
-  return _to_plain(_Machine(file, encoding="latin-1").load(), max_array_bytes=file_bytes)
+  try:
+    # An mmap allocates no more than it contains, whatever length the pickle announces.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+      return _params_and_step(_Unpickler(content).load(), max_bytes=len(content))
+  except OSError as error:
+    raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
+  except Exception as error:  # any error of a damaged or foreign file
+    raise InputError(
+      f"--checkpoint={path} is not an official checkpoint.dill, whose 'params' map module paths to arrays"
+      f" ({type(error).__name__}: {error})."
+    ) from error
 
 
-class _Name(NamedTuple):
-  """A class or function that the pickle names; it is never looked up."""
+def _params_and_step(root: Any, max_bytes: int) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+  state = _unwrap(root, dict)
+  modules = {path: _unwrap(module, dict) for path, module in _unwrap(state.get("params"), dict).items()}
+  if sum(map(len, modules.values())) > _MAX_PARAMETERS:  # modules can share one dictionary
+    raise pickle.UnpicklingError(f"it has more than {_MAX_PARAMETERS:,} parameters")
+  params = {path: {name: _unwrap(module[name], np.ndarray) for name in module} for path, module in modules.items()}
+  arrays = {id(array): array.nbytes for module in params.values() for array in module.values()}
+  if sum(arrays.values()) > max_bytes:  # of different arrays, which can be views of the same bytes
+    raise pickle.UnpicklingError("its arrays are larger than the file")
+  return params, int(_unwrap(state.get("global_step", 0), (int, np.integer)))
 
-  is_numpy: bool
-  name: str
+
+def _unwrap(value: Any, kind: type | tuple[type, ...]) -> Any:
+  """Returns a value of the machine, or the one that a stand-in holds; it must be of this kind."""
+  value = value.value if isinstance(value, _Object) else value
+  if not isinstance(value, kind):
+    raise pickle.UnpicklingError(f"it has a {type(value).__name__} at the wrong place")
+  return value
 
 
 class _Object:
-  """An object that the pickle builds, to be returned as `value`; its state and its items are ignored."""
+  """A stand-in for an object of the pickle; `value` is what it holds, if that is of use."""
 
   value: Any = None
 
@@ -62,150 +70,106 @@ class _Object:
   def set_state(self, unused) -> None:
     pass
 
-  update = extend = set_state
+  add = append = set_state
+
+  def __setitem__(self, key, item) -> None:
+    pass
 
 
-class _DType(_Object):
-  """The type of an array's elements, by its code such as f4; its state contains the byte order."""
+class _Dict(dict):
+  """A dictionary without the keys that are not strings: nested tuples that share items take forever to hash."""
 
-  def __init__(self, code="", *unused):
-    self.code, self.order = code.name if isinstance(code, _Name) else code, "="
-
-  def set_state(self, state) -> None:
-    self.order = state[1] if isinstance(state[1], str) and state[1] in "<>" else "="
-
-  def read(self, content: bytes) -> np.ndarray:
-    """Returns a view of the bytes as numbers."""
-    if self.code == "bfloat16":
-      return np.frombuffer(content, bfloat16)
-    if not re.fullmatch("[biuf][0-9]{1,2}", self.code):
-      raise pickle.UnpicklingError(f"arrays of type {self.code[:20]!r} are not numbers")
-    return np.frombuffer(content, self.order + self.code)
-
-
-class _Array(_Object):
-  """An array: NumPy pickles an empty one, then its state."""
-
-  def set_state(self, state) -> None:
-    _, shape, dtype, is_fortran, content = state
-    self.value = dtype.read(content).reshape(shape, order="F" if is_fortran else "C")
-
-  @classmethod
-  def from_state(cls, function, arguments, state, *unused) -> "_Array":
-    """Returns an array as JAX and dill pickle it: a function that creates an empty one, its arguments, its state."""
-    array = cls()
-    array.set_state(state)
-    return array
+  def __setitem__(self, key, item) -> None:
+    if isinstance(key, str):
+      super().__setitem__(key, item)
 
 
 class _Mapping(_Object):
   """Haiku's immutable dictionary, in the forms that its versions pickled."""
 
   def __init__(self, mapping=None, *unused):
-    self.value = {} if mapping is None else mapping
+    self.value = _Dict() if mapping is None else mapping
 
   def set_state(self, state) -> None:
     slots = state[1] if isinstance(state, tuple) else state
-    self.value = slots.get("_mapping") or {}
-
-  def update(self, items: dict) -> None:
-    self.value.update(items)
+    self.value = slots.get("_mapping") or _Dict()
 
 
-_BUILDERS: dict[_Name, Callable] = {
-  _Name(True, "dtype"): _DType,
-  _Name(True, "_reconstruct"): _Array,
-  _Name(True, "_frombuffer"): lambda content, dtype, shape, order: dtype.read(content).reshape(shape, order=order),
-  _Name(True, "scalar"): lambda dtype, content: dtype.read(content)[0],
-  _Name(False, "_reconstruct_array"): _Array.from_state,
-  _Name(False, "reconstruct_device_array"): _Array.from_state,
-  _Name(False, "_create_array"): _Array.from_state,
-  _Name(False, "FlatMapping"): _Mapping,
+class _DType(_Object):
+  """The type of an array's elements, by its code such as f4; its state contains the byte order."""
+
+  def __init__(self, code="", *unused):
+    self.code, self.order = code if isinstance(code, str) else "", ""
+
+  def set_state(self, state) -> None:
+    self.order = state[1] if state[1] in ("<", ">") else ""
+
+  def read(self, content: bytes) -> np.ndarray:
+    """Returns a view of the bytes as numbers."""
+    if self.code == "bfloat16":
+      return np.frombuffer(content, bfloat16)
+    if not re.fullmatch("[biuf][1248]", self.code):
+      raise pickle.UnpicklingError(f"arrays of type {self.code[:20]!r} are not numbers")
+    return np.frombuffer(content, self.order + self.code)
+
+
+class _Array(_Object):
+  """An array, or a number: NumPy pickles an empty array, then its state."""
+
+  def __init__(self, *unused, value: np.ndarray | np.generic | None = None):
+    self.value = value
+
+  def set_state(self, state) -> "_Array":
+    _, shape, dtype, is_fortran, content = state
+    self.value = dtype.read(content).reshape(shape, order="F" if is_fortran else "C")
+    return self
+
+
+_NUMPY = {
+  "dtype": _DType,
+  "_reconstruct": _Array,
+  "_frombuffer": lambda content, dtype, shape, order: _Array(value=dtype.read(content).reshape(shape, order=order)),
+  "scalar": lambda dtype, content: _Array(value=dtype.read(content)[0]),
+}
+_OTHERS = {
+  **dict.fromkeys(  # arrays of JAX and dill: a function that creates an empty one, its arguments, its state
+    ("_reconstruct_array", "reconstruct_device_array", "_create_array"),
+    lambda function, arguments, state, *unused: _Array().set_state(state),
+  ),
+  "FlatMapping": _Mapping,
+  "bfloat16": "bfloat16",
 }
 
 
-def _construct(function: Any, arguments: tuple, *keywords) -> Any:
-  """Returns what calling a name of the pickle builds; keyword arguments and all arguments but eight are ignored."""
-  builder = _BUILDERS.get(function, _Object) if isinstance(function, _Name) else _Object
-  return builder(*arguments[:8])
+class _Unpickler(pickle._Unpickler):  # the implementation in Python, because its instructions can be replaced
+  """Python's machine, whose only callables are the builders above, and which hashes only strings."""
 
+  def find_class(self, module: str, name: str) -> Any:
+    return (_NUMPY if module.partition(".")[0] == "numpy" else _OTHERS).get(name, _Object)
 
-def _to_dict(*items) -> dict:
-  """Returns the dictionary of alternating keys and values; keys that are not strings might take forever to hash."""
-  return {key: value for key, value in zip(items[::2], items[1::2]) if isinstance(key, str)}
+  def _construct(self) -> None:
+    arguments, builder = self.stack.pop(), self.stack.pop()
+    self.append(builder(*arguments[:8]))  # no builder reads more
 
+  def _set_state(self) -> None:
+    state, target = self.stack.pop(), self.stack[-1]
+    if not isinstance(target, _Object):
+      raise pickle.UnpicklingError(f"it sets the state of a {type(target).__name__}")
+    target.set_state(state)
 
-def _replace(build: Callable, count: int | None = None) -> Callable:
-  """Returns the instruction that replaces the `count` top values (None: those above the mark) by build(*values)."""
+  def _frozenset(self) -> None:
+    self.pop_mark()
+    self.append(_Object())
 
-  def replace(machine: "_Machine") -> None:
-    value = build(*machine.take(count))
-    machine.append(value)
-
-  return replace
-
-
-def _change(method: str, kind: type, build: Callable, count: int | None = None) -> Callable:
-  """Returns the instruction that calls a method of the value below the `count` top values with build(*values)."""
-
-  def change(machine: "_Machine") -> None:
-    argument, target = build(*machine.take(count)), machine.stack[-1]
-    if not isinstance(target, (kind, _Object)):
-      raise pickle.UnpicklingError(f"it calls {method} of a {type(target).__name__}")
-    getattr(target, method)(argument)
-
-  return change
-
-
-class _Machine(pickle._Unpickler):  # the implementation in Python, because its instructions can be replaced
-  """Python's machine without its instructions that call, import, hash or change objects."""
-
-  dispatch = {code: pickle._Unpickler.dispatch[code] for (code,) in (getattr(pickle, name) for name in _INHERITED)} | {
-    pickle.REDUCE[0]: _replace(_construct, 2),
-    pickle.NEWOBJ[0]: _replace(_construct, 2),
-    pickle.NEWOBJ_EX[0]: _replace(_construct, 3),
-    pickle.EMPTY_SET[0]: _replace(_Object, 0),
-    pickle.FROZENSET[0]: _replace(_Object),
-    pickle.DICT[0]: _replace(_to_dict),
-    pickle.SETITEM[0]: _change("update", dict, _to_dict, 2),
-    pickle.SETITEMS[0]: _change("update", dict, _to_dict),
-    pickle.APPEND[0]: _change("extend", list, lambda *items: items, 1),
-    pickle.APPENDS[0]: _change("extend", list, lambda *items: items),
-    pickle.ADDITEMS[0]: _change("extend", _Object, lambda *items: items),
-    pickle.BUILD[0]: _change("set_state", _Object, lambda state: state, 1),
+  dispatch = pickle._Unpickler.dispatch | {
+    pickle.REDUCE[0]: _construct,
+    pickle.NEWOBJ[0]: _construct,
+    pickle.NEWOBJ_EX[0]: lambda self: self.append(_Object(self.stack.pop(), self.stack.pop(), self.stack.pop())),
+    pickle.BUILD[0]: _set_state,
+    pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
+    pickle.EMPTY_SET[0]: lambda self: self.append(_Object()),
+    pickle.FROZENSET[0]: _frozenset,
+    pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,  # a bytearray would be allocated before it is read
   }
-
-  def find_class(self, module: str, name: str) -> _Name:
-    return _Name(module == "numpy" or module.startswith("numpy."), name)
-
-  def take(self, count: int | None) -> list:
-    """Removes and returns the `count` top values; None: those above the mark."""
-    return self.pop_mark() if count is None else [self.stack.pop() for _ in range(count)][::-1]
-
-
-def _to_plain(root: Any, max_array_bytes: int) -> Any:
-  """Returns the machine's value without objects of this module; shared values are converted once and stay shared."""
-  converted: dict[int, Any] = {}
-  array_bytes = 0
-
-  def convert(value: Any) -> Any:
-    nonlocal array_bytes
-    if isinstance(value, (bool, int, float, str, bytes, bytearray, np.generic)):
-      return value
-    if id(value) in converted:
-      return converted[id(value)]
-    result = converted[id(value)] = None  # for a value that contains itself
-    if isinstance(value, _Object):
-      result = convert(value.value)
-    elif isinstance(value, dict):
-      result = {key: convert(item) for key, item in value.items()}
-    elif type(value) in (list, tuple):
-      result = type(value)(map(convert, value))
-    elif isinstance(value, np.ndarray):
-      result, array_bytes = value, array_bytes + value.nbytes
-      if array_bytes > max_array_bytes:
-        raise pickle.UnpicklingError("its arrays are larger than the file")
-    converted[id(value)] = result
-    return result
-
-  return convert(root)
+  for _unused in (pickle.DICT, pickle.EXT1, pickle.EXT2, pickle.EXT4):  # would hash anything, or find live objects
+    del dispatch[_unused[0]]

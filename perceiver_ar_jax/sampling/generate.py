@@ -19,6 +19,8 @@ from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.data import EOS, PAD
 from perceiver_ar_jax.models import decode_cache
 from perceiver_ar_jax.models.architectures import make_model
+from perceiver_ar_jax.models.keys import CachedKeys
+from perceiver_ar_jax.parallel import sharding
 
 
 class SamplingSettings(NamedTuple):
@@ -60,10 +62,9 @@ def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, ste
   """Returns the state after right-aligned prompts; `ended_B` and `step` as in DecodeState."""
   context = UncachedContext(tokens_BxL, positions_BxLxP)
   if cached:
-    context = decode_cache.prefill(
-      config, decode_cache.UnstackedParams.from_params(config, params), tokens_BxL, positions_BxLxP
-    )
-  return DecodeState(context, ended_B, step)
+    weights = decode_cache.UnstackedParams.from_params(config, params)
+    context = decode_cache.prefill(config, weights, tokens_BxL, positions_BxLxP)
+  return _sharded(DecodeState(context, ended_B, step))
 
 
 def cached_block(
@@ -71,14 +72,9 @@ def cached_block(
 ):
   """Returns (the state after T tokens, tokens_BxT, the logits_BxTxV that they were drawn from).
 
-  Args:
-    config: of the model.
-    kept: latents that pass through the layers at the start; T - 1 are added, so T is at most M - kept + 1.
-    params: of the model.
-    state: to be donated, so that its caches are updated in place.
-    plan: of the T tokens; the context must have T - 1 unused slots.
-    settings: temperature, top-k and top-p.
-    keys_B: a random key for each row, the same in all blocks.
+  `kept` latents pass through the layers at the start and T - 1 are added, so T is at most M - kept + 1; the context
+  must have T - 1 unused slots. `state` is to be donated, so that its caches are updated in place. `keys_B` are random
+  keys of the rows, the same in all blocks.
   """
   weights = decode_cache.UnstackedParams.from_params(config, params)
   latents_Bx1xD, context, layers = decode_cache.refill(config, weights, state.context, kept)
@@ -103,7 +99,7 @@ def cached_block(
   )
   state, (token_B, logits_BxV) = add(state, latents_Bx1xD, last_index)
   tokens_BxT = jnp.concatenate([tokens_TxB, token_B[None]]).T
-  return state, tokens_BxT, jnp.moveaxis(jnp.concatenate([logits_TxBxV, logits_BxV[None]]), 0, 1)
+  return _sharded(state), tokens_BxT, jnp.moveaxis(jnp.concatenate([logits_TxBxV, logits_BxV[None]]), 0, 1)
 
 
 def exact_block(config: ModelConfig, params, state: DecodeState, plan: BlockPlan, settings: SamplingSettings, keys_B):
@@ -111,23 +107,30 @@ def exact_block(config: ModelConfig, params, state: DecodeState, plan: BlockPlan
   model = make_model(config)
 
   def step(state, index):
-    tokens_BxL, positions_BxLxP = state.context
-    latents_BxMxD = model.apply({"params": params}, tokens_BxL, positions_BxLxP, method="latents")
+    latents_BxMxD = model.apply({"params": params}, *state.context, method="latents")
     logits_BxV = model.apply({"params": params}, latents_BxMxD[:, -1:], method="logits")[:, 0]
     token_B, state = _draw(logits_BxV, plan, index, settings, keys_B, state)
-    position_BxP = plan.positions_BxTxP[:, index]
-    context = UncachedContext(
-      jnp.concatenate([tokens_BxL[:, 1:], token_B[:, None]], axis=1),
-      jnp.concatenate([positions_BxLxP[:, 1:], position_BxP[:, None]], axis=1),
-    )
+    newest = UncachedContext(token_B, plan.positions_BxTxP[:, index])
+    context = jax.tree.map(lambda x, new: jnp.concatenate([x[:, 1:], new[:, None]], axis=1), state.context, newest)
     return state._replace(context=context), (token_B, logits_BxV)
 
   state, (tokens_TxB, logits_TxBxV) = jax.lax.scan(step, state, jnp.arange(plan.group_BxT.shape[1]))
-  return state, tokens_TxB.T, jnp.moveaxis(logits_TxBxV, 0, 1)
+  return _sharded(state), tokens_TxB.T, jnp.moveaxis(logits_TxBxV, 0, 1)
+
+
+def _sharded(state: DecodeState) -> DecodeState:
+  """Returns the state, sharded over the mesh in use: cached keys and values as in the models, all others by row."""
+
+  def constrain(leaf):
+    if isinstance(leaf, CachedKeys):
+      return jax.tree.map(lambda x: sharding.constrain(x, "batch_heads", "context", None), leaf)
+    return sharding.constrain(leaf, *("batch", *(None,) * leaf.ndim)[: leaf.ndim])
+
+  return jax.tree.map(constrain, state, is_leaf=lambda leaf: isinstance(leaf, CachedKeys))
 
 
 def row_keys(seed, numbers_B) -> jax.Array:
-  """Returns random keys of the samples with these numbers; they do not depend on other samples of the batch."""
+  """Returns random keys of the samples with these numbers, independent of other samples of the batch."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B)
 
 

@@ -4,7 +4,7 @@
     print(sample("Once upon a time", length=500, temperature=0.8)[0].value)
     print(sample.score("Once upon a time")["bits_per_byte"])
 
-This module owns the loop on the host: prompts, blocks, and when a context is computed again. The computations on the
+This module owns the loop on the host: batches, blocks, and when a context is computed again. The computations on the
 device are in generate.py.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, InputError, SampleConfig, config_from_run, nearest
 from perceiver_ar_jax.data import EOS
@@ -26,7 +26,6 @@ from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.warn_once import warn_once
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import architectures, decode_cache
-from perceiver_ar_jax.models.keys import CachedKeys
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
@@ -58,14 +57,10 @@ class Sample:
 
 
 class Sampler:
-  """Generates with one model; the functions are compiled at the first call for each batch size.
+  """Generates with the weights `params` (None: assigned later); compiled at the first call for each batch size.
 
-  Args:
-    config: of the run; `sample` has the defaults of a call.
-    params: the weights; None: `params` is assigned later.
-    mesh: devices of the weights; rows of a batch are sharded over data and fsdp, the context's keys and values over
-      context.
-    step: of the checkpoint.
+  `config.sample` has the defaults of a call. Rows of a batch are sharded over the mesh axes data and fsdp, the keys and
+  values of the context over context.
 
   Raises:
     InputError: an unknown task, or a model that cannot be cached (`sample.cache`).
@@ -74,30 +69,27 @@ class Sampler:
   def __init__(self, config: Config, params=None, mesh: Mesh | None = None, step: int = 0):
     self.config, self.params, self.step = config, params, step
     self.mesh = make_mesh(config.mesh) if mesh is None else mesh
-    model = config.model
+    model, cached = config.model, config.sample.cache
     architectures.check(model, self.mesh)
     self.task = get_tasks(config.data, model.max_context + 1)[0][0]
-    self._kept = config.sample.kept_latents or max(model.num_latents - model.num_latents // 8, 1)
-    self._block_tokens = model.num_latents - self._kept + 1
-    cached = config.sample.cache
+    kept = config.sample.kept_latents or max(model.num_latents - model.num_latents // 8, 1)
+    self._block_tokens = model.num_latents - kept + 1
     if cached:
       decode_cache.check(model)
-    self._begin = functools.partial(generate.begin, model, cached=cached)
-    block = functools.partial(generate.cached_block, model, self._kept)
+    block: Callable = functools.partial(generate.cached_block, model, kept)
     if not cached:
       block = functools.partial(generate.exact_block, model)
-    self._block = lambda params, state, plan, settings, seed, numbers_B: block(
-      params, state, plan, settings, generate.row_keys(seed, numbers_B)
-    )[:2]
-    self._compiled: dict[tuple, Callable] = {}
+
+    def draw(params, state, plan, settings, seed, numbers_B):
+      state, tokens_BxT, _ = block(params, state, plan, settings, generate.row_keys(seed, numbers_B))
+      return state, sharding.constrain(tokens_BxT, None, None)  # every host reads all tokens
+
+    self._begin = jax.jit(functools.partial(generate.begin, model, cached=cached))
+    self._draw = jax.jit(draw, donate_argnums=1)
 
   @classmethod
   def from_workdir(cls, workdir: epath.PathLike, config: Config | None = None) -> "Sampler":
-    """Returns a sampler with the newest good checkpoint of a run, which is only read.
-
-    Args:
-      workdir: of the run.
-      config: None: that of the run.
+    """Returns a sampler with the newest good checkpoint of a run, by default with the config of the run.
 
     Raises:
       InputError: no run or no readable checkpoint, or the checkpoint is of another model than that of `config`.
@@ -129,29 +121,29 @@ class Sampler:
     Raises:
       InputError: a wrong setting or prompt.
     """
-    chosen = self._settings(settings)
+    known = {field.name for field in dataclasses.fields(SampleConfig)} - {"cache", "kept_latents", "prompt"}
+    for name in settings:
+      if name not in known:
+        raise InputError(f"Unknown setting {name!r} of a sample. {nearest(name, known)}")
+    chosen = dataclasses.replace(self.config.sample, **settings)
     if prompt is None:
       prompt = prompts.parse(self.task, chosen.prompt)
     if isinstance(prompt, np.ndarray):
-      prompt = [self._own_events(prompt)]
+      prompt = [prompts.from_events(self.task, prompt)]
     if prompt is None or isinstance(prompt, (str, os.PathLike)):
       prompt = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
-    longest = max(len(each.events) for each in prompt)
-    if longest > self.config.model.max_context:
-      warn_once(
-        "shortened",
-        f"The prompt of {longest:,} tokens is longer than the context: the model sees its newest ones, at most"
-        f" {self.config.model.max_context:,}",
-      )
-    result = []
-    for first in range(0, chosen.num_samples, chosen.batch_size):
-      numbers = range(first, min(first + chosen.batch_size, chosen.num_samples))
-      rows = [_Row(prompt[number % len(prompt)], chosen.length, self.config.model.max_context) for number in numbers]
-      self._fill(rows, chosen, first, on_tokens, should_stop)
-      result += [row.sample() for row in rows]
+    longest, context = max(len(each.events) for each in prompt), self.config.model.max_context
+    if longest > context:
+      newest = f"the model sees its newest ones, at most {context:,}"
+      warn_once("shortened", f"The prompt of {longest:,} tokens is longer than the context: {newest}")
+    rows = [_Row(prompt[index % len(prompt)], chosen.length, context) for index in range(chosen.num_samples)]
+    for first in range(0, len(rows), chosen.batch_size):
+      batch = rows[first : first + chosen.batch_size]
+      self._fill(batch, chosen, first, on_tokens, should_stop)
       if should_stop():
+        rows = rows[: first + len(batch)]
         break
-    return result
+    return [row.sample() for row in rows]
 
   def score(self, prompt: str | os.PathLike) -> dict:
     """Returns the likelihood of a text (a str) or a file (a pathlib.Path), as the metrics of --mode=eval.
@@ -164,86 +156,64 @@ class Sampler:
     assert result is not None  # without should_stop, evaluation always ends
     return result
 
-  @functools.cached_property
+  @functools.cached_property  # compiled once
   def _evaluator(self) -> evaluate.Evaluator:
-    return evaluate.Evaluator(self.config, self.mesh)  # kept, since it compiles
-
-  def _settings(self, changes: dict) -> SampleConfig:
-    known = {field.name for field in dataclasses.fields(SampleConfig)} - {"cache", "kept_latents", "prompt"}
-    unknown = sorted(set(changes) - known)
-    if unknown:
-      raise InputError(f"Unknown setting {unknown[0]!r} of a sample. {nearest(unknown[0], known)}")
-    return dataclasses.replace(self.config.sample, **changes)
-
-  def _own_events(self, events: np.ndarray) -> Prompt:
-    size = self.task.vocab_size
-    if not len(events) or not np.issubdtype(events.dtype, np.integer):
-      raise InputError("The prompt has no events: give whole numbers, at least one (SOS, 2, begins a document).")
-    if events.min() < 1 or events.max() >= size:
-      wrong = events[(events < 1) | (events >= size)][0]
-      raise InputError(f"The prompt contains the unknown token {wrong}: ids of {self.task.name} are 1..{size - 1}.")
-    if self.task.place is None:
-      raise InputError(f"Events alone do not contain the grid of a {self.task.modality}: give a file, or 'data'.")
-    return Prompt(self.task, events.astype(np.int32), self.task.place, self.task.length)
+    return evaluate.Evaluator(self.config, self.mesh)
 
   def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int, on_tokens, should_stop) -> None:
-    """Adds events to the rows until each is complete."""
-    context, new = self.config.model.max_context, self._block_tokens
-    rows = self._padded(rows, settings.batch_size)
-    drawing = _draw_arguments(settings, first, len(rows))
+    """Adds events to the rows, which are numbers `first`, `first` + 1, ..., until each is complete."""
+    context, new, padded = self.config.model.max_context, self._block_tokens, self._padded(rows, settings.batch_size)
+    drawing = _draw_arguments(settings, first, len(padded))
     state, used, done = None, 0, 0  # slots of the context in use, tokens generated
     with jax.set_mesh(self.mesh):
-      while needed := max(row.needed() for row in rows):
+      while needed := max(row.num_missing for row in rows):
         if state is None or used + min(new, needed) - 1 > context:  # full: start over from the newest tokens
           used = max(len(row.events) for row in rows)
           if used + min(new, needed) - 1 > context:
             used = min(used, max(context - max(context // 8, new - 1), 1))
-          state = self._run("begin", self._begin, *self._begin_arguments(rows, used, done))
-        state, tokens_BxT = self._run("block", self._block, state, self._plan(rows), *drawing, donate=1)
+          state = self._begin(self.params, *self._to_global(self._begin_arguments(padded, used, done)))
+        state, tokens_BxT = self._draw(self.params, state, *self._to_global((self._plan(padded), *drawing)))
         used, done = used + new, done + new
         for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
           row.add(tokens_T)
         if on_tokens:
-          on_tokens([row.sample() for row in rows if not row.is_filler])
+          on_tokens([row.sample() for row in rows])
         if should_stop():
           return
 
   def bytes_per_device(self, params, num_samples: int) -> int:
-    """Compiles a call with `num_samples` rows; returns the bytes that it needs on each device beside `params`.
-
-    Args:
-      params: the weights, or their shapes and shardings.
-      num_samples: rows per batch.
-    """
+    """Compiles a batch of `num_samples` rows; returns its bytes on each device beside `params` (abstract or not)."""
     chosen = self.config.sample
     (prompt, *_) = prompts.find(self.config, self.task, chosen.prompt, 1, chosen.prompt_tokens)
     rows = self._padded([_Row(prompt, None, self.config.model.max_context)], num_samples)
     with jax.set_mesh(self.mesh):
-      begin_arguments = (params, *self._to_global(self._begin_arguments(rows, 1, 0)))
-      begin = self._compile("begin", self._begin, begin_arguments)
-      state = jax.eval_shape(self._begin, *begin_arguments)
+      lowered = self._begin.lower(params, *self._to_global(self._begin_arguments(rows, 1, 0)))
+      begin = lowered.compile()
       state = jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), state, self._layout(state)
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        lowered.out_info,
+        begin.output_shardings,
       )
-      block_arguments = self._to_global((self._plan(rows), *_draw_arguments(chosen, 0, len(rows))))
-      block = self._compile("block", self._block, (params, state, *block_arguments), donate=1)
+      arguments = self._to_global((self._plan(rows), *_draw_arguments(chosen, 0, len(rows))))
+      draw = self._draw.lower(params, state, *arguments).compile()
     return max(
-      memory.bytes_beside_arguments(begin), sharding.bytes_per_device(state) + memory.bytes_beside_arguments(block)
+      memory.bytes_beside_arguments(begin), sharding.bytes_per_device(state) + memory.bytes_beside_arguments(draw)
     )
 
   def _padded(self, rows: list["_Row"], batch_size: int) -> list["_Row"]:
-    """Returns the rows, filled up to a batch that the mesh divides."""
+    """Returns the rows, filled up to a batch that the mesh divides with rows that have ended."""
     mesh_rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     size = -(-max(batch_size, len(rows)) // mesh_rows) * mesh_rows
-    return rows + [_Row(rows[0].prompt, 1, 1, is_filler=True) for _ in range(size - len(rows))]
+    return rows + [_Row(rows[0].prompt, 1, 1, is_ended=True) for _ in range(size - len(rows))]
 
   def _plan(self, rows: list["_Row"]) -> generate.BlockPlan:
     """Returns positions and allowed events of the next block."""
     new = self._block_tokens
+    unused_ids = self.config.model.vocab_size - self.task.vocab_size
     return generate.BlockPlan(
       np.stack([self._positions(row, len(row.events), len(row.events) + new) for row in rows]),
       np.stack([row.prompt.task.group(len(row.events) + np.arange(new)) for row in rows]).astype(np.int32),
-      np.pad(self.task.allowed(), ((0, 0), (0, self.config.model.vocab_size - self.task.vocab_size))),
+      np.pad(self.task.allowed(), ((0, 0), (0, unused_ids))),
     )
 
   def _begin_arguments(self, rows: list["_Row"], window: int, done: int) -> tuple:
@@ -252,13 +222,12 @@ class Sampler:
     dims = self.task.position_dims if self.config.model.positions_from_data else 1
     tokens_BxL = np.zeros((len(rows), context), np.int32)
     positions_BxLxP = np.zeros((len(rows), context, dims), np.int32)
-    for index, row in enumerate(rows):
+    for row, tokens_L, positions_LxP in zip(rows, tokens_BxL, positions_BxLxP):
       end = len(row.events)
       row.start = max(end - window, 0)
-      tokens_BxL[index, context - (end - row.start) :] = row.events[row.start :]
-      positions_BxLxP[index, context - (end - row.start) :] = self._positions(row, row.start, end)
-    ended_B = np.array([row.is_ended for row in rows])
-    return tokens_BxL, positions_BxLxP, ended_B, np.int32(done)
+      tokens_L[context - (end - row.start) :] = row.events[row.start :]
+      positions_LxP[context - (end - row.start) :] = self._positions(row, row.start, end)
+    return tokens_BxL, positions_BxLxP, np.array([row.is_ended for row in rows]), np.int32(done)
 
   def _positions(self, row: "_Row", start: int, end: int) -> np.ndarray:
     """Returns positions int32[end - start, P] of existing or future events in the row's window."""
@@ -271,72 +240,36 @@ class Sampler:
     sizes = np.array(model.position_sizes or [2**31 - 1] * self.task.position_dims)
     return np.minimum(positions, sizes - 1).astype(np.int32)
 
-  def _run(self, name: str, function: Callable, *arguments, donate: int | tuple = ()):
-    """Calls the function on the mesh, with the weights as its first argument."""
-    arguments = (self.params, *self._to_global(arguments))
-    return self._compile(name, function, arguments, donate)(*arguments)
-
-  def _compile(self, name: str, function: Callable, arguments: tuple, donate: int | tuple = ()):
-    """Returns the function, compiled once for each shape of its arguments on the mesh (or their abstract values)."""
-    key = (name, *(leaf.shape for leaf in jax.tree.leaves(arguments[1:])))  # shapes of the weights never change
-    if key not in self._compiled:
-      layout = self._layout(jax.eval_shape(function, *arguments))
-      jitted = jax.jit(function, out_shardings=layout, donate_argnums=donate)
-      self._compiled[key] = jitted.lower(*arguments).compile()
-    return self._compiled[key]
-
-  def _layout(self, result):
-    """Returns shardings of a function's result: keys and values as in a cache, all others over the rows."""
-
-    def split(leaf):
-      if isinstance(leaf, CachedKeys):
-        return jax.tree.map(lambda x: self._sharding(("batch_heads", "context", None), x.shape), leaf)
-      return self._sharding(("batch", *(None,) * len(leaf.shape))[: len(leaf.shape)], leaf.shape)
-
-    if isinstance(result, generate.DecodeState):
-      return jax.tree.map(split, result, is_leaf=lambda leaf: isinstance(leaf, CachedKeys))
-    state, tokens_BxT = result
-    return self._layout(state), self._sharding((None, None), tokens_BxT.shape)  # every host reads all tokens
-
-  def _sharding(self, axes: tuple, shape: tuple) -> NamedSharding:
-    return NamedSharding(self.mesh, sharding.spec(axes, shape, self.mesh))
-
   def _to_global(self, tree):
-    """Returns the tree with its NumPy arrays, which are equal on all hosts, as replicated global arrays."""
-
-    def place(leaf):
-      if not isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf
-      replicated = self._sharding((None,) * np.ndim(leaf), np.shape(leaf))
-      return jax.make_array_from_callback(np.shape(leaf), replicated, lambda index: np.asarray(leaf)[index])
-
-    return jax.tree.map(place, tree)
+    """Returns NumPy arrays, which are equal on all hosts, as replicated global arrays."""
+    replicated = NamedSharding(self.mesh, PartitionSpec())
+    return jax.tree.map(
+      lambda leaf: jax.make_array_from_callback(leaf.shape, replicated, lambda index: np.asarray(leaf)[index]), tree
+    )
 
 
-def _draw_arguments(settings: SampleConfig, first: int, size: int) -> tuple:
+def _draw_arguments(chosen: SampleConfig, first: int, size: int) -> tuple:
   """Returns how tokens are drawn: settings, seed, and the numbers of `size` samples from `first` on."""
-  drawing = generate.SamplingSettings(
-    np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p)
-  )
-  return drawing, np.uint32(settings.seed % 2**32), np.arange(first, first + size, dtype=np.int32)
+  settings = generate.SamplingSettings(np.float32(chosen.temperature), np.int32(chosen.top_k), np.float32(chosen.top_p))
+  return settings, np.uint32(chosen.seed), np.arange(first, first + size, dtype=np.int32)
 
 
 class _Row:
-  """One unfinished sample; fillers only complete a batch."""
+  """One unfinished sample."""
 
-  def __init__(self, prompt: Prompt, length: int | None, context: int, is_filler: bool = False):
-    self.prompt, self.events, self.start = prompt, prompt.events, 0
-    self.is_ended = self.is_filler = is_filler
+  def __init__(self, prompt: Prompt, length: int | None, context: int, is_ended: bool = False):
+    self.prompt, self.events, self.start, self.is_ended = prompt, prompt.events, 0, is_ended
     goal = len(prompt.events) + length if length else max(context + 1, len(prompt.events) + max(context // 4, 1))
     self._goal = min(goal, prompt.length) if prompt.length else goal
 
-  def needed(self) -> int:
-    """Returns the number of missing events."""
+  @property
+  def num_missing(self) -> int:
+    """Number of events that are still to be generated, at most."""
     return 0 if self.is_ended else max(self._goal - len(self.events), 0)
 
   def add(self, tokens_T: np.ndarray) -> None:
     """Adds the tokens of a block, up to EOS (included) or the requested length."""
-    tokens_T = tokens_T[: self.needed()]
+    tokens_T = tokens_T[: self.num_missing]
     ends = np.flatnonzero(tokens_T == EOS)
     if len(ends):
       tokens_T, self.is_ended = tokens_T[: ends[0] + 1], True

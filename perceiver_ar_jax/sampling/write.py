@@ -8,8 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import NUM_SPECIAL, codes, music, render
 from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.sampling import prompts
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 
@@ -31,12 +31,8 @@ _SOUND_FONTS = ("/usr/share/sounds/sf2/*.sf2", "/usr/share/soundfonts/*.sf2")
 def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> list[Sample]:
   """Draws samples from the newest checkpoint and writes them to a new folder, WORKDIR/samples/<step>-<number>.
 
-  The folder's samples.json describes them; WORKDIR/samples/samples.json is a copy of the latest call's.
-
-  Args:
-    config: `sample` has the settings.
-    workdir: of the run.
-    stream: for tasks of text: draw one sample at a time and print its text as it grows.
+  The folder's samples.json describes them; WORKDIR/samples/samples.json is a copy of the latest call's. With `stream`,
+  for tasks of text, samples are drawn one at a time and printed as they grow.
 
   Raises:
     InputError: no checkpoint, an invalid prompt or setting, or a folder that cannot be written.
@@ -44,24 +40,56 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
   sampler = Sampler.from_workdir(workdir, config)
   if stream and sampler.task.modality != "text":
     raise InputError(f"--stream prints text, which the task {sampler.task.name} does not generate: leave it out.")
-  folder = None
-  if jax.process_index() == 0:  # first: without write permission, nothing is computed
+  folder, is_first = None, jax.process_index() == 0
+  if is_first:  # before sampling: without write permission, nothing is computed
     folder = _new_folder(epath.Path(workdir) / "samples", sampler.step)
-  settings = {"batch_size": 1} if stream else {}
   start = time.monotonic()
   try:
-    with _SampleProgress(stream) as progress:
-      samples = sampler(on_tokens=progress, **settings)
+    with _progress(stream, is_first) as show:
+      samples = sampler(on_tokens=show, **({"batch_size": 1} if stream else {}))
   except BaseException:
     if folder is not None:
       folder.rmdir()
     raise
-  seconds = time.monotonic() - start
   if folder is not None:
+    seconds, num_new = time.monotonic() - start, sum(sample.num_new for sample in samples)
     with writing(folder, "free some space, or copy the run"):
       _write_all(folder, samples, sampler, seconds)
-    _print(samples, seconds, folder, stream)
+    for index, each in enumerate(samples if sampler.task.modality == "text" and not stream else ()):
+      prompt_size = len(each.prompt.events)
+      print(f"--- sample {index}: prompt of {prompt_size:,} tokens, {each.num_new:,} new\n{each.value}\n")
+    print(
+      f"{len(samples)} samples of {num_new:,} new tokens in {seconds:.1f} s, compilation included"
+      f" ({num_new / seconds:,.0f} tokens/s): {folder}",
+      flush=True,
+    )
   return samples
+
+
+@contextlib.contextmanager
+def _progress(stream: bool, is_first: bool) -> Iterator[Callable[[list[Sample]], None]]:
+  """Yields a function that shows unfinished samples: a progress bar over their tokens, or a text as it grows."""
+  num_shown, shown = 0, ""
+
+  def show(batch: list[Sample]) -> None:
+    nonlocal num_shown, shown
+    num_new = sum(sample.num_new for sample in batch)
+    if num_new < num_shown:  # another batch started
+      num_shown, shown = 0, ""
+      print("\n" if stream else "", end="", flush=True)
+    bar.update(num_new - num_shown)
+    num_shown = num_new
+    text = batch[0].value.removesuffix("\ufffd") if stream and is_first else ""  # its last character may be incomplete
+    if text.startswith(shown):
+      print(text[len(shown) :], end="", flush=True)
+      shown = text
+
+  interval = 0.5 if sys.stderr.isatty() else 5.0
+  with tqdm.tqdm(
+    unit="token", dynamic_ncols=True, mininterval=interval, delay=0.1, disable=stream or not is_first
+  ) as bar:
+    yield show
+  print("\n" if shown else "", end="", flush=True)
 
 
 def _new_folder(parent: epath.Path, step: int) -> epath.Path:
@@ -76,11 +104,11 @@ def _new_folder(parent: epath.Path, step: int) -> epath.Path:
 
 
 def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seconds: float) -> None:
-  files = write_files(folder, samples, "sample")
-  shared_files = []
+  for index, each in enumerate(samples):
+    write_files(folder, each, f"sample-{index}")
   if (pixels := grid(samples)) is not None:
     _write_png(folder / "grid.png", pixels)
-    shared_files = ["grid.png"]
+  names = sorted(path.name for path in folder.iterdir())
   report = {
     "folder": folder.name,
     "step": sampler.step,
@@ -94,66 +122,47 @@ def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seco
   for path, prefix in ((folder / "samples.json", ""), (folder.parent / "samples.json", f"{folder.name}/")):
     report["samples"] = [
       {
-        "prompt_tokens": len(sample.prompt.events),
-        "new_tokens": sample.num_new,
-        "files": [prefix + name for name in names],
+        "prompt_tokens": len(each.prompt.events),
+        "new_tokens": each.num_new,
+        "files": [prefix + name for name in names if name.startswith(f"sample-{index}.")],
       }
-      for sample, names in zip(samples, files)
+      for index, each in enumerate(samples)
     ]
-    report["files"] = sorted(prefix + name for name in {*shared_files, *itertools.chain(*files)})
+    report["files"] = [prefix + name for name in names]
     temporary = folder / "samples.tmp"
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(path)
 
 
-def write_files(folder: epath.Path, samples: list[Sample], name: str) -> list[list[str]]:
-  """Writes each sample in the formats of its modality, as <name>-<index>.*; returns the file names of each."""
-  return [_write_sample(folder, sample, f"{name}-{index}") for index, sample in enumerate(samples)]
-
-
-def _write_sample(folder: epath.Path, sample: Sample, name: str) -> list[str]:
-  task, files = sample.task, []
-
-  def save(suffix: str, write_to: Callable[[BinaryIO], object]) -> None:
-    with (folder / (name + suffix)).open("wb") as file:
-      write_to(file)
-    files.append(name + suffix)
-
+def write_files(folder: epath.Path, sample: Sample, name: str) -> None:
+  """Writes a sample in the formats of its modality, as folder/<name>.*."""
+  modality, path = sample.task.modality, folder / name
   if (pixels := picture(sample)) is not None:
-    save(".png", lambda file: render.save_png(pixels, file))
-  if task.modality == "text":
-    save(".txt", lambda file: file.write(sample.value.encode()))
-  elif task.modality == "music":
-    save(".mid", lambda file: file.write(music.to_midi(sample.value)))
-    if _synthesise(str(folder / f"{name}.mid"), str(folder / f"{name}.wav")):
-      files.append(f"{name}.wav")
-  elif task.modality != "image":
-    save(".npy", lambda file: np.save(file, _codes(sample)))
-  return files
+    _write_png(path.with_suffix(".png"), pixels)
+  if modality == "text":
+    path.with_suffix(".txt").write_bytes(sample.value.encode())
+  elif modality == "music":
+    path.with_suffix(".mid").write_bytes(music.to_midi(sample.value))
+    _synthesise(str(path))
+  elif modality != "image":
+    values = np.asarray(sample.value)  # codes of audio [frames, levels], or values of copies [n]
+    if modality == "video":
+      height, width = sample.prompt.place(0, sample.prompt.length)[:, 1:].max(axis=0) - 1
+      values = codes.to_video(sample.events, height, width)  # [time, height, width]
+    with path.with_suffix(".npy").open("wb") as file:
+      np.save(file, values)
 
 
-def _codes(sample: Sample) -> np.ndarray:
-  """Returns codes of audio [frames, levels] or of video [time, height, width], or values of copies [n]."""
-  if sample.task.modality == "video":
-    height, width = sample.prompt.place(0, sample.prompt.length)[:, 1:].max(axis=0) - 1
-    return codes.to_video(sample.events, height, width)
-  return np.asarray(sample.value)
+def picture(sample: Sample, events: np.ndarray | None = None) -> np.ndarray | None:
+  """Returns a picture uint8[height, width, 3] of a sample, or of other events of its document.
 
-
-def picture(sample: Sample) -> np.ndarray | None:
-  """Returns a picture uint8[height, width, 3] of a sample, or None for modalities without pictures.
-
-  Pixels that are not generated yet are grey.
+  Pixels that are not generated yet are grey. None: the modality has no pictures.
   """
+  events = sample.events if events is None else events
   if sample.task.modality == "image":
-    return _image(sample, sample.events)
-  return render.picture(sample.task, sample.events)
-
-
-def _image(sample: Sample, events: np.ndarray) -> np.ndarray:
-  whole = np.full(sample.task.length, _UNSEEN + NUM_SPECIAL, np.int32)
-  whole[: len(events)] = events
-  return render.picture(sample.task, whole)
+    missing = sample.task.length - len(events)
+    events = np.pad(events, (0, missing), constant_values=_UNSEEN + NUM_SPECIAL)
+  return render.picture(sample.task, events)
 
 
 def grid(samples: list[Sample]) -> np.ndarray | None:
@@ -163,19 +172,17 @@ def grid(samples: list[Sample]) -> np.ndarray | None:
   """
   if samples[0].task.modality != "image":
     return None
-  by_prompt = {}
-  for sample in samples:
-    by_prompt.setdefault(id(sample.prompt), []).append(sample)
   if samples[0].prompt.original is None:
-    pictures = [picture(sample) for sample in samples]
-    return render.grid(pictures, columns=min(len(pictures), 8))
-  rows = [
-    [_image(row[0], row[0].prompt.events), *map(picture, row), _image(row[0], row[0].prompt.original)]
-    for row in by_prompt.values()
-  ]
-  columns = max(map(len, rows))
-  blank = np.full_like(rows[0][0], _UNSEEN)
-  return render.grid([cell for row in rows for cell in row + [blank] * (columns - len(row))], columns=columns)
+    return render.grid([picture(sample) for sample in samples], columns=min(len(samples), 8))
+  rows: dict[int, list[np.ndarray]] = {}
+  for sample in samples:
+    rows.setdefault(id(sample.prompt), [picture(sample, sample.prompt.events)]).append(picture(sample))
+  columns = max(map(len, rows.values())) + 1
+  for sample in {id(sample.prompt): sample for sample in samples}.values():
+    row = rows[id(sample.prompt)]
+    row.append(picture(sample, sample.prompt.original))
+    row += [np.full_like(row[0], _UNSEEN)] * (columns - len(row))
+  return render.grid([cell for row in rows.values() for cell in row], columns=columns)
 
 
 def _write_png(path: epath.Path, pixels: np.ndarray) -> None:
@@ -183,64 +190,16 @@ def _write_png(path: epath.Path, pixels: np.ndarray) -> None:
     render.save_png(pixels, file)
 
 
-def _synthesise(midi: str, wav: str) -> bool:
-  """Renders a MIDI file as a WAV file if a synthesiser is installed; returns whether that succeeded."""
+def _synthesise(path: str) -> None:
+  """Renders <path>.mid as <path>.wav if a synthesiser is installed."""
   fonts = [font for pattern in _SOUND_FONTS for font in sorted(glob.glob(pattern))]
+  command = None
   if shutil.which("fluidsynth") and fonts:
-    command = ["fluidsynth", "-ni", "-F", wav, fonts[0], midi]
+    command = ["fluidsynth", "-ni", "-F", f"{path}.wav", fonts[0], f"{path}.mid"]
   elif shutil.which("timidity"):
-    command = ["timidity", "-Ow", "-o", wav, midi]
-  else:
-    return False
-  return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
-
-
-class _SampleProgress:
-  """A progress bar over the tokens of all samples, or the text itself as it grows."""
-
-  def __init__(self, stream: bool):
-    self._stream, self._bar, self._num_new, self._printed = stream, None, 0, ""
-
-  def __enter__(self) -> "_SampleProgress":
-    return self
-
-  def __exit__(self, *unused) -> None:
-    if self._bar is not None:
-      self._bar.close()
-    elif self._printed:
-      print(flush=True)
-
-  def __call__(self, batch: list[Sample]) -> None:
-    num_new = sum(sample.num_new for sample in batch)
-    if num_new < self._num_new:  # another batch started
-      self._num_new = 0
-      if self._stream:
-        print("\n", flush=True)
-        self._printed = ""
-    if not self._stream and jax.process_index() == 0:
-      if self._bar is None:
-        self._bar = tqdm.tqdm(unit="token", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
-      self._bar.update(num_new - self._num_new)
-    self._num_new = num_new
-    if self._stream and jax.process_index() == 0:
-      text = batch[0].value.removesuffix("\ufffd")  # the next block may complete the last character
-      if text.startswith(self._printed):
-        print(text[len(self._printed) :], end="", flush=True)
-        self._printed = text
-
-
-def _print(samples: list[Sample], seconds: float, folder: epath.Path, stream: bool) -> None:
-  if samples[0].task.modality == "text" and not stream:
-    for index, sample in enumerate(samples):
-      print(
-        f"--- sample {index}: prompt of {len(sample.prompt.events):,} tokens, {sample.num_new:,} new\n{sample.value}\n"
-      )
-  num_new = sum(sample.num_new for sample in samples)
-  print(
-    f"{len(samples)} samples of {num_new:,} new tokens in {seconds:.1f} s, compilation included"
-    f" ({num_new / seconds:,.0f} tokens/s): {folder}",
-    flush=True,
-  )
+    command = ["timidity", "-Ow", "-o", f"{path}.wav", f"{path}.mid"]
+  if command:
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
 
 
 class PreviewSampler:
@@ -278,10 +237,6 @@ def score(config: Config, workdir: epath.PathLike) -> dict:
   sampler = Sampler.from_workdir(workdir, config)
   prompt = prompts.parse(sampler.task, config.sample.prompt)
   result = sampler.score(prompt) | {"split": "given", "data": config.sample.prompt}
-  if jax.process_index() == 0:
-    path = epath.Path(workdir) / "score.json"
-    print(evaluate.Evaluator.describe(result), flush=True)  # first: the run may be read-only
-    with writing(path, "free it, or copy the run"):
-      path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"Written to {path}", flush=True)
+  distributed.log(evaluate.Evaluator.describe(result))  # first: the run may be read-only
+  evaluate.Evaluator.write(result, epath.Path(workdir), "score")
   return result
