@@ -1,6 +1,8 @@
 """Properties of the model: causality, padding, the plain Transformer, precision, rematerialisation, depth."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ from flax import linen as nn
 
 from perceiver_ar_jax import ModelConfig, PerceiverAR
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.models.layers import Embed
+from perceiver_ar_jax.models import architectures
+from perceiver_ar_jax.models import positions as positions_lib
+from perceiver_ar_jax.models.layers import CausalConv, Embed
 from perceiver_ar_jax.models.perceiver_ar import drop_context
 from tests import tiny
 
@@ -26,6 +30,9 @@ CONFIG = ModelConfig(
   position_sizes=(20,),
 )
 ROTARY = dataclasses.replace(CONFIG, position_encoding="rotary", position_sizes=())
+CONVOLVED = dataclasses.replace(
+  CONFIG, position_encoding="learned+rotary", rotary_axes=((0.75, 4, 64),), conv_taps=2, qk_norm=True
+)
 
 
 def _positions(tokens):
@@ -50,7 +57,7 @@ def _tokens(shape=(2, 12)):
   return np.random.default_rng(0).integers(3, 20, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ROTARY, dataclasses.replace(ROTARY, cross_attend_after=(0, 1))])
+@pytest.mark.parametrize("config", [CONFIG, ROTARY, dataclasses.replace(ROTARY, cross_attend_after=(0, 1)), CONVOLVED])
 def test_a_latent_depends_on_its_own_and_earlier_inputs_only(config):
   params, tokens = _params(config), _tokens()
   before = _logits(config, params, tokens)
@@ -62,11 +69,93 @@ def test_a_latent_depends_on_its_own_and_earlier_inputs_only(config):
     np.testing.assert_array_equal(moved, sees, err_msg=f"input {slot}")
 
 
-def test_padding_on_the_left_changes_nothing():
-  params, tokens = _params(CONFIG), _tokens()
-  shorter = _logits(CONFIG, params, tokens[:, 4:])
+@pytest.mark.parametrize("config", [CONFIG, CONVOLVED])
+def test_padding_on_the_left_changes_nothing(config):
+  params, tokens = _params(config), _tokens()
+  shorter = _logits(config, params, tokens[:, 4:])
   padded = np.concatenate([np.zeros((2, 4), np.int32), tokens[:, 4:]], axis=1)
-  np.testing.assert_allclose(_logits(CONFIG, params, padded), shorter, atol=1e-5)
+  np.testing.assert_allclose(_logits(config, params, padded), shorter, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["rotary", "learned+rotary"])  # with rotary, ids are projected once
+@pytest.mark.parametrize("kernel", ["chunked", "streamed"])
+@pytest.mark.parametrize("chunk", [1, 3, 5])
+def test_convolved_keys_are_the_same_in_every_kernel_and_chunk(encoding, kernel, chunk):
+  sizes = CONFIG.position_sizes if "learned" in encoding else ()
+  config = dataclasses.replace(CONVOLVED, position_encoding=encoding, position_sizes=sizes, vocab_size=11)
+  tokens = _tokens() % 8 + 3
+  tokens[0, :4] = 0
+
+  def loss(params, **settings):
+    model = PerceiverAR(dataclasses.replace(config, **settings))
+    return jnp.sin(model.apply({"params": params}, tokens, _positions(tokens))).sum()
+
+  params = _params(config)
+  expected = jax.jit(jax.value_and_grad(functools.partial(loss, attention="reference")))(params)
+  ours = jax.jit(jax.value_and_grad(functools.partial(loss, attention=kernel, attention_chunk=chunk)))(params)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, expected)
+
+
+def test_convolved_keys_are_those_of_the_definition():
+  config = dataclasses.replace(CONVOLVED, qk_norm=False, position_encoding="learned", rotary_axes=())
+  rng = np.random.default_rng(0)
+  k, v = rng.normal(size=(2, 1, 7, 2, 8)).astype(np.float32)
+  weights = {name: rng.normal(size=(2, 2, 8)).astype(np.float32) for name in ("key", "value")}
+  valid = np.array([[False, True, True, True, True, True, True]])
+  ours = CausalConv(config).apply({"params": weights}, k, v, valid)
+  for x, ours_of_x, name in ((k, ours[0], "key"), (v, ours[1], "value")):
+    x = np.where(valid[..., None, None], x, 0)
+    expected = x[:, 2:] + weights[name][0] * x[:, 1:-1] + weights[name][1] * x[:, :-2]
+    np.testing.assert_allclose(ours_of_x, expected, atol=1e-5)
+
+
+def test_rotary_axes_depend_on_differences_in_every_dimension_only():
+  config = dataclasses.replace(ROTARY, rotary_axes=((0.5, 3, 30), (0.25, 3, 30), (0.25, 2, 2)))
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(1, 6, 1, 16)).astype(np.float32)
+  places = rng.integers(1, 9, (1, 6, 3))
+
+  def scores(places):
+    rotated = np.asarray(positions_lib.rotary(config, x, places))[0, :, 0]
+    return rotated @ rotated.T
+
+  np.testing.assert_allclose(scores(places + np.array([5, 2, 9])), scores(places), atol=1e-4)
+  for dimension, (start, end) in enumerate(((0, 8), (8, 12), (12, 16))):  # each dimension rotates its own channels
+    moved = places + (np.arange(6)[:, None] * np.eye(3, dtype=int)[dimension])
+    changed = (
+      np.abs(positions_lib.rotary(config, x, moved) - positions_lib.rotary(config, x, places)).max((0, 1, 2)) > 1e-3
+    )
+    np.testing.assert_array_equal(changed, (np.arange(16) >= start) & (np.arange(16) < end))
+
+
+def test_with_zero_init_every_block_is_the_identity_at_first():
+  config, tokens = dataclasses.replace(CONVOLVED, zero_init=True), _tokens()
+  shallow = dataclasses.replace(config, num_layers=0)
+  params = _params(config)
+  of_shallow = {name: value for name, value in params.items() if not name.startswith("layers")}
+  np.testing.assert_array_equal(_logits(config, params, tokens), _logits(shallow, of_shallow, tokens))
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"position_encoding": "learned+fourier"}, "learned+fourier must be one encoding"),
+    ({"position_encoding": "learned+spiral"}, "spiral"),
+    ({"rotary_axes": ((0.5, 4, 64),)}, "needs rotary positions"),
+    ({"rotary_axes": ((0.5, 4),)}, "rotary_axes"),
+    ({"rotary_axes": ((0.7, 4, 8), (0.7, 4, 8))}, "sum to at most 1"),
+    ({"conv_taps": 1, "cross_attend_dropout": 0.5}, "conv_taps=1"),
+  ],
+)
+def test_settings_that_do_not_fit_together_are_refused(settings, message):
+  with pytest.raises(InputError, match=re.escape(message)):
+    architectures.check(dataclasses.replace(CONFIG, **settings))
+
+
+def test_rotary_positions_of_another_number_of_dimensions_are_refused():
+  config = dataclasses.replace(ROTARY, rotary_axes=((0.5, 4, 64), (0.25, 4, 64)))
+  with pytest.raises(InputError, match="have 1 dimensions, and rotary positions use 2"):
+    _params(config)
 
 
 def test_latents_on_padding_are_finite():
@@ -274,7 +363,7 @@ def test_more_latents_than_inputs_are_refused():
   ("changes", "message"),
   [
     ({"position_encoding": "learned", "position_sizes": (34,)}, r"3 dimensions, but .*position_sizes=\(34,\) has 1"),
-    ({"position_encoding": "rotary", "position_sizes": ()}, "3 dimensions, and model.position_encoding=rotary uses"),
+    ({"position_encoding": "rotary", "position_sizes": ()}, "3 dimensions, and rotary positions use 1"),
   ],
 )
 def test_positions_with_other_dimensions_are_refused(changes, message):

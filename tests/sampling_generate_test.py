@@ -75,19 +75,22 @@ def blocks(config, params, prompts, kepts, *, settings=GREEDY, seed=0, exact=Fal
 PROMPTS = [[2, 5, 6, 7, 8, 9, 10, 11, 12, 13], [2, 9, 4]]
 
 
-def test_the_cache_is_exact_if_all_latents_are_recomputed_for_each_token():
-  config, params = model()
+@pytest.mark.parametrize("settings", [{}, {"conv_taps": 3, "qk_norm": True}])
+def test_the_cache_is_exact_if_all_latents_are_recomputed_for_each_token(settings):
+  config, params = model(**settings)
   cached = blocks(config, params, PROMPTS, [8] * 30)
   exact = blocks(config, params, PROMPTS, [8] * 30, exact=True)
   np.testing.assert_array_equal(cached[0], exact[0])
   np.testing.assert_allclose(cached[1], exact[1], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("encoding", ["rotary", "learned"])
+@pytest.mark.parametrize("encoding", ["rotary", "learned", "learned+rotary"])
 def test_cached_logits_equal_a_full_pass_over_the_latents_in_the_cache(encoding):
   # After a refill of 5, the first token is predicted by 5 latents, the next by 6, and so on. Cached logits are those of
   # a full pass over as many latents, also after refills and with a second cross-attention between layers.
   sizes = {} if encoding == "rotary" else {"position_sizes": (60,)}
+  if encoding == "learned+rotary":
+    sizes |= {"conv_taps": 2, "qk_norm": True}
   config, params = model(position_encoding=encoding, cross_attend_after=(0,), **sizes)
   kept = 5
   tokens, logits = blocks(config, params, PROMPTS[:1], [kept] * 6)

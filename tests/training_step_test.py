@@ -1,5 +1,6 @@
 """The update against the reference's training loop, and its own properties."""
 
+import dataclasses
 import functools
 import json
 
@@ -130,6 +131,45 @@ def test_cosine_reaches_its_end_at_the_last_step():
   np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
 
 
+def test_wsd_is_constant_and_then_linear_to_its_end():
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="wsd", end_learning_rate=0.2, decay_steps=40)
+  schedule = optimizer_lib.make_schedule(config, steps=100)
+  rates = [float(schedule(step)) for step in (0, 5, 10, 60, 80, 100)]
+  np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 1.0, 0.6, 0.2], atol=1e-6)
+  fifth = optimizer_lib.make_schedule(dataclasses.replace(config, decay_steps=None), steps=110)
+  np.testing.assert_allclose([fifth(90), fifth(100), fifth(110)], [1.0, 0.6, 0.2], atol=1e-6)
+
+
+def test_muon_orthogonalises_hidden_kernels_of_each_layer_and_leaves_the_rest_to_nadam():
+  rule = optimizer_lib.OPTIMIZERS["muon"](OptimizerConfig(name="muon"))
+  adam = optax.scale_by_adam(nesterov=True)
+  rng = np.random.default_rng(0)
+  shapes = {
+    "layers_0": {"kernel": (2, 8, 32), "bias": (2, 32)},
+    "embed": {"tokens": (11, 8)},
+    "to_logits": {"kernel": (8, 11)},
+  }
+  gradients = jax.tree.map(lambda shape: rng.normal(size=shape), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  params = jax.tree.map(np.zeros_like, gradients)
+  updates, state = rule.update(gradients, rule.init(params), params)
+  for update in updates["layers_0"].pop("kernel"):
+    # Newton-Schulz brings singular values near 1; scaled to a root mean square of 0.2 for the larger dimension.
+    values = np.linalg.svd(np.asarray(update), compute_uv=False) / (0.2 * 32**0.5)
+    assert 0.5 < values.min() and values.max() < 1.5
+  expected, _ = adam.update(gradients, adam.init(params), params)
+  expected["layers_0"].pop("kernel")
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected)
+
+
+def test_the_momentum_of_muon_is_sharded_as_its_weight():
+  config = tiny.config(train__optimizer__name="muon", mesh__fsdp=1, mesh__data=-1)
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  abstract = state_lib.abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+  momentum = abstract.opt_state[1].inner_states["muon"].inner_state[0].mu["layers_0"]["mlp"]["up"]["kernel"]
+  weight = abstract.params["layers_0"]["mlp"]["up"]["kernel"]
+  assert momentum.shape == weight.shape and momentum.sharding == weight.sharding
+
+
 def _after_three_updates(optimizer, weights, gradients, path) -> dict[str, jax.Array]:
   """`weights` at `path` of a tree of parameters, after one update for each leading index of `gradients`."""
 
@@ -188,7 +228,8 @@ def test_factored_second_moments_have_the_shapes_of_one_layer_and_whole_ones_the
 def test_every_optimizer_lowers_a_quadratic(name):
   config = OptimizerConfig(name=name, learning_rate=0.02, weight_decay=1e-3 if name == "adamw" else 0.0)
   optimizer = optimizer_lib.make_optimizer(config, steps=60)
-  params = {"layers": {"kernel": jnp.full((2, 4, 4), 3.0), "bias": jnp.ones((2, 4))}}
+  kernel = 3 * jax.random.orthogonal(jax.random.key(0), 4, (2,))  # of full rank, since Muon moves singular values
+  params = {"layers": {"kernel": kernel, "bias": jnp.ones((2, 4))}}
   state = optimizer.init(params)
 
   def loss(params):

@@ -121,7 +121,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
       arguments[name] = _build(kind, values.get(name) or {}, f"{prefix}{name}.")
       continue
     if isinstance(value, list) or value == (None,):  # read from JSON, or parsed from the flag --config...=None
-      value = tuple(value) if value != (None,) else None
+      value = tuple(tuple(x) if isinstance(x, list) else x for x in value) if value != (None,) else None
     elif kind is float and type(value) is int:
       value = float(value)
     if value is None or value is dataclasses.MISSING:

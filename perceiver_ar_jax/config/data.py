@@ -48,6 +48,10 @@ class DataConfig:
   """audio_codes: levels of the residual quantiser that are used, the coarse ones first."""
   code_layout: str = "frames_levels"
   """audio_codes: the axes of the arrays, frames_levels or levels_frames, after leading axes of 1; never guessed."""
+  recall_pairs: int = 64
+  """recall: key/value pairs of a document; the vocabulary has 2 ids for each and 68 more."""
+  recall_queries: int = 32
+  """recall: keys asked for at the end of a document."""
   train_split: str = "train"
   """Split that training reads."""
   min_crop: int = 1
@@ -63,7 +67,7 @@ class DataConfig:
       if getattr(self, name) is not None:
         object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
     counts = ("min_crop", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels")
-    require_at_least(1, "data", self, *counts)
+    require_at_least(1, "data", self, *counts, "recall_pairs", "recall_queries")
     fraction = f"data.validation_fraction={self.validation_fraction} must be between 0 and 1"
     require(0 < self.validation_fraction < 1, f"{fraction}; to hold out specific files, set data.validation_files.")
     require(0 <= self.max_transposition < 128, f"data.max_transposition={self.max_transposition} must be in 0..127.")

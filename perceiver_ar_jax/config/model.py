@@ -35,8 +35,8 @@ class ModelConfig:
   activation: str = "squared_relu"
   """MLP non-linearity: squared_relu or gelu (tanh form)."""
   position_encoding: str
-  """sinusoidal, fourier or learned tables added to the embedding, or rotary inside attention (models/positions.py);
-  transformer_xl: relative, distances inside attention, whatever positions the task has."""
+  """sinusoidal, fourier or learned tables added to the embedding, rotary inside attention, or both, joined by a plus
+  sign: learned+rotary (models/positions.py). transformer_xl: relative, distances inside attention."""
   position_sizes: tuple[int, ...] = ()
   """Rows of the table of each position dimension: its largest position + 1. Empty for rotary and relative."""
   positions_from_data: bool = True
@@ -44,11 +44,21 @@ class ModelConfig:
   rotary_fraction: float = 0.5
   """Rotary: the leading fraction of each head that is rotated."""
   rotary_max_wavelength: int | None = None
-  """Rotary: longest wavelength in positions; None: `max_context`."""
+  """Rotary: longest wavelength in positions, divided by 2 pi; None: `max_context`."""
+  rotary_axes: tuple[tuple[float, float, float], ...] = ()
+  """Rotary over several position dimensions: for each, the fraction of every head that it rotates, and its shortest and
+  longest wavelength in positions. (): the first and only dimension, by the two settings above."""
   segment: int | None = None
   """transformer_xl: tokens of a segment, which attend to each other; the context is cut into segments from its end."""
   memory: int | None = None
   """transformer_xl: number of tokens before a segment whose states each layer keeps; None: `segment`."""
+  conv_taps: int = 0
+  """Cross-attention: number of previous inputs whose keys and values are added to those of each input, with a learned
+  weight per head channel (a causal depthwise convolution), so that an input can be found by the inputs before it."""
+  qk_norm: bool = False
+  """RMS normalisation of each head's queries and keys, with a learned scale, before they are rotated."""
+  zero_init: bool = False
+  """Attention and MLP blocks start with output projections of zero, so each block is the identity at first."""
   cross_attend_after: tuple[int, ...] = ()
   """Layers after which a further cross-attention to the inputs follows, each with its own weights."""
   dropout: float = 0.0
@@ -75,7 +85,7 @@ class ModelConfig:
     counts = ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads", "mlp_widening")
     optional_counts = ("embed_width", "cross_attend_width", "rotary_max_wavelength", "logits_chunk")
     require_at_least(1, "model", self, *counts, "attention_chunk", *optional_counts)
-    require_at_least(0, "model", self, "num_layers")
+    require_at_least(0, "model", self, "num_layers", "conv_taps")
     require(self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS.")
     require(
       self.num_latents <= self.max_context,
@@ -97,6 +107,17 @@ class ModelConfig:
     for name in ("dropout", "latent_dropout", "cross_attend_dropout"):
       require(0 <= getattr(self, name) < 1, f"model.{name}={getattr(self, name)} must be in [0, 1).")
     require(0 <= self.rotary_fraction <= 1, f"model.rotary_fraction={self.rotary_fraction} must be in [0, 1].")
+    require(
+      all(len(axis) == 3 and axis[0] >= 0 and 0 < axis[1] <= axis[2] for axis in self.rotary_axes)
+      and sum(axis[0] for axis in self.rotary_axes) <= 1,
+      f"model.rotary_axes={self.rotary_axes} must have (fraction of a head, shortest, longest wavelength) for each"
+      " position dimension, with 0 < shortest <= longest and fractions that sum to at most 1.",
+    )
+    require(
+      not (self.conv_taps and self.cross_attend_dropout),
+      f"model.conv_taps={self.conv_taps} mixes neighbouring inputs, and model.cross_attend_dropout="
+      f"{self.cross_attend_dropout} removes them: set one of the two to 0.",
+    )
     require(
       all(layer in range(self.num_layers) for layer in self.cross_attend_after),
       f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}, the layers"

@@ -12,15 +12,18 @@ class OptimizerConfig:
   """The update rule and its learning rate."""
 
   name: str = "adam"
-  """adam, adamw, adafactor, lamb, sgd (with momentum) or sm3."""
+  """adam, adamw, adafactor, lamb, muon, sgd (with momentum) or sm3."""
   learning_rate: float = 3e-4
   """Peak rate, reached at the end of the warm-up."""
   warmup_steps: int = 0
   """Steps of linear warm-up; the very first update then has rate 0."""
   schedule: str = "constant"
-  """After the warm-up: constant, cosine (down to `end_learning_rate`), steps (`step_boundaries`) or t5 (1/sqrt)."""
+  """After the warm-up: constant, cosine (down to `end_learning_rate`), wsd (warm-up, stable, then linear decay), steps
+  (`step_boundaries`) or t5 (1/sqrt)."""
   end_learning_rate: float = 0.0
-  """Cosine: the rate at the last step."""
+  """Cosine and wsd: the rate at the last step."""
+  decay_steps: int | None = None
+  """Wsd: length of the final decay; None: a fifth of the steps after the warm-up."""
   cosine_steps: int | None = None
   """Cosine: decay over only this many final steps, constant before; None: from the end of the warm-up."""
   step_boundaries: tuple[float, ...] = (0.5, 0.8, 0.95)
@@ -36,10 +39,10 @@ class OptimizerConfig:
   eps: float = 1e-8
   """Added to the root of the second moment (adam, adamw, lamb)."""
   weight_decay: float = 0.0
-  """Decoupled weight decay (adamw, lamb)."""
+  """Decoupled weight decay (adamw, lamb, and muon's matrices)."""
 
   def __post_init__(self):
-    require_at_least(1, "train.optimizer", self, "cosine_steps")
+    require_at_least(1, "train.optimizer", self, "cosine_steps", "decay_steps")
     rates = ("learning_rate", "end_learning_rate", "warmup_steps", "clip_norm", "weight_decay")
     require_at_least(0, "train.optimizer", self, *rates)
 

@@ -12,7 +12,7 @@ import numpy as np
 import wrapt
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, texts
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, recall, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.files import file_size, own_files, read_bytes, split_files
 from perceiver_ar_jax.data.registry import DEFAULT_MAX_EVENTS, Record, Task, add, allow, get_tasks, names, to_seqio
@@ -287,6 +287,26 @@ def _copy(data: DataConfig, max_events: int) -> Task:
   )
 
 
+def _recall(data: DataConfig, max_events: int) -> Task:
+  vocab_size = recall.vocab_size(data.recall_pairs)
+
+  def document(record):
+    rng = np.random.Generator(np.random.Philox(key=[2 if record["validation"] else 1, int(record["number"])]))
+    return recall.document(rng, max_events, data.recall_pairs, data.recall_queries)
+
+  return Task(
+    name=data.task,
+    source=NumberSource({"train": None, "validation": recall.NUM_VALIDATION}),
+    document=document,
+    modality="numbers",
+    unit="accuracy",
+    vocab_size=vocab_size,
+    length=max_events,
+    groups=lambda: allow(vocab_size, range(NUM_SPECIAL, vocab_size)),
+    decode=lambda events: np.asarray(events) - NUM_SPECIAL,
+  )
+
+
 def mirror(events_K: np.ndarray, length: int) -> Document:
   """SOS, K events, the same mirrored, EOS: `length` events at positions 1..length (paper, section 5.1).
 
@@ -326,6 +346,7 @@ add("midi_files", _midi_files)
 add("audio_codes", _audio_codes)
 add("video_codes", _video_codes)
 add("copy", _copy)
+add("recall", _recall)
 
 wrapt.register_post_import_hook(
   lambda seqio: seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)]), "seqio"

@@ -71,6 +71,8 @@ class ContextCache(NamedTuple):
   """Which of them are not padding."""
   num_latents: jax.Array
   """int32[]: latents in use, at least M after a prefill."""
+  recent: tuple[jax.Array, jax.Array]
+  """Tokens [B, T] and positions [B, T, P] of the newest T = conv_taps inputs."""
 
 
 class LatentCache(NamedTuple):
@@ -107,6 +109,7 @@ def prefill(config: ModelConfig, weights: UnstackedParams, tokens_BxL, positions
     positions_BxSxP=positions_BxSxP,
     valid_BxS=valid_BxS,
     num_latents=jnp.int32(num_latents),
+    recent=_newest((tokens_BxL, positions_BxLxP), config.conv_taps),
   )
 
 
@@ -155,7 +158,8 @@ def refill(
 def append(config: ModelConfig, weights: UnstackedParams, context: ContextCache, token_B, position_BxP) -> ContextCache:
   """The context with one more input in each row (PAD: an empty slot) and its latent; updated in place if donated."""
   token_Bx1, position_Bx1xP, valid_Bx1 = token_B[:, None], position_BxP[:, None], token_B[:, None] > 0
-  keys_values = _apply(config, weights, "cross_keys_values", token_Bx1, position_Bx1xP)
+  inputs = tuple(jnp.concatenate(pair, axis=1) for pair in zip(context.recent, (token_Bx1, position_Bx1xP)))
+  keys_values = _apply(config, weights, "cross_keys_values", *inputs, config.conv_taps)
   cross = tuple(
     _shard(old.write(CachedKeys.from_arrays(*arrays), context.used)) for old, arrays in zip(context.cross, keys_values)
   )
@@ -170,6 +174,7 @@ def append(config: ModelConfig, weights: UnstackedParams, context: ContextCache,
     positions_BxSxP=_write(context.positions_BxSxP, position_Bx1xP, context.num_latents),
     valid_BxS=_write(context.valid_BxS, valid_Bx1, context.num_latents),
     num_latents=context.num_latents + 1,
+    recent=_newest(inputs, config.conv_taps),
   )
 
 
@@ -216,6 +221,11 @@ def _apply(config: ModelConfig, weights: UnstackedParams, method: str, *argument
 
 def _layer(config: ModelConfig, params, *arguments, **cache):
   return layers.SelfAttentionLayer(config).apply({"params": params}, *arguments, **cache)
+
+
+def _newest(inputs, count: int):
+  """The last `count` slots of tokens and positions."""
+  return tuple(x[:, x.shape[1] - count :] for x in inputs)
 
 
 def _write(x_BxSx, update_Bx1x, slot):

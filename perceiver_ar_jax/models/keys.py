@@ -23,22 +23,25 @@ class Keys(NamedTuple):
   """Keys and values that are projected on demand, for any range of slots, so that a kernel decides how many exist."""
 
   project: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
-  """(weights, inputs of C slots) -> k_BxCxHxK, v_BxCxHxK; a pure function that closes over no tracers."""
+  """(weights, inputs of halo + C slots) -> k_BxCxHxK, v_BxCxHxK; a pure function that closes over no tracers."""
   weights: Any
   """A tree of float arrays, the same for every slot."""
   inputs: Any
-  """A tree of arrays [B, L, ...]."""
+  """A tree of arrays [B, L, ...]; of integers, where there is a halo."""
+  halo: int = 0
+  """Number of slots before a chunk that its projection reads; zeros before the first slot."""
   sharded: bool = False
   """Whether the slots are sharded over the mesh ("slots" in sharding.RULES)."""
 
   @classmethod
   def from_arrays(cls, k_BxLxHxK, v_BxLxHxK, *, sharded: bool = False) -> "Keys":
     """Wraps keys and values that are already projected."""
-    return cls(_identity, (), (k_BxLxHxK, v_BxLxHxK), sharded)
+    return cls(_identity, (), (k_BxLxHxK, v_BxLxHxK), sharded=sharded)
 
   def to_arrays(self) -> tuple[jax.Array, jax.Array]:
     """(k_BxLxHxK, v_BxLxHxK) of all slots."""
-    k_BxLxHxK, v_BxLxHxK = self.project(self.weights, self.inputs)
+    inputs = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (self.halo, 0)) + ((0, 0),) * (x.ndim - 2)), self.inputs)
+    k_BxLxHxK, v_BxLxHxK = self.project(self.weights, inputs)
     if self.sharded:
       k_BxLxHxK, v_BxLxHxK = (sharding.constrain(x, "batch", "slots", None, None) for x in (k_BxLxHxK, v_BxLxHxK))
     return k_BxLxHxK, v_BxLxHxK

@@ -81,6 +81,17 @@ def drop(module: nn.Module, rate: float, x):
   return jnp.where(kept, x / (1 - rate), 0)
 
 
+def residual_init(config: ModelConfig):
+  """The initialiser of a block's output projection."""
+  return nn.initializers.zeros_init() if config.zero_init else kernel_init
+
+
+def head_norm(name: str | None) -> nn.RMSNorm:
+  """RMS normalisation of each head's queries or keys, in float32."""
+  scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+  return nn.RMSNorm(epsilon=1e-6, name=name, dtype=jnp.float32, scale_init=scale_init)
+
+
 def rotate(config: ModelConfig, x_BxLxHxK, positions_BxLxP):
   """Queries or keys rotated by their positions, where the config's encoding does that; otherwise unchanged."""
   encoding = positions.encoding_of(config)
@@ -134,6 +145,29 @@ class KeysValues(nn.Module):
     return heads("key"), heads("value")
 
 
+class CausalConv(nn.Module):
+  """Adds to each slot's keys and values those of the slots before it: one weight per tap and head channel.
+
+  The weights of the newest tap are 1 at first and all others 0.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, k_BxCxHxK, v_BxCxHxK, valid_BxC):
+    """Returns keys and values without the first `conv_taps` slots, the halo; invalid slots contribute nothing."""
+    taps, (_, slots, heads, width) = self.config.conv_taps, k_BxCxHxK.shape
+
+    def convolve(name, x_BxCxHxK):
+      newest_is_one = lambda *_: jnp.zeros((taps, heads, width)).at[0].set(1.0)  # noqa: E731
+      weights = self.param(name, nn.with_logical_partitioning(newest_is_one, (None, "norm", "norm")))
+      x_BxCxHxK = jnp.where(valid_BxC[..., None, None], x_BxCxHxK, 0)
+      shifted = (x_BxCxHxK[:, taps - tap : slots - tap] for tap in range(1, taps + 1))
+      return sum((x * w[None, None].astype(x.dtype) for x, w in zip(shifted, weights)), start=x_BxCxHxK[:, taps:])
+
+    return convolve("key", k_BxCxHxK), convolve("value", v_BxCxHxK)
+
+
 class Attention(nn.Module):
   """Multi-head attention from normalised latents to keys and values, projected back to the latents' width."""
 
@@ -146,7 +180,10 @@ class Attention(nn.Module):
     """Returns attended_BxMxD; `positions_BxMxP` are those of the latents, and `CachedKeys` need M = 1."""
     config = self.config
     query = dense(config, self.width, "query", ("width", "heads"))(normed_BxMxD)
-    q_BxMxHxK = rotate(config, query.reshape(*normed_BxMxD.shape[:2], self.num_heads, -1), positions_BxMxP)
+    q_BxMxHxK = query.reshape(*normed_BxMxD.shape[:2], self.num_heads, -1)
+    if config.qk_norm:
+      q_BxMxHxK = head_norm("norm_query")(q_BxMxHxK).astype(config.dtype)
+    q_BxMxHxK = rotate(config, q_BxMxHxK, positions_BxMxP)
     if self.is_mutable_collection(MAPS) and isinstance(keys, Keys):
       weights_BxHx1xL = attention.probabilities(q_BxMxHxK[:, -1:], keys.to_arrays()[0], valid_BxL, keep_own)
       self.sow(MAPS, "weights_BxHxL", weights_BxHx1xL[:, :, 0])
@@ -155,7 +192,8 @@ class Attention(nn.Module):
     else:
       kernel = attention.choose(config.attention, q_BxMxHxK.shape[1], valid_BxL.shape[1])
       attended_BxMxHxK = kernel.attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
-    return dense(config, config.latent_width, "out", ("heads", "width"))(attended_BxMxHxK.reshape(query.shape))
+    out = dense(config, config.latent_width, "out", ("heads", "width"), init=residual_init(config))
+    return out(attended_BxMxHxK.reshape(query.shape))
 
 
 class MLP(nn.Module):
@@ -168,7 +206,7 @@ class MLP(nn.Module):
     config = self.config
     hidden_BxMxF = dense(config, config.mlp_widening * config.latent_width, "up", ("width", "mlp"))(x_BxMxD)
     hidden_BxMxF = ACTIVATIONS[config.activation](hidden_BxMxF)
-    return dense(config, config.latent_width, "down", ("mlp", "width"))(hidden_BxMxF)
+    return dense(config, config.latent_width, "down", ("mlp", "width"), init=residual_init(config))(hidden_BxMxF)
 
 
 class EmbeddedInputs(NamedTuple):
@@ -192,6 +230,8 @@ class CrossAttention(nn.Module):
     self.keys_values = KeysValues(config, config.num_cross_heads, config.cross_width)
     self.attention = Attention(config, config.num_cross_heads, config.cross_width)
     self.mlp = MLP(config)
+    self.conv = CausalConv(config) if config.conv_taps else None
+    self.norm_key = head_norm(None) if config.qk_norm else None
 
   def __call__(self, latents_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxL, deterministic: bool = True):
     """Returns latents_BxMxD, given the keys of all inputs (see `keys`) and which inputs are valid."""
@@ -225,15 +265,25 @@ class CrossAttention(nn.Module):
       projected = from_ids(weights, ids_1xV, ids_1xV[..., None])
       weights, unrotated = tuple(part_1xVxHxK[0].astype(jnp.float32) for part_1xVxHxK in projected), from_table
 
+    head = jnp.zeros((1, config.conv_taps + 1, config.num_cross_heads, config.cross_width // config.num_cross_heads))
+    conv, conv_weights = functional(self.conv, head, head, head[..., 0, 0] == 0) if self.conv else (None, ())
+    norm_key, norm_key_weights = functional(self.norm_key, head) if self.norm_key else (None, ())
+    weights = weights, conv_weights, norm_key_weights
+
     def project(weights, source):
+      weights, conv_weights, norm_key_weights = weights
       tokens_BxC, positions_BxCxP = source
       k_BxCxHxK, v_BxCxHxK = unrotated(weights, tokens_BxC, positions_BxCxP)
-      return rotate(config, k_BxCxHxK, positions_BxCxP), v_BxCxHxK
+      if conv:
+        k_BxCxHxK, v_BxCxHxK = conv(conv_weights, k_BxCxHxK, v_BxCxHxK, tokens_BxC > 0)
+      if norm_key:
+        k_BxCxHxK = norm_key(norm_key_weights, k_BxCxHxK).astype(config.dtype)
+      return rotate(config, k_BxCxHxK, positions_BxCxP[:, config.conv_taps :]), v_BxCxHxK
 
     sharded = attention.choose(config.attention, 1, 1).shards_context
     slots = "slots" if sharded else None
     source = constrain(inputs.tokens_BxL, "batch", slots), constrain(inputs.positions_BxLxP, "batch", slots, None)
-    return Keys(project, weights, source, sharded)
+    return Keys(project, weights, source, config.conv_taps, sharded)
 
 
 def projects_by_id(config: ModelConfig, num_inputs: int) -> bool:
@@ -285,6 +335,8 @@ class SelfAttentionLayer(nn.Module):
     normed_BxMxD = layer_norm("norm_attention")(latents_BxMxD)
     heads, width = config.num_self_heads, config.latent_width
     k_BxMxHxK, v_BxMxHxK = KeysValues(config, heads, width, name="keys_values")(normed_BxMxD)
+    if config.qk_norm:
+      k_BxMxHxK = head_norm("norm_key")(k_BxMxHxK).astype(config.dtype)
     k_BxMxHxK = rotate(config, k_BxMxHxK, positions_BxMxP)
     new_cache = CachedKeys.from_arrays(k_BxMxHxK, v_BxMxHxK)
     if cache is not None:

@@ -102,9 +102,13 @@ class PerceiverAR(nn.Module):
     """latents_BxMxD before the first cross-attention."""
     return self.to_latents(self.embed(tokens_BxM, positions_BxMxP))
 
-  def cross_keys_values(self, tokens_BxC, positions_BxCxP):
-    """(k_BxCxHxK, v_BxCxHxK) of inputs for each cross-attention."""
-    return [keys._replace(sharded=False).to_arrays() for keys in self._cross_keys(tokens_BxC, positions_BxCxP)]
+  def cross_keys_values(self, tokens_BxC, positions_BxCxP, halo: int = 0):
+    """(k_BxCxHxK, v_BxCxHxK) of inputs for each cross-attention, without the first `halo` inputs.
+
+    `halo` is conv_taps if the inputs begin with that many from before, or 0 at the start of a sequence.
+    """
+    keys = [keys._replace(sharded=False) for keys in self._cross_keys(tokens_BxC, positions_BxCxP)]
+    return [each.project(each.weights, each.inputs) if halo else each.to_arrays() for each in keys]
 
   def attend_to_context(self, group: int, latents_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxC):
     """The latents after the cross-attention that precedes the layers of `group`; see layers.CrossAttention."""

@@ -65,34 +65,48 @@ def terminal_relative(tokens_BxL) -> jnp.ndarray:
 
 
 def rotary(config: ModelConfig, x_BxLxHxK, positions_BxLxP):
-  """Queries or keys rotated by the first and only position dimension, as the config says.
+  """Queries or keys rotated by their positions, in the dimensions that the config names.
 
   Raises:
-    InputError: positions of several dimensions.
+    InputError: another number of position dimensions.
   """
-  if positions_BxLxP.shape[-1] != 1:
+  dimensions, width = positions_BxLxP.shape[-1], x_BxLxHxK.shape[-1]
+  if dimensions != (len(config.rotary_axes) or 1):
     raise InputError(
-      f"Positions of this task have {positions_BxLxP.shape[-1]} dimensions, and model.position_encoding=rotary uses"
-      " one: count positions from the last token instead (--config.model.positions_from_data=False), or use learned"
-      " positions."
+      f"Positions of this task have {dimensions} dimensions, and rotary positions use {len(config.rotary_axes) or 1}:"
+      " set model.rotary_axes to one (fraction of a head, shortest, longest wavelength) for each dimension, or count"
+      " positions from the last token (--config.model.positions_from_data=False)."
     )
-  wavelength = config.rotary_max_wavelength or config.max_context
-  return rotate(x_BxLxHxK, positions_BxLxP[..., 0], fraction=config.rotary_fraction, max_wavelength=wavelength)
+  if not config.rotary_axes:
+    wavelength = config.rotary_max_wavelength or config.max_context
+    return rotate(x_BxLxHxK, positions_BxLxP[..., 0], fraction=config.rotary_fraction, max_wavelength=wavelength)
+  bands = [int(width * fraction / 2) for fraction, _, _ in config.rotary_axes]
+  frequencies = [
+    2 * np.pi / np.geomspace(shortest, longest, count)
+    for count, (_, shortest, longest) in zip(bands, config.rotary_axes, strict=True)
+  ]
+  positions_BxLxN = jnp.repeat(positions_BxLxP, np.array(bands), axis=-1, total_repeat_length=sum(bands))
+  return _rotate(x_BxLxHxK, positions_BxLxN, np.concatenate(frequencies))
 
 
 def rotate(x_BxLxHxK, positions_BxL, *, fraction: float, max_wavelength: float):
   """`x` with the leading `fraction` of each head rotated by angles proportional to its position (RoFormer).
 
-  Pairs are interleaved. The exponents of `max_wavelength` range from 0 to 1 inclusive, as published
-  checkpoints need; the common formulation stops one band short of 1. Angles are computed in float32.
+  The exponents of `max_wavelength` range from 0 to 1 inclusive, as published checkpoints need; the common formulation
+  stops one band short of 1.
   """
-  rotated = int(x_BxLxHxK.shape[-1] * fraction / 2) * 2
+  bands = int(x_BxLxHxK.shape[-1] * fraction / 2)
+  exponents = np.linspace(0.0, bands, bands) / max(bands, 1)
+  return _rotate(x_BxLxHxK, positions_BxL[..., None], max_wavelength**-exponents)
+
+
+def _rotate(x_BxLxHxK, positions_BxLxN, frequencies_N: np.ndarray):
+  """`x` with its leading N interleaved pairs rotated by position * frequency; angles are computed in float32."""
+  rotated = 2 * len(frequencies_N)
   if not rotated:
     return x_BxLxHxK
-  bands = rotated // 2
-  exponents = np.linspace(0.0, bands, bands) * (2.0 / rotated)
-  frequencies = (max_wavelength**-exponents).astype(np.float32)
-  angles = positions_BxL[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None, None]
+  frequencies_1x1x1xN = jnp.asarray(frequencies_N, jnp.float32)[None, None, None]
+  angles = positions_BxLxN[..., None, :].astype(jnp.float32) * frequencies_1x1x1xN
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   head = x_BxLxHxK[..., :rotated].astype(jnp.float32)
   even, odd = head[..., 0::2], head[..., 1::2]
@@ -126,14 +140,30 @@ ENCODINGS: dict[str, Encoding] = {
 
 
 def encoding_of(config: ModelConfig) -> Encoding:
-  """The config's encoding; raises InputError for an unknown name."""
-  return lookup("model.position_encoding", config.position_encoding, ENCODINGS)
+  """The config's encoding; raises InputError for an unknown name, or names that cannot be combined."""
+  names = config.position_encoding.split("+")
+  parts = [lookup("model.position_encoding", name, ENCODINGS) for name in names]
+  if len(parts) == 1:
+    return parts[0]
+  added = [part for part in parts if part.is_added]
+  rotated = [part for part in parts if part.rotate]
+  if len(parts) != 2 or len(added) != 1 or len(rotated) != 1:
+    raise InputError(
+      f"model.position_encoding={config.position_encoding} must be one encoding, or one that is added to the embedding"
+      " and one inside attention, such as learned+rotary."
+    )
+  return added[0]._replace(rotate=rotated[0].rotate)
 
 
 def check(config: ModelConfig) -> None:
   """Raises InputError if the config's encoding is unknown or lacks tables of the right sizes."""
-  name, sizes = config.position_encoding, config.position_sizes
-  if not encoding_of(config).is_added:
+  name, sizes, encoding = config.position_encoding, config.position_sizes, encoding_of(config)
+  if config.rotary_axes and encoding.rotate is None:
+    raise InputError(
+      f"model.rotary_axes={config.rotary_axes} needs rotary positions, not {name}: leave it out, or set"
+      " --config.model.position_encoding=rotary."
+    )
+  if not encoding.is_added:
     return
   if not sizes:
     raise InputError(
@@ -145,5 +175,5 @@ def check(config: ModelConfig) -> None:
       f"model.position_sizes={sizes} must be one size of at least model.max_context={config.max_context}, since"
       " positions are counted from the last token."
     )
-  if name == "fourier" and config.input_width % 2:
+  if "fourier" in name and config.input_width % 2:
     fourier(np.zeros((1, 1), np.int32), size=1, width=config.input_width)  # raises

@@ -25,7 +25,7 @@ SAVED = "saved"
 def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
   """Attention over the context in chunks of `chunk` slots, which need not divide L; see attention.py for arguments."""
   rows, slots = sharding.current_axes(("batch", "slots" if keys.sharded else None), valid_BxL.shape)
-  layout = _Layout(valid_BxL.shape[1], slots)
+  layout = _Layout(valid_BxL.shape[1], slots, keys.halo)
   scan = functools.partial(_scan_context, keys.project, chunk, keep_own, layout)
   if rows or slots:
     # Each device scans its own slots for its own rows, and gradients of the weights are summed over devices once, at
@@ -56,10 +56,36 @@ class _Layout(NamedTuple):
   """L, over all devices."""
   axes: tuple[str, ...]
   """Mesh axes over which the slots are sharded, inside shard_map; (): this device has all slots."""
+  halo: int
+  """Slots before a chunk that its projection reads."""
 
   def first_slot(self, num_local: int):
     """The global number of this device's first slot, where each device has `num_local`."""
     return jax.lax.axis_index(self.axes) * num_local if self.axes else 0
+
+  def chunks(self, inputs):
+    """The function (first, size) -> `inputs` of the halo + `size` slots, from local slot first - halo on."""
+    halo = self.halo
+    if not halo:
+      return functools.partial(_slice, inputs)
+    # Before the first local slot: the previous device's last slots; ppermute gives zeros to the first device.
+    before = jax.tree.map(lambda x: jnp.zeros_like(x[:, :halo]), inputs)
+    if self.axes:
+      count = jax.lax.axis_size(self.axes)
+      shift = [(index, index + 1) for index in range(count - 1)]
+      before = jax.tree.map(lambda x: jax.lax.ppermute(x[:, -halo:], self.axes, shift), inputs)
+
+    def chunk(first, size: int):
+      def with_halo(x, x_before):
+        local_T = first - halo + jnp.arange(halo)
+        local = jnp.take(x, jnp.maximum(local_T, 0), axis=1)
+        remote = jnp.take(x_before, jnp.clip(local_T + halo, 0, halo - 1), axis=1)
+        is_local_T = (local_T >= 0).reshape(halo, *(1,) * (x.ndim - 2))
+        return jnp.concatenate([jnp.where(is_local_T, local, remote), _slice(x, first, size)], axis=1)
+
+      return jax.tree.map(with_halo, inputs, before)
+
+    return chunk
 
   def merge(self, top, total, out):
     """Combines the running softmax of each device into that over all slots."""
@@ -78,10 +104,11 @@ def _scan_context(project, chunk, keep_own, layout, q, weights, inputs, valid):
 def _forward(project, chunk, keep_own, layout, q_BxMxHxK, weights, inputs, valid_BxL):
   q_BxHxMxK = scaled(q_BxMxHxK).swapaxes(1, 2)
   bias = functools.partial(_bias, valid_BxL, layout, q_BxMxHxK.shape[1], keep_own)
+  chunk_of_inputs = layout.chunks(inputs)
 
   def attend(carry, first, size, causal):
     top_BxHxM, total_BxHxM, out_BxHxMxK = carry
-    k_BxHxCxK, v_BxHxCxK = (x.swapaxes(1, 2) for x in project(weights, _slice(inputs, first, size)))
+    k_BxHxCxK, v_BxHxCxK = (x.swapaxes(1, 2) for x in project(weights, chunk_of_inputs(first, size)))
     bias_Bx1xMxC = bias(first, size, causal)
     scores_BxHxMxC = product("bhmk,bhck->bhmc", q_BxHxMxK, k_BxHxCxK) + bias_Bx1xMxC
     # The chunk's own softmax first, then its weight: compilers fuse this, but not a maximum carried along.
@@ -110,10 +137,11 @@ def _backward(project, chunk, keep_own, layout, residuals, grad_BxMxHxK):
   q_BxHxMxK, grad_BxHxMxK = scaled(q_BxMxHxK).swapaxes(1, 2), grad_BxMxHxK.swapaxes(1, 2)
   inner_BxHxM = product("bmhk,bmhk->bhm", grad_BxMxHxK, out_BxMxHxK)
   dtype = q_BxMxHxK.dtype
+  chunk_of_inputs = layout.chunks(inputs)
 
   def attend(carry, first, size, causal):
     grad_q_BxHxKxM, grad_weights, grad_inputs = carry
-    (k, v), pull_back = jax.vjp(project, weights, _slice(inputs, first, size))
+    (k, v), pull_back = jax.vjp(project, weights, chunk_of_inputs(first, size))
     k_BxHxCxK, v_BxHxCxK = k.swapaxes(1, 2), v.swapaxes(1, 2)
     bias_Bx1xMxC = bias(first, size, causal)
     # Keys come before queries, and the gradient of the queries is accumulated transposed: then no product below has

@@ -103,11 +103,44 @@ def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformati
   return optax.GradientTransformation(init, update)
 
 
+def _wsd(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  after_warmup, peak = steps - config.warmup_steps, config.learning_rate
+  decay = config.decay_steps or after_warmup // 5
+  linear = optax.linear_schedule(peak, config.end_learning_rate, decay)
+  return optax.join_schedules([optax.constant_schedule(peak), linear], [after_warmup - decay])
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Muon for the kernels of hidden layers, each layer of a stack by itself; Adam with Nesterov momentum for all else.
+
+  Updates are scaled to the root mean square of Adam's, so that both share a learning rate.
+  """
+  matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+  def dimensions(params):
+    def of_weight(path, _):
+      return matrix if path[-1].key == "kernel" and path[0].key != "to_logits" else None
+
+    return jax.tree.map_with_path(of_weight, params)
+
+  # The learning rate of -1 cancels the change of sign: make_optimizer applies the schedule and the sign.
+  return optax.contrib.muon(
+    -1.0,
+    weight_decay=config.weight_decay,
+    weight_decay_mask=_is_kernel,
+    adam_b1=config.b1,
+    adam_b2=config.b2,
+    consistent_rms=0.2,
+    muon_weight_dimension_numbers=dimensions,
+  )
+
+
 SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
   "constant": lambda config, steps: optax.constant_schedule(config.learning_rate),
   "cosine": _cosine,
   "steps": _steps,
   "t5": _t5,
+  "wsd": _wsd,
 }
 
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
@@ -117,6 +150,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
     *map(_per_layer, (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()))
   ),
   "lamb": lambda config: optax.chain(_adam(config), _decay(config), _per_layer(optax.scale_by_trust_ratio())),
+  "muon": _muon,
   "sgd": lambda config: optax.trace(decay=config.b1, nesterov=True),
   "sm3": lambda config: _per_layer(optax.scale_by_sm3(b1=config.b1)),
 }
