@@ -36,6 +36,7 @@ _SECONDS = flags.DEFINE_float("seconds", float("inf"), "Stop after this long; th
 
 _PHASES = ("starting", "training", "evaluating", "saving")
 _EVAL_EVERY = 20
+_HANG_SECONDS = 600
 _ERRORS = (
   "PermissionError(13, 'Permission denied')",
   "OSError(116, 'Stale file handle')",
@@ -95,10 +96,10 @@ def main(argv: list[str]) -> None:
 def _kill(workdir: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> dict:
   """Starts the run, kills one process of it, and waits for the others to end."""
   before, processes, aim = len(_losses(workdir)), _start(workdir, folder), rng.random()
+  target = before + rng.randint(1, 15)
   if aim < 0.2:
     time.sleep(rng.uniform(1, 8))
   else:
-    target = before + rng.randint(1, 15)
     _wait_until(lambda: len(_losses(workdir)) >= target, processes)
     if aim < 0.4:
       _wait_until(lambda: _is_saving(workdir), processes)
@@ -112,6 +113,7 @@ def _kill(workdir: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> di
     phase = "saving"
   elif _is_evaluating(workdir):
     phase = "evaluating"
+  hung = aim >= 0.2 and len(_losses(workdir)) < target and all(process.poll() is None for process in processes)
   victim = rng.randrange(len(processes))
   processes[victim].kill()
   killed, codes = time.monotonic(), _wait(processes, 60)
@@ -119,7 +121,7 @@ def _kill(workdir: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> di
     "phase": phase,
     "victim": victim,
     "codes": codes,
-    "hung": None in codes,
+    "hung": hung or None in codes,
     "seconds_to_end": round(time.monotonic() - killed, 1),
     "steps": len(_losses(workdir)),
   }
@@ -144,9 +146,10 @@ def _checkpoints(workdir: pathlib.Path) -> set[str]:
 
 
 def _wait_until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
-  """Returns once `condition` holds, or a process has ended."""
-  while not condition() and all(process.poll() is None for process in processes):
-    time.sleep(0.002)
+  """Returns once `condition` holds, a process has ended, or they are so late that they must be waiting for each other."""
+  deadline = time.monotonic() + _HANG_SECONDS
+  while not condition() and all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+    time.sleep(0.01)
 
 
 def _is_saving(workdir: pathlib.Path) -> bool:
