@@ -146,7 +146,7 @@ def _checkpoints(workdir: pathlib.Path) -> set[str]:
 
 
 def _wait_until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
-  """Returns once `condition` holds, a process has ended, or they are so late that they must be waiting for each other."""
+  """Returns once `condition` holds, a process has ended, or after a time that only processes that hang need."""
   deadline = time.monotonic() + _HANG_SECONDS
   while not condition() and all(process.poll() is None for process in processes) and time.monotonic() < deadline:
     time.sleep(0.01)

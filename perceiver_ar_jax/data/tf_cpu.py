@@ -12,6 +12,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 _START_UP_LINES = r"/^(WARNING: All log messages before absl|[IWE]0000 |[0-9-]+ [0-9:.]+: [IWE] )/d"
 """sed: deletes what TensorFlow's C++ code logs, errors of a missing CUDA included; fatal errors (F) stay."""
@@ -69,4 +70,9 @@ class _Late(types.ModuleType):
     return getattr(sys.modules[self.__name__], name)
 
 
-seqio, tf, tfds = map(_Late, ("seqio", "tensorflow", "tensorflow_datasets"))
+if TYPE_CHECKING:
+  import seqio
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+else:
+  seqio, tf, tfds = map(_Late, ("seqio", "tensorflow", "tensorflow_datasets"))

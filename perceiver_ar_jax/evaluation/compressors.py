@@ -17,7 +17,7 @@ MAX_DOCUMENTS = 1000
 def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
   """Returns bits per unit of the first MAX_DOCUMENTS documents, by compressor; {} for other data.
 
-  Pictures: `png_bits_per_dim` and `webp_bits_per_dim` (lossless), each picture by itself, headers included. Text:
+  Pictures: `png_bits_per_dim` and `webp_bits_per_dim` (lossless), one file per picture, headers included. Text:
   `xz_bits_per_byte`, all documents as one.
   """
   totals, num_values, texts = {"png": 0, "webp": 0}, 0, []

@@ -115,7 +115,8 @@ def convert_params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config:
   Raises:
     InputError: a parameter is missing.
   """
-  unused, params = {}, {}
+  unused: dict[str, np.ndarray] = {}
+  params: dict = {}
   for path, module in haiku_params.items():
     path = path.replace("perceiver_ar/", "", 1).removeprefix("~/")
     unused |= {f"{path}/{name}": value for name, value in module.items()}

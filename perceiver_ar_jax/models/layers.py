@@ -160,7 +160,8 @@ class CausalConv(nn.Module):
 
     def convolve(name, x_BxCxHxK):
       newest_is_one = lambda *_: jnp.zeros((taps, heads, width)).at[0].set(1.0)  # noqa: E731
-      weights = self.param(name, nn.with_logical_partitioning(newest_is_one, (None, "norm", "norm")))
+      init: Callable[..., Any] = nn.with_logical_partitioning(newest_is_one, (None, "norm", "norm"))
+      weights = self.param(name, init)
       x_BxCxHxK = jnp.where(valid_BxC[..., None, None], x_BxCxHxK, 0)
       shifted = (x_BxCxHxK[:, taps - tap : slots - tap] for tap in range(1, taps + 1))
       return sum((x * w[None, None].astype(x.dtype) for x, w in zip(shifted, weights)), start=x_BxCxHxK[:, taps:])

@@ -111,7 +111,7 @@ def _wsd(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Muon for the kernels of hidden layers, each layer of a stack by itself; Adam with Nesterov momentum for all else.
+  """Muon for the kernels of hidden layers, layer by layer; Adam with Nesterov momentum for all else.
 
   Updates are scaled to the root mean square of Adam's, so that both share a learning rate.
   """
