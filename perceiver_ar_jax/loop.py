@@ -54,7 +54,8 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   evaluator = evaluate.Evaluator(config, mesh)
   num_samples = config.eval.num_samples
   if num_samples is None:
-    num_samples = 2 if mesh.size == 1 else 0
+    on_cpu = mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1  # virtual devices share the memory
+    num_samples = 2 if mesh.size == 1 or on_cpu else 0
   preview = write.PreviewSampler(config, mesh, num_samples) if num_samples else None
   data = TrainLoader(config, rows_of_processes(mesh, settings.batch_size), jax.process_index())
   splits.check_held_out(config)

@@ -47,9 +47,12 @@ def main(config: Config) -> int:
 
     return plan.plan(config, workdir)
   else:
-    from perceiver_ar_jax.parallel import distributed
+    from perceiver_ar_jax.parallel import distributed, mesh
 
     distributed.cache_compiled(config.compilation_cache)
+    if _NUM_PROCESSES.value is None and mode in ("train", "eval"):
+      train_rows = config.train.batch_size // config.train.microbatches
+      mesh.use_cpu_cores(config, [config.eval.batch_size, *([train_rows] if mode == "train" else [])])
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     with distributed.end_together():
       return _on_devices(mode, config, workdir)

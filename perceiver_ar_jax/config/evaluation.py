@@ -27,7 +27,7 @@ class EvalConfig:
   a text of subword tokens between words, and words and bytes are those of the scored part. None: all."""
   num_samples: int | None = None
   """Samples that training draws at each evaluation, by the settings of `sample`, for TensorBoard. None: 2 on a single
-  device, otherwise 0: weights that are sharded over devices are gathered for each token."""
+  accelerator or CPU, otherwise 0: weights that are sharded over devices are gathered for each token."""
 
   def __post_init__(self):
     require_at_least(0, "eval", self, "num_samples")

@@ -109,11 +109,15 @@ class MeshConfig:
   """Devices over which heads and MLP hidden units are sharded."""
   context: int = 1
   """Devices over which the key/value axis of the cross-attention is sharded."""
+  cpu_devices: int | None = None
+  """On CPUs: virtual devices, over which batches are split so that all cores are used. None: in training and evaluation
+  by one process, as many as there are cores, up to 8, that divide the batches; JAX's own settings take precedence."""
   across_slices: str = "data"
   """The axis that spans the slices of a TPU multislice, which a slow network connects; others stay within a slice."""
 
   def __post_init__(self):
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+    require_at_least(1, "mesh", self, "cpu_devices")
     require_choice("mesh.across_slices", self.across_slices, MESH_AXES)
     require(
       sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),

@@ -53,7 +53,7 @@ class Document:
     return np.ones(end - start, bool) if self._scored is None else self._scored[start:end]
 
   def counts(self) -> Mapping[str, int]:
-    """What evaluation divides by beside tokens, for the whole document: words and bytes of a text."""
+    """What evaluation divides by beside tokens, for the whole document: Task.counts, such as words and bytes."""
     return self._counts
 
   @property

@@ -1,4 +1,4 @@
-"""Small crops of photographs that scikit-image and scikit-learn contain, so that training needs no download.
+"""Small crops of photographs in scikit-image, scikit-learn and matplotlib, so that training needs no download.
 
 A record is only the number of a crop; photograph, scale, corner and mirroring are a stateless hash of it. So the state
 of a pipeline over 50,000 crops is a few integers, and every crop can be reproduced from its number. The pixels are in
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import pathlib
 
 import numpy as np
@@ -24,6 +25,7 @@ PHOTOGRAPHS = {
     ("skimage", "data/rocket.jpg", 1.0),  # SpaceX, released into the public domain
     ("skimage", "data/hubble_deep_field.jpg", 0.1),  # NASA and ESA, public domain
     ("skimage", "data/retina.jpg", 0.3),  # Mikael Häggström, CC0
+    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", 1.0),  # James S. Davis, U.S. Navy, public domain
     ("sklearn", "datasets/images/flower.jpg", 1.0),  # flickr.com/photos/vultilion/6056698931, CC BY 2.0
   ),
   "validation": (
@@ -48,12 +50,15 @@ _TONES = np.stack(
 )
 """uint8[curves, 256]: brighter and darker versions for training, because few photographs have few tones."""
 
-_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+_CHANNEL_ORDERS = np.array(list(itertools.permutations(range(3))))
+"""Orders of red, green and blue for training, because few photographs have few colors."""
+
+_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 _SALTS = {"train": 1, "validation": 3}
 
 
 def crop(record: dict[str, tf.Tensor], size: int) -> tf.Tensor:
-  """Returns the crop uint8[size, size, 3] of a NumberSource record; training crops are mirrored and toned at random."""
+  """Returns the crop uint8[size, size, 3] of a NumberSource record; training crops are augmented at random."""
   return tf.cond(
     record["validation"],
     lambda: _crop(record["number"], "validation", size),
@@ -66,7 +71,9 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
   # A larger level has more different crops, so it is drawn more often: in proportion to its shorter side.
   shares = weights * sides.min(axis=1)
   shares = np.cumsum(shares / shares.sum()).astype(np.float32)
-  draws = tf.random.stateless_uniform((5,), seed=tf.stack([_SALTS[split], number]), alg="philox")
+  draws = tf.random.stateless_uniform(
+    (5 if split == "validation" else 6,), seed=tf.stack([_SALTS[split], number]), alg="philox"
+  )
   level = tf.minimum(tf.searchsorted(shares, draws[:1], side="right")[0], len(sides) - 1)
   room = tf.cast(tf.gather(tf.constant(sides), level) - size + 1, tf.float32)
   corner = tf.cast(draws[1:3] * room, tf.int32)
@@ -75,7 +82,8 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
     return picture
   picture = tf.where(draws[3] < 0.5, picture[:, ::-1], picture)
   tones = tf.constant(_TONES)[tf.cast(draws[4] * len(_TONES), tf.int32)]
-  return tf.gather(tones, tf.cast(picture, tf.int32))
+  channels = tf.constant(_CHANNEL_ORDERS)[tf.cast(draws[5] * len(_CHANNEL_ORDERS), tf.int32)]
+  return tf.gather(tf.gather(tones, tf.cast(picture, tf.int32)), channels, axis=-1)
 
 
 @functools.lru_cache

@@ -24,7 +24,7 @@ from perceiver_ar_jax.data.warn_once import newest_messages, warn_once
 
 PREFETCH = 64
 """Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
-_MODALITIES = ("audio", "image", "music", "numbers", "text", "video")
+_MODALITIES = ("audio", "image", "music", "numbers", "rolls", "text", "video")
 Record = Mapping[str, Any]
 """One record of a source: NumPy scalars and arrays, bytes for strings."""
 
@@ -42,6 +42,8 @@ class Task:
   """The unit of its held-out loss: one of units.UNITS."""
   vocab_size: int
   """Number of event ids, PAD, EOS and SOS included."""
+  counts: tuple[str, ...] = ()
+  """What evaluation divides by beside tokens: the keys of Document.counts."""
   decode: Callable[[np.ndarray], Any]
   """Converts events int32[n] to a picture, a text, notes or codes (of video: flat, since each file has its grid)."""
   position_dims: int = 1
@@ -216,7 +218,7 @@ def _build(data: DataConfig, max_events: int) -> Task:
     return task
 
   def stored_document(record):
-    counts = {name: int(record[name]) for name in ("words", "bytes") if name in record}
+    counts = {name: int(record[name]) for name in task.counts}
     return task.stored(record["events"], record["positions"] if task.position_dims > 1 else None, counts)
 
   source = CachedSource(to_seqio(task), data)
@@ -231,15 +233,14 @@ def to_seqio(task: Task) -> seqio.Task:
   specs = {"events": tf.TensorSpec([None], tf.int32)}
   if task.position_dims > 1:  # otherwise they only count, and need not be stored
     specs["positions"] = tf.TensorSpec([None, task.position_dims], tf.int32)
-  if task.modality == "text":
-    specs |= {name: tf.TensorSpec([], tf.int64) for name in ("words", "bytes")}
+  specs |= {name: tf.TensorSpec([], tf.int64) for name in task.counts}
 
   def whole(names: Sequence[str], *values: np.ndarray) -> list[np.ndarray]:
     document = task.open(dict(zip(names, values)))
     if document is None or document.continues:
       document = Document(np.zeros(0, np.int32), np.zeros((0, task.position_dims), np.int32))
     events, positions = document.read(0, len(document)), document.positions(0, len(document))
-    arrays = {"events": events, "positions": positions, "words": 0, "bytes": 0, **document.counts()}
+    arrays = {"events": events, "positions": positions, **dict.fromkeys(task.counts, 0), **document.counts()}
     return [np.asarray(arrays[name], spec.dtype.as_numpy_dtype) for name, spec in specs.items()]
 
   def to_document(record):

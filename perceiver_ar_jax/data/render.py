@@ -20,7 +20,7 @@ def text(task: Task, events: np.ndarray) -> str:
   """Returns events as text; other modalities as their numbers."""
   if task.modality == "text":
     return task.decode(events)
-  if task.modality == "music":
+  if task.modality in ("music", "rolls"):
     return "\n".join(
       f"{note.onset:8.2f} s  {note.offset - note.onset:6.2f} s  pitch {note.pitch:3d}  velocity {note.velocity:3d}"
       for note in task.decode(events)
@@ -41,7 +41,9 @@ def picture(task: Task, events: np.ndarray) -> np.ndarray | None:
       return None
     factor = max(1, _MIN_PIXELS // max(pixels.shape[:2]))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-  if task.modality == "music":
+  if task.modality == "rolls":
+    events = music.encode(task.decode(events))
+  if task.modality in ("music", "rolls"):
     # One event more, since it may be the time shift across the last column; a whole piece would take a lot of memory.
     shown = events[: np.searchsorted(music.steps(events), _MAX_STEPS, side="right") + 1]
     roll = music.piano_roll(shown)[:, :_MAX_STEPS]

@@ -108,14 +108,13 @@ def eval_batches(
   one is padded with rows of PAD and weight 0. So hosts that provide some of the rows each yield equally many batches.
 
   Batches have two more arrays than those of training, int32[B]: `document`, the number of the row's document, -1 for
-  rows of PAD; and `end`, the number of events of it up to the row's last target. Batches of text have two further ones:
-  `words` and `bytes` of the original text, those of each document in its first row and 0 in the others.
+  rows of PAD; and `end`, the number of events of it up to the row's last target. And one for each of Task.counts, such
+  as `words` and `bytes` of the original text: those of each document in its first row and 0 in the others.
 
   `rows` are those of each batch to provide, in order; None: all. Raises InputError as loader.TrainLoader.
   """
   settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
   task, _ = get_tasks(config.data, windows.longest_crop(config))[0]
-  counted = ("words", "bytes") if task.modality == "text" else ()
   rows = range(settings.batch_size) if rows is None else rows
   blocks = (
     (number, document, end, num_new)
@@ -125,7 +124,7 @@ def eval_batches(
   while batch_blocks := list(itertools.islice(blocks, settings.batch_size)):
     shape = {"context": config.model.max_context, "latents": num_latents, "position_dims": task.position_dims}
     batch = windows.empty_batch(len(rows), **shape)
-    batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *counted)}
+    batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *task.counts)}
     batch["document"] = np.full(len(rows), -1, np.int32)
     for index, row in enumerate(rows):
       if row >= len(batch_blocks):
@@ -134,7 +133,7 @@ def eval_batches(
       batch["document"][index], batch["end"][index] = number, end
       windows.eval_window(windows.row_of(batch, index), document, end, num_new)
       if end - num_new == 1:  # the document's first block
-        for name in counted:
+        for name in task.counts:
           batch[name][index] = document.counts()[name]
     windows.check_positions(batch["positions"], config)
     yield batch

@@ -6,13 +6,13 @@ import csv
 import functools
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import wrapt
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, recall, texts
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, recall, rolls, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.files import file_size, own_files, read_bytes, split_files
 from perceiver_ar_jax.data.registry import DEFAULT_MAX_EVENTS, Record, Task, add, allow, get_tasks, names, to_seqio
@@ -123,6 +123,7 @@ def _text_task(data: DataConfig, unit: str, source: seqio.DataSource, text: Call
     document=lambda record: tokens.document(*text(record)),
     modality="text",
     unit=unit,
+    counts=("words", "bytes"),
     vocab_size=tokens.vocab_size,
     decode=tokens.decode,
     unknown=tokens.unknown,
@@ -223,6 +224,41 @@ def _maestro(version: str, data: DataConfig, max_events: int) -> Task:
     return [{"path": path} for path in paths]
 
   return _midi_files(data, max_events, source=ListSource(records, _RELEASE_SPLITS))
+
+
+@functools.lru_cache(maxsize=4)
+def _rolls(path: str) -> Mapping[str, list[np.ndarray]]:
+  return rolls.load(read_bytes(path), path)
+
+
+def _piano_rolls(data: DataConfig, max_events: int) -> Task:
+  def records(split):
+    files = own_files(data, rolls.SUFFIXES)
+    found = [
+      {"path": path, "piece": index, "split": split} for path in files for index in range(len(_rolls(path)[split]))
+    ]
+    if not found:
+      raise InputError(f"data.files={data.files} contains no piano rolls of the split {split!r}.")
+    return found
+
+  def document(record):
+    return rolls.document(_rolls(os.fsdecode(record["path"]))[os.fsdecode(record["split"])][int(record["piece"])])
+
+  def augment(events, random):
+    return rolls.transpose(events, int(random.integers(-data.max_transposition, data.max_transposition + 1)))
+
+  return Task(
+    name=data.task,
+    source=ListSource(records, _RELEASE_SPLITS),
+    document=document,
+    modality="rolls",
+    unit="nats_per_frame",
+    counts=("frames",),
+    vocab_size=rolls.VOCAB_SIZE,
+    decode=rolls.decode,
+    augment=augment if data.max_transposition else None,
+    groups=lambda: allow(rolls.VOCAB_SIZE, range(NUM_SPECIAL, rolls.VOCAB_SIZE)),
+  )
 
 
 def _audio_codes(data: DataConfig, max_events: int) -> Task:
@@ -343,6 +379,7 @@ add("wikitext103", _wikitext103)
 add("enwik8", _enwik8)
 add("text_files", _text_files)
 add("midi_files", _midi_files)
+add("piano_rolls", _piano_rolls)
 add("audio_codes", _audio_codes)
 add("video_codes", _video_codes)
 add("copy", _copy)

@@ -14,11 +14,16 @@ class ScoredSums(NamedTuple):
   """Tokens that the model finds most likely."""
   words: float = 0.0
   bytes: float = 0.0
-  """Words and bytes of the original text; 0 for other data."""
+  frames: float = 0.0
+  """Words and bytes of the original text, frames of piano rolls; 0 for other data."""
 
   @property
   def bits(self) -> float:
     return self.nats / math.log(2)
+
+
+COUNTS = ("words", "bytes", "frames")
+"""Names of the sums that documents provide (Document.counts)."""
 
 
 class Unit(NamedTuple):
@@ -50,6 +55,11 @@ UNITS: dict[str, Unit] = {
     lambda sums: math.exp(min(sums.nats / max(sums.words, 1), 700.0)),  # a text of spaces counts as one word
     "perplexity {word_perplexity:.4g} per word, {bits_per_token:.3f} bits/token",
     applies=lambda sums: sums.bytes > 0,
+  ),
+  "nats_per_frame": Unit(
+    lambda sums: sums.nats / sums.frames,
+    "{nats_per_frame:.3f} nats/frame, {bits_per_token:.3f} bits/token",
+    applies=lambda sums: False,
   ),
   "accuracy": Unit(lambda sums: sums.correct / sums.tokens),
 }

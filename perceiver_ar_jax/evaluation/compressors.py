@@ -1,7 +1,6 @@
 """What general compressors need for the documents that a model is scored on: numbers to compare the model's with."""
 
 import io
-import itertools
 import lzma
 from collections.abc import Iterable
 
@@ -10,31 +9,32 @@ import PIL.Image
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Task
 
-MAX_DOCUMENTS = 1000
-"""Only the first documents are compressed, so that a large split costs seconds."""
+MAX_BYTES = 2**23
+"""Only the first documents, up to this many bytes, are compressed, so that a large split costs seconds."""
+_PICTURES = {"PNG": {"optimize": True}, "WebP": {"lossless": True, "quality": 100, "method": 6}}
 
 
 def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
-  """Returns bits per unit of the first MAX_DOCUMENTS documents, by compressor; {} for other data.
+  """Returns the bits per byte (sub-pixel) of each compressor; {} for data that is neither pictures nor text.
 
-  Pictures: `png_bits_per_dim` and `webp_bits_per_dim` (lossless), one file per picture, headers included. Text:
-  `xz_bits_per_byte`, all documents as one.
+  PNG and lossless WebP compress each picture to a file, headers included; xz -9 the texts as one.
   """
-  totals, num_values, texts = {"png": 0, "webp": 0}, 0, []
-  for task, document in itertools.islice(documents, MAX_DOCUMENTS):
+  totals, num_bytes, texts = dict.fromkeys(_PICTURES, 0), 0, []
+  for task, document in documents:
     if task.modality not in ("image", "text"):
       return {}
     decoded = task.decode(document.read(0, len(document)))
     if task.modality == "text":
       texts.append(decoded.encode())
-      continue
-    num_values += decoded.size
-    picture = PIL.Image.fromarray(decoded)
-    for name, settings in (("png", {"optimize": True}), ("webp", {"lossless": True, "quality": 100, "method": 6})):
-      file = io.BytesIO()
-      picture.save(file, name, **settings)
-      totals[name] += 8 * file.tell()
-  if num_values:
-    return {f"{name}_bits_per_dim": total / num_values for name, total in totals.items()}
-  text = b"".join(texts)
-  return {"xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)} if text else {}
+      num_bytes += len(texts[-1])
+    else:
+      num_bytes += decoded.size
+      for name, settings in _PICTURES.items():
+        file = io.BytesIO()
+        PIL.Image.fromarray(decoded).save(file, name, **settings)
+        totals[name] += 8 * file.tell()
+    if num_bytes > MAX_BYTES:
+      break
+  if texts:
+    totals = {"xz": 8 * len(lzma.compress(b"".join(texts), preset=9 | lzma.PRESET_EXTREME))}
+  return {name: total / num_bytes for name, total in totals.items() if total}

@@ -23,7 +23,7 @@ from perceiver_ar_jax.data.loader import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.windows import Batch
-from perceiver_ar_jax.evaluation import metrics
+from perceiver_ar_jax.evaluation import compressors, metrics
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import distributed, sharding
@@ -66,7 +66,7 @@ def make_eval_step(config: Config):
       "correct": (losses.correct * weights_BxM).sum(axis=1),
       "tokens": weights_BxM.sum(axis=1),
       "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
-      **{name: batch[name].sum() for name in ("words", "bytes") if name in batch},
+      **{name: batch[name].sum() for name in units.COUNTS if name in batch},
     }
     last_B = {"position": batch["end"] - 1, "context": (batch["inputs"] > 0).sum(axis=1)}
     for name, index_B in last_B.items():
@@ -104,6 +104,7 @@ class Evaluator:
     check_batch(config.eval.batch_size, "eval.batch_size", mesh)
     self._config, self._mesh = config, mesh
     self._step = jax.jit(make_eval_step(config), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    self._compressors: dict[str, float] | None = None
 
   def __call__(
     self,
@@ -124,6 +125,8 @@ class Evaluator:
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
     num_documents = None if documents is None else len(documents)
     if documents is None:
+      if self._compressors is None:
+        self._compressors = {} if jax.process_index() else compressors.compress(splits.eval_documents(config))
       num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
       documents = splits.eval_documents(config)
     with jax.set_mesh(self._mesh), _progress_bar() as bar:
@@ -149,18 +152,21 @@ class Evaluator:
       "stride": config.eval.stride or num_latents,
       **totals.metrics(task.unit),
       "unit": task.unit,
+      "compressors": self._compressors or {},
     }
 
   @staticmethod
   def describe(result: dict) -> str:
-    """Returns one line: the metrics of the split, and the entropy of its tokens for comparison."""
+    """Returns one line: the metrics of the split, and those of compressors and its tokens' entropy for comparison."""
     interval = " of one document"
     if result["interval_95"]:
       low, high = result["interval_95"][result["unit"]]
       interval = f" of {result['num_documents']:,} documents ({result['unit']} {low:.4g} to {high:.4g} with 95%)"
+    others = [f"{name}: {bits:.3f}" for name, bits in result.get("compressors", {}).items()]
+    others.append(f"entropy of its token histogram: {result['histogram_entropy_bits']:.3f} bits")
     return (
       f"{result['split']} at step {result['step']}: {units.UNITS[result['unit']].summary.format_map(result)}"
-      f" (entropy of its token histogram: {result['histogram_entropy_bits']:.3f} bits),"
+      f" ({', '.join(others)}),"
       f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens{interval}"
     )
 

@@ -41,7 +41,7 @@ class Totals:
     for name, value in sums.items():
       if "_by_" in name:
         self._sums[name] += value.sum(axis=0, dtype=np.float64)
-      elif name in ("histogram", "words", "bytes"):
+      elif name in ("histogram", *units.COUNTS):
         self._sums[name] += np.asarray(value, np.float64)
 
   @property
@@ -62,7 +62,7 @@ class Totals:
       "num_documents": len(self._by_document),
       "num_windows": self._num_windows,
       "num_tokens": int(sums.tokens),
-      **({"num_words": int(sums.words), "num_bytes": int(sums.bytes)} if sums.bytes else {}),
+      **{f"num_{name}": int(self._sums[name]) for name in units.COUNTS if self._sums[name]},
       **units.compute_all(sums, unit),
       "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
       "interval_95": interval,
@@ -74,7 +74,7 @@ class Totals:
     nats, correct = (
       self._by_document[:, column].sum() + (sign and sign * self._half_interval(column)) for column in (_NATS, _CORRECT)
     )
-    return units.ScoredSums(*map(float, (self.num_tokens, nats, correct, self._sums["words"], self._sums["bytes"])))
+    return units.ScoredSums(*map(float, (self.num_tokens, nats, correct, *(self._sums[name] for name in units.COUNTS))))
 
   def _half_interval(self, column: int) -> float:
     """Returns half the width of the 95% interval of a sum.

@@ -1,13 +1,19 @@
 """The device mesh: axes data, fsdp, tensor and context."""
 
+import contextlib
 import math
+import os
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from perceiver_ar_jax.config import MESH_AXES as AXES
-from perceiver_ar_jax.config import InputError, MeshConfig
+from perceiver_ar_jax.config import Config, InputError, MeshConfig
+
+_MAX_CPU_DEVICES = 8
+_MAX_COPIES_BYTES = 2**30
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -42,6 +48,26 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   within = [size // number for size, number in zip(sizes, between)]
   grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
   return Mesh(grid, AXES, axis_types=axis_types)
+
+
+def use_cpu_cores(config: Config, batch_sizes: Sequence[int]) -> None:
+  """Sets the number of virtual CPU devices, see MeshConfig.cpu_devices; call it before any use of a device.
+
+  One device leaves cores idle: XLA computes small operations on one core. Accelerators are not affected.
+  """
+  model, count = config.model, config.mesh.cpu_devices
+  if os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  if count is None:
+    is_default = [getattr(config.mesh, axis) for axis in AXES] == [getattr(MeshConfig(), axis) for axis in AXES]
+    # Every device has the weights, their gradients and the optimizer's state.
+    copy_bytes = 16 * ((12 * model.num_layers + 12) * model.latent_width**2 + 2 * model.vocab_size * model.latent_width)
+    rows = math.gcd(*batch_sizes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = min(cores, _MAX_CPU_DEVICES, max(_MAX_COPIES_BYTES // copy_bytes, 1))
+    count = max(count for count in range(1, most + 1) if rows % count == 0) if is_default else 1
+  with contextlib.suppress(RuntimeError):  # devices are in use already: by another run in this process
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:

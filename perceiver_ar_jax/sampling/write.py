@@ -141,7 +141,7 @@ def write_files(folder: epath.Path, sample: Sample, name: str) -> None:
     _write_png(path.with_suffix(".png"), pixels)
   if modality == "text":
     path.with_suffix(".txt").write_bytes(sample.value.encode())
-  elif modality == "music":
+  elif modality in ("music", "rolls"):
     path.with_suffix(".mid").write_bytes(music.to_midi(sample.value))
     _synthesise(str(path))
   elif modality != "image":
