@@ -135,7 +135,7 @@ class _Run:
       batch = to_global(next(data), data.rows, train.batch_size, shardings)
       data_seconds = time.monotonic() - begin
       waited = pending is None or all(value.is_ready() for value in pending[1].values())
-      state, step_metrics = self.train_step(state, batch, jax.random.fold_in(dropout_key, step))
+      state, step_metrics = self.train_step(state, batch, dropout_key)
       if train.profile_at and step == train.profile_at + _PROFILED_STEPS - 1:
         jax.block_until_ready(step_metrics)
         profile.close()

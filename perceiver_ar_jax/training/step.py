@@ -22,7 +22,9 @@ Batch = dict[str, jax.Array]
 def make_train_step(
   config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the update for `config`; jit it with the state donated.
+  """Returns the update (state, batch, key) for `config`; jit it with the state donated.
+
+  The key is that of the run: each step derives its own from it.
 
   Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`,
   the global norm of the gradients that the optimizer receives, before clipping, and `learning_rate`. With
@@ -55,6 +57,7 @@ def make_train_step(
     return sums["loss"] + sums["z_loss"], sums
 
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
+    key = jax.random.fold_in(key, state.step + 1)
     grad_fn = jax.grad(sum_of_losses, has_aux=True)
     if config.train.microbatches == 1:
       gradients, sums = grad_fn(state.params, batch, key)
