@@ -151,7 +151,7 @@ def test_without_a_choice_outputs_are_spread_evenly():
 def test_mistakes_are_explained(restored, tmp_path):
   with pytest.raises(InputError, match="contains 33, and the document has 32 outputs"):
     attention_pictures.write(tiny.config(attention_map__outputs=(33,)), tmp_path)
-  with pytest.raises(InputError, match="task copy has no files, so 'a.txt' cannot be read"):
+  with pytest.raises(InputError, match="task copy has no files: .* not .*a.txt"):
     attention_pictures.write(tiny.config(attention_map__prompt="a.txt"), tmp_path)
   (tmp_path / "attention").write_text("")
   with pytest.raises(InputError, match="cannot be written"):

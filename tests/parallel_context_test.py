@@ -71,7 +71,7 @@ def measured(eight_devices):
     "one": eight_devices(measure, "chunked", 1),
     "context": eight_devices(measure, "chunked", 8, mesh__data=1, mesh__context=8),
     "all": eight_devices(measure, "streamed", 8, **every_axis),
-    "convolved, one": eight_devices(measure, "reference", 1, model__conv_taps=2),
+    "convolved, one": eight_devices(measure, "chunked", 1, model__conv_taps=2),
     "convolved": eight_devices(measure, "streamed", 8, model__conv_taps=2, **every_axis),
   }
 

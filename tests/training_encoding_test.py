@@ -117,7 +117,7 @@ def test_weights_load_without_the_model_and_text_does_not(tmp_path, models):
   path.unlink()
   texts.tokenizer.cache_clear()
   workdir_lib.check_model(saved, run)
-  with pytest.raises(InputError, match=r"gone.model cannot be read: No such file.*--config.data.sentencepiece=FILE"):
+  with pytest.raises(InputError, match=r"gone.model cannot be read: No such file.*Set it to where the file is now"):
     next(splits.eval_batches(saved, splits.eval_documents(saved)))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import pathlib
 
 import numpy as np
@@ -50,9 +49,6 @@ _TONES = np.stack(
 )
 """uint8[curves, 256]: brighter and darker versions for training, because few photographs have few tones."""
 
-_CHANNEL_ORDERS = np.array(list(itertools.permutations(range(3))))
-"""Orders of red, green and blue for training, because few photographs have few colors."""
-
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 _SALTS = {"train": 1, "validation": 3}
 
@@ -71,9 +67,7 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
   # A larger level has more different crops, so it is drawn more often: in proportion to its shorter side.
   shares = weights * sides.min(axis=1)
   shares = np.cumsum(shares / shares.sum()).astype(np.float32)
-  draws = tf.random.stateless_uniform(
-    (5 if split == "validation" else 6,), seed=tf.stack([_SALTS[split], number]), alg="philox"
-  )
+  draws = tf.random.stateless_uniform((5,), seed=tf.stack([_SALTS[split], number]), alg="philox")
   level = tf.minimum(tf.searchsorted(shares, draws[:1], side="right")[0], len(sides) - 1)
   room = tf.cast(tf.gather(tf.constant(sides), level) - size + 1, tf.float32)
   corner = tf.cast(draws[1:3] * room, tf.int32)
@@ -82,8 +76,7 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
     return picture
   picture = tf.where(draws[3] < 0.5, picture[:, ::-1], picture)
   tones = tf.constant(_TONES)[tf.cast(draws[4] * len(_TONES), tf.int32)]
-  channels = tf.constant(_CHANNEL_ORDERS)[tf.cast(draws[5] * len(_CHANNEL_ORDERS), tf.int32)]
-  return tf.gather(tf.gather(tones, tf.cast(picture, tf.int32)), channels, axis=-1)
+  return tf.gather(tones, tf.cast(picture, tf.int32))
 
 
 @functools.lru_cache
