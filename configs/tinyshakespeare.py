@@ -1,7 +1,7 @@
 """tinyshakespeare as bytes: the 1,115,394 characters of nanoGPT's character-level benchmark, split 90 / 10.
 
-Reproduces no published model; published for comparison (nanoGPT): 1.88 nats per character after 2,000 iterations of 12 x 64
-targets on a CPU, 1.4697 with its GPU configuration. Give your copy: --config.data.files=input.txt
+Reproduces no published model. For comparison, nanoGPT: 1.88 nats per character after 2,000 iterations of 12 x 64 on
+a CPU, 1.4697 with its GPU configuration. Give your copy: --config.data.files=input.txt
 Cost: 1.4M parameters, minutes on a laptop.
 """
 

@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
 )
 ROTARY = dataclasses.replace(CONFIG, position_encoding="rotary", position_sizes=())
 CONVOLVED = dataclasses.replace(
-  CONFIG, position_encoding="learned+rotary", rotary_axes=((0.75, 4, 64),), conv_taps=2, qk_norm=True
+  CONFIG, position_encoding="learned+rotary", rotary_axes=((0.75, 4, 64),), conv_taps=2, qk_norm=True, value_features=6
 )
 
 
@@ -79,7 +79,7 @@ def test_padding_on_the_left_changes_nothing(config):
 
 @pytest.mark.parametrize("encoding", ["rotary", "learned+rotary"])  # with rotary, ids are projected once
 @pytest.mark.parametrize("kernel", ["chunked", "streamed"])
-@pytest.mark.parametrize("chunk", [1, 3, 5])
+@pytest.mark.parametrize("chunk", [1, 5])
 def test_convolved_keys_are_the_same_in_every_kernel_and_chunk(encoding, kernel, chunk):
   sizes = CONFIG.position_sizes if "learned" in encoding else ()
   config = dataclasses.replace(CONVOLVED, position_encoding=encoding, position_sizes=sizes, vocab_size=11)
@@ -107,6 +107,22 @@ def test_convolved_keys_are_those_of_the_definition():
     x = np.where(valid[..., None, None], x, 0)
     expected = x[:, 2:] + weights[name][0] * x[:, 1:-1] + weights[name][1] * x[:, :-2]
     np.testing.assert_allclose(ours_of_x, expected, atol=1e-5)
+
+
+def test_logits_of_values_change_smoothly_with_the_value():
+  features = np.asarray(positions_lib.value_features(259, 32))
+  assert features.shape == (259, 32) and not features[:3].any()
+  similar = features[3:] @ features[3:].T / 32
+  np.testing.assert_allclose(np.diagonal(similar), 1, atol=1e-5)
+  assert similar[100, 101] > 0.8 > 0.5 > similar[100, 110] > similar[100, 200]
+  config = dataclasses.replace(CONFIG, value_features=8)
+  params, tokens = _params(config), _tokens()
+  before = _logits(config, params, tokens)
+  kernel = jax.random.normal(jax.random.key(5), params["value_logits"]["project"]["kernel"].shape)
+  params["value_logits"] = {"project": params["value_logits"]["project"] | {"kernel": kernel}}
+  change = _logits(config, params, tokens) - before
+  assert not change[..., :3].any(), "PAD, EOS and SOS are not values"
+  assert np.linalg.matrix_rank(change.reshape(-1, 20)) == 8
 
 
 def test_rotary_axes_depend_on_differences_in_every_dimension_only():

@@ -90,7 +90,7 @@ def test_cached_logits_equal_a_full_pass_over_the_latents_in_the_cache(encoding)
   # a full pass over as many latents, also after refills and with a second cross-attention between layers.
   sizes = {} if encoding == "rotary" else {"position_sizes": (60,)}
   if encoding == "learned+rotary":
-    sizes |= {"conv_taps": 2, "qk_norm": True}
+    sizes |= {"conv_taps": 2, "qk_norm": True, "value_features": 4}
   config, params = model(position_encoding=encoding, cross_attend_after=(0,), **sizes)
   kept = 5
   tokens, logits = blocks(config, params, PROMPTS[:1], [kept] * 6)

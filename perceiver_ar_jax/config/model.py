@@ -59,6 +59,9 @@ class ModelConfig:
   """RMS normalisation of each head's queries and keys, with a learned scale, before they are rotated."""
   zero_init: bool = False
   """Attention and MLP blocks start with output projections of zero, so each block is the identity at first."""
+  value_features: int = 0
+  """For ids that are values of a scalar, such as pixels: number of Fourier features of the value that the embedding and
+  the logits use besides a table of ids, so that what is learned about one value applies to its neighbors."""
   cross_attend_after: tuple[int, ...] = ()
   """Layers after which a further cross-attention to the inputs follows, each with its own weights."""
   dropout: float = 0.0
@@ -85,7 +88,7 @@ class ModelConfig:
     counts = ("max_context", "num_latents", "latent_width", "num_cross_heads", "num_self_heads", "mlp_widening")
     optional_counts = ("embed_width", "cross_attend_width", "rotary_max_wavelength", "logits_chunk")
     require_at_least(1, "model", self, *counts, "attention_chunk", *optional_counts)
-    require_at_least(0, "model", self, "num_layers", "conv_taps")
+    require_at_least(0, "model", self, "num_layers", "conv_taps", "value_features")
     require(self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS.")
     require(
       self.num_latents <= self.max_context,
@@ -112,6 +115,10 @@ class ModelConfig:
       and sum(axis[0] for axis in self.rotary_axes) <= 1,
       f"model.rotary_axes={self.rotary_axes} must have (fraction of a head, shortest, longest wavelength) for each"
       " position dimension, with 0 < shortest <= longest and fractions that sum to at most 1.",
+    )
+    require(
+      self.value_features % 2 == 0,
+      f"model.value_features={self.value_features} must be even: a sine and a cosine of each frequency.",
     )
     require(
       not (self.conv_taps and self.cross_attend_dropout),

@@ -60,6 +60,20 @@ def logits_dense(config: ModelConfig) -> nn.Dense:
   )
 
 
+class ValueLogits(nn.Module):
+  """Logits of each id from the Fourier features of its value: a projection of the latents, initially zero."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, latents_BxMxD):
+    """Returns float32 logits_BxMxV."""
+    features = self.config.value_features
+    project = dense(self.config, features, "project", ("width", None), init=nn.initializers.zeros_init())
+    features_VxF = positions.value_features(self.config.vocab_size, features)
+    return project(latents_BxMxD).astype(jnp.float32) @ features_VxF.T
+
+
 def layer_norm(name: str | None) -> nn.LayerNorm:
   """LayerNorm with scale and offset over the last axis, in float32; the Dense after it casts."""
   return nn.LayerNorm(
@@ -108,6 +122,9 @@ class Embed(nn.Module):
     config, encoding = self.config, positions.encoding_of(self.config)
     width, dtype = config.input_width, jnp.dtype(config.dtype)
     table_VxE = self.param("tokens", _table_init, (config.vocab_size, width), jnp.float32)
+    if config.value_features:
+      to_width = dense(config, width, "values", (None, "width"), use_bias=False)
+      table_VxE += to_width(positions.value_features(config.vocab_size, config.value_features)).astype(jnp.float32)
     x_BxLxE = table_VxE[tokens_BxL].astype(dtype)  # cast last: the gradients of a row are accumulated in float32
     if not encoding.is_added:
       return x_BxLxE

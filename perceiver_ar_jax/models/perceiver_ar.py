@@ -42,6 +42,7 @@ class PerceiverAR(nn.Module):
     self.layers = [_scan_layers(config, depth) if depth else None for depth in depths]
     self.final_norm = layers.layer_norm(None)
     self.to_logits = layers.logits_dense(config)
+    self.value_logits = layers.ValueLogits(config) if config.value_features else None
 
   def __call__(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
     """Returns float32 logits_BxMxV for the token after each of the last M slots.
@@ -120,7 +121,8 @@ class PerceiverAR(nn.Module):
 
   def logits(self, latents_BxMxD):
     """float32 logits_BxMxV of normalised latents."""
-    return self.to_logits(latents_BxMxD).astype(jnp.float32)
+    logits_BxMxV = self.to_logits(latents_BxMxD).astype(jnp.float32)
+    return logits_BxMxV + self.value_logits(latents_BxMxD) if self.value_logits else logits_BxMxV
 
 
 def check(config: ModelConfig) -> None:

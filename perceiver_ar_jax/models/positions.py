@@ -39,6 +39,18 @@ def fourier(positions_BxL, *, size: int, width: int):
   return jnp.concatenate(_sin_cos(positions_BxL, size, bands * 2 / max(size - 1, 1), phases=-bands), axis=-1)
 
 
+def value_features(vocab_size: int, features: int):
+  """float32[V, features]: sines and cosines of each id's value; 0 for PAD, EOS and SOS, which have none.
+
+  The longest wave has half a period over all values, the shortest a period of four values.
+  """
+  values_V = np.arange(vocab_size) - 3  # after PAD, EOS and SOS
+  frequencies = np.geomspace(np.pi / vocab_size, np.pi / 2, features // 2)
+  angles_VxN = values_V[:, None] * frequencies
+  waves_VxF = np.concatenate([np.sin(angles_VxN), np.cos(angles_VxN)], axis=1) * np.sqrt(2)
+  return jnp.asarray(np.where(values_V[:, None] >= 0, waves_VxF, 0), jnp.float32)
+
+
 def _sin_cos(positions_BxL, size: int, frequencies: np.ndarray, phases: np.ndarray | float = 0.0):
   """float32 sine and cosine [B, L, bands] of phase + frequency * position, exact to rounding for any `size`.
 

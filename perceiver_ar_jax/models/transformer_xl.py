@@ -41,7 +41,8 @@ def check(config: ModelConfig) -> None:
     raise InputError(f"model.memory={config.memory} must not be negative.")
   if config.num_layers < 1:
     raise InputError(f"model.num_layers={config.num_layers} must be at least 1 for transformer_xl.")
-  for name in ("cross_attend_after", "latent_dropout", "cross_attend_dropout"):
+  perceiver_only = ("cross_attend_after", "latent_dropout", "cross_attend_dropout", "conv_taps", "qk_norm")
+  for name in (*perceiver_only, "value_features", "rotary_axes"):
     if getattr(config, name):
       default = getattr(type(config), name)
       raise InputError(f"model.{name}={getattr(config, name)} is not supported by transformer_xl: set it to {default}.")
