@@ -10,7 +10,7 @@ from configs import photos32
 
 def get_config():
   config = photos32.get_config()
-  config.model.max_context = 12_288
+  config.model.update(max_context=12_288, position_sizes=(66, 66, 5))
   config.data.task = "photos64"
   config.train.update(steps=2000, batch_size=4)
   config.eval.update(batch_size=4, every=500)

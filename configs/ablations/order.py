@@ -9,8 +9,8 @@ latents, the paper's learned tables of row, column and channel. At full scale: c
 configs/imagenet64_rgb_planes.py with and without --config.model.max_context=1024.
 
 Result: this scale does not reproduce the paper's direction: planes are better with either context, and the full context
-helps them little. Rotary distances, as in configs/photos32.py, learn much faster and keep this direction: raster 5.090
-with the full context and 5.251 with 512, planes 4.503 and 4.520 bits/dim (same steps, one seed, with the flags
+helps them little. Rotary distances in one dimension learn much faster and keep this direction: raster 5.090 with the
+full context and 5.251 with 512, planes 4.503 and 4.520 bits/dim (same steps, one seed, with the flags
 --config.model.position_encoding=rotary --config.model.position_sizes="()" --config.model.rotary_max_wavelength=3072
 --config.model.positions_from_data=False). But they cannot be scored with more latents than in training.
 """
@@ -33,8 +33,10 @@ def get_config(variant="raster-full"):
     num_latents=256,
     position_encoding="learned",
     position_sizes=(34, 34, 5),
-    positions_from_data=True,
+    rotary_axes=(),
+    value_features=0,
   )
+  config.train.optimizer.name = "adam"
   config.data.update(task="photos32" if order == "raster" else "photos32_rgb_planes", min_crop=257)
   config.train.update(steps=800, checkpoint_every=400)
   config.eval.update(stride=256, every=200, max_sequences=32, num_samples=0)
