@@ -1,4 +1,4 @@
-"""ImageNet at 64x64 with the recipe of configs/photos32.py instead of the paper's: the same size, Muon and axial rotary.
+"""ImageNet at 64x64 with the recipe of configs/photos32.py instead of the paper's; the size is the paper's.
 
 Reproduces no published result; the paper's experiment is configs/imagenet64.py, with 3.40 bits/dim.
 Cost: 770M parameters; days on a pod of accelerators.
