@@ -233,13 +233,13 @@ def _rolls(path: str) -> Mapping[str, list[np.ndarray]]:
 
 def _piano_rolls(data: DataConfig, max_events: int) -> Task:
   def records(split):
-    files = own_files(data, rolls.SUFFIXES)
-    found = [
-      {"path": path, "piece": index, "split": split} for path in files for index in range(len(_rolls(path)[split]))
+    paths = own_files(data, rolls.SUFFIXES)
+    pieces = [
+      {"path": path, "piece": piece, "split": split} for path in paths for piece in range(len(_rolls(path)[split]))
     ]
-    if not found:
+    if not pieces:
       raise InputError(f"data.files={data.files} contains no piano rolls of the split {split!r}.")
-    return found
+    return pieces
 
   def document(record):
     return rolls.document(_rolls(os.fsdecode(record["path"]))[os.fsdecode(record["split"])][int(record["piece"])])
