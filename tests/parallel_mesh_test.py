@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import InputError, MeshConfig
 from perceiver_ar_jax.parallel import distributed
+from perceiver_ar_jax.parallel import mesh as mesh_lib
 from perceiver_ar_jax.parallel.mesh import AXES, make_mesh, rows_of_processes
+from tests import tiny
 
 
 class _Device(types.SimpleNamespace):
@@ -90,3 +92,49 @@ def test_only_a_slurm_step_of_several_tasks_joins_others(environment, expected, 
   monkeypatch.setattr(distributed, "_on_tpu", lambda: False)
   distributed.initialize()
   assert bool(joined) == expected
+
+
+@pytest.mark.parametrize(
+  ("cores", "rows", "settings", "devices"),
+  [
+    (2, [8, 8], {}, 2),
+    (6, [8, 256], {}, 4),  # the largest number of cores that divides both batches
+    (64, [64, 64], {}, 8),
+    (4, [3], {}, 3),
+    (4, [8], {"mesh__fsdp": 2}, 1),  # the mesh states what the user wants
+    (4, [8], {"mesh__cpu_devices": 2}, 2),
+    (8, [8], {"model__latent_width": 2048, "model__num_layers": 8}, 1),  # copies of the weights would take gigabytes
+  ],
+)
+def test_batches_are_split_over_the_cores_of_a_cpu(monkeypatch, cores, rows, settings, devices):
+  updates = {}
+  monkeypatch.setattr(mesh_lib.os, "sched_getaffinity", lambda process: range(cores))
+  monkeypatch.setattr(mesh_lib.jax.config, "update", updates.__setitem__)
+  monkeypatch.delenv("XLA_FLAGS")
+  mesh_lib.use_cpu_cores(tiny.config(**settings), rows)
+  assert updates == {"jax_num_cpu_devices": devices}
+
+
+@pytest.mark.parametrize(
+  ("name", "value"), [("XLA_FLAGS", "--xla_force_host_platform_device_count=3"), ("JAX_NUM_CPU_DEVICES", "3")]
+)
+def test_settings_of_jax_take_precedence(monkeypatch, name, value):
+  monkeypatch.setattr(mesh_lib.jax.config, "update", lambda *arguments: pytest.fail("changed"))
+  monkeypatch.setenv(name, value)
+  mesh_lib.use_cpu_cores(tiny.config(), [8])
+
+
+@pytest.mark.slow
+def test_training_uses_two_devices_and_gives_the_same_losses(tmp_path):
+  losses = {}
+  for devices in (1, 2):
+    arguments = ["--config=configs/copy.py", f"--workdir={tmp_path}/{devices}", "--config.train.steps=3"]
+    arguments += [
+      "--config.train.optimizer.warmup_steps=1",
+      "--config.train.log_every=1",
+      "--config.eval.num_samples=0",
+    ]
+    result = tiny.python("-m", "perceiver_ar_jax.main", *arguments, f"--config.mesh.cpu_devices={devices}")
+    assert result.returncode == 0, result.stderr
+    losses[devices] = list(tiny.losses(tmp_path / str(devices)).values())
+  np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)
