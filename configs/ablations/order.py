@@ -36,7 +36,7 @@ def get_config(variant="raster-full"):
     rotary_axes=(),
     value_features=0,
   )
-  config.train.optimizer.name = "adam"
+  config.train.optimizer.update(name="adam", learning_rate=4e-3)
   config.data.update(task="photos32" if order == "raster" else "photos32_rgb_planes", min_crop=257)
   config.train.update(steps=800, checkpoint_every=400)
   config.eval.update(stride=256, every=200, max_sequences=32, num_samples=0)
