@@ -27,6 +27,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11.3",
     "psutil>=5.9",
+    "safetensors>=0.5,<1",
     # Two packages for the photographs in them (data/photos.py), which train without a download.
     "scikit-image>=0.24,<0.27",
     "scikit-learn>=1.5,<2",
@@ -44,6 +45,8 @@ setuptools.setup(
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
     "plan": ["libtpu>=0.0.42,<0.1"],
+    # For interop/torch, whose tests are skipped without it.
+    "torch": ["torch>=2.4,<3"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
       "import-linter>=2,<3",

@@ -33,7 +33,7 @@ def main(config: Config) -> int:
   # Each mode imports its own modules, so that a mistake is reported before JAX and TensorFlow are imported.
   mode, workdir = _MODE.value, command_line.WORKDIR.value
   if mode in ("eval", "sample", "score", "attention", "report"):
-    config_from_run.load_config(workdir)  # raises InputError if the workdir contains no run
+    config_from_run.load_config(workdir, config)  # raises InputError if the workdir contains no run
   if mode == "data":
     from perceiver_ar_jax.data import inspect
 

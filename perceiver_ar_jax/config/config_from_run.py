@@ -1,15 +1,23 @@
-"""The config of an existing run, from the config.json in its workdir.
+"""The config of an existing run or of exported weights, from the config.json in the folder.
+
+Exported weights (interop/export.py) may have only the model's settings, {"model": {...}}.
 
 This is also the config file of commands that are given --workdir and no --config (command_line.py).
 """
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from typing import Any
 
-from perceiver_ar_jax.config import Config, InputError, defaults, reading
+from perceiver_ar_jax.config import Config, InputError, ModelConfig, defaults, model_from_json, reading
+
+WEIGHTS, SENTENCEPIECE = "model.safetensors", "sentencepiece.model"
+"""Names of files of exported weights."""
+_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""Raised for a config.json that is damaged or not one of this project."""
 
 
 def get_config(workdir: str):
@@ -24,17 +32,56 @@ def exists(workdir: str | os.PathLike) -> bool:
   return _path(workdir).exists()
 
 
-def load_config(workdir: str | os.PathLike) -> Config:
-  """Returns the config that a run wrote; raises InputError where it is missing or invalid."""
+def load_config(workdir: str | os.PathLike, others: Config | None = None) -> Config:
+  """Returns the config that a run wrote.
+
+  Args:
+    workdir: of the run, or a folder of exported weights.
+    others: where exported weights have only the model's settings, all other settings are taken from here.
+
+  Raises:
+    InputError: config.json is missing or invalid, or has only the model's settings and `others` is None.
+  """
+  path, text = _read(workdir)
+  try:
+    has_all = json.loads(text).keys() != {"model"}
+    model = None if has_all else model_from_json(text)
+    config = Config.from_json(text) if has_all else others
+  except _UNREADABLE as error:
+    raise _invalid(path, error) from error
+  if config is None:
+    raise InputError(f"{path} has only the model's settings: give the --config whose data the model is for.")
+  if model:
+    return dataclasses.replace(config, model=model)
+  if config.data.sentencepiece == SENTENCEPIECE and (path.parent / WEIGHTS).exists():  # relative to the exported folder
+    data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
+    config = dataclasses.replace(config, data=data)
+  return config
+
+
+def load_model_config(workdir: str | os.PathLike) -> ModelConfig:
+  """Returns the model's settings of a run or of exported weights; InputError where they are missing or invalid."""
+  path, text = _read(workdir)
+  try:
+    return model_from_json(text)
+  except _UNREADABLE as error:
+    raise _invalid(path, error) from error
+
+
+def _read(workdir: str | os.PathLike):
+  """Returns the path and text of config.json."""
   path = _path(workdir)
   if not path.exists():
     raise InputError(f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
-  with reading(path, "give this user access"):
-    text = path.read_text()
   try:
-    return Config.from_json(text)
-  except (ValueError, TypeError, AttributeError) as error:
-    raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
+    with reading(path, "give this user access"):
+      return path, path.read_text()
+  except UnicodeDecodeError as error:
+    raise _invalid(path, error) from error
+
+
+def _invalid(path, error: Exception) -> InputError:
+  return InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.")
 
 
 def keep_split_rule(config: Config, workdir: str | os.PathLike) -> Config:

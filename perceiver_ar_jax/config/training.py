@@ -1,6 +1,7 @@
 """Settings of the training run and of the devices."""
 
 import dataclasses
+import os
 
 from perceiver_ar_jax.config.checks import require, require_at_least, require_choice
 
@@ -53,6 +54,9 @@ class TrainConfig:
 
   steps: int
   """Optimizer updates."""
+  init_from: str | None = None
+  """Fine-tuning: the folder of exported weights (interop/export.py) that a new run starts from, with a new optimizer.
+  The data may differ, the model may not. A run that has checkpoints resumes from them and ignores this setting."""
   batch_size: int
   """Sequences per update over all devices and microbatches."""
   microbatches: int = 1
@@ -80,6 +84,8 @@ class TrainConfig:
 
   def __post_init__(self):
     counts = ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints")
+    if self.init_from is not None:
+      object.__setattr__(self, "init_from", os.path.expanduser(self.init_from))
     require_at_least(1, "train", self, *counts, "max_skipped")
     require_at_least(0, "train", self, "z_loss")
     require(

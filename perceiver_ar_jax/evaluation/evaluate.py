@@ -28,7 +28,7 @@ from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
-from perceiver_ar_jax.training import checkpoint, loss
+from perceiver_ar_jax.training import checkpoint, loss, pretrained
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
@@ -204,8 +204,15 @@ def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], co
     yield task, document
 
 
-def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
+def restore(config: Config, workdir: epath.PathLike, step: int | None = None) -> tuple[Mesh, int, dict]:
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, which is only read.
+
+  Without checkpoints, the workdir may be a folder of exported weights (interop/export.py).
+
+  Args:
+    config: with the model of the checkpoint.
+    workdir: of a run, or the folder.
+    step: of another checkpoint than the newest.
 
   Raises:
     InputError: the workdir has no readable checkpoint, or one of another model; or the devices do not fit the config.
@@ -214,8 +221,11 @@ def restore(config: Config, workdir: epath.PathLike) -> tuple[Mesh, int, dict]:
   workdir_lib.check_model(config, workdir)
   mesh = make_mesh(config.mesh)
   architectures.check(config.model, mesh)
+  abstract_params = state_lib.abstract_params(config, mesh)
+  if pretrained.exists(workdir) and not workdir_lib.has_checkpoints(workdir):
+    return mesh, *pretrained.restore(config.model, workdir, abstract_params)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
-    restored = checkpointer.restore_params(state_lib.abstract_params(config, mesh))
+    restored = checkpointer.restore_params(abstract_params, step)
   if restored is None:
     raise InputError(f"--workdir={workdir} contains no checkpoint: train first, with the same --workdir.")
   return mesh, *restored

@@ -170,14 +170,17 @@ class Checkpointer(contextlib.AbstractContextManager):
     restored = self._restore_newest(trees, data, skip_damaged=True)
     return restored and TrainState(params=restored[1]["params"], **restored[1]["optimizer"])
 
-  def restore_params(self, abstract_params: dict) -> tuple[int, dict] | None:
-    """Returns (step, weights) of the newest checkpoint, or None where no checkpoint exists.
+  def restore_params(self, abstract_params: dict, step: int | None = None) -> tuple[int, dict] | None:
+    """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
 
     Raises:
-      InputError: it is damaged (an older one is never used instead), or may not be read.
+      InputError: it is damaged (an older one is never used instead), may not be read, or is not one of those kept.
       TransientError: it could not be read, and may be later.
     """
-    restored = self._restore_newest({"params": abstract_params}, None, skip_damaged=False)
+    known = sorted(self._manager.all_steps()) if self._directory.exists() else []
+    if known and step is not None and step not in known:
+      raise InputError(f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, known))}.")
+    restored = self._restore_newest({"params": abstract_params}, None, skip_damaged=False, only=step)
     return restored and (restored[0], restored[1]["params"])
 
   @contextlib.contextmanager
@@ -194,10 +197,11 @@ class Checkpointer(contextlib.AbstractContextManager):
         raise InputError(f"{message} Give this user write access, and start the same command again.") from error
       raise
 
-  def _restore_newest(self, trees: dict[str, Any], data: Saveable | None, skip_damaged: bool):
-    """Returns (step, {name: tree}) of the newest good checkpoint, or None where no checkpoint exists."""
+  def _restore_newest(self, trees: dict[str, Any], data: Saveable | None, skip_damaged: bool, only: int | None = None):
+    """Returns (step, {name: tree}) of the newest good checkpoint (or step `only`); None where no checkpoint exists."""
     damaged = []
-    for step in sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else ():
+    steps = sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []
+    for step in [step for step in steps if only in (None, step)]:
       try:
         values = self._restore_step(step, trees, data)
       except _Damaged as error:  # on all processes

@@ -9,14 +9,14 @@ import jax
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, writing
-from perceiver_ar_jax.config.config_from_run import flatten, load_config
+from perceiver_ar_jax.config.config_from_run import WEIGHTS, flatten, load_config
 from perceiver_ar_jax.training.owner import Owner, write_atomically
 
 _RESUMABLE = tuple(
   "attention_map. compilation_cache eval. mesh. plan. sample. model.attention model.logits_chunk model.remat"
   " train.checkpoint_every train.keep_checkpoints train.log_every train.max_skipped train.microbatches"
   " train.on_nonfinite train.optimizer.clip_norm train.optimizer.end_learning_rate train.optimizer.learning_rate"
-  " train.profile_at train.steps"
+  " train.init_from train.profile_at train.steps"
   # Paths of the data, which the pipeline compares with the data before, and of the SentencePiece model, whose
   # fingerprint is compared instead.
   " data.cache_dir data.data_dir data.files data.sentencepiece data.validation_files".split()
@@ -28,6 +28,8 @@ _SAME_WEIGHTS = tuple(
   " model.num_latents model.remat model.segment".split()
 )
 """Beginnings of the settings under other values of which trained weights keep their meaning."""
+_SAME_INITIAL_WEIGHTS = (*_SAME_WEIGHTS, "model.max_context", "model.zero_init")
+"""Likewise for weights that training starts from; the longest wavelength, which depends on max_context, is compared."""
 _DATA = tuple(f"data.{name}" for name in "task files split_by split_rule validation_files validation_fraction".split())
 """Settings that choose the data."""
 _FINGERPRINT = "data.sentencepiece_fingerprint"
@@ -50,9 +52,14 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
     probe.touch()
     probe.unlink()
   with contextlib.nullcontext() if jax.process_index() else Owner(workdir) as owner:
-    path, checkpoints, saved = workdir / "config.json", workdir / "checkpoints", None
-    if path.exists() and checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
+    path, saved = workdir / "config.json", None
+    if path.exists() and has_checkpoints(workdir):
       saved = load_config(workdir)
+    elif (workdir / WEIGHTS).exists():
+      raise InputError(
+        f"--workdir={workdir} contains exported weights, which training would not resume: give a new --workdir, and"
+        f" --config.train.init_from={workdir} to start from these weights."
+      )
     config = _with_fingerprint(config, saved)
     if saved and (changed := _differences(flatten(config), flatten(saved), ignored=_RESUMABLE)):
       raise InputError(
@@ -70,7 +77,7 @@ def check_model(config: Config, workdir: epath.Path) -> None:
 
   Prints a line if the data differ from the training data.
   """
-  saved = load_config(workdir)
+  saved = load_config(workdir, config)
   config = _with_fingerprint(config, saved)
   new, old = flatten(config), flatten(saved)
   if jax.process_index() == 0 and (data := [name for name in _DATA if new[name] != old[name]]):
@@ -93,6 +100,35 @@ def check_model(config: Config, workdir: epath.Path) -> None:
       f"--workdir={workdir} was trained on token ids or positions with another meaning: {changed}. Use the data"
       " settings that it was trained with."
     )
+
+
+def has_checkpoints(workdir: epath.Path) -> bool:
+  """Returns whether the workdir contains a checkpoint to resume from."""
+  checkpoints = workdir / "checkpoints"
+  return checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir())
+
+
+def check_initial_weights(config: Config, folder: epath.PathLike) -> None:
+  """Raises InputError unless the exported weights of `folder` have the same meaning in the model of `config`.
+
+  The data may differ, and the vocabulary, if it is a SentencePiece model, may not.
+  """
+  saved = load_config(folder, config)
+  new, old = (_with_wavelength(each) for each in (_with_fingerprint(config, saved), saved))
+  if changed := _differences(flatten(new), flatten(old), ignored=_SAME_INITIAL_WEIGHTS):
+    raise InputError(
+      f"--config.train.init_from={folder} contains weights of another model: {changed}. Use the settings of its"
+      " config.json."
+    )
+
+
+def _with_wavelength(config: Config) -> Config:
+  """Returns `config` with the longest wavelength of rotary positions that it implies."""
+  model = config.model
+  if "rotary" not in model.position_encoding.split("+") or model.rotary_axes:
+    return config
+  wavelength = model.rotary_max_wavelength or model.max_context
+  return dataclasses.replace(config, model=dataclasses.replace(model, rotary_max_wavelength=wavelength))
 
 
 def _with_fingerprint(config: Config, saved: Config | None) -> Config:

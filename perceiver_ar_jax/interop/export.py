@@ -1,0 +1,238 @@
+"""Exports trained weights to a folder that other programs read.
+
+  python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N]
+
+The folder contains
+- model.safetensors: the parameters under flat names such as layers.0.mlp.up.kernel, each layer separate, kernels
+  [in, out]; its metadata have the step;
+- config.json: {"model": {...}, ...}, all settings of the run, or the model's alone (`export_params`);
+- sentencepiece.model, if the run has one;
+- README.md: a model card.
+
+It appears as a whole or not at all; on an object store, model.safetensors is written last. training/pretrained.py reads
+the folder. interop/torch/perceiver_ar_torch.py computes the model in PyTorch.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import flags
+from etils import epath
+from flax import linen as nn
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from perceiver_ar_jax.config import Config, InputError, MeshConfig, ModelConfig, checks, config_from_run, writing
+from perceiver_ar_jax.data import units
+from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.training import pretrained
+from perceiver_ar_jax.training.owner import is_object_store
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_FREE = "give a folder that you may write to, with enough space"
+
+
+def export_params(
+  config: ModelConfig, params: Any, folder: epath.PathLike, *, dtype: str = "float32", step: int = 0
+) -> None:
+  """Writes a model to `folder`, whose config.json has the model's settings alone.
+
+  Args:
+    config: of the model.
+    params: its parameters, as `PerceiverAR(config).init` or `load_checkpoint` returns them; boxed or not.
+    folder: new or empty; its parents are created.
+    dtype: of the values in the file, float32 or bfloat16.
+    step: of training, for the record.
+
+  Raises:
+    InputError: `params` are not those of `config`, or `folder` is not empty or cannot be written.
+    TransientError: it cannot be written now, such as on a full disk.
+  """
+  text = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
+  _write(epath.Path(folder), config, params, dtype, step, {"config.json": text.encode()})
+
+
+def export_run(
+  config: Config, params: Any, folder: epath.PathLike, *, dtype: str, step: int, results: Sequence[dict] = ()
+) -> None:
+  """Writes a model with all settings of its run and its SentencePiece model; as `export_params`.
+
+  config.json has the mesh and attention kernel of no particular machine. `results` are evaluations, for the model card.
+  """
+  files: dict[str, bytes] = {}
+  data = config.data
+  if data.sentencepiece:
+    from perceiver_ar_jax.data.files import Unreadable, read_bytes  # imports TensorFlow
+
+    try:
+      files[config_from_run.SENTENCEPIECE] = read_bytes(data.sentencepiece)
+    except Unreadable as error:
+      raise InputError(f"{error}. Set --config.data.sentencepiece to where the file is now.") from error
+    data = dataclasses.replace(data, sentencepiece=config_from_run.SENTENCEPIECE)
+  model = dataclasses.replace(config.model, attention=ModelConfig.attention)
+  text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
+  _write(epath.Path(folder), config.model, params, dtype, step, files | {"config.json": text.encode()}, config, results)
+
+
+def check_output(folder: epath.Path) -> None:
+  """Raises InputError unless `folder` does not exist or is empty."""
+  with writing(folder, _FREE):
+    if folder.exists() and (not folder.is_dir() or any(True for _ in folder.iterdir())):
+      raise InputError(f"{folder} already exists and is not empty: give a new folder.")
+
+
+def _write(
+  folder: epath.Path,
+  model: ModelConfig,
+  params: Any,
+  dtype: str,
+  step: int,
+  files: dict[str, bytes],
+  config: Config | None = None,
+  results: Sequence[dict] = (),
+) -> None:
+  check_output(folder)
+  checks.require_choice("dtype", dtype, _DTYPES)
+  arrays = _arrays(model, params, _DTYPES[dtype])
+  card = _card(folder.name, model, config, results, sum(x.size for x in arrays.values()), dtype, step)
+  metadata = {"format": "perceiver_ar_jax", "step": str(step)}
+  with writing(folder, _FREE), _new_folder(folder) as local:
+    for name, content in (files | {"README.md": card.encode()}).items():
+      (local / name).write_bytes(content)
+    save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), metadata)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: epath.Path) -> Iterator[epath.Path]:
+  """Yields a temporary local folder, which becomes `folder` unless an error is raised."""
+  remote = is_object_store(folder)
+  if not remote:
+    folder = epath.Path(os.path.abspath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+  parent = None if remote else os.fspath(folder.parent)
+  local = epath.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+  try:
+    yield local
+    if remote:
+      folder.mkdir(parents=True, exist_ok=True)
+      for path in sorted(local.iterdir(), key=lambda path: path.name == config_from_run.WEIGHTS):
+        with path.open("rb") as source, (folder / path.name).open("wb") as target:
+          shutil.copyfileobj(source, target)
+    else:
+      mask = os.umask(0)
+      os.umask(mask)
+      os.chmod(local, 0o777 & ~mask)  # mkdtemp gives access to the owner alone
+      os.replace(local, folder)
+  finally:
+    shutil.rmtree(local, ignore_errors=True)
+
+
+def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.ndarray]:
+  """The arrays of model.safetensors by name; raises InputError unless `params` are those of `model`."""
+  leaves = traverse_util.flatten_dict(nn.meta.unbox(params), sep="/")
+  expected = pretrained.parameters(model)
+  if differing := leaves.keys() ^ {each.path for each in expected}:
+    raise InputError(f"The parameters are not those of the model: {', '.join(sorted(differing)[:3])} differ.")
+  arrays: dict[str, np.ndarray] = {}
+  for each in expected:
+    value = np.asarray(jax.device_get(leaves[each.path]))
+    shape = (len(each.names), *each.shape) if each.is_stacked else each.shape
+    if value.shape != shape:
+      raise InputError(f"The parameter {each.path} has shape {value.shape}, and the model's has {shape}.")
+    value = value.astype(dtype, copy=False)
+    arrays |= zip(each.names, np.ascontiguousarray(value) if each.is_stacked else [np.ascontiguousarray(value)])
+  return arrays
+
+
+def _card(
+  name: str, model: ModelConfig, config: Config | None, results: Sequence[dict], size: int, dtype: str, step: int
+) -> str:
+  """The text of README.md."""
+  title = {"perceiver_ar": "Perceiver AR"}.get(model.architecture, model.architecture)
+  lines = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {name}", ""]
+  lines += [f"{title} with {size:,} parameters ({dtype}), trained for {step:,} steps with perceiver_ar_jax.", ""]
+  lines += ["## Model", "", *_settings(model)]
+  if config:
+    lines += ["## Data", "", *_settings(config.data), "## Training", "", *_settings(config.train)]
+  if results:
+    lines += [
+      "## Metrics",
+      "",
+      "| split | step | metric | bits per token | accuracy | tokens |",
+      "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+      summary = units.UNITS[result["unit"]].summary.format_map(result)
+      lines.append(
+        f"| {result['split']} | {result['step']} | {summary} | {result['bits_per_token']:.4f} |"
+        f" {result['accuracy']:.4f} | {result['num_tokens']:,} |"
+      )
+    lines.append("")
+  lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of perceiver_ar_jax/interop/torch:", ""]
+  lines += ["    model = perceiver_ar_torch.load(FOLDER)", "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)", ""]
+  lines += ["In JAX:", ""]
+  if config:
+    lines += ["    from perceiver_ar_jax import Sampler", "    sampler = Sampler.from_pretrained(FOLDER)", ""]
+    lines += ["On the command line, where paths of the data may have to be set (--config.data.files=...):", ""]
+    lines += ["    python -m perceiver_ar_jax.main --workdir=FOLDER --mode=sample    # or score, eval", ""]
+    lines += ["To start another run from these weights: `--config.train.init_from=FOLDER`.", ""]
+  else:
+    lines += ["    from perceiver_ar_jax import PerceiverAR", "    from perceiver_ar_jax.training import pretrained"]
+    lines += ["    config, params = pretrained.load(FOLDER)"]
+    lines += ['    logits_BxMxV = PerceiverAR(config).apply({"params": params}, tokens_BxL, positions_BxLxP)', ""]
+  return "\n".join(lines)
+
+
+def _settings(section: Any) -> list[str]:
+  """A table of the settings that are not the defaults."""
+  rows = [
+    f"| {field.name} | {getattr(section, field.name)} |"
+    for field in dataclasses.fields(section)
+    if getattr(section, field.name) != field.default and not dataclasses.is_dataclass(getattr(section, field.name))
+  ]
+  return ["| setting | value |", "|---|---|", *rows, ""]
+
+
+def _results(workdir: epath.Path, step: int) -> list[dict]:
+  """The evaluations of `step` in the workdir."""
+  results = []
+  for path in sorted(workdir.glob(f"eval-*-{step}.json")):
+    with contextlib.suppress(ValueError):  # half a file, or not one of this project
+      result = json.loads(path.read_text())
+      if {"unit", "split", "step", "bits_per_token", "accuracy", "num_tokens"} <= result.keys():
+        results.append(result)
+  return results
+
+
+def _run(config: Config) -> int:
+  workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
+  config_from_run.load_config(workdir, config)  # raises InputError if it contains no run
+  check_output(folder)
+  here = dataclasses.replace(config.model, attention=ModelConfig.attention)
+  _, step, params = evaluate.restore(
+    dataclasses.replace(config, model=here, mesh=MeshConfig()), workdir, flags.FLAGS.step
+  )
+  fingerprint = config_from_run.load_config(workdir, config).data.sentencepiece_fingerprint
+  data = dataclasses.replace(config.data, sentencepiece_fingerprint=fingerprint)
+  config = dataclasses.replace(config, data=data)
+  export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, results=_results(workdir, step))
+  print(f"Wrote the weights of step {step} in {flags.FLAGS.dtype} to {folder}.")
+  return 0
+
+
+if __name__ == "__main__":
+  from perceiver_ar_jax import command_line  # here, so that importing this module defines no flags
+
+  flags.DEFINE_string("output", None, "The folder to write: new or empty.")
+  flags.DEFINE_enum("dtype", "float32", list(_DTYPES), "Type of the values in the file.")
+  flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+  command_line.run(_run, required=("workdir", "output"))

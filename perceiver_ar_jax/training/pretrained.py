@@ -1,0 +1,168 @@
+"""Reads a folder of exported weights; interop/export.py writes it, and its files are listed there.
+
+The file model.safetensors may come from anyone. Its header is checked against the model of config.json before any value
+is read: names, shapes and types must be exactly those of the model.
+
+Parameters have flat names, such as layers.0.mlp.up.kernel. Layers, which training stacks, are separate and numbered
+through all groups between cross-attentions.
+"""
+
+import contextlib
+import itertools
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from etils import epath
+from flax import linen as nn
+from flax import traverse_util
+
+from perceiver_ar_jax.config import InputError, ModelConfig, checks, config_from_run, reading
+from perceiver_ar_jax.models import architectures
+from perceiver_ar_jax.models.perceiver_ar import group_depths
+from perceiver_ar_jax.training.owner import is_object_store
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+"""Types of exported weights, and their names in a safetensors file. In memory, weights are float32."""
+_STACKED = re.compile(r"(?:layers_(\d+)|segments/layers)/(.+)")
+_CROSS_ATTENTION = re.compile(r"^cross_attend_(\d+)/")
+_AGAIN = "export or download it again"
+
+
+class Parameter(NamedTuple):
+  """One array of the model's parameters, and its arrays in the file: one for each layer if layers are stacked."""
+
+  path: str
+  """In the tree of parameters, such as layers_0/mlp/up/kernel."""
+  names: tuple[str, ...]
+  is_stacked: bool
+  shape: tuple[int, ...]
+  """Of each array in the file."""
+
+
+def parameters(config: ModelConfig, max_names: int | None = None) -> list[Parameter]:
+  """The parameters of a model; nothing is allocated.
+
+  Raises:
+    InputError: settings that are not supported, or more than `max_names` names, which would take long to list.
+  """
+  shapes = nn.meta.unbox(jax.eval_shape(lambda: architectures.init_params(config, jax.random.key(0))))
+  starts = [0, *itertools.accumulate(group_depths(config))]
+  leaves = {path: (leaf.shape, _STACKED.fullmatch(path)) for path, leaf in _flatten(shapes).items()}
+  count = sum(shape[0] if stacked else 1 for shape, stacked in leaves.values())
+  if max_names is not None and count > max_names:
+    raise InputError(f"it has fewer than {max_names:,} parameters, and the model of its config.json has {count:,}")
+  result = []
+  for path, (shape, stacked) in leaves.items():
+    if stacked:
+      first, name = starts[int(stacked[1] or 0)], stacked[2].replace("/", ".")
+      names = tuple(f"layers.{layer}.{name}" for layer in range(first, first + shape[0]))
+      result.append(Parameter(path, names, True, shape[1:]))
+    else:
+      names = (_CROSS_ATTENTION.sub(r"cross_attend.\1.", path).replace("/", "."),)
+      result.append(Parameter(path, names, False, shape))
+  return result
+
+
+def exists(folder: epath.PathLike) -> bool:
+  """Returns whether the folder contains exported weights."""
+  return (epath.Path(folder) / config_from_run.WEIGHTS).exists()
+
+
+def _flatten(params: dict) -> dict:
+  return traverse_util.flatten_dict(params, sep="/")
+
+
+def check(config: ModelConfig, folder: epath.PathLike) -> None:
+  """Raises InputError unless the folder contains the parameters of `config`; reads no values."""
+  with _open(config, epath.Path(folder)):
+    pass
+
+
+def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
+  """Returns (step, parameters as a tree of float32 NumPy arrays).
+
+  Raises:
+    InputError: the folder has no weights, or they are damaged or not those of `config`; or the file cannot be read.
+    TransientError: it could not be read, and may be later.
+  """
+  with _open(config, epath.Path(folder)) as (file, step, expected):
+
+    def value(name: str) -> np.ndarray:
+      return np.asarray(file.get_tensor(name)).astype(np.float32)
+
+    arrays = {
+      each.path: np.stack([value(name) for name in each.names]) if each.is_stacked else value(*each.names)
+      for each in expected
+    }
+  return step, traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def restore(config: ModelConfig, folder: epath.PathLike, abstract_params: dict) -> tuple[int, dict]:
+  """Returns (step, parameters in the layout of `abstract_params`); raises as `read`."""
+  step, params = read(config, folder)
+
+  def place(value: np.ndarray, leaf: jax.ShapeDtypeStruct):
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+
+  return step, jax.tree.map(place, params, abstract_params)
+
+
+def load(folder: epath.PathLike) -> tuple[ModelConfig, dict]:
+  """Returns (the model's settings, its parameters on the default device); needs no data settings; raises as `read`."""
+  config = config_from_run.load_model_config(folder)
+  return config, jax.tree.map(jnp.asarray, read(config, folder)[1])
+
+
+@contextlib.contextmanager
+def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
+  """Yields (the opened file, its step, the parameters of `config`); raises as `read`."""
+  path = folder / config_from_run.WEIGHTS
+  if not path.exists() or path.is_dir():
+    raise InputError(
+      f"{folder} contains no {path.name}: give a folder of exported weights (python -m perceiver_ar_jax.interop.export"
+      " --workdir=RUN --output=FOLDER writes it)."
+    )
+  with contextlib.ExitStack() as stack, reading(path, "give this user access"):
+    local = path
+    if is_object_store(path):
+      local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
+      with path.open("rb") as source, local.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    try:
+      file = stack.enter_context(safetensors.safe_open(local, framework="np"))
+      names = list(file.keys())
+      types = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names}
+      step = (file.metadata() or {}).get("step", "0")
+    except (safetensors.SafetensorError, ValueError) as error:
+      raise InputError(f"{path} is damaged, or not a safetensors file ({checks.one_line(error)}): {_AGAIN}.") from error
+    try:
+      if not re.fullmatch(r"\d{1,15}", step):
+        raise InputError(f"its step {step[:40]!r} is not a number")
+      expected = parameters(config, max_names=len(names) + 1000)  # fewer missing names are listed
+      _compare(expected, types)
+    except InputError as error:
+      raise InputError(
+        f"{path} does not fit its model: {error}. Its config.json may be of another model: {_AGAIN}."
+      ) from error
+    yield file, int(step), expected
+
+
+def _compare(expected: list[Parameter], actual: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+  """Raises InputError, with a message that continues a sentence, unless these are exactly the parameters."""
+  shapes = {name: each.shape for each in expected for name in each.names}
+  for problem, names in (("lacks", shapes.keys() - actual.keys()), ("has unknown", actual.keys() - shapes.keys())):
+    if names:
+      shown = ", ".join(name[:80] for name in sorted(names)[:3])
+      raise InputError(f"it {problem} parameters {shown}{f' and {len(names) - 3} others' if len(names) > 3 else ''}")
+  for name, (dtype, shape) in actual.items():
+    if shape != shapes[name]:
+      raise InputError(f"its parameter {name} has shape {shape}, and the model's has {shapes[name]}")
+    if dtype not in DTYPES.values():
+      raise InputError(f"its parameter {name} is of type {dtype}, which is not one of {', '.join(DTYPES)}")
