@@ -27,7 +27,7 @@ from perceiver_ar_jax.models import architectures, flops
 from perceiver_ar_jax.parallel import chips, distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import checkpoint, memory, metrics, signals
+from perceiver_ar_jax.training import checkpoint, memory, metrics, pretrained, signals
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
@@ -51,6 +51,10 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   architectures.check(config.model, mesh)
   rows = "train.batch_size" + (" / train.microbatches" if settings.microbatches > 1 else "")
   check_batch(settings.batch_size // settings.microbatches, rows, mesh)
+  starts_from = settings.init_from if settings.init_from and not workdir_lib.has_checkpoints(workdir) else None
+  if starts_from:
+    workdir_lib.check_initial_weights(config, starts_from)
+    pretrained.check(config.model, starts_from)
   evaluator = evaluate.Evaluator(config, mesh)
   num_samples = config.eval.num_samples
   if num_samples is None:
@@ -73,7 +77,11 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     stack.enter_context(checkpointer)
     state = checkpointer.restore(abstract, data)
     if state is None:
-      state = state_lib.init_state(config, optimizer, mesh)
+      params = None
+      if starts_from:
+        step, params = pretrained.restore(config.model, starts_from, abstract.params)
+        distributed.log(f"Starting from the weights of step {step} in {starts_from}.")
+      state = state_lib.init_state(config, optimizer, mesh, params)
     else:
       distributed.log(f"Resuming from the checkpoint of step {int(state.step)}.")
     jax.block_until_ready(state)

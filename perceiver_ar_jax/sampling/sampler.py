@@ -30,7 +30,7 @@ from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
 from perceiver_ar_jax.sampling.prompts import Prompt
-from perceiver_ar_jax.training import memory
+from perceiver_ar_jax.training import memory, pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,19 @@ class Sampler:
     config = config or config_from_run.load_config(workdir)
     mesh, step, params = evaluate.restore(config, workdir)
     return cls(config, params, mesh, step)
+
+  @classmethod
+  def from_pretrained(cls, folder: epath.PathLike, config: Config | None = None) -> "Sampler":
+    """Returns a sampler with exported weights (interop/export.py).
+
+    `config` is needed where the folder has only the model's settings.
+
+    Raises:
+      InputError: the folder has no weights, or they are damaged or not those of the model of its config.json.
+    """
+    folder = epath.Path(folder).expanduser()
+    pretrained.check(config_from_run.load_model_config(folder), folder)
+    return cls.from_workdir(folder, config)
 
   def __call__(
     self,

@@ -48,8 +48,13 @@ def abstract_params(config: Config, mesh: Mesh) -> dict:
   return jax.tree.map(lambda leaf, sharded: leaf.update(sharding=sharded), shapes, layout)
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Returns the initial state, the same on every mesh; each device creates only its own shard."""
+def init_state(
+  config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, params: dict | None = None
+) -> TrainState:
+  """Returns the initial state, the same on every mesh; each device creates only its own shard.
+
+  `params` are weights to start from, in the layout of `abstract_params`; None: random ones, by the config's seed.
+  """
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
 
   def init(key):
@@ -57,4 +62,8 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
   with jax.set_mesh(mesh):
-    return jax.jit(init, out_shardings=layout)(jax.random.key(config.seed))
+    if params is None:
+      return jax.jit(init, out_shardings=layout)(jax.random.key(config.seed))
+    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
+    step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=layout.step)()
+    return TrainState(step, params, opt_state)
