@@ -71,13 +71,16 @@ def export_run(
   files: dict[str, bytes] = {}
   data = config.data
   if data.sentencepiece:
-    from perceiver_ar_jax.data.files import Unreadable, read_bytes  # imports TensorFlow
+    from perceiver_ar_jax.data.files import Unreadable, read_bytes  # import TensorFlow
+    from perceiver_ar_jax.data.sources import sentencepiece_fingerprint
 
     try:
       files[config_from_run.SENTENCEPIECE] = read_bytes(data.sentencepiece)
     except Unreadable as error:
       raise InputError(f"{error}. Set --config.data.sentencepiece to where the file is now.") from error
-    data = dataclasses.replace(data, sentencepiece=config_from_run.SENTENCEPIECE)
+    data = dataclasses.replace(
+      data, sentencepiece=config_from_run.SENTENCEPIECE, sentencepiece_fingerprint=sentencepiece_fingerprint(data)
+    )
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
   _write(epath.Path(folder), config.model, params, dtype, step, files | {"config.json": text.encode()}, config, results)
@@ -221,9 +224,6 @@ def _run(config: Config) -> int:
   _, step, params = evaluate.restore(
     dataclasses.replace(config, model=here, mesh=MeshConfig()), workdir, flags.FLAGS.step
   )
-  fingerprint = config_from_run.load_config(workdir, config).data.sentencepiece_fingerprint
-  data = dataclasses.replace(config.data, sentencepiece_fingerprint=fingerprint)
-  config = dataclasses.replace(config, data=data)
   export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, results=_results(workdir, step))
   print(f"Wrote the weights of step {step} in {flags.FLAGS.dtype} to {folder}.")
   return 0

@@ -2,8 +2,9 @@
 
   python -m perceiver_ar_jax.interop.haiku --checkpoint=checkpoint.dill --config=configs/imagenet64.py --workdir=DIR
 
-writes the weights as step 0 of a run in DIR, which can be evaluated and trained further (fine-tuning). The file does
-not contain the architecture, so --config must describe the model it was trained with.
+writes the weights as step 0 of a run in DIR, which can be evaluated and trained further (fine-tuning). With
+--output=FOLDER instead of --workdir, it writes a folder of exported weights (interop/export.py). The file does not
+contain the architecture, so --config must describe the model it was trained with.
 
 A .dill file is a pickle, which dill would execute; unpickle.py reads its arrays without running code from it.
 """
@@ -19,6 +20,7 @@ from etils import epath
 from flax import traverse_util
 
 from perceiver_ar_jax.config import Config, InputError, ModelConfig, nearest
+from perceiver_ar_jax.interop import export
 from perceiver_ar_jax.interop.unpickle import load
 from perceiver_ar_jax.models import perceiver_ar, positions
 from perceiver_ar_jax.models.architectures import architecture_of
@@ -200,13 +202,22 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
 
 
 def _run(config: Config) -> int:
-  """Writes the weights of --checkpoint as step 0 of a run of `config`; InputError if they do not fit its model."""
+  """Writes the weights of --checkpoint as step 0 of a run of `config`, or exports them to --output.
+
+  Raises:
+    InputError: they do not fit the model of `config`, or the folder is not empty.
+  """
+  workdir, output = flags.FLAGS.workdir, flags.FLAGS.output
+  if (workdir is None) == (output is None):
+    raise InputError("Give either --workdir, for a run that can be trained, or --output, for a folder of weights.")
+  if output:
+    export.check_output(epath.Path(output))
   haiku_params, trained_steps = load(flags.FLAGS.checkpoint)
   if not architecture_of(config.model).has_cross_attention:
     raise InputError(
       f"Official checkpoints are of Perceiver AR, not of model.architecture={config.model.architecture}: leave it out."
     )
-  folder, mesh = epath.Path(flags.FLAGS.workdir), make_mesh(config.mesh)
+  mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = state_lib.abstract_state(config, optimizer, mesh)
   params, unused = convert_params(haiku_params, config.model)
@@ -222,13 +233,16 @@ def _run(config: Config) -> int:
         f"The checkpoint's parameter {name} has shape {given[name].shape}, and with --config it has {leaf.shape}: give"
         " the config of its model."
       )
+  if output:
+    export.export_run(config, params, output, dtype="float32", step=trained_steps)
+    print(f"Wrote the weights of step {trained_steps:,} to {output}.")
+    return 0
+  folder = epath.Path(workdir)
   if (folder / "checkpoints").exists():
     raise InputError(f"--workdir={folder} already contains a run: give a new folder.")
   with workdir_lib.own(config, folder), jax.set_mesh(mesh), checkpoint.Checkpointer(folder) as checkpointer:
     params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
-    checkpointer.save(state_lib.TrainState(jnp.zeros((), jnp.int32), params, opt_state), data=None)
+    checkpointer.save(state_lib.init_state(config, optimizer, mesh, params), data=None)
   print(
     f"Wrote {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, trained for {trained_steps:,} steps, as"
     f" step 0 of {folder}. To evaluate them, run python -m perceiver_ar_jax.main with this --config and --workdir and"
@@ -241,4 +255,5 @@ if __name__ == "__main__":
   from perceiver_ar_jax import command_line  # here, so that importing this module defines no flags
 
   flags.DEFINE_string("checkpoint", None, "An official checkpoint.dill.")
-  command_line.run(_run, required=("checkpoint", "workdir"))
+  flags.DEFINE_string("output", None, "Folder to export the weights to, instead of --workdir.")
+  command_line.run(_run, required=("checkpoint",))
