@@ -2,7 +2,7 @@
 
 PerceiverAR, ModelConfig      the model, a flax.linen module, and its settings
 load_checkpoint(workdir)      the config, step and weights of a trained run
-Sampler.from_workdir(workdir) generates and scores with a trained run
+Sampler.from_workdir(workdir) generates and scores with a trained run; from_pretrained(folder) with exported weights
 tasks                         the registry of datasets: names(), get_tasks(), and add() for new ones
 """
 

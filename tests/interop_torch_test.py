@@ -64,6 +64,8 @@ OPTIONS = {
   "convolution": {"conv_taps": 3, "cross_attend_width": 8},
   "convolution, longer than the context": ROTARY | {"conv_taps": 14},
   "qk_norm": {"qk_norm": True},
+  "value features": {"value_features": 4, "embed_width": 6},
+  "one value feature": ROTARY | {"value_features": 2},
   "all latents": {"num_latents": 12},
   "one latent": {"num_latents": 1},
   "everything": {

@@ -7,7 +7,6 @@
 
 Tokens are int64, right-aligned: 0 is padding, on the left; 1 ends a sequence, 2 starts it. Computes in float32 as the
 JAX model does, without dropout. Names of modules and parameters are those of the file.
-
 Shapes: B batch, L context, M latents, V vocabulary, E and D widths, H heads, K head width, P position dimensions.
 """
 
@@ -22,8 +21,8 @@ from torch.nn import functional as F
 # All settings of a model; others could change its results.
 _SETTINGS = """architecture vocab_size max_context num_latents num_layers latent_width embed_width num_cross_heads
   cross_attend_width num_self_heads mlp_widening activation position_encoding position_sizes positions_from_data
-  rotary_fraction rotary_max_wavelength rotary_axes conv_taps qk_norm cross_attend_after segment memory zero_init
-  dropout latent_dropout cross_attend_dropout attention attention_chunk logits_chunk remat dtype""".split()
+  rotary_fraction rotary_max_wavelength rotary_axes conv_taps qk_norm value_features cross_attend_after segment memory
+  zero_init dropout latent_dropout cross_attend_dropout attention attention_chunk logits_chunk remat dtype""".split()
 
 
 def load(folder: str) -> "PerceiverAR":
@@ -57,16 +56,18 @@ class Norm(nn.Module):  # layer or, without a bias, RMS normalisation
 class Embed(nn.Module):  # token embeddings plus the tables of each position dimension
   def __init__(self, config: dict):
     super().__init__()
-    width, encodings = config["embed_width"] or config["latent_width"], config["position_encoding"].split("+")
-    self.tokens = nn.Parameter(torch.zeros(config["vocab_size"], width))
-    self.encoding = next((name for name in encodings if name in ("sinusoidal", "fourier", "learned")), None)
+    width, added = config["embed_width"] or config["latent_width"], {"sinusoidal", "fourier", "learned"}
+    self.tokens, count = nn.Parameter(torch.zeros(config["vocab_size"], width)), config.get("value_features", 0)
+    self.register_buffer("features", _value_features(config["vocab_size"], count), persistent=False)
+    self.values = nn.ParameterDict({"kernel": torch.zeros(count, width)} if count else {})
+    self.encoding = next(iter(added & set(config["position_encoding"].split("+"))), None)
     self.sizes = config["position_sizes"] if self.encoding else ()
     if self.encoding == "learned":
       for dimension, size in enumerate(self.sizes):
         self.register_parameter(f"position_{dimension}", nn.Parameter(torch.zeros(size, width)))
 
   def forward(self, tokens_BxL: Tensor, positions_BxLxP: Tensor) -> Tensor:
-    x_BxLxE = self.tokens[tokens_BxL]
+    x_BxLxE = (self.tokens + self.features @ self.values["kernel"] if self.values else self.tokens)[tokens_BxL]
     for dimension, size in enumerate(self.sizes):
       positions_BxL, width = positions_BxLxP[..., dimension], x_BxLxE.shape[-1]
       if self.encoding == "learned":
@@ -76,27 +77,33 @@ class Embed(nn.Module):  # token embeddings plus the tables of each position dim
     return x_BxLxE
 
 
-def _waves(encoding: str, positions_BxL: Tensor, size: int, width: int) -> Tensor:
-  """float64[B, L, width]: sines in the first half, cosines in the second, of positions below `size`."""
-  half, positions_BxLx1 = width // 2, positions_BxL[..., None].double()
-  if encoding == "sinusoidal":
-    frequencies = torch.linspace(0, -math.log(10_000.0), half, dtype=torch.float64).exp()
-    angles = positions_BxLx1 * frequencies.to(positions_BxLx1)
-  else:
-    bands = torch.linspace(1.0, size / 2, half, dtype=torch.float64) * math.pi
-    angles = (positions_BxLx1 * (2 / max(size - 1, 1)) - 1) * bands.to(positions_BxLx1)
-  return F.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, width - 2 * half))
+def _geometric(first: float, last: float, count: int) -> Tensor:  # float64
+  return torch.linspace(math.log(first), math.log(last), count, dtype=torch.float64).exp()
+
+
+def _value_features(size: int, count: int) -> Tensor:  # [V, count]: sines and cosines of each id's value
+  values_Vx1 = torch.arange(-3.0, size - 3, dtype=torch.float64)[:, None]  # the first three ids have none
+  angles = values_Vx1 * _geometric(math.pi / size, math.pi / 2, count // 2)
+  return (torch.cat([angles.sin(), angles.cos()], -1) * math.sqrt(2) * (values_Vx1 >= 0)).float()
+
+
+def _waves(encoding: str, positions_BxL: Tensor, size: int, width: int) -> Tensor:  # float64[B, L, width]
+  positions_BxLx1, frequencies = positions_BxL[..., None].double(), _geometric(1, 1e-4, width // 2)
+  if encoding == "fourier":
+    frequencies = torch.linspace(1.0, size / 2, width // 2, dtype=torch.float64) * math.pi
+    positions_BxLx1 = positions_BxLx1 * (2 / max(size - 1, 1)) - 1
+  angles = positions_BxLx1 * frequencies.to(positions_BxLx1)
+  return F.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, width % 2))
 
 
 def _rotate(config: dict, x_BxLxHxK: Tensor, positions_BxLxP: Tensor) -> Tensor:
-  """Queries or keys with their leading interleaved pairs rotated by position * frequency, in float32."""
+  # Rotates the leading interleaved pairs of queries or keys by position * frequency, in float32.
   if "rotary" not in config["position_encoding"].split("+"):
     return x_BxLxHxK
   axes, width = config["rotary_axes"], x_BxLxHxK.shape[-1]
   if axes:
     bands = [int(width * fraction / 2) for fraction, _, _ in axes]
-    logs = [torch.linspace(math.log(a), math.log(b), n, dtype=torch.float64) for n, (_, a, b) in zip(bands, axes)]
-    frequencies = 2 * math.pi * torch.cat(logs).neg().exp()
+    frequencies = 2 * math.pi / torch.cat([_geometric(a, b, n) for n, (_, a, b) in zip(bands, axes)])
   else:
     bands = [int(width * config["rotary_fraction"] / 2)]  # exponents up to 1 inclusive; common is one band short of 1
     exponents = torch.linspace(0, 1, bands[0], dtype=torch.float64)
@@ -121,16 +128,12 @@ class Attention(nn.Module):  # causal attention: queries are at the last M of th
     q_BxMxHxK = self.norm_query(self.query(x_BxMxD).unflatten(-1, (self.heads, -1)))
     q_BxMxHxK = _rotate(self.config, q_BxMxHxK, positions_BxMxP) * q_BxMxHxK.shape[-1] ** -0.5
     scores_BxHxMxL = torch.einsum("bmhk,blhk->bhml", q_BxMxHxK, k_BxLxHxK)
-    num_queries, num_keys = scores_BxHxMxL.shape[-2:]
-    causal_MxL = torch.ones_like(scores_BxHxMxL[0, 0], dtype=torch.bool).tril(num_keys - num_queries)
-    visible_Bx1xMxL = causal_MxL & valid_BxL[:, None, None]
-    weights_BxHxMxL = scores_BxHxMxL.masked_fill(~visible_Bx1xMxL, -1e30).softmax(-1)
+    causal_MxL = torch.ones_like(scores_BxHxMxL[0, 0], dtype=torch.bool).tril(valid_BxL.shape[1] - x_BxMxD.shape[1])
+    weights_BxHxMxL = scores_BxHxMxL.masked_fill(~(causal_MxL & valid_BxL[:, None, None]), -1e30).softmax(-1)
     return self.out(torch.einsum("bhml,blhk->bmhk", weights_BxHxMxL, v_BxLxHxK).flatten(-2))
 
 
-class Block(nn.Module):
-  """The parts of both kinds of blocks: attention to something of width `inputs`, and an MLP."""
-
+class Block(nn.Module):  # the parts of both kinds of blocks: attention to something of width `inputs`, and an MLP
   def __init__(self, config: dict, inputs: int, width: int, heads: int):
     super().__init__()
     self.config, self.heads, latent_width = config, heads, config["latent_width"]
@@ -156,35 +159,27 @@ class CrossAttention(Block):  # from the latents to all inputs
     inputs, width = config["embed_width"] or latent_width, config["cross_attend_width"] or latent_width
     super().__init__(config, inputs, width, heads)
     self.norm_query, self.norm_inputs = Norm(latent_width), Norm(inputs)
-    if config["conv_taps"]:
-      taps = {name: nn.Parameter(torch.zeros(config["conv_taps"], heads, width // heads)) for name in self.keys_values}
-      self.conv = nn.ParameterDict(taps)
+    shape, names = (config["conv_taps"], heads, width // heads), self.keys_values if config["conv_taps"] else ()
+    self.conv = nn.ParameterDict({name: torch.zeros(shape) for name in names})
 
   def keys(self, x_BxLxE: Tensor, positions_BxLxP: Tensor, valid_BxL: Tensor) -> list[Tensor]:
     keys_values = self.project(self.norm_inputs(x_BxLxE))
-    if self.config["conv_taps"]:
-      pairs = zip(keys_values, self.conv.values())
-      keys_values = [_convolve(x_BxLxHxK * valid_BxL[..., None, None], weights) for x_BxLxHxK, weights in pairs]
+    for index, weights_TxHxK in enumerate(self.conv.values()):  # adds to each slot the T slots before it
+      x_BxLxHxK = keys_values[index] * valid_BxL[..., None, None]
+      shifted = (F.pad(x_BxLxHxK, (0, 0, 0, 0, tap, 0))[:, :-tap] for tap in range(1, len(weights_TxHxK) + 1))
+      keys_values[index] = x_BxLxHxK + sum(x * weights for x, weights in zip(shifted, weights_TxHxK))
     return [_rotate(self.config, self.norm_key(keys_values[0]), positions_BxLxP), keys_values[1]]
 
   def forward(self, x_BxMxD: Tensor, positions_BxMxP: Tensor, keys_values: list[Tensor], valid_BxL: Tensor) -> Tensor:
     return self.add(x_BxMxD, self.attention(self.norm_query(x_BxMxD), positions_BxMxP, keys_values, valid_BxL))
 
 
-def _convolve(x_BxLxHxK: Tensor, weights_TxHxK: Tensor) -> Tensor:  # adds to each slot the T before it, weighted
-  slots, total = x_BxLxHxK.shape[1], x_BxLxHxK
-  for tap, weights_HxK in enumerate(weights_TxHxK, 1):
-    total = total + F.pad(x_BxLxHxK, (0, 0, 0, 0, tap, 0))[:, :slots] * weights_HxK
-  return total
-
-
-class SelfAttentionLayer(Block):
+class SelfAttentionLayer(Block):  # also returns the keys and values of all S latents: those cached and the new ones
   def __init__(self, config: dict):
     super().__init__(config, config["latent_width"], config["latent_width"], config["num_self_heads"])
     self.norm_attention = Norm(config["latent_width"])
 
   def forward(self, x_BxMxD: Tensor, positions_BxMxP: Tensor, cached: list[Tensor] | None, valid_BxS: Tensor):
-    # Also returns the keys and values of all S latents: those `cached` and these.
     normed_BxMxD = self.norm_attention(x_BxMxD)
     keys_values = self.project(normed_BxMxD)
     keys_values[0] = _rotate(self.config, self.norm_key(keys_values[0]), positions_BxMxP)
@@ -197,16 +192,18 @@ class PerceiverAR(nn.Module):
 
   def __init__(self, config: dict):
     super().__init__()
-    if config["architecture"] != "perceiver_ar":
-      raise ValueError(f"architecture={config['architecture']!r} is not supported.")
-    if unknown := [name for name, value in config.items() if value and name not in _SETTINGS]:
-      raise ValueError(f"Settings {unknown} are unknown: use the version of this file that belongs to the weights.")
+    unknown = {name: value for name, value in config.items() if value and name not in _SETTINGS}
+    if unknown or config["architecture"] != "perceiver_ar":
+      raise ValueError(f"Settings of another model or a newer version: {config['architecture']}, {unknown}.")
     self.config, width = config, config["latent_width"]
     self.cross_before = [0, *sorted({layer + 1 for layer in config["cross_attend_after"]})]
     self.embed, self.to_latents = Embed(config), Dense(config["embed_width"] or width, width)
     self.cross_attend = nn.ModuleList(CrossAttention(config) for _ in self.cross_before)
     self.layers = nn.ModuleList(SelfAttentionLayer(config) for _ in range(config["num_layers"]))
     self.final_norm, self.to_logits = Norm(width), Dense(width, config["vocab_size"])
+    self.value_logits = nn.ModuleDict(
+      {"project": Dense(width, len(self.embed.features.T))} if self.embed.values else {}
+    )
 
   def forward(self, tokens_BxL: Tensor, positions_BxLxP=None, num_latents: int | None = None) -> Tensor:
     """Returns logits_BxMxV for the token after each of the last M slots; M is at most the number of inputs.
@@ -233,15 +230,17 @@ class PerceiverAR(nn.Module):
     """Logits of the last `num_new` slots; `cache` has the keys and values of the latents before, and is updated."""
     positions_BxMxP, groups = positions_BxLxP[:, -num_new:], iter(zip(self.cross_attend, cross_keys))
     num_latents = num_new + (cache[0][0].shape[1] if cache and cache[0] else 0)
-    valid_BxL, valid_BxS = tokens_BxL > 0, tokens_BxL[:, -num_latents:] > 0
+    valid_BxL = tokens_BxL > 0
     x_BxMxD = self.to_latents(self.embed(tokens_BxL[:, -num_new:], positions_BxMxP))
     for index in range(len(self.layers) + 1):
       if index in self.cross_before:
         cross_attend, keys_values = next(groups)
         x_BxMxD = cross_attend(x_BxMxD, positions_BxMxP, keys_values, valid_BxL)
       if index < len(self.layers):
-        x_BxMxD, cache[index] = self.layers[index](x_BxMxD, positions_BxMxP, cache[index], valid_BxS)
-    return self.to_logits(self.final_norm(x_BxMxD))
+        x_BxMxD, cache[index] = self.layers[index](x_BxMxD, positions_BxMxP, cache[index], valid_BxL[:, -num_latents:])
+    x_BxMxD = self.final_norm(x_BxMxD)
+    by_value = [project(x_BxMxD) @ self.embed.features.T for project in self.value_logits.values()]
+    return sum(by_value, self.to_logits(x_BxMxD))
 
   @torch.no_grad()
   def generate(
