@@ -179,6 +179,27 @@ def test_the_vocabulary_is_part_of_the_folder(tmp_path):
   assert loaded.mesh.fsdp == 1  # of the machine that loads it
 
 
+def test_compiled_programs_are_not_read_from_a_path_in_the_folder(copied):
+  settings = json.loads((copied / "config.json").read_text())
+  (copied / "config.json").write_text(json.dumps(settings | {"compilation_cache": str(copied / "programs")}))
+  assert config_from_run.load_config(copied).compilation_cache == tiny.config().compilation_cache
+
+
+def test_on_an_object_store_the_weights_are_written_last(tmp_path):
+  names, is_remote = [], mock.Mock(return_value=True)
+  params, copy = _params(CONFIG), shutil.copyfileobj
+
+  def record(source, target):
+    names.append(pathlib.Path(source.name).name)
+    copy(source, target)
+
+  with mock.patch.object(export, "is_object_store", is_remote), mock.patch.object(shutil, "copyfileobj", record):
+    export.export_params(CONFIG, params, tmp_path / "folder")
+  assert sorted(names) == ["README.md", "config.json", "model.safetensors"] and names[-1] == "model.safetensors"
+  with mock.patch.object(pretrained, "is_object_store", is_remote):
+    jax.tree.map(np.testing.assert_array_equal, pretrained.read(CONFIG, tmp_path / "folder")[1], params)
+
+
 def test_weights_without_a_run_need_a_config(tmp_path):
   config = tiny.config()
   export.export_params(config.model, _params(config.model), tmp_path / "folder")

@@ -185,7 +185,6 @@ def test_greedy_tokens_are_those_of_the_jax_sampler(tmp_path):
   prompt = np.array([2, 30, 31, 32, 33, 34, 35], np.int32)
   ours = model.generate(torch.tensor(prompt[None], dtype=torch.int64), 12, temperature=0.0, kept_latents=5)
   expected = sampler(prompt, num_samples=1, length=12, temperature=0.0)[0].events
-  print(expected, ours)
   np.testing.assert_array_equal(ours[0].numpy(), expected)
 
 

@@ -53,9 +53,12 @@ def load_config(workdir: str | os.PathLike, others: Config | None = None) -> Con
     raise InputError(f"{path} has only the model's settings: give the --config whose data the model is for.")
   if model:
     return dataclasses.replace(config, model=model)
-  if config.data.sentencepiece == SENTENCEPIECE and (path.parent / WEIGHTS).exists():  # relative to the exported folder
-    data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
-    config = dataclasses.replace(config, data=data)
+  if (path.parent / WEIGHTS).exists():
+    # The folder may come from anyone: compiled programs, which are run, are not read from a path that it gives.
+    config = dataclasses.replace(config, compilation_cache=Config.compilation_cache)
+    if config.data.sentencepiece == SENTENCEPIECE:  # relative to the folder
+      data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
+      config = dataclasses.replace(config, data=data)
   return config
 
 
