@@ -131,15 +131,18 @@ def test_the_interval_treats_documents_as_the_random_sample():
 
 
 def test_every_unit_is_computed_and_printed():
-  sums = units.ScoredSums(tokens=4, nats=8 * math.log(2), correct=1, words=2, bytes=16)
+  sums = units.ScoredSums(tokens=4, nats=8 * math.log(2), correct=1, words=2, bytes=16, frames=2)
   expected = {
     "nats_per_token": (2 * math.log(2), "1.386 nats/token, 2.000 bits/token"),
     "bits_per_token": (2, "2.000 bits/token"),
     "bits_per_dim": (2, "2.000 bits/dim"),
     "bits_per_byte": (0.5, "0.500 bits/byte, 2.000 bits/token"),
     "word_perplexity": (16, "perplexity 16 per word, 2.000 bits/token"),
+    "nats_per_frame": (4 * math.log(2), "2.773 nats/frame, 2.000 bits/token"),
     "accuracy": (0.25, "2.000 bits/token"),
   }
+  one_long_word = units.compute_all(sums._replace(nats=1e6, words=1), "word_perplexity")
+  assert np.isfinite(np.float32(one_long_word["word_perplexity"])), "TensorBoard stores float32"
   assert list(expected) == list(units.UNITS)
   for name, (value, summary) in expected.items():
     values = units.compute_all(sums, name)

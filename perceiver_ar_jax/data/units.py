@@ -52,7 +52,7 @@ UNITS: dict[str, Unit] = {
     applies=lambda sums: sums.bytes > 0,
   ),
   "word_perplexity": Unit(
-    lambda sums: math.exp(min(sums.nats / max(sums.words, 1), 700.0)),  # a text of spaces counts as one word
+    lambda sums: math.exp(min(sums.nats / max(sums.words, 1), 88.0)),  # a text of spaces is one word; within float32
     "perplexity {word_perplexity:.4g} per word, {bits_per_token:.3f} bits/token",
     applies=lambda sums: sums.bytes > 0,
   ),

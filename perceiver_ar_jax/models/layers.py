@@ -34,7 +34,7 @@ MAPS = "intermediates"
 
 
 def dense(
-  config: ModelConfig, features: int, name: str | None, axes: tuple[str, str], init=kernel_init, **kwargs
+  config: ModelConfig, features: int, name: str | None, axes: tuple[str | None, str | None], init=kernel_init, **kwargs
 ) -> nn.Dense:
   """A Dense with bias whose kernel [in, out] has the logical `axes`; computes in `config.dtype`."""
   return nn.Dense(
