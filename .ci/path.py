@@ -18,7 +18,7 @@ TABLES = {
   "optimizer": ("sm3", ()),
   "schedule": ("cosine", ()),
   "kernel": ("splash", ()),
-  "position encoding": ("fourier", ("interop/haiku.py",)),  # converts the settings of the published code
+  "position encoding": ("fourier", ("interop/haiku.py", "interop/torch/perceiver_ar_torch.py")),  # other code bases
   "unit": ("bits_per_byte", ("data/tasks.py",)),  # tasks choose units, as configs choose the others
   "task": ("copy", ()),
 }
