@@ -50,7 +50,7 @@ def main(config: Config) -> int:
     from perceiver_ar_jax.parallel import distributed, mesh
 
     distributed.cache_compiled(config.compilation_cache)
-    if _NUM_PROCESSES.value is None and mode in ("train", "eval"):
+    if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in ("train", "eval"):
       train_rows = config.train.batch_size // config.train.microbatches
       mesh.use_cpu_cores(config, [config.eval.batch_size, *([train_rows] if mode == "train" else [])])
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

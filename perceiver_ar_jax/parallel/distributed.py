@@ -38,7 +38,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
   if len(missing) == len(given):
-    if _in_slurm_step() or _on_tpu():
+    if in_slurm_step() or _on_tpu():
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return
   require(not missing, f"{' and '.join(missing)} must be set too: several processes need all of {', '.join(given)}.")
@@ -52,7 +52,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
 
 
-def _in_slurm_step() -> bool:
+def in_slurm_step() -> bool:
+  """Returns whether this process is one of several tasks of a Slurm step."""
   tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
   return "SLURM_PROCID" in os.environ and "SLURM_STEP_NODELIST" in os.environ and tasks.isdigit() and int(tasks) > 1
 
