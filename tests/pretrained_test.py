@@ -29,7 +29,9 @@ def test_photographs_cost_what_the_card_states(photos32):
 
 @pytest.mark.slow
 def test_photographs_are_sampled_by_one_command(photos32):
-  result = tiny.main(f"--workdir={photos32}", "--mode=sample", "--config.sample.num_samples=1", "--config.sample.length=40")
+  result = tiny.main(
+    f"--workdir={photos32}", "--mode=sample", "--config.sample.num_samples=1", "--config.sample.length=40"
+  )
   assert result.returncode == 0, result.stderr
   assert len(json.loads((photos32 / "samples" / "samples.json").read_text())["samples"]) == 1
 
