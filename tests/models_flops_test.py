@@ -82,9 +82,10 @@ def test_cross_attend_dropout_and_ids_looked_up_cost_less():
   [
     {},
     {"cross_attend_after": (0,), "embed_width": 192, "cross_attend_width": 64},
+    {"value_features": 128, "conv_taps": 2, "qk_norm": True},
     {**XL_SHAPE, "segment": 192, "memory": 96, "num_latents": 192},  # one segment only, so that there is no loop
   ],
-  ids=["perceiver_ar", "two_cross_attends", "transformer_xl"],
+  ids=["perceiver_ar", "two_cross_attends", "options", "transformer_xl"],
 )
 def test_a_step_costs_what_xla_counts(changes):
   """One layer, plain attention and no remat, so that XLA has neither a loop nor recomputation to count."""

@@ -153,7 +153,7 @@ def flops(config: ModelConfig, rows: int, num_latents: int, *, training: bool) -
   cross_attention = 2 * 2 * d * c + 2 * 2 * length * c + mlp  # query and output; scores and values
   layer = 4 * 2 * d * d + 2 * 2 * num_latents * d + mlp
   per_latent = 2 * e * d + config.num_cross_attends * cross_attention + config.num_layers * layer
-  per_latent += 2 * d * config.vocab_size
+  per_latent += 2 * d * config.vocab_size + 2 * config.value_features * (d + config.vocab_size)
   projected = config.vocab_size if layers.projects_by_id(config, length) else rows * length
   forward = rows * num_latents * per_latent + config.num_cross_attends * projected * 2 * 2 * e * c
   return 3 * forward if training else forward
