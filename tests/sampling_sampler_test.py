@@ -285,7 +285,7 @@ def test_a_picture_is_completed_from_its_top_half(tmp_path):
   rng = np.random.default_rng(0)
   for index in range(4):
     PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
-  model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned", positions_from_data=True)
+  model = dict(max_context=192, position_sizes=(10, 10, 5))
   config = resolve(image_files, dict(files=str(tmp_path), image_size=8), model)
   samples = sampler(config)(tmp_path / "*.png", num_samples=5, batch_size=5)
   assert [len(sample.events) for sample in samples] == [193] * 5
@@ -345,7 +345,7 @@ def test_the_command_writes_samples_and_names_what_is_missing(copy_of_trained, t
 def sample_without_tensorflow(folder: pathlib.Path) -> None:
   """Writes checkpoints of untrained models of bytes, pictures and music, and samples from them."""
   text = resolve(text_files, sample=dict(prompt="Once", length=20))
-  image_model = dict(max_context=192, position_sizes=(10, 10, 5), position_encoding="learned", positions_from_data=True)
+  image_model = dict(max_context=192, position_sizes=(10, 10, 5))
   images = resolve(image_files, dict(image_size=8), image_model)
   notes = resolve(midi_files, model=dict(num_cross_heads=1, rotary_fraction=0.5), sample=dict(length=20))
   for name, config in {"text": text, "images": images, "music": notes}.items():

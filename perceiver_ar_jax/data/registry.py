@@ -43,7 +43,7 @@ class Task:
   vocab_size: int
   """Number of event ids, PAD, EOS and SOS included."""
   counts: tuple[str, ...] = ()
-  """What evaluation divides by beside tokens: the keys of Document.counts."""
+  """Keys of Document.counts, which evaluation divides by beside tokens (units.COUNTS); of text words and bytes."""
   decode: Callable[[np.ndarray], Any]
   """Converts events int32[n] to a picture, a text, notes or codes (of video: flat, since each file has its grid)."""
   position_dims: int = 1
@@ -70,6 +70,8 @@ class Task:
   """Indices int[n] in a document -> their groups int[n]."""
 
   def __post_init__(self):
+    if self.modality == "text":
+      object.__setattr__(self, "counts", ("words", "bytes"))
     for field, known in (("unit", units.UNITS), ("modality", _MODALITIES)):
       if getattr(self, field) not in known:
         raise ValueError(f"{field}={getattr(self, field)!r} is unknown. {nearest(getattr(self, field), known)}")

@@ -123,7 +123,6 @@ def _text_task(data: DataConfig, unit: str, source: seqio.DataSource, text: Call
     document=lambda record: tokens.document(*text(record)),
     modality="text",
     unit=unit,
-    counts=("words", "bytes"),
     vocab_size=tokens.vocab_size,
     decode=tokens.decode,
     unknown=tokens.unknown,
