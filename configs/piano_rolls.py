@@ -3,7 +3,8 @@
 Reproduces no published model: it makes the benchmark of Boulanger-Lewandowski et al. (2012) available. Give your copy:
 --config.data.files=JSB_Chorales.mat. Score the test split: --mode=eval --config.eval.split=test
 Measured, JSB Chorales: 5.04 nats per frame on the validation split, 5.14 on the test split after 500 steps; a TCN has
-8.10 on the latter (Bai et al., 2018, table 1).
+8.10 on the latter (Bai et al., 2018, table 1). Nottingham: 2.68 on the test split (TCN: 3.07) after 300 steps with
+--config.train.steps=300 --config.train.optimizer.decay_steps=200 --config.model.dropout=0.1
 Cost: 1.0M parameters, 11 minutes on one core that other programs shared.
 """
 
