@@ -4,7 +4,9 @@ import lzma
 
 import numpy as np
 import PIL.Image
+import pytest
 
+from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import images, splits, texts
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.evaluation import compressors
@@ -34,6 +36,28 @@ def test_texts_are_compressed_as_one(tmp_path):
   joined = "".join(contents).encode()
   expected = len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME))
   assert compressors.compress(documents) == {"xz": 8 * expected / len(joined)}
+
+
+def test_the_bytes_of_a_text_are_those_of_its_file(tmp_path):
+  config = tiny.config(data__task="text_files", data__files=str(tmp_path))
+  ((task, _),) = get_tasks(config.data, 65)
+  content = b"caf\xe9 " * 20  # Latin-1: each \xe9 is decoded as U+FFFD, which has three bytes in UTF-8
+  compressed = len(lzma.compress(content.decode(errors="replace").encode(), preset=9 | lzma.PRESET_EXTREME))
+  document = texts.ByteTokenizer().document(texts.Text(content))
+  assert compressors.compress([(task, document)]) == {"xz": 8 * compressed / len(content)}
+
+
+def test_several_processes_do_not_compress(monkeypatch):
+  """One of them that cannot read a document would leave the others waiting in a computation."""
+
+  def unreadable():
+    raise InputError("This process cannot read it.")
+    yield
+
+  with pytest.raises(InputError):
+    compressors.compress(unreadable())
+  monkeypatch.setattr(compressors.jax, "process_count", lambda: 2)
+  assert compressors.compress(unreadable()) == {}
 
 
 def test_other_data_has_no_compressor():

@@ -37,7 +37,9 @@ def load(content: bytes, name: str) -> Mapping[str, list[np.ndarray]]:
     else:
       with np.load(io.BytesIO(content), allow_pickle=False) as file:
         arrays = {key: list(file[key]) if file[key].ndim == 3 else [file[key]] for key in file.files}
-  except Exception as error:
+  except MemoryError:
+    raise
+  except Exception as error:  # the parsers raise errors of many kinds
     raise Unreadable(f"{name} cannot be read as piano rolls: {type(error).__name__}: {error}") from error
   rolls = {
     split: [roll for key in sorted(arrays) if key.startswith(prefix) for roll in arrays[key]]

@@ -4,6 +4,7 @@ import io
 import lzma
 from collections.abc import Iterable
 
+import jax
 import PIL.Image
 
 from perceiver_ar_jax.data.documents import Document
@@ -15,10 +16,13 @@ _PICTURES = {"PNG": {"optimize": True}, "WebP": {"lossless": True, "quality": 10
 
 
 def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
-  """Returns the bits per byte (sub-pixel) of each compressor; {} for data that is neither pictures nor text.
+  """Returns the bits per byte (sub-pixel) of each compressor; {} for data that is neither pictures nor text, or by several processes.
 
-  PNG and lossless WebP compress each picture to a file, headers included; xz -9 the texts as one.
+  PNG and lossless WebP compress each picture to a file, headers included; xz -9 the texts as one (as the tokenizer
+  decodes them: bytes that are not UTF-8 are replaced).
   """
+  if jax.process_count() > 1:  # one that cannot read a document would leave the others waiting in a computation
+    return {}
   totals, num_bytes, texts = dict.fromkeys(_PICTURES, 0), 0, []
   for task, document in documents:
     if task.modality not in ("image", "text"):
@@ -26,7 +30,7 @@ def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
     decoded = task.decode(document.read(0, len(document)))
     if task.modality == "text":
       texts.append(decoded.encode())
-      num_bytes += len(texts[-1])
+      num_bytes += document.counts()["bytes"]  # of the original text, as the model's bits per byte
     else:
       num_bytes += decoded.size
       for name, settings in _PICTURES.items():

@@ -126,7 +126,7 @@ class Evaluator:
     num_documents = None if documents is None else len(documents)
     if documents is None:
       if self._compressors is None:
-        self._compressors = {} if jax.process_index() else compressors.compress(splits.eval_documents(config))
+        self._compressors = compressors.compress(splits.eval_documents(config))
       num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
       documents = splits.eval_documents(config)
     with jax.set_mesh(self._mesh), _progress_bar() as bar:
