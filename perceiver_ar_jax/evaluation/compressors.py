@@ -16,7 +16,9 @@ _PICTURES = {"PNG": {"optimize": True}, "WebP": {"lossless": True, "quality": 10
 
 
 def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
-  """Returns the bits per byte (sub-pixel) of each compressor; {} for data that is neither pictures nor text, or by several processes.
+  """Returns the bits per byte (sub-pixel) of each compressor; {} for other data than pictures and text.
+
+  With several processes, it returns {} too.
 
   PNG and lossless WebP compress each picture to a file, headers included; xz -9 the texts as one (as the tokenizer
   decodes them: bytes that are not UTF-8 are replaced).
