@@ -4,7 +4,7 @@ Reproduces no published result: it demonstrates the whole path, from pixels to b
 recipe is not the paper's: Muon, learned tables and rotary positions over x, y and channel, features of a pixel's value.
 Measured: 4.36 bits/dim on the validation crops after 480 steps (PNG 4.74, lossless WebP 3.88); without the features of
 values and at half the learning rate 5.04.
-Cost: 0.25M parameters, minutes on 2 cores.
+Cost: 0.25M parameters, 5 minutes on 2 cores, three evaluations included.
 """
 
 from perceiver_ar_jax import config as config_lib
