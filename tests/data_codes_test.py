@@ -71,7 +71,7 @@ def test_audio_positions_fit_the_table_wherever_a_context_begins(levels):
 
 
 def test_a_crop_of_audio_has_the_events_and_positions_of_its_stretch():
-  events, positions = audio_document(AUDIO, 10).crop(0.999, longest=3, shortest=2)
+  events, positions, _ = audio_document(AUDIO, 10).crop(0.999, longest=3, shortest=2)
   assert events.tolist() == [19, 10, 21] and positions.tolist() == [[2, 3], [3, 2], [3, 3]]
 
 

@@ -123,7 +123,7 @@ def test_any_bytes_are_a_text(kind, sentencepiece_model, tmp_path, monkeypatch):
     except Unreadable as error:
       assert not content and str(error) == f"{path} is empty"
       continue
-    events, positions = document.crop(random.random(), 30, 3)
+    events, positions, _ = document.crop(random.random(), 30, 3)
     assert 0 < len(events) <= 30 and positions.shape == (len(events), 1), repr(content)
     whole = task.document(record)
     events = whole.read(0, len(whole))

@@ -5,6 +5,7 @@ import pytest
 
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import SOS, recall
+from perceiver_ar_jax.data.loader import TrainLoader
 from perceiver_ar_jax.data.tasks import get_tasks
 from tests import tiny
 
@@ -35,6 +36,20 @@ def test_documents_are_reproducible_and_validation_shares_none_with_training():
 
   assert events(3, False) == events(3, False)
   assert len({events(number, validation) for number in range(50) for validation in (False, True)}) == 100
+
+
+def test_training_scores_only_the_answers():
+  config = tiny.config(
+    data__task="recall",
+    data__min_crop=513,
+    model__vocab_size=196,
+    model__max_context=512,
+    model__num_latents=64,
+    model__position_encoding="rotary",
+    model__position_sizes=(),
+  )
+  batch = next(TrainLoader(config))
+  assert batch["weights"][:, 1::2].all() and not batch["weights"][:, ::2].any()
 
 
 @pytest.mark.parametrize(("length", "pairs", "queries"), [(20, 10, 5), (100, 10, 11)])

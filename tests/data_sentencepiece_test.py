@@ -144,7 +144,7 @@ def test_a_crop_fills_its_length_and_ends_with_a_word(trained):
   document = SubwordDocument(Text(LONG_TEXT.encode()), trained.tokens)
   at_start = 0
   for draw in [*np.linspace(0, 0.02, 50), *np.linspace(0.02, 0.98, 100), *np.linspace(0.98, 1 - 1e-9, 50)]:
-    events, positions = document.crop(draw, 40, 2)
+    events, positions, _ = document.crop(draw, 40, 2)
     stretch = trained.tokens.decode(events)
     assert LONG_TEXT.count(stretch) == 1, f"{stretch!r} is not in the text"
     start = LONG_TEXT.index(stretch)
@@ -160,21 +160,21 @@ def test_a_crop_fills_its_length_and_ends_with_a_word(trained):
 
 def test_the_first_and_the_last_crop_reach_the_ends_of_the_text(trained):
   document = SubwordDocument(Text(LONG_TEXT.encode()), trained.tokens)
-  first, _ = document.crop(0, 40, 1)
+  first, _, _ = document.crop(0, 40, 1)
   assert trained.tokens.decode(first) == LONG_TEXT.split()[0] and first[0] == SOS
-  later, _ = document.crop(0, 80, 40)
+  later, _, _ = document.crop(0, 80, 40)
   assert 160 <= len(trained.tokens.decode(later).encode()) < 160 + 64, (
     "40 subword tokens count as 160 bytes, and a word"
   )
-  last, _ = document.crop(1 - 1e-9, 40, 1)
+  last, _, _ = document.crop(1 - 1e-9, 40, 1)
   assert len(last) == 40 and last[-1] == EOS and LONG_TEXT.endswith(trained.tokens.decode(last))
-  whole, _ = SubwordDocument(Text(b"bako rimu"), trained.tokens).crop(1 - 1e-9, 40, 40)
+  whole, _, _ = SubwordDocument(Text(b"bako rimu"), trained.tokens).crop(1 - 1e-9, 40, 40)
   assert whole.tolist() == [SOS, *trained.tokens.encode(b"bako rimu"), EOS]
 
 
 def test_a_crop_reads_only_its_surroundings(trained):
   text, recording = CountingText(LONG_TEXT.encode()), RecordingPieces(trained.tokens)
-  events, _ = SubwordDocument(text, recording).crop(0.5, 40, 2)
+  events, _, _ = SubwordDocument(text, recording).crop(0.5, 40, 2)
   assert len(events) == 40
   assert text.num_read < 500 and len(recording.given[0]) < 500, f"{text.num_read} of {len(text)} bytes were read"
 
@@ -187,7 +187,7 @@ class WholeWords:
 
 
 def test_a_crop_of_few_long_subword_tokens_is_short_and_begins_without_sos():
-  events, _ = SubwordDocument(Text(b"characteristically " * 100), WholeWords()).crop(0.5, 40, 2)
+  events, _, _ = SubwordDocument(Text(b"characteristically " * 100), WholeWords()).crop(0.5, 40, 2)
   assert 10 < len(events) < 20 and SOS not in events and EOS not in events
 
 
@@ -218,7 +218,7 @@ def test_parts_end_their_crops_where_one_document_would(trained, tmp_path, monke
 def test_bytes_that_are_not_utf8_are_replaced_and_reported_once(trained, capsys):
   document = SubwordDocument(Text(b"bako \xff rimu\n", "an odd text"), trained.tokens)
   for _ in range(2):
-    events, _ = document.crop(1 - 1e-9, 40, 2)
+    events, _, _ = document.crop(1 - 1e-9, 40, 2)
     assert trained.tokens.decode(events) == "bako \ufffd rimu\n"
   assert len(document) == len(events)
   assert capsys.readouterr().err.count("an odd text is not all UTF-8") == 1
@@ -244,7 +244,7 @@ def test_the_text_task_has_the_vocabulary_of_the_model(trained, folder):
 def test_the_last_character_is_not_cut(text, trained):
   content = text.encode()
   for end in range(1, len(content) + 1):
-    events, _ = SubwordDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)
+    events, _, _ = SubwordDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)
     assert trained.tokens.decode(events) == text, f"a crop that ends at byte {end}"
 
 

@@ -54,13 +54,13 @@ def test_any_stretch_of_bytes_is_that_slice_of_the_whole(kept, tmp_path):
 def test_positions_count_from_the_start_of_the_stretch():
   document = ByteDocument(Text(b"abcdefghij"))
   assert document.positions(0, 3).tolist() == document.positions(7, 10).tolist() == [[1], [2], [3]]
-  events, positions = document.crop(0.999, longest=3, shortest=2)
+  events, positions, _ = document.crop(0.999, longest=3, shortest=2)
   assert events.tolist() == [108, 109, EOS] and positions.tolist() == [[1], [2], [3]]
 
 
 def test_a_crop_of_bytes_reads_no_more_than_itself():
   text = CountingText(LONG_TEXT.encode())
-  events, _ = ByteDocument(text).crop(0.5, longest=50, shortest=2)
+  events, _, _ = ByteDocument(text).crop(0.5, longest=50, shortest=2)
   assert len(events) == 50 and text.num_read <= 50, f"{text.num_read} bytes were read for a crop of 50"
 
 

@@ -148,8 +148,18 @@ def test_a_part_of_a_document_ends_its_crops_there_and_reaches_back_beyond_it():
   doc = document(list(range(100, 120)))
   doc.ends = (11, 14)
   crops = [doc.crop(draw, longest=6, shortest=2) for draw in (0, 0.25, 0.5, 0.75, 0.999)]
-  assert [events.tolist()[-1] for events, _ in crops] == [110, 111, 112, 113, 113]
-  assert all(len(events) == 6 for events, _ in crops)
+  assert [events.tolist()[-1] for events, *_ in crops] == [110, 111, 112, 113, 113]
+  assert all(len(events) == 6 for events, *_ in crops)
+
+
+@pytest.mark.parametrize(("scored_only", "weights"), [(False, [1, 1, 1]), (True, [0, 1, 0])])
+def test_training_leaves_out_events_that_are_not_scored_where_asked(scored_only, weights):
+  batch = windows.empty_batch(1, context=3, latents=3, position_dims=1)
+  scored = np.array([False, False, True, False])
+  windows.train_window(
+    windows.row_of(batch, 0), Document(np.arange(4, 8), scored=scored), 0.5, min_crop=4, scored_only=scored_only
+  )
+  assert batch["weights"].tolist() == [weights]
 
 
 def test_an_augmented_crop_keeps_its_newest_events_and_counts_them_anew():

@@ -73,8 +73,8 @@ class Document:
     last = 1 + np.flatnonzero(self.scored(1, len(self)))[num_scored - 1]
     return Head(self, int(last) + 1, {})
 
-  def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
-    """A training crop: (events int32[n], positions int32[n, P]), n <= `longest`.
+  def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A training crop: (events int32[n], positions int32[n, P], scored bool[n]), n <= `longest`.
 
     It ends anywhere from event `shortest` to the last, uniformly, as `draw` in [0, 1) determines, and is as long as
     `longest` allows. Documents shorter than `shortest` are not cropped.
@@ -83,7 +83,7 @@ class Document:
     first = max(first, min(shortest, last))
     end = first + int(draw * (last - first + 1))
     start = max(end - longest, 0)
-    return self.read(start, end), self.positions(start, end)
+    return self.read(start, end), self.positions(start, end), self.scored(start, end)
 
 
 class Head(Document):

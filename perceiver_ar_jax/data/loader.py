@@ -160,7 +160,14 @@ class TrainLoader(Iterator[Batch]):
       if document is not None:
         augment = task.augment and functools.partial(task.augment, random=np.random.default_rng(seeds[number]))
         try:
-          windows.train_window(row, document, draws[number], min_crop=self._config.data.min_crop, augment=augment)
+          windows.train_window(
+            row,
+            document,
+            draws[number],
+            self._config.data.min_crop,
+            scored_only=task.train_scored_only,
+            augment=augment,
+          )
           return True
         except Unreadable as error:  # a file that vanished or shrank since it was listed
           task.skip(record, error)

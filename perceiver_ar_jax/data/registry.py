@@ -55,6 +55,8 @@ class Task:
   """Changes the events of a training crop at random."""
   stored: Callable[[np.ndarray, np.ndarray | None, Mapping[str, int]], Document] = Document
   """(events, positions or None for 1, 2, ..., counts) -> the document as it was before it was cached."""
+  train_scored_only: bool = False
+  """Whether training, too, leaves out what evaluation does not score: ids that nothing predicts."""
   unknown: int | None = None
   """The event for everything that is not in the vocabulary."""
   read: Callable[[Any], Document] | None = None

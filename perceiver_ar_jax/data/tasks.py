@@ -336,6 +336,7 @@ def _recall(data: DataConfig, max_events: int) -> Task:
     modality="numbers",
     unit="accuracy",
     vocab_size=vocab_size,
+    train_scored_only=True,
     length=max_events,
     groups=lambda: allow(vocab_size, range(NUM_SPECIAL, vocab_size)),
     decode=lambda events: np.asarray(events) - NUM_SPECIAL,

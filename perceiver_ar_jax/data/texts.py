@@ -229,7 +229,7 @@ class SubwordDocument(_TextDocument):
         return Head(part, 1 + num_subwords, part.counts())  # the part's EOS is not the text's
       num_bytes = min(num_bytes * num_scored // num_subwords, num_bytes - 1)
 
-  def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
+  def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As Document.crop, but drawn in bytes and cut between words, so that only the crop of a long text is encoded.
 
     `shortest` is converted at `_TYPICAL_BYTES_PER_SUBWORD`.
@@ -245,7 +245,7 @@ class SubwordDocument(_TextDocument):
       cut = _next_boundary(text[:_LONGEST_WORD_BYTES])
       start, text = start + cut, text[cut:]
     events = self._encode(start, text)[-longest:]
-    return events, self.positions(0, len(events))
+    return events, self.positions(0, len(events)), self.scored(0, len(events))
 
 
 def _next_boundary(text: bytes) -> int:

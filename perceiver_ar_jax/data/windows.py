@@ -56,23 +56,30 @@ def row_of(batch: Batch, index: int) -> Batch:
 
 
 def train_window(
-  row: Batch, document: Document, draw: float, *, min_crop: int, augment: Callable | None = None
+  row: Batch,
+  document: Document,
+  draw: float,
+  min_crop: int,
+  *,
+  scored_only: bool = False,
+  augment: Callable | None = None,
 ) -> None:
-  """Fills an empty row with a random window of a document; every target has weight 1.
+  """Fills an empty row with a random window of a document. A target has weight 1, with `scored_only` if it is scored.
 
   Args:
     row: see `row_of`.
-    document: at least 2 events; which of them it scores matters in evaluation only.
+    document: at least 2 events.
     draw: a random number in [0, 1) that determines the crop, see Document.crop.
     min_crop: shortest crop in events, so that the first events, which all short crops contain, are not over-sampled.
     augment: events of the crop -> other events; positions must be those that count from the crop's start.
   """
   longest = len(row["inputs"]) + 1
-  events, positions = document.crop(draw, longest, max(min_crop, 2))  # an input and its target
+  events, positions, scored = document.crop(draw, longest, max(min_crop, 2))  # an input and its target
   if augment:
     events = augment(events)[-longest:]
     positions = document.positions(0, len(events))
-  _fill(row, events, positions, np.ones(len(events), bool), len(row["targets"]))
+  scored = scored if scored_only else np.ones(len(events), bool)
+  _fill(row, events, positions, scored, len(row["targets"]))
 
 
 def eval_window(row: Batch, document: Document, end: int, num_new: int) -> None:
