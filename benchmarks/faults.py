@@ -4,8 +4,9 @@
 
 The run evaluates and draws samples. Each round starts all processes, waits until some steps are logged and a random
 moment more (while starting, training, evaluating or saving), and kills one of them with SIGKILL. The others must end by
-themselves within a minute. Then come rounds in which one process fails to read the newest checkpoint (permission,
-stale file handle, HTTP 503, memory): no checkpoint may move. At last the run is completed.
+themselves within a minute, or within JAX's five minutes if the coordinator died before they reached it. Then come rounds
+in which one process fails to read the newest checkpoint (permission, stale file handle, HTTP 503, memory): no
+checkpoint may move. At last the run is completed.
 
 It prints one JSON object and exits with 1 if the run was lost (did not resume), diverged (any loss differs), hung, or
 if a checkpoint moved. With the same folder, an interrupted drill resumes.
@@ -116,7 +117,7 @@ def _kill(workdir: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> di
   hung = aim >= 0.2 and len(_losses(workdir)) < target and all(process.poll() is None for process in processes)
   victim = rng.randrange(len(processes))
   processes[victim].kill()
-  killed, codes = time.monotonic(), _wait(processes, 60)
+  killed, codes = time.monotonic(), _wait(processes, 60 if phase != "starting" else 360)
   return {
     "phase": phase,
     "victim": victim,
