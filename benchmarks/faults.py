@@ -4,8 +4,8 @@
 
 The run evaluates and draws samples. Each round starts all processes, waits until some steps are logged and a random
 moment more (while starting, training, evaluating or saving), and kills one of them with SIGKILL. The others must end by
-themselves within a minute, or within JAX's five minutes if the coordinator died before they reached it. Then come rounds
-in which one process fails to read the newest checkpoint (permission, stale file handle, HTTP 503, memory): no
+themselves within a minute, or within JAX's five minutes if the coordinator died before they reached it. Then come
+rounds in which one process fails to read the newest checkpoint (permission, stale file handle, HTTP 503, memory): no
 checkpoint may move. At last the run is completed.
 
 It prints one JSON object and exits with 1 if the run was lost (did not resume), diverged (any loss differs), hung, or
