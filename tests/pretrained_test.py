@@ -13,27 +13,35 @@ FOLDER = tiny.ROOT / "pretrained"
 
 
 @pytest.fixture
-def photos32(tmp_path):
-  return shutil.copytree(FOLDER / "photos32", tmp_path / "photos32")
+def weights(request, tmp_path):
+  return shutil.copytree(FOLDER / request.param, tmp_path / request.param)
 
 
 @pytest.mark.slow
-def test_photographs_cost_what_the_card_states(photos32):
-  config = config_from_run.load_config(photos32)
-  result = evaluate.evaluate(config, photos32)
-  card = (photos32 / "README.md").read_text()
+@pytest.mark.parametrize("weights", ["photos32"], indirect=True)
+def test_photographs_cost_what_the_card_states(weights):
+  result = evaluate.evaluate(config_from_run.load_config(weights), weights)
+  card = (weights / "README.md").read_text()
   assert f"| validation | 480 | {result['bits_per_dim']:.3f} bits/dim |" in card
   for name, bits in result["compressors"].items():
     assert f"{bits:.3f}" in card, name
 
 
 @pytest.mark.slow
-def test_photographs_are_sampled_by_one_command(photos32):
+@pytest.mark.parametrize("weights", ["recall"], indirect=True)
+def test_answers_are_recalled_as_the_card_states(weights):
+  result = evaluate.evaluate(config_from_run.load_config(weights), weights)
+  assert f"| {result['accuracy']:.4f} | 8,192 |" in (weights / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["photos32", "recall"], indirect=True)
+def test_samples_are_drawn_by_one_command(weights):
   result = tiny.main(
-    f"--workdir={photos32}", "--mode=sample", "--config.sample.num_samples=1", "--config.sample.length=40"
+    f"--workdir={weights}", "--mode=sample", "--config.sample.num_samples=1", "--config.sample.length=40"
   )
   assert result.returncode == 0, result.stderr
-  assert len(json.loads((photos32 / "samples" / "samples.json").read_text())["samples"]) == 1
+  assert len(json.loads((weights / "samples" / "samples.json").read_text())["samples"]) == 1
 
 
 def test_weights_are_small():
