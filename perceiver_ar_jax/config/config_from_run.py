@@ -1,8 +1,7 @@
 """The config of an existing run or of exported weights, from the config.json in the folder.
 
-Exported weights (interop/export.py) may have only the model's settings, {"model": {...}}.
-
-This is also the config file of commands that are given --workdir and no --config (command_line.py).
+Exported weights (interop/export.py) may have only the model's settings, {"model": {...}}. This module is also the
+config file of commands that are given --workdir and no --config (command_line.py).
 """
 
 import contextlib

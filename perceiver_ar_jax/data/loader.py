@@ -26,10 +26,11 @@ from jax.sharding import Sharding
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import windows
 from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.registry import Record, Task, skip_reasons, to_records
+from perceiver_ar_jax.data.registry import Record, Task, to_records
 from perceiver_ar_jax.data.sources import ListSource, sentencepiece_fingerprint
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
+from perceiver_ar_jax.data.warn_once import skip_reasons
 from perceiver_ar_jax.data.windows import Batch
 
 _SHUFFLE_BYTES = 32 * 2**20

@@ -20,7 +20,7 @@ from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.sources import CachedSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
-from perceiver_ar_jax.data.warn_once import newest_messages, warn_once
+from perceiver_ar_jax.data.warn_once import warn_once
 
 PREFETCH = 64
 """Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
@@ -62,8 +62,8 @@ class Task:
   length: int | None = None
   """Events of every document; None: they vary."""
   place: Callable[[int, int], np.ndarray] | None = lambda start, end: count_positions(end - start)
-  """(start, end) -> positions int32[end - start, P] of these events of a document that is being generated, in a window
-  from `start`; None: they are part of the document."""
+  """(start, end) -> positions int32[end - start, P] of these events of a generated document, in a window from `start`;
+  None: they are part of the document."""
   groups: Callable[[], np.ndarray] | None = None
   """-> bool[G, V]: the events allowed at the indices of each group; None: one group, of all events but PAD and SOS."""
   group: Callable[[np.ndarray], np.ndarray] = np.zeros_like
@@ -89,18 +89,19 @@ class Task:
       document = self.document(record)
       if document.has_targets():
         return document
-      self.skip(record, f"{self._describe(record)} has nothing to predict")
+      reason: Exception | str = f"{self._describe(record)} has nothing to predict"
     except Unreadable as error:
-      self.skip(record, error)
+      reason = error
     except (InputError, MemoryError):
       raise
     except Exception as error:
       if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without a number
         raise
-      self.skip(record, f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})")
+      reason = f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})"
+    self.skip(record, reason)
     return None
 
-  def skip(self, record: Record, reason: Unreadable | str) -> None:
+  def skip(self, record: Record, reason: Exception | str) -> None:
     """Reports that a record is not used; a file counts once, however many of its records are skipped, and how often."""
     warn_once("skipped", f"Skipped: {reason}", subject=self._describe(record) if "path" in record else None)
 
@@ -108,15 +109,14 @@ class Task:
     return os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
 
   def num_records(self, config: Config, split: str) -> int | None:
-    """Returns the number of records of a split, None if unknown.
+    """Returns the number of records of a split, None if it is endless.
 
-    Raises:
-      InputError: an unknown split, missing data, or a model with fewer token ids than the task.
+    Raises InputError for an unknown split, missing data, or a model with fewer token ids than the task.
     """
     if self.vocab_size > config.model.vocab_size:
       raise InputError(
-        f"The task {self.name} has {self.vocab_size} token ids (PAD, EOS and SOS included), but model.vocab_size is"
-        f" {config.model.vocab_size}: set --config.model.vocab_size={self.vocab_size} or more."
+        f"The task {self.name} has {self.vocab_size} token ids, PAD, EOS and SOS included:"
+        f" model.vocab_size={config.model.vocab_size} must be at least {self.vocab_size}."
       )
     if not isinstance(self.source, TfdsSource) and split not in self.source.splits:
       raise InputError(f"The task {self.name} has no split {split!r}. {nearest(split, self.source.splits)}")
@@ -128,8 +128,7 @@ class Task:
       records = preprocessor(records)
     if self.preprocessors:
       records = records.prefetch(PREFETCH)
-    # All elements that a stage has ready are part of the saved state, so every buffer is bounded: parallel maps by the
-    # number of threads, and no stages that TensorFlow adds.
+    # Elements that a stage has ready are part of the saved state, so every buffer is bounded and none is added.
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = 8
@@ -142,12 +141,6 @@ class Task:
 def to_records(batch: Mapping[str, tf.Tensor]) -> list[Record]:
   """Splits a batch of records."""
   return [dict(zip(batch, record)) for record in zip(*(value.numpy() for value in batch.values()))]
-
-
-def skip_reasons() -> str:
-  """Returns the newest reasons for which records were skipped."""
-  reasons = [message.removeprefix("Skipped: ") for message in newest_messages("skipped", 3)]
-  return "; ".join(reasons) or "it is empty"
 
 
 def allow(vocab_size: int, ids: Iterable[int]) -> np.ndarray:
@@ -180,18 +173,15 @@ def names() -> list[str]:
 def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
   """The task that `data` names, or the tasks of the mixture, each with its share of the training examples.
 
-  `data.task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1".
-
-  Raises:
-    InputError: an unknown name, a wrong rate, tasks of different vocabularies.
+  `data.task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1". Raises InputError
+  for an unknown name, a wrong rate, or tasks of different vocabularies.
   """
   rates = _mixture_rates(data.task)
   tasks = [_build(dataclasses.replace(data, task=name), max_events) for name in rates]
   if len({(task.modality, task.vocab_size, task.position_dims) for task in tasks}) > 1:
     described = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
     raise InputError(
-      f"The tasks of the mixture data.task={data.task!r} have different vocabularies ({described}): mix tasks of one"
-      " modality and one vocabulary."
+      f"The tasks of data.task={data.task!r} have different vocabularies ({described}): mix tasks of one vocabulary."
     )
   return [(task, rate / sum(rates.values())) for task, rate in zip(tasks, rates.values())]
 
@@ -228,10 +218,7 @@ def _build(data: DataConfig, max_events: int) -> Task:
 
 
 def to_seqio(task: Task) -> seqio.Task:
-  """The seqio task that yields the documents of `task` whole: events, positions, and words and bytes of texts.
-
-  These are tensors, so it suits looking around and caching, not training on texts longer than the context.
-  """
+  """The seqio task that yields the documents of `task` whole: events, positions, and words and bytes of texts."""
   specs = {"events": tf.TensorSpec([None], tf.int32)}
   if task.position_dims > 1:  # otherwise they only count, and need not be stored
     specs["positions"] = tf.TensorSpec([None, task.position_dims], tf.int32)

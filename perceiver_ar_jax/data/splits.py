@@ -8,10 +8,11 @@ import numpy as np
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import windows
 from perceiver_ar_jax.data.documents import Document, Unreadable
-from perceiver_ar_jax.data.registry import Record, Task, skip_reasons, to_records
+from perceiver_ar_jax.data.registry import Record, Task, to_records
 from perceiver_ar_jax.data.sources import ListSource
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.warn_once import skip_reasons
 from perceiver_ar_jax.data.windows import Batch
 
 
