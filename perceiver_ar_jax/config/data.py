@@ -56,8 +56,7 @@ class DataConfig:
   min_crop: int = 1
   """Shortest training crop of a sequence, in events; longer ones keep first tokens from being over-sampled."""
   shards: int = 1
-  """Parts of the training records, each read and shuffled separately for its share of every batch. A host reads the
-  parts of its rows; the order of the data depends on this and not on the number of hosts."""
+  """Parts of the training records, each shuffled separately for its share of a batch; hosts read those they need."""
   shuffle_buffer: int = 2048
   """Maximum number of encoded records in the shuffle buffer, and of 32 MiB; every checkpoint contains the buffer."""
 

@@ -19,8 +19,7 @@ class OptimizerConfig:
   warmup_steps: int = 0
   """Steps of linear warm-up; the very first update then has rate 0."""
   schedule: str = "constant"
-  """After the warm-up: constant, cosine (down to `end_learning_rate`), wsd (warm-up, stable, then linear decay), steps
-  (`step_boundaries`) or t5 (1/sqrt)."""
+  """After the warm-up: constant, cosine, wsd (stable, then linear decay), steps (`step_boundaries`) or t5 (1/sqrt)."""
   end_learning_rate: float = 0.0
   """Cosine and wsd: the rate at the last step."""
   decay_steps: int | None = None
@@ -55,8 +54,7 @@ class TrainConfig:
   steps: int
   """Optimizer updates."""
   init_from: str | None = None
-  """Fine-tuning: the folder of exported weights (interop/export.py) that a new run starts from, with a new optimizer.
-  The data may differ, the model may not."""
+  """Fine-tuning: the folder of exported weights (interop/export.py) that a new run starts from."""
   batch_size: int
   """Sequences per update over all devices and microbatches."""
   microbatches: int = 1
@@ -129,5 +127,4 @@ class PlanConfig:
   """What --mode=plan compiles for; training ignores it."""
 
   topology: str | None = None
-  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, such as v4-128; or several slices,
-  2xv5e:16x16."""
+  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, v4-128; or several, 2xv5e:16x16."""

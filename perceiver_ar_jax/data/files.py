@@ -46,7 +46,12 @@ def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
 
 def file_size(path: str) -> int:
   """Returns the size of a file in bytes; raises Unreadable as `read_bytes`."""
-  return tf.io.gfile.stat(path).length if _is_remote(path) else _stat(path).st_size
+  if not _is_remote(path):
+    return _stat(path).st_size
+  try:
+    return tf.io.gfile.stat(path).length
+  except tf.errors.OpError as error:
+    raise Unreadable(f"{path} cannot be read: {error}") from error
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
@@ -58,7 +63,7 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
   """
   path = os.path.expanduser(pattern)
   try:
-    is_folder = _is_folder(path)
+    is_folder = tf.io.gfile.isdir(path)
     paths = _list_folder(path) if is_folder else _expand(path)
   except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError, tf.errors.PermissionDeniedError) as error:
     raise InputError(f"{pattern!r} cannot be listed: {error.message}") from error
@@ -100,21 +105,18 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
   """Returns the user's files of the split "train" or "validation".
 
   `data.validation_files` names those held out; otherwise a hash of each file's path relative to `data.files` decides,
-  so that neither adding files nor moving the folder moves a file to the other split. Where the hashes would hold out no
-  file, the one with the lowest hash is held out. Empty files are not held out. Raises InputError if a split is empty.
+  so that neither adding files nor moving the folder moves a file to the other split. At least one file is held out, but
+  no empty one. Raises InputError if none is left to train on.
   """
   files = own_files(data, suffixes)
   if data.validation_files:
-    validation = find_files(data.validation_files, suffixes)
-    setting = f"data.validation_files={data.validation_files!r}"
+    validation, setting = find_files(data.validation_files, suffixes), "validation_files"
   else:
-    validation = _hold_out(data, files)
-    setting = f"data.validation_fraction={data.validation_fraction}"
+    validation, setting = _hold_out(data, files), "validation_fraction"
   held_out = set(_real_paths(validation))
   train = [path for path, real in zip(files, _real_paths(files)) if real not in held_out]
-  warn_once(
-    None, f"Held out for validation: {len(validation):,} of {len(validation) + len(train):,} files ({setting})."
-  )
+  total, setting = len(validation) + len(train), f"data.{setting}={getattr(data, setting)!r}"
+  warn_once(None, f"Held out for validation: {len(validation):,} of {total:,} files ({setting}).")
   if split == "train" and not train:
     raise InputError(
       f"All {len(files)} files of data.files={data.files!r} are held out for validation: add files, name those to hold"
@@ -144,14 +146,10 @@ def _is_remote(path: str) -> bool:
   return "://" in path
 
 
-def _is_folder(path: str) -> bool:
-  return tf.io.gfile.isdir(path) if _is_remote(path) else os.path.isdir(path)
-
-
 def _base_folder(path: str) -> str:
   """The folder that files are named relative to: `path`, or the folder in which the first wildcard of a glob is."""
   fixed = re.split(r"[*?\[]", path)[0]
-  return path if _is_folder(path) else fixed[: fixed.rfind("/") + 1]
+  return path if tf.io.gfile.isdir(path) else fixed[: fixed.rfind("/") + 1]
 
 
 def _relative(path: str, folder: str) -> str:

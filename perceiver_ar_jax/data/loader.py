@@ -34,9 +34,8 @@ from perceiver_ar_jax.data.warn_once import skip_reasons
 from perceiver_ar_jax.data.windows import Batch
 
 _SHUFFLE_BYTES = 32 * 2**20
-"""Average size limit of a shuffle buffer: whole books would make checkpoints of gigabytes."""
+"""Average size limit of a shuffle buffer, which checkpoints contain."""
 _pool = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-"""The threads that fill rows, of all loaders; they start when they are first needed."""
 
 
 @dataclasses.dataclass
@@ -45,7 +44,7 @@ class _Shard:
 
   index: int
   rows: Sequence[int]
-  """The rows that this host fills, among those that the shard provides for each batch."""
+  """Those that this host fills, among those that the shard provides for each batch."""
   is_saved_here: bool
   """Whether this host saves the position, which is the same on all hosts that read the shard."""
   records: Sequence[Iterator] = ()
@@ -57,14 +56,9 @@ class _Shard:
 class TrainLoader(Iterator[Batch]):
   """Training batches (windows.Batch), of each the rows of one host; the same for the same settings and when restored.
 
-  Args:
-    config: the experiment; `data`, `seed`, the batch size and the model's context and latents determine the batches.
-    rows_of_hosts: for each host the rows of a batch that it provides, in order; None: one host provides all.
-    host: the index of this host.
-
-  Raises:
-    InputError: unknown task or split, data that is not prepared, fewer records than shards, no readable record, or
-      token ids and positions outside the model's tables (the last two only once a batch contains them).
+  `rows_of_hosts` are the rows of a batch that each host provides, in order (None: one host provides all), and `host` is
+  the index of this one. Raises InputError for an unknown task or split, data that is not prepared, fewer records than
+  shards, too few token ids; and, in drawing a batch, if no record is readable, or positions are outside their tables.
   """
 
   def __init__(self, config: Config, rows_of_hosts: Sequence[Sequence[int]] | None = None, host: int = 0):
@@ -75,8 +69,7 @@ class TrainLoader(Iterator[Batch]):
     for task, count in zip(self._tasks, self._num_records):
       if count is not None and count < self._num_shards:
         raise InputError(
-          f"The split {self._split!r} of {task.name} has {count} records, fewer than data.shards={self._num_shards}:"
-          " lower it, or train on more data."
+          f"The split {self._split!r} of {task.name} has {count} records, fewer than data.shards={self._num_shards}."
         )
     rows_of_hosts = [range(config.train.batch_size)] if rows_of_hosts is None else rows_of_hosts
     self.rows, self._shards = rows_of_hosts[host], []
@@ -97,7 +90,7 @@ class TrainLoader(Iterator[Batch]):
 
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and type of each array of a global batch, without drawing one."""
+    """Shape and type of each array of a global batch."""
     return jax.eval_shape(lambda: self._empty(self._config.train.batch_size))
 
   def _empty(self, size: int) -> Batch:
@@ -150,8 +143,7 @@ class TrainLoader(Iterator[Batch]):
   def _fill_row(self, records, draws, seeds, unreadable: set[int], number: int, row: Batch) -> bool:
     """Fills a row, with the random numbers of row `number` of a shard; returns False if no record can be read.
 
-    The record is that of the row or, if that is unreadable, the next readable one of the shard, which may belong to a
-    row of another host, so that a batch is the same for any number of hosts.
+    If the row's record is unreadable, it is filled from the next readable one of the shard, whichever host's it is.
     """
     for candidate in (*range(number, len(records)), *range(number)):
       if candidate in unreadable:
@@ -189,8 +181,8 @@ class TrainLoader(Iterator[Batch]):
     batch = next(shard.records[task_index], None)
     if batch is None:
       raise InputError(
-        f"Shard {shard.index} of {self._num_shards} has no record of {self._tasks[task_index].name}: there are too few"
-        " files with records in them. Lower data.shards, or cache with fewer --shards."
+        f"Shard {shard.index} of {self._num_shards} has no record of {self._tasks[task_index].name}: lower data.shards,"
+        " or cache with fewer --shards."
       )
     return to_records(batch)
 
@@ -207,22 +199,19 @@ class TrainLoader(Iterator[Batch]):
   def restore(self, directory: os.PathLike | str) -> None:
     """Restores the position that all hosts together saved, on any number: the next batch is the one that followed.
 
-    Raises:
-      InputError: the state is of other shards, or of other data (other settings).
-      FileNotFoundError: `directory` contains no state at all.
+    Raises InputError if the state is of other shards, data or settings; FileNotFoundError if it contains no state.
     """
     directory = epath.Path(directory)
+    saved_shards = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
+    if not saved_shards:
+      raise FileNotFoundError(f"{directory} contains no state of a data iterator")
     for shard in self._shards:
-      path = directory / f"{self._name(shard)}.json"
-      if not path.exists():
-        saved_shards = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
-        if not saved_shards:
-          raise FileNotFoundError(f"{directory} contains no state of a data iterator")
+      if self._name(shard) not in saved_shards:
         raise InputError(
           f"{directory} contains no data iterator state for {self._name(shard)}, only for {', '.join(saved_shards)}:"
           " set data.shards back to what it was."
         )
-      state = json.loads(path.read_text())
+      state = json.loads((directory / f"{self._name(shard)}.json").read_text())
       names = {"num_records": "number of records", "files": "checksum of the files' names"}
       changed = [
         f"{names.get(name, name)} was {state['stream'].get(name)!r} and is {value!r}"
@@ -232,7 +221,7 @@ class TrainLoader(Iterator[Batch]):
       if changed:
         raise InputError(
           f"The data position in {directory} does not apply, since the data or its settings have changed"
-          f" ({'; '.join(changed)}): restore files and settings, or start in a new workdir."
+          f" ({'; '.join(changed)}): restore them, or start in a new workdir."
         )
       # From the start: the state of an iterator that was not used does not undo the shuffles of one that was.
       self._start(shard)
@@ -270,8 +259,7 @@ class TrainLoader(Iterator[Batch]):
 def to_global(
   batch: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int, shardings: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
-  """Global arrays of `batch_size` rows, of which `batch` contains this host's: those numbered `rows`, in order, which
-  are at least those on its devices. Other dimensions may be sharded as well."""
+  """Global arrays of `batch_size` rows, of which `batch` contains those numbered `rows`, which this host provides."""
 
   def globalise(values: np.ndarray, sharding: Sharding) -> jax.Array:
     def local_part(index: tuple[slice, ...]) -> np.ndarray:

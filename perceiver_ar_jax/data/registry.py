@@ -36,16 +36,16 @@ class Task:
   name: str
   source: seqio.DataSource
   document: Callable[[Record], Document]
-  """Converts a record of the source to a document; errors about the record's content skip the record (see `open`)."""
+  """Converts a record of the source to a document; see `open` for its errors."""
   modality: str
   unit: str
   """The unit of its held-out loss: one of units.UNITS."""
   vocab_size: int
   """Number of event ids, PAD, EOS and SOS included."""
   counts: tuple[str, ...] = ()
-  """Keys of Document.counts, which evaluation divides by beside tokens (units.COUNTS); of text words and bytes."""
+  """Keys of Document.counts, see units.COUNTS; of text words and bytes."""
   decode: Callable[[np.ndarray], Any]
-  """Converts events int32[n] to a picture, a text, notes or codes (of video: flat, since each file has its grid)."""
+  """Converts events int32[n] to a picture, a text, notes or codes (of video flat)."""
   position_dims: int = 1
   encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   """Settings that determine the meaning of ids and positions: a model can only be used with those of its training."""
@@ -78,7 +78,7 @@ class Task:
 
   def allowed(self) -> np.ndarray:
     """bool[G, V], see `groups`."""
-    return allow(self.vocab_size, [EOS, *range(NUM_SPECIAL, self.vocab_size)]) if self.groups is None else self.groups()
+    return self.groups() if self.groups else allow(self.vocab_size, [EOS, *range(NUM_SPECIAL, self.vocab_size)])
 
   def open(self, record: Record) -> Document | None:
     """Returns the document of a record; None, with a warning, if it cannot be decoded or has nothing to predict.
@@ -158,11 +158,12 @@ DEFAULT_MAX_EVENTS = 2048
 
 def add(name: str, build: Builder) -> None:
   """Registers a task, here and, once seqio is imported, under default settings with seqio."""
+
+  def add_to_seqio(seqio):
+    seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS)))
+
   _BUILDERS[name] = build
-  wrapt.register_post_import_hook(
-    lambda seqio: seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS))),
-    "seqio",
-  )
+  wrapt.register_post_import_hook(add_to_seqio, "seqio")
 
 
 def names() -> list[str]:
@@ -240,6 +241,9 @@ def to_seqio(task: Task) -> seqio.Task:
   def add_positions(document):
     return {"positions": tf.range(1, tf.size(document["events"]) + 1)[:, None], **document}
 
+  def feature(ids: int, **settings):
+    return seqio.Feature(seqio.PassThroughVocabulary(ids, eos_id=EOS), add_eos=False, dtype=tf.int32, **settings)
+
   return seqio.Task(
     task.name,
     source=task.source,
@@ -249,8 +253,5 @@ def to_seqio(task: Task) -> seqio.Task:
       *([seqio.CacheDatasetPlaceholder()] if task.source.caching_permitted else []),
       seqio.map_over_dataset(add_positions),
     ],
-    output_features={
-      "events": seqio.Feature(seqio.PassThroughVocabulary(task.vocab_size, eos_id=EOS), add_eos=False, dtype=tf.int32),
-      "positions": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32, rank=2),
-    },
+    output_features={"events": feature(task.vocab_size), "positions": feature(0, rank=2)},
   )

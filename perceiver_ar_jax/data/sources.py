@@ -33,10 +33,10 @@ class _Source:
 class TfdsSource(_Source):
   """A prepared TFDS dataset, read so that many hosts can share it and that training resumes exactly.
 
-  seqio's own source loads with TFDS's defaults, which keep the records of a small dataset in a cache that becomes part
-  of every checkpoint, split by whole files only, and start a download where data is missing. This one reads exact
-  ranges of records, shuffles files in another order in each epoch from a seed, caches nothing and writes nothing.
-  `name` has config and version, "downsampled_imagenet/64x64:2.0.0"; `data_dir` is as for tfds.load, and `decoders()`.
+  seqio's own source keeps the records of a small dataset in a cache that becomes part of every checkpoint, splits by
+  whole files only, and starts a download where data is missing. This one reads exact ranges of records, shuffles files
+  in another order in each epoch, caches nothing and writes nothing. `name` has config and version,
+  "downsampled_imagenet/64x64:2.0.0"; `data_dir` is as for tfds.load, and `decoders()`.
   """
 
   def __init__(self, name: str, *, decoders=None, data_dir: str | None = None):
@@ -137,9 +137,6 @@ class CachedSource(_Source):
     self._check()
     return tuple(sorted(path.split(".")[-2] for path in tf.io.gfile.glob(os.path.join(self._folder, "stats.*.json"))))
 
-  def list_shards(self, split: str) -> list[str]:
-    return tf.io.gfile.glob(os.path.join(self._folder, f"{split}.tfrecord-*"))
-
   def num_input_examples(self, split: str) -> int:
     return self._stats(split)["examples"]
 
@@ -150,13 +147,11 @@ class CachedSource(_Source):
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     """Records are stored documents: events, positions, and counts if any; `shuffle` shuffles files in each epoch."""
-    self._check()
     seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio keeps them, and takes the first that has the task
     options = {"seed": seed, "shard_info": shard_info, "num_epochs": 1}
     return self._task.get_dataset(None, split, use_cached=True, shuffle=shuffle, shuffle_buffer_size=1, **options)
 
   def _stats(self, split: str) -> dict[str, int]:
-    self._check()
     return json.loads(read_bytes(os.path.join(self._folder, f"stats.{split}.json")))
 
   def _check(self) -> None:

@@ -53,7 +53,13 @@ def _release_file(data: DataConfig, release: str, *names: str) -> str:
   return path
 
 
-def _image_task(data: DataConfig, size: int, order: str, **fields) -> Task:
+def _image_task(data: DataConfig, size: int, order: str, source=None, decode: Callable | None = None) -> Task:
+  """Of the user's files; or of a source for whose records `decode` returns uint8[size, size, 3], in TensorFlow."""
+  prepared = {
+    "source": source,
+    "preprocessors": [lambda records: seqio.map_over_dataset(lambda record: {"image": decode(record)})(records)],
+    "document": lambda record: images.document(record["image"], order),
+  }
   return _file_task(
     data,
     lambda path: images.document(images.load(read_bytes(path), path, size), order),
@@ -67,20 +73,12 @@ def _image_task(data: DataConfig, size: int, order: str, **fields) -> Task:
     length=images.num_events(size),
     place=lambda start, end: images.positions(size, order)[start:end],
     groups=lambda: allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
-    **fields,
+    **(prepared if source else {}),
   )
 
 
-def _prepared_images(data: DataConfig, size: int, order: str, source: seqio.DataSource, decode: Callable) -> Task:
-  """`decode` returns the picture uint8[size, size, 3] of a record, in TensorFlow."""
-  return _image_task(
-    data,
-    size,
-    order,
-    source=source,
-    preprocessors=[lambda records: seqio.map_over_dataset(lambda record: {"image": decode(record)})(records)],
-    document=lambda record: images.document(record["image"], order),
-  )
+def _image_files(data: DataConfig, max_events: int) -> Task:
+  return _image_task(data, data.image_size, data.image_order)
 
 
 def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
@@ -92,15 +90,11 @@ def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
     decoders=lambda: {"image": tfds.decode.SkipDecoding()},  # images stay encoded until after the shuffle
     data_dir=data.data_dir,
   )
-  return _prepared_images(data, size, order, source, decode)
+  return _image_task(data, size, order, source, decode)
 
 
 def _photos(size: int, order: str, data: DataConfig, max_events: int) -> Task:
-  return _prepared_images(data, size, order, NumberSource(photos.NUM_CROPS), lambda record: photos.crop(record, size))
-
-
-def _image_files(data: DataConfig, max_events: int) -> Task:
-  return _image_task(data, data.image_size, data.image_order)
+  return _image_task(data, size, order, NumberSource(photos.NUM_CROPS), lambda record: photos.crop(record, size))
 
 
 def _text_of_file(record: Record) -> tuple[texts.Text, tuple[int, int]]:
@@ -149,10 +143,9 @@ def _pg19(data: DataConfig, max_events: int) -> Task:
 
 
 def _wikitext103(data: DataConfig, max_events: int) -> Task:
-  names = {"train": "wiki.train", "validation": "wiki.valid", "test": "wiki.test"}
-
   def records(split):
-    return _parts(_release_file(data, "WikiText-103", f"{names[split]}.raw", f"{names[split]}.tokens"))
+    name = f"wiki.{'valid' if split == 'validation' else split}"
+    return _parts(_release_file(data, "WikiText-103", f"{name}.raw", f"{name}.tokens"))
 
   return _text_task(data, "word_perplexity", ListSource(records, _RELEASE_SPLITS))
 
@@ -344,8 +337,7 @@ def _recall(data: DataConfig, max_events: int) -> Task:
 def mirror(events_K: np.ndarray, length: int) -> Document:
   """SOS, K events, the same mirrored, EOS: `length` events at positions 1..length (paper, section 5.1).
 
-  K is (length - 1) // 2; with an odd `length` the middle event stands once. Only what can be predicted is scored: not
-  the first K.
+  K is (length - 1) // 2; with an odd `length` the middle event stands once. The first K are not scored.
   """
   num_random = (length - 1) // 2
   mirrored = events_K[: length - 2 - num_random][::-1]

@@ -166,14 +166,8 @@ class ByteDocument(_TextDocument):
     np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
     return events
 
-  @property
-  def num_scored(self) -> int:
-    return len(self) - 1
-
-  def head(self, num_scored: int) -> Document:
-    if self.num_scored <= num_scored:
-      return self
-    return Head(self, 1 + num_scored, count(self.text, num_scored))
+  def _counts_of_head(self, num_scored: int) -> dict[str, int]:
+    return count(self.text, num_scored)
 
 
 class SubwordDocument(_TextDocument):

@@ -33,9 +33,9 @@ def main(config: Config) -> int:
   import sentencepiece
 
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece=None, cache_dir=None))
-  for task, _ in tasks.get_tasks(config.data, windows.longest_crop(config)):
-    if task.modality != "text":
-      raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")
+  task, _ = tasks.get_tasks(config.data, windows.longest_crop(config))[0]
+  if task.modality != "text":
+    raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")
   path, model = epath.Path(_OUTPUT.value), io.BytesIO()
   with writing(f"--output={path}", "give another"):  # now, rather than after the training
     path.parent.mkdir(parents=True, exist_ok=True)

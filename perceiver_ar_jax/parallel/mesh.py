@@ -72,9 +72,7 @@ def use_cpu_cores(config: Config, batch_sizes: Sequence[int]) -> None:
 def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:
   """Raises InputError unless the size of the data and fsdp axes divides the rows of a batch."""
   size = mesh.shape["data"] * mesh.shape["fsdp"]
-  require(
-    batch_size % size == 0, f"{field}={batch_size} is not divisible by {size}, the size of mesh.data x mesh.fsdp."
-  )
+  require(batch_size % size == 0, f"{field}={batch_size} is not divisible by {size}, mesh.data x mesh.fsdp.")
 
 
 def rows_of_processes(mesh: Mesh, batch_size: int) -> list[list[int]]:
