@@ -34,9 +34,8 @@ from perceiver_ar_jax.training.memory import LESS_MEMORY
 def plan(config: Config, workdir: str | os.PathLike) -> int:
   """Plans for `config.plan.topology`, prints a report and writes WORKDIR/plan.json; returns the exit code 0.
 
-  Raises:
-    InputError: the step does not fit (plan.json is written all the same), the compiler is not installed or failed, the
-      topology is unknown, or the mesh or the batch does not fit it.
+  Raises InputError if the step does not fit (plan.json is written all the same), the compiler is not installed or
+  failed, the topology is unknown, or the mesh or the batch does not fit it.
   """
   if config.plan.topology is None:
     raise InputError("--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16 or v4-128.")
@@ -76,8 +75,8 @@ def compile_plan(config: Config, topology: Topology) -> dict:
     if not path.exists():
       reason = "; ".join(process.stderr.strip().splitlines()[-3:])
       raise InputError(
-        f"The compiler for {topology} ended with exit code {process.returncode} and no result: {reason}. (Code -9 means"
-        " that this machine has too little memory. A crash may be a bug of the compiler: try another libtpu.)"
+        f"The compiler for {topology} ended with exit code {process.returncode} (-9: too little memory) and no result:"
+        f" {reason}."
       )
     measured = json.loads(path.read_text())
   if "error" in measured:
@@ -133,10 +132,8 @@ def _format_bytes(num_bytes: int) -> str:
 def measure(config: Config, topology: Topology) -> dict:
   """Returns the mesh, the number of parameters, compile seconds, and the bytes of the compiled step on each chip.
 
-  If the compiler refuses the program because of its memory, `refused` is its message, which states temporary memory.
-
-  Raises:
-    InputError: the compiler does not know the topology, or the mesh or the batch does not fit it.
+  If the compiler refuses the program because of its memory, `refused` is its message. Raises InputError if it does not
+  know the topology, or the mesh or the batch does not fit it.
   """
   devices = _devices(topology)
   try:
@@ -144,7 +141,6 @@ def measure(config: Config, topology: Topology) -> dict:
   except NotImplementedError as error:  # JAX cannot divide the torus into these axes
     raise InputError(
       f"The mesh {config.mesh} does not fit {topology}: each axis must be a product of some of the slice's dimensions."
-      " Change --config.mesh.data, fsdp, tensor or context."
     ) from error
   architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)

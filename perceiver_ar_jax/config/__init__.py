@@ -65,15 +65,20 @@ class Config:
   @classmethod
   def from_json(cls, text: str) -> "Config":
     """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
-    values = json.loads(text)
-    for section, name in _REMOVED_SETTINGS:
-      values.get(section, {}).pop(name, None)
+    values = _parse(text)
     return _build(cls, values | {"data": _IMPLICIT_DATA | values.get("data", {})})
 
 
 def model_from_json(text: str) -> ModelConfig:
   """Returns the model's settings in a config.json, which may lack all others; raises as `Config.from_json`."""
-  return _build(ModelConfig, json.loads(text)["model"], "model.")
+  return _build(ModelConfig, _parse(text)["model"], "model.")
+
+
+def _parse(text: str) -> dict[str, dict]:
+  values = json.loads(text)
+  for section, name in _REMOVED_SETTINGS:
+    values.get(section, {}).pop(name, None)
+  return values
 
 
 def defaults(section: type = Config) -> config_dict.ConfigDict:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,8 +48,10 @@ class _Shard:
   """Those that this host fills, among those that the shard provides for each batch."""
   is_saved_here: bool
   """Whether this host saves the position, which is the same on all hosts that read the shard."""
-  records: Sequence[Iterator] = ()
-  """Of each task."""
+  batches: Sequence[Iterator] = ()
+  """Of the records of each task: tf.data's iterators, whose state is saved."""
+  records: Sequence[Iterator[Record]] = ()
+  """The records of each task one by one, from `batches`."""
   num_batches: int = 0
   """Batches drawn, including those without a readable record; the number is the seed of a batch's crops."""
 
@@ -98,9 +101,10 @@ class TrainLoader(Iterator[Batch]):
     return windows.empty_batch(size, context=model.max_context, latents=model.num_latents, position_dims=dims)
 
   def _start(self, shard: _Shard) -> None:
-    shard.num_batches, shard.records = 0, [iter(self._records(task, shard.index)) for task in self._tasks]
+    shard.num_batches, shard.batches = 0, [iter(self._batches(task, shard.index)) for task in self._tasks]
+    shard.records = [itertools.chain.from_iterable(map(to_records, batches)) for batches in shard.batches]
 
-  def _records(self, task: Task, index: int) -> tf.data.Dataset:
+  def _batches(self, task: Task, index: int) -> tf.data.Dataset:
     """Returns the records of one shard, in batches; files are in a different order in each epoch."""
     seed, source, split = self._config.seed, task.source, self._split
     if source.supports_arbitrary_sharding:
@@ -167,24 +171,15 @@ class TrainLoader(Iterator[Batch]):
     random = np.random.Generator(np.random.Philox(key=[self._config.seed % 2**64, number]))
     shard.num_batches += 1
     draws, seeds = random.random(size), random.integers(2**63, size=size)
-    if len(self._tasks) == 1:
-      chosen, records = [0] * size, []
-      while len(records) < size:
-        records += self._next_records(shard, 0)
-    else:
-      drawn = np.searchsorted(np.cumsum(self._shares), random.random(size), side="right")
-      chosen = np.minimum(drawn, len(self._tasks) - 1)
-      records = [record for index in chosen for record in self._next_records(shard, index)]
-    return [(self._tasks[index], record) for index, record in zip(chosen, records)], draws, seeds
-
-  def _next_records(self, shard: _Shard, task_index: int) -> list[Record]:
-    batch = next(shard.records[task_index], None)
-    if batch is None:
-      raise InputError(
-        f"Shard {shard.index} of {self._num_shards} has no record of {self._tasks[task_index].name}: lower data.shards,"
-        " or cache with fewer --shards."
-      )
-    return to_records(batch)
+    chosen = np.searchsorted(np.cumsum(self._shares[:-1]), random.random(size), side="right")
+    records = [(self._tasks[index], next(shard.records[index], None)) for index in chosen]
+    for task, record in records:
+      if record is None:
+        raise InputError(
+          f"Shard {shard.index} of {self._num_shards} has no record of {task.name}: lower data.shards, or cache with"
+          " fewer --shards."
+        )
+    return records, draws, seeds
 
   def save(self, directory: os.PathLike | str) -> None:
     """Writes the position of the shards that this host saves, in files of their own, under `directory`."""
@@ -253,7 +248,7 @@ class TrainLoader(Iterator[Batch]):
     return f"shard-{shard.index:05d}-of-{self._num_shards:05d}"
 
   def _checkpoint(self, shard: _Shard) -> tf.train.Checkpoint:
-    return tf.train.Checkpoint(**{f"records_{index}": records for index, records in enumerate(shard.records)})
+    return tf.train.Checkpoint(**{f"records_{index}": batches for index, batches in enumerate(shard.batches)})
 
 
 def to_global(

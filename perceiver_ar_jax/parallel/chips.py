@@ -77,8 +77,7 @@ class Topology:
 def parse_topology(name: str) -> Topology:
   """Returns the topology with a name such as "v5e:16x16", "v5litepod-256" or "v4-128" (64 chips: cores are counted).
 
-  "2xv5e:16x16" are two slices joined by a network. Raises InputError if the version is unknown, or no slice of it has
-  this shape.
+  "2xv5e:16x16" are two slices joined by a network. Raises InputError for an unknown version or shape.
   """
   match = re.fullmatch(r"(?:([1-9]\d*)x(?=[a-z]))?([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", name.strip().lower())
   slices, version, spelled, cores = match.groups() if match else (None, name, None, None)

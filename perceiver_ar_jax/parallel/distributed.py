@@ -33,7 +33,7 @@ HEARTBEAT_SECONDS = 30
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
   """Initializes jax.distributed, if there are several processes; call it before any use of a device.
 
-  Without arguments, a TPU pod or a Slurm step of several tasks is detected. Raises InputError for wrong arguments.
+  Without arguments, it detects a TPU pod or a Slurm step of several tasks. Raises InputError for wrong arguments.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
@@ -124,8 +124,7 @@ class DelayedMaximum:
 def end_together() -> Iterator[None]:
   """A context that all processes leave together: when all are done, or soon after an error in one of them.
 
-  JAX's own barrier at exit is not enough: it times out while one process is still writing files, and a process that
-  failed would wait there for the others, which wait for it in a computation.
+  JAX's own barrier at exit times out while one process still writes files, and a process that failed would wait there.
   """
   try:
     yield
