@@ -36,9 +36,6 @@ class Document:
   def has_targets(self) -> bool:
     return len(self) > 1
 
-  def check_readable(self) -> None:
-    """Raises Unreadable if the document is read only when needed and cannot be read."""
-
   def read(self, start: int, end: int) -> np.ndarray:
     """Events start..end-1: int32[end - start]."""
     return self._events[start:end]

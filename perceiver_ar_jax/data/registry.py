@@ -118,8 +118,9 @@ class Task:
         f"The task {self.name} has {self.vocab_size} token ids, PAD, EOS and SOS included:"
         f" model.vocab_size={config.model.vocab_size} must be at least {self.vocab_size}."
       )
-    if not isinstance(self.source, TfdsSource) and split not in self.source.splits:
-      raise InputError(f"The task {self.name} has no split {split!r}. {nearest(split, self.source.splits)}")
+    name = split.partition("[")[0] if isinstance(self.source, TfdsSource) else split  # parts such as train[:90%]
+    if name not in self.source.splits:
+      raise InputError(f"The task {self.name} has no split {name!r}. {nearest(name, self.source.splits)}")
     return self.source.num_input_examples(split)
 
   def preprocess(self, records: tf.data.Dataset) -> tf.data.Dataset:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from perceiver_ar_jax.config import DataConfig, InputError, nearest
+from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data.files import read_bytes
 from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
@@ -61,10 +61,6 @@ class TfdsSource(_Source):
     return self._builder.info.splits[split].filenames
 
   def num_input_examples(self, split: str) -> int:
-    """Raises InputError unless `split` is the name of a split, or a part of one such as "train[:90%]"."""
-    name = split.partition("[")[0]
-    if name not in self.splits:
-      raise InputError(f"The dataset {self._name} has no split {name!r}. {nearest(name, self.splits)}")
     try:
       return self.splits[split].num_examples
     except ValueError as error:

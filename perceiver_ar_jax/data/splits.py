@@ -7,8 +7,8 @@ import numpy as np
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import windows
-from perceiver_ar_jax.data.documents import Document, Unreadable
-from perceiver_ar_jax.data.registry import Record, Task, to_records
+from perceiver_ar_jax.data.documents import Document
+from perceiver_ar_jax.data.registry import Task, to_records
 from perceiver_ar_jax.data.sources import ListSource
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
@@ -29,8 +29,8 @@ def documents(
     records = task.source.get_dataset(split=split, shuffle=False)
     if max_sequences is None and max_tokens is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
       raise InputError(f"The split {split!r} of {task.name} never ends: set eval.max_sequences or eval.max_tokens.")
-    opened = (_open(task, record) for batch in task.preprocess(records).batch(1) for record in to_records(batch))
-    whole = (document for document in opened if document is not None)
+    opened = (task.open(record) for batch in task.preprocess(records).batch(1) for record in to_records(batch))
+    whole = (document for document in opened if document is not None and not document.continues)
     for document in _bounded(itertools.islice(whole, max_sequences), max_tokens):
       yield task, document
 
@@ -66,18 +66,6 @@ def none_readable(config: Config, split: str) -> InputError:
     f"The split {split!r} of {config.data.task} contains no document that can be read: {skip_reasons()}. Remove such"
     " files, or hold out others (data.validation_fraction, data.validation_files)."
   )
-
-
-def _open(task: Task, record: Record) -> Document | None:
-  """As Task.open; None as well for the later parts of a document, and for one that cannot be read."""
-  document = task.open(record)
-  try:
-    if document is not None and not document.continues:
-      document.check_readable()
-      return document
-  except Unreadable as error:
-    task.skip(record, error)
-  return None
 
 
 def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:

@@ -140,9 +140,6 @@ class _TextDocument(Document):
     self.text, self._part = text, part or (0, len(text))
     self.continues = self._part[0] > 0
 
-  def check_readable(self) -> None:
-    self.text.read(0, 1)
-
   def counts(self) -> dict[str, int]:
     return count(self.text)
 
