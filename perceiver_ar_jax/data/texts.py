@@ -232,11 +232,7 @@ def _previous_boundary(text: Text, end: int) -> int:
   """Returns where the last whole word before byte `end` ends; without a space nearby, where a character begins."""
   if end >= len(text):
     return len(text)
-  start = max(end - _LONGEST_WORD_BYTES, 0)
-  tail = text.read(start, end + 1)
-  spaces = [space.start() for space in _WHITESPACE.finditer(tail) if start + space.start() > 0]
-  characters = [character.start() for character in _CHARACTER.finditer(tail)]
-  return start + (spaces or characters or [len(tail) - 1])[-1]
+  return end - _next_boundary(text.read(max(end - _LONGEST_WORD_BYTES, 1), end + 1)[::-1])
 
 
 def count(text: Text, num_bytes: int | None = None) -> dict[str, int]:
