@@ -1,10 +1,10 @@
-"""Plans the published experiments for TPUs and GPUs, and writes the table of docs/pods.md; no TPU or GPU is needed.
+"""Plans the published experiments for TPUs, and writes the table of docs/pods.md; no TPU is needed.
 
   python -m benchmarks.plans                      # all plans, about a minute each
   python -m benchmarks.plans imagenet64-v5e-256   # the named plans; the others stay as they are in docs/plans.json
   python -m benchmarks.plans --table              # only the table, from docs/plans.json
 
-Requires the extras [plan] and [cuda12]. Each plan is a run of --mode=plan; docs/plans.json collects their plan.json.
+Requires the extra [plan]. Each plan is a run of --mode=plan; docs/plans.json collects their plan.json.
 """
 
 import argparse
@@ -37,7 +37,6 @@ PLANS: dict[str, tuple[str, str, list[str]]] = {
   "imagenet64-v4-1024": ("imagenet64", "v4-1024", ["mesh.data=8"]),
   "imagenet64-v6e-256": ("imagenet64", "v6e:16x16", []),
   "imagenet64-v5p-128": ("imagenet64", "v5p-128", []),
-  "imagenet64-h100-64": ("imagenet64", "h100:8x8", []),
   "copy131072-v5e-256": ("copy131072", "v5e:16x16", []),
   "pg19-v4-256": ("pg19", "v4-256", []),
   "books16k-v4-256": ("pg19", "v4-256", _BOOKS),

@@ -184,8 +184,8 @@ class _Run:
     self.log.progress(values["loss"], speed["tokens_per_second"])
     if step % train.log_every == 0:
       speed["model_flops_per_second"] = flops.train_step(self.config) / seconds
-      if chip := chips.chip_of_device(self.mesh.devices.flat[0].device_kind):
-        speed["model_flops_utilization"] = speed["model_flops_per_second"] / (self.mesh.size * chip.peak_flops)
+      if peak_flops := chips.peak_flops(self.mesh.devices.flat[0].device_kind):
+        speed["model_flops_utilization"] = speed["model_flops_per_second"] / (self.mesh.size * peak_flops)
       skipped = {"skipped_files": warn_once.count("skipped")}
       self.log.write(step, {"seconds": seconds, **host_seconds, **values, **skipped, **speed})
 

@@ -1,4 +1,4 @@
-"""--mode=plan: whether the train step of a config fits a slice of TPUs or nodes of GPUs, without having them.
+"""--mode=plan: whether the train step of a config fits a slice of TPUs, without having it.
 
 The real compiler compiles the real step, so bytes per chip are exact; the only statement about speed is the
 compute-bound lower limit of a step. The compiler runs in a process of its own, `python -m perceiver_ar_jax.plan
@@ -34,20 +34,15 @@ from perceiver_ar_jax.training.memory import LESS_MEMORY
 def plan(config: Config, workdir: str | os.PathLike) -> int:
   """Plans for `config.plan.topology`, prints a report and writes WORKDIR/plan.json; returns the exit code 0.
 
-  Raises:
-    InputError: the step does not fit (plan.json is written all the same), the compiler is not installed or failed, the
-      topology is unknown, or the mesh or the batch does not fit it.
+  Raises InputError if the step does not fit (plan.json is written all the same), the compiler is not installed or
+  failed, the topology is unknown, or the mesh or the batch does not fit it.
   """
   if config.plan.topology is None:
-    raise InputError(
-      "--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16, v4-128 or h100:4x8."
-    )
+    raise InputError("--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16 or v4-128.")
   topology = parse_topology(config.plan.topology)
-  package, extra = ("libtpu", "plan") if topology.chip.dims else ("jax_cuda12_plugin", "cuda12")
-  if importlib.util.find_spec(package) is None:
+  if importlib.util.find_spec("libtpu") is None:
     raise InputError(
-      f"--mode=plan for {topology} compiles with the package {package}, which is not installed: pip install -e"
-      f" '.[{extra}]'. It needs no TPU or GPU."
+      "--mode=plan compiles with the package libtpu, which is not installed: pip install -e '.[plan]'. It needs no TPU."
     )
   print(f"Compiling the train step for {topology} ({topology.num_chips} chips): one minute to several.", flush=True)
   result = assemble(config, topology, compile_plan(config, topology))
@@ -80,8 +75,8 @@ def compile_plan(config: Config, topology: Topology) -> dict:
     if not path.exists():
       reason = "; ".join(process.stderr.strip().splitlines()[-3:])
       raise InputError(
-        f"The compiler for {topology} ended with exit code {process.returncode} and no result: {reason}. (Code -9 means"
-        " that this machine has too little memory. A crash may be a bug of the compiler: try another libtpu.)"
+        f"The compiler for {topology} ended with exit code {process.returncode} (-9: too little memory) and no result:"
+        f" {reason}."
       )
     measured = json.loads(path.read_text())
   if "error" in measured:
@@ -137,10 +132,8 @@ def _format_bytes(num_bytes: int) -> str:
 def measure(config: Config, topology: Topology) -> dict:
   """Returns the mesh, the number of parameters, compile seconds, and the bytes of the compiled step on each chip.
 
-  If the compiler refuses the program because of its memory, `refused` is its message, which states temporary memory.
-
-  Raises:
-    InputError: the compiler does not know the topology, or the mesh or the batch does not fit it.
+  If the compiler refuses the program because of its memory, `refused` is its message. Raises InputError if it does not
+  know the topology, or the mesh or the batch does not fit it.
   """
   devices = _devices(topology)
   try:
@@ -148,7 +141,6 @@ def measure(config: Config, topology: Topology) -> dict:
   except NotImplementedError as error:  # JAX cannot divide the torus into these axes
     raise InputError(
       f"The mesh {config.mesh} does not fit {topology}: each axis must be a product of some of the slice's dimensions."
-      " Change --config.mesh.data, fsdp, tensor or context."
     ) from error
   architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
@@ -189,13 +181,10 @@ def measure(config: Config, topology: Topology) -> dict:
 
 def _devices(topology: Topology) -> list:
   options = {"num_slices": topology.slices} if topology.slices > 1 else {}
-  if not topology.chip.dims:
-    options = {"target_config": topology.chip.target, "topology": "x".join(map(str, (1, *topology.shape)))}
-  elif topology.version == "v4":
+  if topology.version == "v4":
     options["chip_config_name"] = "megacore"  # a chip's two cores act as one device
-  platform = "tpu" if topology.chip.dims else "cuda"
   try:
-    return topologies.get_topology_desc(platform=platform, topology_name=topology.slice_name, **options).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **options).devices
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).split("\n")[0]
     raise InputError(f"The installed compiler does not know plan.topology={topology} ({reason}).") from error

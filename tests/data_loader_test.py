@@ -282,7 +282,7 @@ def test_an_endless_split_needs_a_limit():
 def test_a_vocabulary_that_is_too_small_is_an_error():
   config = settings("photos32")
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=256))
-  with pytest.raises(InputError, match="259 token ids.*model.vocab_size is 256"):
+  with pytest.raises(InputError, match="259 token ids.*model.vocab_size=256 must be at least 259"):
     batches.train_loader(config, 2)
 
 

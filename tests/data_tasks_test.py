@@ -107,7 +107,7 @@ def test_copy_has_the_published_layout(split):
 def test_copy_validation_is_finite_and_shares_nothing_with_training():
   train = {document["events"].tobytes() for document in documents("copy", "train", count=500)}
   validation = {document["events"].tobytes() for document in documents("copy", "validation", count=10_000)}
-  assert len(train) == 500 and len(validation) == tasks.NUM_COPY_VALIDATION
+  assert len(train) == 500 and len(validation) == tasks.NUM_GENERATED_VALIDATION
   assert not train & validation
   assert get_task("copy").source.get_dataset("train", shuffle=False).cardinality() == tf.data.INFINITE_CARDINALITY
 

@@ -12,7 +12,7 @@ from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax import plan
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.models import architectures, flops
-from perceiver_ar_jax.parallel.chips import CHIPS, chip_of_device, parse_topology
+from perceiver_ar_jax.parallel.chips import CHIPS, parse_topology, peak_flops
 from tests import tiny
 
 GIB = 2**30
@@ -38,8 +38,6 @@ def _config(name="imagenet64", **overrides):
     ("v4-128", "v4:4x4x4", 64),  # two cores per chip
     ("v5p-1024", "v5p:8x8x8", 512),
     ("v5e:1x1", "v5e:1x1", 1),
-    ("h100:8", "h100:1x8", 8),
-    ("a100:4x8", "a100:4x8", 32),
     ("2xv5litepod-256", "2xv5e:16x16", 512),
   ],
 )
@@ -55,13 +53,10 @@ def test_names_of_topologies(name, expected, num_chips):
     ("v5e", ["not a slice", "v5e:16x16"]),
     ("v5e:2x0", ["not a size of v5e"]),
     ("v5e:4", ["2 numbers"]),
-    ("cuda:8", ["cuda:8", "h100:4x8"]),
-    ("h100:2x2x2", ["nodes", "h100:4x8"]),
-    ("h100:0x8", ["nodes"]),
+    ("cuda:8", ["cuda:8", "v4:4x4x8"]),
     ("v4:4x4", ["v4:4x4x8, 3 numbers"]),
     ("v5e:3x3", ["even"]),
     ("v4-100", ["not a size of v4", "v4-128"]),
-    ("2xh100:8", ["nodes"]),
   ],
 )
 def test_unknown_topologies_are_explained(name, words):
@@ -71,20 +66,20 @@ def test_unknown_topologies_are_explained(name, words):
 
 
 @pytest.mark.parametrize(
-  "kind, name",
+  "kind, peak",
   [
-    ("TPU v4", "v4"),
-    ("TPU v5 lite", "v5e"),
-    ("TPU v5", "v5p"),
-    ("TPU v5p", "v5p"),
-    ("TPU v6 lite", "v6e"),
-    ("NVIDIA H100 80GB HBM3", "h100"),
-    ("NVIDIA A100-SXM4-40GB", "a100"),
+    ("TPU v4", CHIPS["v4"].peak_flops),
+    ("TPU v5 lite", CHIPS["v5e"].peak_flops),
+    ("TPU v5", CHIPS["v5p"].peak_flops),
+    ("TPU v5p", CHIPS["v5p"].peak_flops),
+    ("TPU v6 lite", CHIPS["v6e"].peak_flops),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12),
     ("cpu", None),
   ],
 )
-def test_chips_are_recognised_by_jax_device_kinds(kind, name):
-  assert chip_of_device(kind) is CHIPS.get(name)
+def test_chips_are_recognised_by_jax_device_kinds(kind, peak):
+  assert peak_flops(kind) == peak
 
 
 # What fits, and what to change
@@ -161,11 +156,10 @@ def test_a_missing_or_unknown_topology_is_explained(topology, words, tmp_path):
     plan.plan(_planning(topology), tmp_path)
 
 
-@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "plan"), ("h100:8", "cuda12")])
-def test_a_missing_compiler_is_named(topology, extra, monkeypatch, tmp_path):
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(InputError, match=f"pip install -e '.\\[{extra}\\]'"):
-    plan.plan(_planning(topology), tmp_path)
+  with pytest.raises(InputError, match=r"pip install -e '.\[plan\]'"):
+    plan.plan(_planning("v5e:2x2"), tmp_path)
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -215,11 +209,3 @@ def test_the_real_compiler_plans_and_refuses(tmp_path):
   )
   refused = _plan(large, "v5e:2x2")
   assert not refused["fits"] and refused["temp_bytes"] > 15.75 * GIB
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA plugin is not installed")
-def test_the_real_compiler_plans_for_absent_gpus():
-  config = tiny.config(mesh__data=2, mesh__fsdp=2, model__dtype="bfloat16")
-  planned = _plan(config, "h100:2x2")
-  assert planned["fits"] and planned["num_devices"] == 4 and planned["temp_bytes"] > 0

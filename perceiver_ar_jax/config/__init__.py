@@ -1,9 +1,8 @@
 """The settings of an experiment: frozen, documented, validated dataclasses.
 
-A config file fills the `ml_collections.ConfigDict` of `defaults()`, the command line overrides it
-(`--config.train.steps=100`), and `resolve` turns it into a `Config`. This package owns names, types, defaults and every
-check that needs only the settings. Devices and data on disk are checked where they are first known, and names of
-implementations by the module whose table has them.
+A config file fills the `ml_collections.ConfigDict` of `defaults()`, the command line overrides it, and `resolve` turns
+it into a `Config`. This package owns names, types, defaults and every check that needs only the settings. Names of
+implementations are checked by the module whose table has them.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, S
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"))
+_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"), ("mesh", "cpu_devices"))
 """Ignored in the config.json of older runs, which they did not affect."""
 _IMPLICIT_DATA = {"split_rule": "name"}
 """Data settings of a config.json that lacks them, where these are not the defaults."""
@@ -46,27 +45,18 @@ class Config:
 
   def __post_init__(self):
     require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0..4294967295 (2^32-1).")
-    require(
-      self.train.batch_size % self.data.shards == 0,
-      f"data.shards={self.data.shards} does not divide train.batch_size={self.train.batch_size}: each shard of the data"
-      " provides the same number of rows of a batch.",
-    )
+    rows, shards = self.train.batch_size, self.data.shards
+    require(rows % shards == 0, f"data.shards={shards} does not divide train.batch_size={rows}: change either.")
     kept, num_latents = self.sample.kept_latents, self.model.num_latents
     require(
       kept is None or 1 <= kept <= num_latents, f"sample.kept_latents={kept} must be in 1..{num_latents}, the latents."
     )
-    require(
-      0 <= self.attention_map.cross_attend < self.model.num_cross_attends,
-      f"attention_map.cross_attend={self.attention_map.cross_attend} must be in 0..{self.model.num_cross_attends - 1}:"
-      f" the first cross-attention and those of model.cross_attend_after={self.model.cross_attend_after}.",
-    )
+    index, last = self.attention_map.cross_attend, self.model.num_cross_attends - 1
+    require(0 <= index <= last, f"attention_map.cross_attend={index} must be in 0..{last}, the cross-attentions.")
     latents, context = self.eval.num_latents or num_latents, self.model.max_context
     require(latents <= context, f"eval.num_latents={latents} exceeds model.max_context={context}: lower it.")
-    require(
-      (self.eval.stride or latents) <= latents,
-      f"eval.stride={self.eval.stride} exceeds the {latents} latents at evaluation, so tokens would not be scored:"
-      " lower it or raise eval.num_latents.",
-    )
+    stride = self.eval.stride or latents
+    require(stride <= latents, f"eval.stride={stride} exceeds the {latents} latents at evaluation: lower it.")
 
   def to_json(self) -> str:
     """Returns the settings as indented JSON, with keys in the order of declaration."""
@@ -75,15 +65,20 @@ class Config:
   @classmethod
   def from_json(cls, text: str) -> "Config":
     """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
-    values = json.loads(text)
-    for section, name in _REMOVED_SETTINGS:
-      values.get(section, {}).pop(name, None)
+    values = _parse(text)
     return _build(cls, values | {"data": _IMPLICIT_DATA | values.get("data", {})})
 
 
 def model_from_json(text: str) -> ModelConfig:
   """Returns the model's settings in a config.json, which may lack all others; raises as `Config.from_json`."""
-  return _build(ModelConfig, json.loads(text)["model"], "model.")
+  return _build(ModelConfig, _parse(text)["model"], "model.")
+
+
+def _parse(text: str) -> dict[str, dict]:
+  values = json.loads(text)
+  for section, name in _REMOVED_SETTINGS:
+    values.get(section, {}).pop(name, None)
+  return values
 
 
 def defaults(section: type = Config) -> config_dict.ConfigDict:

@@ -26,10 +26,7 @@ class TransientError(RuntimeError):
 
 
 class _Kind:
-  """A kind of error, recognised by class, errno, HTTP code or message.
-
-  TensorStore, XLA and TensorFlow put the name of a status or the text of an errno into the message.
-  """
+  """A kind of error, recognised by class, errno, HTTP code, or the name of a status in the message."""
 
   def __init__(self, types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], statuses: str):
     self._types, self._http_codes = types, http_codes
@@ -72,8 +69,7 @@ def one_line(error: BaseException) -> str:
 def for_user(error: BaseException) -> InputError | TransientError | None:
   """Returns the error as one that a paragraph explains to the user; None for one that needs a traceback.
 
-  A full disk or an unreachable file system is a TransientError. Computations that fail with the same status names (out
-  of memory, a peer that died) are not.
+  A full disk is a TransientError; a computation that fails with the same status (out of memory, a dead peer) is not.
   """
   if isinstance(error, (InputError, TransientError)):
     return error

@@ -1,8 +1,7 @@
 """The config of an existing run or of exported weights, from the config.json in the folder.
 
-Exported weights (interop/export.py) may have only the model's settings, {"model": {...}}.
-
-This is also the config file of commands that are given --workdir and no --config (command_line.py).
+Exported weights (interop/export.py) may have only the model's settings, {"model": {...}}. This module is also the
+config file of commands that are given --workdir and no --config (command_line.py).
 """
 
 import contextlib
@@ -16,8 +15,6 @@ from perceiver_ar_jax.config import Config, InputError, ModelConfig, defaults, m
 
 WEIGHTS, SENTENCEPIECE = "model.safetensors", "sentencepiece.model"
 """Names of files of exported weights."""
-_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-"""Raised for a config.json that is damaged or not one of this project."""
 
 
 def get_config(workdir: str):
@@ -33,25 +30,18 @@ def exists(workdir: str | os.PathLike) -> bool:
 
 
 def load_config(workdir: str | os.PathLike, others: Config | None = None) -> Config:
-  """Returns the config that a run wrote.
+  """Returns the config of a run or of a folder of exported weights.
 
-  Args:
-    workdir: of the run, or a folder of exported weights.
-    others: where exported weights have only the model's settings, all other settings are taken from here.
-
-  Raises:
-    InputError: config.json is missing or invalid, or has only the model's settings and `others` is None.
+  Where exported weights have only the model's settings, all other settings are those of `others`. Raises InputError if
+  config.json is missing or invalid, or has only the model's settings and `others` is None.
   """
-  path, text = _read(workdir)
-  try:
+  with _opened(workdir) as (path, text):
     has_all = json.loads(text).keys() != {"model"}
-    model = None if has_all else model_from_json(text)
     config = Config.from_json(text) if has_all else others
-  except _UNREADABLE as error:
-    raise _invalid(path, error) from error
+    model = model_from_json(text)
   if config is None:
     raise InputError(f"{path} has only the model's settings: give the --config whose data the model is for.")
-  if model:
+  if not has_all:
     return dataclasses.replace(config, model=model)
   if (path.parent / WEIGHTS).exists():
     # The folder may come from anyone: compiled programs, which are run, are not read from a path that it gives.
@@ -64,27 +54,22 @@ def load_config(workdir: str | os.PathLike, others: Config | None = None) -> Con
 
 def load_model_config(workdir: str | os.PathLike) -> ModelConfig:
   """Returns the model's settings of a run or of exported weights; InputError where they are missing or invalid."""
-  path, text = _read(workdir)
-  try:
+  with _opened(workdir) as (_, text):
     return model_from_json(text)
-  except _UNREADABLE as error:
-    raise _invalid(path, error) from error
 
 
-def _read(workdir: str | os.PathLike):
-  """Returns the path and text of config.json."""
+@contextlib.contextmanager
+def _opened(workdir: str | os.PathLike):
+  """Yields the path and text of config.json; in the context, errors of parsing it become InputErrors."""
   path = _path(workdir)
   if not path.exists():
     raise InputError(f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
+  with reading(path, "give this user access"):
+    content = path.read_bytes()
   try:
-    with reading(path, "give this user access"):
-      return path, path.read_text()
-  except UnicodeDecodeError as error:
-    raise _invalid(path, error) from error
-
-
-def _invalid(path, error: Exception) -> InputError:
-  return InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.")
+    yield path, content.decode()
+  except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
 
 
 def keep_split_rule(config: Config, workdir: str | os.PathLike) -> Config:

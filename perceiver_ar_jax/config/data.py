@@ -26,8 +26,7 @@ class DataConfig:
   validation_fraction: float = 0.05
   """Fraction of the files held out, at least one of them; or of each text, with split_by=position."""
   split_rule: str = "path"
-  """Files to hold out are chosen by a hash of their paths relative to `files` (path) or of their names (name), the rule
-  of older runs, whose config.json lacks this setting. A run keeps its rule."""
+  """Files to hold out are chosen by a hash of their paths below `files` (path) or, in older runs, names (name)."""
   split_by: str = "file"
   """text_files: hold out whole files (file), or the last part of each (position)."""
   sentencepiece: str | None = None
@@ -57,8 +56,7 @@ class DataConfig:
   min_crop: int = 1
   """Shortest training crop of a sequence, in events; longer ones keep first tokens from being over-sampled."""
   shards: int = 1
-  """Parts of the training records, each read and shuffled separately for its share of every batch. The order of the
-  data depends on it and not on the number of hosts; a host reads the parts of its rows."""
+  """Parts of the training records, each shuffled separately for its share of a batch; hosts read those they need."""
   shuffle_buffer: int = 2048
   """Maximum number of encoded records in the shuffle buffer, and of 32 MiB; every checkpoint contains the buffer."""
 
@@ -68,8 +66,8 @@ class DataConfig:
         object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
     counts = ("min_crop", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels")
     require_at_least(1, "data", self, *counts, "recall_pairs", "recall_queries")
-    fraction = f"data.validation_fraction={self.validation_fraction} must be between 0 and 1"
-    require(0 < self.validation_fraction < 1, f"{fraction}; to hold out specific files, set data.validation_files.")
+    fraction = self.validation_fraction
+    require(0 < fraction < 1, f"data.validation_fraction={fraction} must be between 0 and 1 (or set validation_files).")
     require(0 <= self.max_transposition < 128, f"data.max_transposition={self.max_transposition} must be in 0..127.")
     require(0 <= self.max_stretch < 1, f"data.max_stretch={self.max_stretch} must be in [0, 1).")
     require_choice("data.split_by", self.split_by, ("file", "position"))

@@ -23,11 +23,9 @@ class EvalConfig:
   max_sequences: int | None = None
   """Score only the first sequences, at most this many (of each task of a mixture); None: all."""
   max_tokens: int | None = None
-  """Score only the first tokens of the split, at most this many (of each task of a mixture); the last sequence is cut,
-  a text of subword tokens between words, and words and bytes are those of the scored part. None: all."""
+  """Score only the first tokens of the split, at most this many (of each task of a mixture). None: all."""
   num_samples: int | None = None
-  """Samples that training draws at each evaluation, by the settings of `sample`, for TensorBoard. None: 2 on a single
-  accelerator or CPU, otherwise 0: weights that are sharded over devices are gathered for each token."""
+  """Samples that training draws at each evaluation for TensorBoard. None: 2 on a single accelerator or CPU, else 0."""
 
   def __post_init__(self):
     require_at_least(0, "eval", self, "num_samples")
@@ -41,11 +39,10 @@ class SampleConfig:
 
   prompt: str | None = None
   """How samples begin. "data": with the first documents of eval.split. @FILE, or a pattern such as @folder/*.mid: with
-  files of the task's kind. Any other value is such a path too, but for tasks of text the text itself unless it looks
-  like a path: begins with /, ./, ../ or ~/, contains a / but no space, or ends in .txt or similar. None: no prompt."""
+  files. Any other value is such a path too, but for tasks of text the text itself unless it looks like a path: begins
+  with /, ./, ../ or ~/, contains a / but no space, or ends in .txt or similar. None: no prompt."""
   prompt_tokens: int | None = None
-  """Maximum number of tokens used of each prompt, the first ones; None: half of an image or a copy, half a context of
-  other documents of the split, and all of the user's own text, music or codes."""
+  """Use only the first N tokens of each prompt; None: all of your own files, or half an image, half a context."""
   length: int | None = None
   """New tokens of each sample; None: a whole image, or for other tasks a full context."""
   num_samples: int = 4

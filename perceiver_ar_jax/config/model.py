@@ -10,8 +10,7 @@ class ModelConfig:
   """The architecture (paper, section 3 and appendix), or a baseline to compare it with."""
 
   architecture: str = "perceiver_ar"
-  """perceiver_ar or transformer_xl (models/architectures.py). Settings of the cross-attention and of latents in
-  self-attention do not apply to transformer_xl, whose latents are its last outputs."""
+  """perceiver_ar or transformer_xl (models/architectures.py), which has no cross-attention."""
   vocab_size: int
   """Number of token ids, PAD 0, EOS 1 and SOS 2 included (259 for bytes and colour values)."""
   max_context: int
@@ -35,8 +34,7 @@ class ModelConfig:
   activation: str = "squared_relu"
   """MLP non-linearity: squared_relu or gelu (tanh form)."""
   position_encoding: str
-  """sinusoidal, fourier or learned tables added to the embedding, rotary inside attention, or both, joined by a plus
-  sign: learned+rotary (models/positions.py). transformer_xl: relative, distances inside attention."""
+  """sinusoidal, fourier or learned tables, rotary, or both: learned+rotary. transformer_xl: relative."""
   position_sizes: tuple[int, ...] = ()
   """Rows of the table of each position dimension: its largest position + 1. Empty for rotary and relative."""
   positions_from_data: bool = True
@@ -46,22 +44,20 @@ class ModelConfig:
   rotary_max_wavelength: int | None = None
   """Rotary: longest wavelength in positions, divided by 2 pi; None: `max_context`."""
   rotary_axes: tuple[tuple[float, float, float], ...] = ()
-  """Rotary over several position dimensions: for each, the fraction of every head that it rotates, and its shortest and
-  longest wavelength in positions. (): the first and only dimension, by the two settings above."""
+  """Rotary over several position dimensions: for each, (fraction of a head, shortest, longest wavelength in positions).
+  (): one dimension, by the two settings above."""
   segment: int | None = None
   """transformer_xl: tokens of a segment, which attend to each other; the context is cut into segments from its end."""
   memory: int | None = None
   """transformer_xl: number of tokens before a segment whose states each layer keeps; None: `segment`."""
   conv_taps: int = 0
-  """Cross-attention: number of previous inputs whose keys and values are added to those of each input, with a learned
-  weight per head channel (a causal depthwise convolution), so that an input can be found by the inputs before it."""
+  """Cross-attention: taps of a causal convolution of keys and values, by which an input is found by those before it."""
   qk_norm: bool = False
   """RMS normalisation of each head's queries and keys, with a learned scale, before they are rotated."""
   zero_init: bool = False
   """Attention and MLP blocks start with output projections of zero, so each block is the identity at first."""
   value_features: int = 0
-  """For ids that are values of a scalar, such as pixels: number of Fourier features of the value that the embedding and
-  the logits use besides a table of ids, so that what is learned about one value applies to its neighbors."""
+  """Fourier features in the embedding and logits of ids that are scalars, such as pixels: neighbors become similar."""
   cross_attend_after: tuple[int, ...] = ()
   """Layers after which a further cross-attention to the inputs follows, each with its own weights."""
   dropout: float = 0.0
@@ -71,16 +67,15 @@ class ModelConfig:
   cross_attend_dropout: float = 0.0
   """Fraction of the inputs before the latents that are left out of the context, in training; they cost nothing."""
   attention: str = "auto"
-  """The attention kernel (models/attention.py); all give the same result: reference (plain einsums), chunked (scores of
-  one chunk of keys at a time), streamed (the context embedded and projected in chunks too: constant memory for any
-  context), cudnn (NVIDIA GPUs, bfloat16), splash (TPUs), or auto: chosen by shape."""
+  """The attention kernel; all give the same result: reference (einsums), chunked (scores of one chunk of keys at a
+  time), streamed (the context too: constant memory), cudnn (NVIDIA GPUs), splash (TPUs), or auto: by shape."""
   attention_chunk: int = 512
   """Slots per chunk of chunked and streamed attention."""
   logits_chunk: int | None = None
   """Latents per chunk of logits in training and evaluation, to save memory with large vocabularies; None: all."""
   remat: str = "dots"
-  """Rematerialization of self-attention layers: none = keep everything for the backward pass, dots = keep matrix
-  products and other values that are expensive to recompute, full = recompute everything."""
+  """Self-attention layers keep for the backward pass: none = everything, dots = matrix products and other expensive
+  values, full = nothing."""
   dtype: str = "float32"
   """Compute type; weights, softmax, norms and loss stay float32."""
 
@@ -92,16 +87,12 @@ class ModelConfig:
     require(self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS.")
     require(
       self.num_latents <= self.max_context,
-      f"model.num_latents={self.num_latents} exceeds model.max_context={self.max_context}: latents are the last"
-      " inputs, so lower num_latents or raise max_context.",
+      f"model.num_latents={self.num_latents} exceeds model.max_context={self.max_context}: change either.",
     )
     cross = "cross_attend_width" if self.cross_attend_width else "latent_width"
     for width, heads in ((cross, "num_cross_heads"), ("latent_width", "num_self_heads")):
-      require(
-        getattr(self, width) % getattr(self, heads) == 0,
-        f"model.{width}={getattr(self, width)} is not divisible by model.{heads}={getattr(self, heads)}: choose a"
-        " width that is a multiple of the number of heads.",
-      )
+      size, count = getattr(self, width), getattr(self, heads)
+      require(size % count == 0, f"model.{width}={size} is not divisible by model.{heads}={count}: change either.")
     require(
       all(isinstance(size, int) and size >= 1 for size in self.position_sizes),
       f"model.position_sizes={self.position_sizes} must be integers of at least 1, one for each dimension.",
@@ -117,18 +108,15 @@ class ModelConfig:
       " position dimension, with 0 < shortest <= longest and fractions that sum to at most 1.",
     )
     require(
-      self.value_features % 2 == 0,
-      f"model.value_features={self.value_features} must be even: a sine and a cosine of each frequency.",
+      self.value_features % 2 == 0, f"model.value_features={self.value_features} must be even: sines and cosines."
     )
     require(
       not (self.conv_taps and self.cross_attend_dropout),
-      f"model.conv_taps={self.conv_taps} mixes neighbouring inputs, and model.cross_attend_dropout="
-      f"{self.cross_attend_dropout} removes them: set one of the two to 0.",
+      f"model.conv_taps={self.conv_taps} needs all inputs: set model.cross_attend_dropout to 0.",
     )
     require(
       all(layer in range(self.num_layers) for layer in self.cross_attend_after),
-      f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}, the layers"
-      f" of model.num_layers={self.num_layers}.",
+      f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}.",
     )
 
   @property

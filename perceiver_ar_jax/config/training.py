@@ -19,8 +19,7 @@ class OptimizerConfig:
   warmup_steps: int = 0
   """Steps of linear warm-up; the very first update then has rate 0."""
   schedule: str = "constant"
-  """After the warm-up: constant, cosine (down to `end_learning_rate`), wsd (warm-up, stable, then linear decay), steps
-  (`step_boundaries`) or t5 (1/sqrt)."""
+  """After the warm-up: constant, cosine, wsd (stable, then linear decay), steps (`step_boundaries`) or t5 (1/sqrt)."""
   end_learning_rate: float = 0.0
   """Cosine and wsd: the rate at the last step."""
   decay_steps: int | None = None
@@ -55,8 +54,7 @@ class TrainConfig:
   steps: int
   """Optimizer updates."""
   init_from: str | None = None
-  """Fine-tuning: the folder of exported weights (interop/export.py) that a new run starts from, with a new optimizer.
-  The data may differ, the model may not. A run that has checkpoints resumes from them and ignores this setting."""
+  """Fine-tuning: the folder of exported weights (interop/export.py) that a new run starts from."""
   batch_size: int
   """Sequences per update over all devices and microbatches."""
   microbatches: int = 1
@@ -98,8 +96,7 @@ class TrainConfig:
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
     require(
       self.optimizer.schedule != "cosine" or warmup + (decay or 1) <= self.steps,
-      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and then"
-      f" train.optimizer.cosine_steps={decay or 'the rest'}: lower these, or train longer.",
+      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and cosine_steps={decay}.",
     )
 
 
@@ -115,20 +112,14 @@ class MeshConfig:
   """Devices over which heads and MLP hidden units are sharded."""
   context: int = 1
   """Devices over which the key/value axis of the cross-attention is sharded."""
-  cpu_devices: int | None = None
-  """On CPUs: virtual devices, over which batches are split so that all cores are used. None: in training and evaluation
-  by one process, as many as there are cores, up to 8, that divide the batches; JAX's own settings take precedence."""
   across_slices: str = "data"
   """The axis that spans the slices of a TPU multislice, which a slow network connects; others stay within a slice."""
 
   def __post_init__(self):
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-    require_at_least(1, "mesh", self, "cpu_devices")
     require_choice("mesh.across_slices", self.across_slices, MESH_AXES)
-    require(
-      sum(size == -1 for size in sizes.values()) <= 1 and all(size == -1 or size >= 1 for size in sizes.values()),
-      f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).",
-    )
+    valid = list(sizes.values()).count(-1) <= 1 and all(size == -1 or size >= 1 for size in sizes.values())
+    require(valid, f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,5 +127,4 @@ class PlanConfig:
   """What --mode=plan compiles for; training ignores it."""
 
   topology: str | None = None
-  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, such as v4-128; several slices,
-  2xv5e:16x16; or nodes of GPUs, h100:4x8, a100:8."""
+  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, v4-128; or several, 2xv5e:16x16."""

@@ -34,11 +34,7 @@ class Document:
     return len(self._events)
 
   def has_targets(self) -> bool:
-    """Whether there is anything to predict."""
     return len(self) > 1
-
-  def check_readable(self) -> None:
-    """Raises Unreadable if the document is read only when needed and cannot be read."""
 
   def read(self, start: int, end: int) -> np.ndarray:
     """Events start..end-1: int32[end - start]."""
@@ -59,7 +55,7 @@ class Document:
   @property
   def num_scored(self) -> int:
     """Events that are predicted and count in evaluation."""
-    return int(self.scored(1, max(len(self), 1)).sum())
+    return max(len(self) - 1, 0) if self._scored is None else int(self._scored[1:].sum())
 
   def head(self, num_scored: int) -> "Document | None":
     """Returns the document up to its `num_scored`-th scored event, with the counts of that part.
@@ -68,10 +64,12 @@ class Document:
     """
     if self.num_scored <= num_scored:
       return self
-    if self._counts:
-      return None
-    last = 1 + np.flatnonzero(self.scored(1, len(self)))[num_scored - 1]
-    return Head(self, int(last) + 1, {})
+    counts = self._counts_of_head(num_scored)
+    last = num_scored if self._scored is None else np.flatnonzero(self._scored[1:])[num_scored - 1] + 1
+    return None if counts is None else Head(self, int(last) + 1, counts)
+
+  def _counts_of_head(self, num_scored: int) -> Mapping[str, int] | None:
+    return None if self._counts else {}
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A training crop: (events int32[n], positions int32[n, P], scored bool[n]), n <= `longest`.
@@ -91,7 +89,8 @@ class Head(Document):
 
   def __init__(self, document: Document, length: int, counts: Mapping[str, int]):
     self._length, self._counts = length, counts
-    self.read, self.positions, self.scored = document.read, document.positions, document.scored
+    self._scored = None if document._scored is None else document._scored[:length]
+    self.read, self.positions = document.read, document.positions
 
   def __len__(self) -> int:
     return self._length

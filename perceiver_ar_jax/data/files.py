@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
-from perceiver_ar_jax.data.warn_once import inform_once, warn_once
+from perceiver_ar_jax.data.warn_once import warn_once
 
 _CROSSING = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
@@ -31,7 +31,8 @@ def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
 
   Raises Unreadable if it is not a regular file, cannot be read, or has become shorter.
   """
-  _check_regular(path)
+  if not _is_remote(path):
+    _stat(path)
   try:
     with tf.io.gfile.GFile(path, "rb") if _is_remote(path) else open(path, "rb") as file:
       file.seek(start)
@@ -45,7 +46,8 @@ def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
 
 def file_size(path: str) -> int:
   """Returns the size of a file in bytes; raises Unreadable as `read_bytes`."""
-  _check_regular(path)
+  if not _is_remote(path):
+    return _stat(path).st_size
   try:
     return tf.io.gfile.stat(path).length
   except tf.errors.OpError as error:
@@ -61,26 +63,30 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
   """
   path = os.path.expanduser(pattern)
   try:
-    is_folder = _is_folder(path)
+    is_folder = tf.io.gfile.isdir(path)
     paths = _list_folder(path) if is_folder else _expand(path)
   except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError, tf.errors.PermissionDeniedError) as error:
     raise InputError(f"{pattern!r} cannot be listed: {error.message}") from error
   if is_folder:
-    listed, paths = paths, [name for name in paths if name.lower().endswith(tuple(suffixes))]
-    endings = collections.Counter(pathlib.PurePath(name).suffix.lower() for name in set(listed).difference(paths))
+    is_known = {name: name.lower().endswith(tuple(suffixes)) for name in paths}
+    paths = [name for name, known in is_known.items() if known]
+    endings = collections.Counter(
+      pathlib.PurePath(name).suffix.lower() or "no ending" for name, known in is_known.items() if not known
+    )
     if endings:
-      described = ", ".join(f"{ending or 'no ending'} {count:,}" for ending, count in endings.most_common(8))
-      inform_once(
-        f"Not read in {pattern!r} because of their endings: {endings.total():,} files ({described}"
-        f"{', ...' if len(endings) > 8 else ''}). A glob takes any ending."
+      described = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
+      warn_once(
+        None,
+        f"Not read in {pattern!r} because of their endings: {endings.total():,} files ({described}). A glob takes any"
+        " ending.",
       )
   paths = _once_each(filter(_is_usable, paths), _base_folder(path))
   if not paths:
     exists = is_folder or glob.has_magic(path) or os.path.lexists(path)
     raise InputError(
       f"{pattern!r} {'contains no matching file' if exists else 'does not exist'}. Set data.files (or"
-      f" data.validation_files) to a folder with files that end in {', '.join(suffixes)}, or to a glob in quotes, of"
-      f" any ending, such as 'folder/**/*{suffixes[0]}'."
+      f" data.validation_files) to a folder with {', '.join(suffixes)} files, or to a glob in quotes, of any ending,"
+      f" such as 'folder/**/*{suffixes[0]}'."
     )
   return paths
 
@@ -89,8 +95,8 @@ def own_files(data: DataConfig, suffixes: Sequence[str]) -> list[str]:
   """Returns the files that `data.files` names; raises InputError if there is no file."""
   if not data.files:
     raise InputError(
-      f"The task {data.task} reads your own files: set data.files to a folder, or to a glob in quotes as in"
-      f" --config.data.files='folder/**/*{suffixes[0]}'."
+      f"The task {data.task} reads your own files: set data.files to a folder, or to a glob such as"
+      f" 'folder/**/*{suffixes[0]}'."
     )
   return find_files(data.files, suffixes)
 
@@ -99,59 +105,51 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
   """Returns the user's files of the split "train" or "validation".
 
   `data.validation_files` names those held out; otherwise a hash of each file's path relative to `data.files` decides,
-  so that neither adding files nor moving the folder moves a file to the other split. Where the hashes would hold out no
-  file, the one with the lowest hash is held out. Empty files are not held out. Raises InputError if a split is empty.
+  so that neither adding files nor moving the folder moves a file to the other split. At least one file is held out, but
+  no empty one. Raises InputError if none is left to train on.
   """
   files = own_files(data, suffixes)
   if data.validation_files:
-    validation = find_files(data.validation_files, suffixes)
-    setting = f"data.validation_files={data.validation_files!r}"
+    validation, setting = find_files(data.validation_files, suffixes), "validation_files"
   else:
-    validation = _hold_out(data, files)
-    setting = f"data.validation_fraction={data.validation_fraction}"
+    validation, setting = _hold_out(data, files), "validation_fraction"
   held_out = set(_real_paths(validation))
   train = [path for path, real in zip(files, _real_paths(files)) if real not in held_out]
-  inform_once(f"Held out for validation: {len(validation):,} of {len(validation) + len(train):,} files ({setting}).")
+  total, setting = len(validation) + len(train), f"data.{setting}={getattr(data, setting)!r}"
+  warn_once(None, f"Held out for validation: {len(validation):,} of {total:,} files ({setting}).")
   if split == "train" and not train:
     raise InputError(
-      f"All files that match data.files={data.files!r} ({len(files)}) are held out for validation, so none is left to"
-      " train on: add files, name those to hold out in data.validation_files, or, for text, hold out the last part of"
-      " each (--config.data.split_by=position)."
+      f"All {len(files)} files of data.files={data.files!r} are held out for validation: add files, name those to hold"
+      " out in data.validation_files, or, for text, hold out the last part of each (data.split_by=position)."
     )
   return train if split == "train" else validation
 
 
 def _hold_out(data: DataConfig, files: Sequence[str]) -> list[str]:
   """The files to hold out by `data.validation_fraction`, at least one, sorted."""
-  by_name = data.split_rule == "name"  # crc32 of the name alone, empty files included
   folder = _base_folder(os.path.expanduser(data.files))
-
-  def rank(path: str) -> float:
-    if by_name:
-      return zlib.crc32(os.path.basename(path).encode()) / 2**32
-    return int.from_bytes(hashlib.blake2b(_relative(path, folder).encode(), digest_size=4).digest()) / 2**32
-
-  ranks = {path: rank(path) for path in files}
+  if data.split_rule == "name":  # of older runs, empty files included
+    ranks = {path: zlib.crc32(os.path.basename(path).encode()) / 2**32 for path in files}
+    return [path for path in files if ranks[path] < data.validation_fraction] or [min(files, key=ranks.get)]
+  ranks = {}
+  for path in files:
+    digest = hashlib.blake2b(_relative(path, folder).encode(), digest_size=4).digest()
+    ranks[path] = int.from_bytes(digest) / 2**32
   chosen = [path for path in files if ranks[path] < data.validation_fraction]
-  if not by_name:
-    with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
-      chosen = [path for path, size in zip(chosen, pool.map(file_size, chosen)) if size]
+  with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
+    chosen = [path for path, size in zip(chosen, pool.map(file_size, chosen)) if size]
   ranked = sorted(files, key=ranks.get)
-  return chosen or [next((path for path in ranked if by_name or file_size(path)), ranked[0])]
+  return chosen or [next(filter(file_size, ranked), ranked[0])]
 
 
 def _is_remote(path: str) -> bool:
   return "://" in path
 
 
-def _is_folder(path: str) -> bool:
-  return tf.io.gfile.isdir(path) if _is_remote(path) else os.path.isdir(path)
-
-
 def _base_folder(path: str) -> str:
   """The folder that files are named relative to: `path`, or the folder in which the first wildcard of a glob is."""
   fixed = re.split(r"[*?\[]", path)[0]
-  return path if _is_folder(path) else fixed[: fixed.rfind("/") + 1]
+  return path if tf.io.gfile.isdir(path) else fixed[: fixed.rfind("/") + 1]
 
 
 def _relative(path: str, folder: str) -> str:
@@ -185,16 +183,16 @@ def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
   """
 
   def report(error: OSError) -> None:
-    inform_once(f"Skipped: the folder {error.filename} cannot be read: {error.strerror}.")
+    warn_once(None, f"Skipped: the folder {error.filename} cannot be read: {error.strerror}.")
 
   real_top, seen, starts = os.path.realpath(top), set(), [top]
   for start in starts:  # grows in the loop
     for folder, subfolders, names in os.walk(start, onerror=report):
       real = os.path.realpath(folder)
-      outside = real != real_top and real_top.startswith(os.path.join(real, ""))
-      if outside:
-        inform_once(f"Not followed: {folder} links to {real}, which contains {top}.")
-      if outside or real in seen:
+      is_around = real != real_top and real_top.startswith(os.path.join(real, ""))
+      if is_around:
+        warn_once(None, f"Not followed: {folder} links to {real}, which contains {top}.")
+      if is_around or real in seen:
         subfolders.clear()
         continue
       seen.add(real)
@@ -207,29 +205,27 @@ def _is_usable(path: str) -> bool:
   """False, with a notice, for what is not a regular file and for names that TensorFlow cannot represent."""
   try:
     path.encode("utf-8")
-    _check_regular(path)
-    return True
+    return _is_remote(path) or bool(_stat(path))
   except UnicodeEncodeError:
     reason = f"the name of {path!r} is not UTF-8"
   except Unreadable as error:
-    reason = error
+    reason = str(error)
   warn_once("skipped", f"Skipped: {reason}", subject=path)
   return False
 
 
-def _check_regular(path: str) -> None:
+def _stat(path: str) -> os.stat_result:
   """Raises Unreadable for what is not a regular file, since opening a named pipe would wait forever."""
-  if _is_remote(path):
-    return
   try:
-    mode = os.stat(path).st_mode
+    result = os.stat(path)
   except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
     reason = getattr(error, "strerror", None) or str(error)
     if isinstance(error, FileNotFoundError) and os.path.islink(path):
       reason = f"it links to {os.readlink(path)}, which does not exist"
     raise Unreadable(f"{path} cannot be read: {reason}") from error
-  if not stat.S_ISREG(mode):
-    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
+  if not stat.S_ISREG(result.st_mode):
+    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(result.st_mode), 'a device')}, not a regular file")
+  return result
 
 
 def _once_each(paths: Iterable[str], folder: str) -> list[str]:

@@ -62,10 +62,9 @@ def load(content: bytes, name: str, size: int) -> np.ndarray:
     return np.asarray(PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BOX))
   except Unreadable:
     raise
-  except PIL.UnidentifiedImageError as error:
-    raise Unreadable(f"{name} is not an image that can be read") from error
   except Exception as error:  # Decoders raise nearly every class for damaged files.
-    raise Unreadable(f"{name} is not an image that can be read ({str(error) or type(error).__name__})") from error
+    reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({str(error) or type(error).__name__})"
+    raise Unreadable(f"{name} is not an image that can be read{reason}") from error
 
 
 def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
@@ -81,22 +80,17 @@ def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 def _to_8_bits(values_HxW: np.ndarray, name: str) -> np.ndarray:
   """Returns uint8[H, W] of the integers or floating-point numbers of a gray picture.
 
-  Files do not say which value is white: it is 1, 255 or 65535, the first that no value exceeds. Where this is doubtful,
-  a picture is refused rather than read as black or clipped: fractions above 1 (linear light may exceed white), and
-  integers of 9 to 12 bits (from a sensor, or of a very dark picture).
+  Files do not say which value is white: it is 1, 255 or 65535, the first that no value exceeds. Doubtful pictures are
+  refused: fractions above 1 (linear light), integers of 9 to 12 bits (from a sensor, or of a very dark picture).
   """
   low, high = values_HxW.min(), values_HxW.max()
-  if low >= 0:  # false if there are NaNs
-    if high <= 1:
-      return np.rint(values_HxW * 255.0).astype(np.uint8)
-    is_whole = np.array_equal(values_HxW, np.rint(values_HxW))
-    if is_whole and high <= 255:
-      return values_HxW.astype(np.uint8)
-    if is_whole and 4096 <= high <= 65535:
-      return (values_HxW // 256).astype(np.uint8)
+  is_whole = np.array_equal(values_HxW, np.rint(values_HxW))  # false if there are NaNs
+  if 0 <= low and high <= 1:
+    return np.rint(values_HxW * 255.0).astype(np.uint8)
+  if 0 <= low and is_whole and (high <= 255 or 4096 <= high <= 65535):
+    return (values_HxW // (1 if high <= 255 else 256)).astype(np.uint8)
   raise Unreadable(
-    f"{name} has values from {low} to {high}, which do not show what is white: store 8 bits, fractions from 0 to 1, or"
-    " integers that use all of 16 bits"
+    f"{name} has values from {low} to {high}, which do not show what is white: store 8 bits, 0 to 1, or all of 16 bits"
   )
 
 

@@ -1,5 +1,6 @@
 """--mode=data: what the model will see: shapes, statistics, examples, and the speed of the pipeline."""
 
+import collections
 import json
 import sys
 import time
@@ -23,21 +24,17 @@ _PROGRESS_DELAY_SECONDS = 5.0
 def inspect(config: Config, workdir: epath.PathLike) -> dict:
   """Prints a report on the data, writes WORKDIR/data/ (report.json, examples.txt, examples.png) and returns the report.
 
-  Raises:
-    InputError: as loader.TrainLoader; a split has no documents, or the folder cannot be written.
+  Raises InputError as loader.TrainLoader, or if a split has no documents, or the folder cannot be written.
   """
   folder = epath.Path(workdir) / "data"
   with writing(f"--workdir={workdir}", "give another"):
     folder.mkdir(parents=True, exist_ok=True)
   warn_once.reset()
   train = loader.TrainLoader(config)
-  report = {
-    "task": config.data.task,
-    "modality": train.task.modality,
-    "batch": {name: [str(value.dtype), *value.shape] for name, value in train.spec.items()},
-  }
-  shapes = ", ".join(f"{name} {kind}{sizes}" for name, (kind, *sizes) in report["batch"].items())
-  print(f"{report['task']} ({report['modality']}). A training batch: {shapes}")
+  batch = {name: [str(value.dtype), *value.shape] for name, value in train.spec.items()}
+  shapes = ", ".join(f"{name} {kind}{sizes}" for name, (kind, *sizes) in batch.items())
+  print(f"{config.data.task} ({train.task.modality}). A training batch: {shapes}")
+  report = {"task": config.data.task, "modality": train.task.modality, "batch": batch}
   excerpts, pictures = [], []
   for split in dict.fromkeys((config.data.train_split, config.eval.split)):
     report[split], examples = _describe(config, split)
@@ -45,22 +42,21 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
     for task, events in examples:
       excerpt = render.text(task, events[:_EXCERPT_EVENTS])
       excerpts.append(f"--- {split}, {task.name}: {len(events):,} events, the first of them:\n{excerpt}\n")
-      if (picture := render.picture(task, events)) is not None:
-        pictures.append(picture)
-  start, num_examples = time.monotonic(), 0
+      pictures.append(render.picture(task, events))
+  start, num_batches = time.monotonic(), 0
   while (seconds := time.monotonic() - start) < _RATE_SECONDS:
     next(train)
-    num_examples += config.train.batch_size
-  rate = num_examples / seconds
-  tokens_per_second = rate * config.model.max_context
-  report["rate"] = {"examples_per_second": rate, "tokens_per_second": tokens_per_second}
-  print(f"The pipeline alone: {rate:,.0f} examples/s, {tokens_per_second:,.0f} tokens/s")
+    num_batches += 1
+  rate = num_batches * config.train.batch_size / seconds
+  report["rate"] = {"examples_per_second": rate, "tokens_per_second": rate * config.model.max_context}
+  print(f"The pipeline alone: {rate:,.0f} examples/s, {report['rate']['tokens_per_second']:,.0f} tokens/s")
   (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
   (folder / "examples.txt").write_text("\n".join(excerpts))
-  if pictures:
-    height, width, _ = pictures[0].shape
+  if shown := [picture for picture in pictures if picture is not None]:
+    height, width, _ = shown[0].shape
+    sheet = render.grid(shown, columns=1 if width > min(4 * height, 400) else 8)
     with (folder / "examples.png").open("wb") as file:
-      render.save_png(render.grid(pictures, columns=1 if width > min(4 * height, 400) else 8), file)
+      render.save_png(sheet, file)
   print(f"Examples: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
   return report
 
@@ -68,7 +64,7 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
 def _describe(config: Config, split: str) -> tuple[dict, list]:
   """Returns statistics of the first documents of a split, and the first examples (task, events)."""
   histogram = np.zeros(config.model.vocab_size, np.int64)
-  lengths, largest, num_words, num_bytes, examples, unknown = [], 0, 0, 0, [], None
+  lengths, largest, sizes, examples, unknown = [], 0, collections.Counter(), [], None
   num_skipped, longest_crop = warn_once.count("skipped"), windows.longest_crop(config)
   documents = tqdm.tqdm(
     splits.documents(config, split, _MAX_DOCUMENTS),
@@ -86,8 +82,7 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     histogram += np.bincount(events, minlength=len(histogram))
     lengths.append(length)
     if task.modality == "text":
-      counts = document.counts()
-      num_words, num_bytes, unknown = num_words + counts["words"], num_bytes + counts["bytes"], task.unknown
+      sizes, unknown = sizes + collections.Counter(document.counts()), task.unknown
     if len(examples) < _MAX_EXAMPLES:
       examples.append((task, events))
   if not lengths:
@@ -107,8 +102,8 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     "most_frequent": [[int(token), float(shares[token])] for token in np.argsort(-histogram)[:8]],
     "unknown_rate": 0.0 if unknown is None else float(shares[unknown]),
   }
-  if num_words:
-    stats |= {"words": num_words, "bytes": num_bytes, "bytes_per_token": num_bytes / sum(lengths)}
+  if sizes:
+    stats |= {"words": sizes["words"], "bytes": sizes["bytes"], "bytes_per_token": sizes["bytes"] / sum(lengths)}
   return stats, examples
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,16 +27,16 @@ from jax.sharding import Sharding
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import windows
 from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.registry import Record, Task, skip_reasons, to_records
+from perceiver_ar_jax.data.registry import Record, Task, to_records
 from perceiver_ar_jax.data.sources import ListSource, sentencepiece_fingerprint
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
+from perceiver_ar_jax.data.warn_once import skip_reasons
 from perceiver_ar_jax.data.windows import Batch
 
 _SHUFFLE_BYTES = 32 * 2**20
-"""Average size limit of a shuffle buffer: whole books would make checkpoints of gigabytes."""
+"""Average size limit of a shuffle buffer, which checkpoints contain."""
 _pool = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-"""The threads that fill rows, of all loaders; they start when they are first needed."""
 
 
 @dataclasses.dataclass
@@ -44,11 +45,13 @@ class _Shard:
 
   index: int
   rows: Sequence[int]
-  """The rows that this host fills, among those that the shard provides for each batch."""
+  """Those that this host fills, among those that the shard provides for each batch."""
   is_saved_here: bool
   """Whether this host saves the position, which is the same on all hosts that read the shard."""
-  records: Sequence[Iterator] = ()
-  """Of each task."""
+  batches: Sequence[Iterator] = ()
+  """Of the records of each task: tf.data's iterators, whose state is saved."""
+  records: Sequence[Iterator[Record]] = ()
+  """The records of each task one by one, from `batches`."""
   num_batches: int = 0
   """Batches drawn, including those without a readable record; the number is the seed of a batch's crops."""
 
@@ -56,14 +59,9 @@ class _Shard:
 class TrainLoader(Iterator[Batch]):
   """Training batches (windows.Batch), of each the rows of one host; the same for the same settings and when restored.
 
-  Args:
-    config: the experiment; `data`, `seed`, the batch size and the model's context and latents determine the batches.
-    rows_of_hosts: for each host the rows of a batch that it provides, in order; None: one host provides all.
-    host: the index of this host.
-
-  Raises:
-    InputError: unknown task or split, data that is not prepared, fewer records than shards, no readable record, or
-      token ids and positions outside the model's tables (the last two only once a batch contains them).
+  `rows_of_hosts` are the rows of a batch that each host provides, in order (None: one host provides all), and `host` is
+  the index of this one. Raises InputError for an unknown task or split, data that is not prepared, fewer records than
+  shards, too few token ids; and, in drawing a batch, if no record is readable, or positions are outside their tables.
   """
 
   def __init__(self, config: Config, rows_of_hosts: Sequence[Sequence[int]] | None = None, host: int = 0):
@@ -74,8 +72,7 @@ class TrainLoader(Iterator[Batch]):
     for task, count in zip(self._tasks, self._num_records):
       if count is not None and count < self._num_shards:
         raise InputError(
-          f"The split {self._split!r} of {task.name} has {count} records, fewer than data.shards={self._num_shards}:"
-          " lower it, or train on more data."
+          f"The split {self._split!r} of {task.name} has {count} records, fewer than data.shards={self._num_shards}."
         )
     rows_of_hosts = [range(config.train.batch_size)] if rows_of_hosts is None else rows_of_hosts
     self.rows, self._shards = rows_of_hosts[host], []
@@ -96,7 +93,7 @@ class TrainLoader(Iterator[Batch]):
 
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and type of each array of a global batch, without drawing one."""
+    """Shape and type of each array of a global batch."""
     return jax.eval_shape(lambda: self._empty(self._config.train.batch_size))
 
   def _empty(self, size: int) -> Batch:
@@ -104,9 +101,10 @@ class TrainLoader(Iterator[Batch]):
     return windows.empty_batch(size, context=model.max_context, latents=model.num_latents, position_dims=dims)
 
   def _start(self, shard: _Shard) -> None:
-    shard.num_batches, shard.records = 0, [iter(self._records(task, shard.index)) for task in self._tasks]
+    shard.num_batches, shard.batches = 0, [iter(self._batches(task, shard.index)) for task in self._tasks]
+    shard.records = [itertools.chain.from_iterable(map(to_records, batches)) for batches in shard.batches]
 
-  def _records(self, task: Task, index: int) -> tf.data.Dataset:
+  def _batches(self, task: Task, index: int) -> tf.data.Dataset:
     """Returns the records of one shard, in batches; files are in a different order in each epoch."""
     seed, source, split = self._config.seed, task.source, self._split
     if source.supports_arbitrary_sharding:
@@ -149,8 +147,7 @@ class TrainLoader(Iterator[Batch]):
   def _fill_row(self, records, draws, seeds, unreadable: set[int], number: int, row: Batch) -> bool:
     """Fills a row, with the random numbers of row `number` of a shard; returns False if no record can be read.
 
-    The record is that of the row or, if that is unreadable, the next readable one of the shard, which may belong to a
-    row of another host, so that a batch is the same for any number of hosts.
+    If the row's record is unreadable, it is filled from the next readable one of the shard, whichever host's it is.
     """
     for candidate in (*range(number, len(records)), *range(number)):
       if candidate in unreadable:
@@ -181,24 +178,15 @@ class TrainLoader(Iterator[Batch]):
     random = np.random.Generator(np.random.Philox(key=[self._config.seed % 2**64, number]))
     shard.num_batches += 1
     draws, seeds = random.random(size), random.integers(2**63, size=size)
-    if len(self._tasks) == 1:
-      chosen, records = [0] * size, []
-      while len(records) < size:
-        records += self._next_records(shard, 0)
-    else:
-      drawn = np.searchsorted(np.cumsum(self._shares), random.random(size), side="right")
-      chosen = np.minimum(drawn, len(self._tasks) - 1)
-      records = [record for index in chosen for record in self._next_records(shard, index)]
-    return [(self._tasks[index], record) for index, record in zip(chosen, records)], draws, seeds
-
-  def _next_records(self, shard: _Shard, task_index: int) -> list[Record]:
-    batch = next(shard.records[task_index], None)
-    if batch is None:
-      raise InputError(
-        f"Shard {shard.index} of {self._num_shards} has no record of {self._tasks[task_index].name}: there are too few"
-        " files with records in them. Lower data.shards, or cache with fewer --shards."
-      )
-    return to_records(batch)
+    chosen = np.searchsorted(np.cumsum(self._shares[:-1]), random.random(size), side="right")
+    records = [(self._tasks[index], next(shard.records[index], None)) for index in chosen]
+    for task, record in records:
+      if record is None:
+        raise InputError(
+          f"Shard {shard.index} of {self._num_shards} has no record of {task.name}: lower data.shards, or cache with"
+          " fewer --shards."
+        )
+    return records, draws, seeds
 
   def save(self, directory: os.PathLike | str) -> None:
     """Writes the position of the shards that this host saves, in files of their own, under `directory`."""
@@ -213,22 +201,19 @@ class TrainLoader(Iterator[Batch]):
   def restore(self, directory: os.PathLike | str) -> None:
     """Restores the position that all hosts together saved, on any number: the next batch is the one that followed.
 
-    Raises:
-      InputError: the state is of other shards, or of other data (other settings).
-      FileNotFoundError: `directory` contains no state at all.
+    Raises InputError if the state is of other shards, data or settings; FileNotFoundError if it contains no state.
     """
     directory = epath.Path(directory)
+    saved_shards = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
+    if not saved_shards:
+      raise FileNotFoundError(f"{directory} contains no state of a data iterator")
     for shard in self._shards:
-      path = directory / f"{self._name(shard)}.json"
-      if not path.exists():
-        saved_shards = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
-        if not saved_shards:
-          raise FileNotFoundError(f"{directory} contains no state of a data iterator")
+      if self._name(shard) not in saved_shards:
         raise InputError(
           f"{directory} contains no data iterator state for {self._name(shard)}, only for {', '.join(saved_shards)}:"
           " set data.shards back to what it was."
         )
-      state = json.loads(path.read_text())
+      state = json.loads((directory / f"{self._name(shard)}.json").read_text())
       names = {"num_records": "number of records", "files": "checksum of the files' names"}
       changed = [
         f"{names.get(name, name)} was {state['stream'].get(name)!r} and is {value!r}"
@@ -238,7 +223,7 @@ class TrainLoader(Iterator[Batch]):
       if changed:
         raise InputError(
           f"The data position in {directory} does not apply, since the data or its settings have changed"
-          f" ({'; '.join(changed)}): restore files and settings, or start in a new workdir."
+          f" ({'; '.join(changed)}): restore them, or start in a new workdir."
         )
       # From the start: the state of an iterator that was not used does not undo the shuffles of one that was.
       self._start(shard)
@@ -270,14 +255,13 @@ class TrainLoader(Iterator[Batch]):
     return f"shard-{shard.index:05d}-of-{self._num_shards:05d}"
 
   def _checkpoint(self, shard: _Shard) -> tf.train.Checkpoint:
-    return tf.train.Checkpoint(**{f"records_{index}": records for index, records in enumerate(shard.records)})
+    return tf.train.Checkpoint(**{f"records_{index}": batches for index, batches in enumerate(shard.batches)})
 
 
 def to_global(
   batch: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int, shardings: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
-  """Global arrays of `batch_size` rows, of which `batch` contains this host's: those numbered `rows`, in order, which
-  are at least those on its devices. Other dimensions may be sharded as well."""
+  """Global arrays of `batch_size` rows, of which `batch` contains those numbered `rows`, which this host provides."""
 
   def globalise(values: np.ndarray, sharding: Sharding) -> jax.Array:
     def local_part(index: tuple[slice, ...]) -> np.ndarray:

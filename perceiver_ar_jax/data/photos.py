@@ -55,11 +55,8 @@ _SALTS = {"train": 1, "validation": 3}
 
 def crop(record: dict[str, tf.Tensor], size: int) -> tf.Tensor:
   """Returns the crop uint8[size, size, 3] of a NumberSource record; training crops are augmented at random."""
-  return tf.cond(
-    record["validation"],
-    lambda: _crop(record["number"], "validation", size),
-    lambda: _crop(record["number"], "train", size),
-  )
+  validation, train = (functools.partial(_crop, record["number"], split, size) for split in ("validation", "train"))
+  return tf.cond(record["validation"], validation, train)
 
 
 def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
@@ -81,8 +78,8 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
 
 @functools.lru_cache
 def _pyramids(split: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The levels of the photographs of a split: uint8[levels, height, width, 3] padded with black, their true heights and
-  widths int32[levels, 2], and their weights float[levels]."""
+  """The levels uint8[levels, height, width, 3] of a split, padded with black, their true sizes int32[levels, 2], and
+  weights float[levels]."""
   levels, weights = [], []
   for package, path, weight in PHOTOGRAPHS[split]:
     image = _load(package, path)

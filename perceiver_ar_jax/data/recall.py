@@ -7,10 +7,9 @@ import numpy as np
 
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import NUM_SPECIAL, SOS
-from perceiver_ar_jax.data.documents import Document
+from perceiver_ar_jax.data.documents import Document, count_positions
 
 NUM_VALUES = 64
-NUM_VALIDATION = 256
 _FILLER = NUM_SPECIAL
 _FIRST_KEY = NUM_SPECIAL + 1
 
@@ -23,10 +22,7 @@ def vocab_size(pairs: int) -> int:
 def document(rng: np.random.Generator, length: int, pairs: int, queries: int) -> Document:
   """SOS, `pairs` pairs at random distances, then `queries` of the keys, each followed by its value: `length` events.
 
-  No key occurs in two pairs. Keys, values, distances and queries are drawn by `rng`.
-
-  Raises:
-    InputError: `length` is too small, or there are more queries than pairs.
+  No key occurs in two pairs. Raises InputError if `length` is too small, or there are more queries than pairs.
   """
   num_body = length - 1 - 2 * queries
   if queries > pairs or num_body < 2 * pairs:
@@ -48,6 +44,6 @@ def document(rng: np.random.Generator, length: int, pairs: int, queries: int) ->
   scored[length - 2 * queries + 1 :: 2] = True
   return Document(
     np.concatenate([[SOS], body, tail]).astype(np.int32),
-    positions=np.arange(1, length + 1, dtype=np.int32)[:, None],
+    positions=count_positions(length),
     scored=scored,
   )

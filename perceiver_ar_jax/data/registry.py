@@ -20,7 +20,7 @@ from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.sources import CachedSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
-from perceiver_ar_jax.data.warn_once import newest_messages, warn_once
+from perceiver_ar_jax.data.warn_once import warn_once
 
 PREFETCH = 64
 """Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
@@ -36,16 +36,16 @@ class Task:
   name: str
   source: seqio.DataSource
   document: Callable[[Record], Document]
-  """Converts a record of the source to a document; errors about the record's content skip the record (see `open`)."""
+  """Converts a record of the source to a document; see `open` for its errors."""
   modality: str
   unit: str
   """The unit of its held-out loss: one of units.UNITS."""
   vocab_size: int
   """Number of event ids, PAD, EOS and SOS included."""
   counts: tuple[str, ...] = ()
-  """Keys of Document.counts, which evaluation divides by beside tokens (units.COUNTS); of text words and bytes."""
+  """Keys of Document.counts, see units.COUNTS; of text words and bytes."""
   decode: Callable[[np.ndarray], Any]
-  """Converts events int32[n] to a picture, a text, notes or codes (of video: flat, since each file has its grid)."""
+  """Converts events int32[n] to a picture, a text, notes or codes (of video flat)."""
   position_dims: int = 1
   encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   """Settings that determine the meaning of ids and positions: a model can only be used with those of its training."""
@@ -64,8 +64,8 @@ class Task:
   length: int | None = None
   """Events of every document; None: they vary."""
   place: Callable[[int, int], np.ndarray] | None = lambda start, end: count_positions(end - start)
-  """(start, end) -> positions int32[end - start, P] of these events of a document that is being generated, in a window
-  from `start`; None: they are part of the document."""
+  """(start, end) -> positions int32[end - start, P] of these events of a generated document, in a window from `start`;
+  None: they are part of the document."""
   groups: Callable[[], np.ndarray] | None = None
   """-> bool[G, V]: the events allowed at the indices of each group; None: one group, of all events but PAD and SOS."""
   group: Callable[[np.ndarray], np.ndarray] = np.zeros_like
@@ -80,7 +80,7 @@ class Task:
 
   def allowed(self) -> np.ndarray:
     """bool[G, V], see `groups`."""
-    return allow(self.vocab_size, [EOS, *range(NUM_SPECIAL, self.vocab_size)]) if self.groups is None else self.groups()
+    return self.groups() if self.groups else allow(self.vocab_size, [EOS, *range(NUM_SPECIAL, self.vocab_size)])
 
   def open(self, record: Record) -> Document | None:
     """Returns the document of a record; None, with a warning, if it cannot be decoded or has nothing to predict.
@@ -91,18 +91,19 @@ class Task:
       document = self.document(record)
       if document.has_targets():
         return document
-      self.skip(record, f"{self._describe(record)} has nothing to predict")
+      reason: Exception | str = f"{self._describe(record)} has nothing to predict"
     except Unreadable as error:
-      self.skip(record, error)
+      reason = error
     except (InputError, MemoryError):
       raise
     except Exception as error:
       if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without a number
         raise
-      self.skip(record, f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})")
+      reason = f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})"
+    self.skip(record, reason)
     return None
 
-  def skip(self, record: Record, reason: Unreadable | str) -> None:
+  def skip(self, record: Record, reason: Exception | str) -> None:
     """Reports that a record is not used; a file counts once, however many of its records are skipped, and how often."""
     warn_once("skipped", f"Skipped: {reason}", subject=self._describe(record) if "path" in record else None)
 
@@ -110,18 +111,18 @@ class Task:
     return os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
 
   def num_records(self, config: Config, split: str) -> int | None:
-    """Returns the number of records of a split, None if unknown.
+    """Returns the number of records of a split, None if it is endless.
 
-    Raises:
-      InputError: an unknown split, missing data, or a model with fewer token ids than the task.
+    Raises InputError for an unknown split, missing data, or a model with fewer token ids than the task.
     """
     if self.vocab_size > config.model.vocab_size:
       raise InputError(
-        f"The task {self.name} has {self.vocab_size} token ids (PAD, EOS and SOS included), but model.vocab_size is"
-        f" {config.model.vocab_size}: set --config.model.vocab_size={self.vocab_size} or more."
+        f"The task {self.name} has {self.vocab_size} token ids, PAD, EOS and SOS included:"
+        f" model.vocab_size={config.model.vocab_size} must be at least {self.vocab_size}."
       )
-    if not isinstance(self.source, TfdsSource) and split not in self.source.splits:
-      raise InputError(f"The task {self.name} has no split {split!r}. {nearest(split, self.source.splits)}")
+    name = split.partition("[")[0] if isinstance(self.source, TfdsSource) else split  # parts such as train[:90%]
+    if name not in self.source.splits:
+      raise InputError(f"The task {self.name} has no split {name!r}. {nearest(name, self.source.splits)}")
     return self.source.num_input_examples(split)
 
   def preprocess(self, records: tf.data.Dataset) -> tf.data.Dataset:
@@ -130,8 +131,7 @@ class Task:
       records = preprocessor(records)
     if self.preprocessors:
       records = records.prefetch(PREFETCH)
-    # All elements that a stage has ready are part of the saved state, so every buffer is bounded: parallel maps by the
-    # number of threads, and no stages that TensorFlow adds.
+    # Elements that a stage has ready are part of the saved state, so every buffer is bounded and none is added.
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = 8
@@ -144,12 +144,6 @@ class Task:
 def to_records(batch: Mapping[str, tf.Tensor]) -> list[Record]:
   """Splits a batch of records."""
   return [dict(zip(batch, record)) for record in zip(*(value.numpy() for value in batch.values()))]
-
-
-def skip_reasons() -> str:
-  """Returns the newest reasons for which records were skipped."""
-  reasons = [message.removeprefix("Skipped: ") for message in newest_messages("skipped", 3)]
-  return "; ".join(reasons) or "it is empty"
 
 
 def allow(vocab_size: int, ids: Iterable[int]) -> np.ndarray:
@@ -167,11 +161,12 @@ DEFAULT_MAX_EVENTS = 2048
 
 def add(name: str, build: Builder) -> None:
   """Registers a task, here and, once seqio is imported, under default settings with seqio."""
+
+  def add_to_seqio(seqio):
+    seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS)))
+
   _BUILDERS[name] = build
-  wrapt.register_post_import_hook(
-    lambda seqio: seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS))),
-    "seqio",
-  )
+  wrapt.register_post_import_hook(add_to_seqio, "seqio")
 
 
 def names() -> list[str]:
@@ -182,18 +177,15 @@ def names() -> list[str]:
 def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
   """The task that `data` names, or the tasks of the mixture, each with its share of the training examples.
 
-  `data.task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1".
-
-  Raises:
-    InputError: an unknown name, a wrong rate, tasks of different vocabularies.
+  `data.task` is the name of a task or a seqio.Mixture, or a mixture itself: "pg19:3+text_files:1". Raises InputError
+  for an unknown name, a wrong rate, or tasks of different vocabularies.
   """
   rates = _mixture_rates(data.task)
   tasks = [_build(dataclasses.replace(data, task=name), max_events) for name in rates]
   if len({(task.modality, task.vocab_size, task.position_dims) for task in tasks}) > 1:
     described = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
     raise InputError(
-      f"The tasks of the mixture data.task={data.task!r} have different vocabularies ({described}): mix tasks of one"
-      " modality and one vocabulary."
+      f"The tasks of data.task={data.task!r} have different vocabularies ({described}): mix tasks of one vocabulary."
     )
   return [(task, rate / sum(rates.values())) for task, rate in zip(tasks, rates.values())]
 
@@ -230,10 +222,7 @@ def _build(data: DataConfig, max_events: int) -> Task:
 
 
 def to_seqio(task: Task) -> seqio.Task:
-  """The seqio task that yields the documents of `task` whole: events, positions, and words and bytes of texts.
-
-  These are tensors, so it suits looking around and caching, not training on texts longer than the context.
-  """
+  """The seqio task that yields the documents of `task` whole: events, positions, and words and bytes of texts."""
   specs = {"events": tf.TensorSpec([None], tf.int32)}
   if task.position_dims > 1:  # otherwise they only count, and need not be stored
     specs["positions"] = tf.TensorSpec([None, task.position_dims], tf.int32)
@@ -255,6 +244,9 @@ def to_seqio(task: Task) -> seqio.Task:
   def add_positions(document):
     return {"positions": tf.range(1, tf.size(document["events"]) + 1)[:, None], **document}
 
+  def feature(ids: int, **settings):
+    return seqio.Feature(seqio.PassThroughVocabulary(ids, eos_id=EOS), add_eos=False, dtype=tf.int32, **settings)
+
   return seqio.Task(
     task.name,
     source=task.source,
@@ -264,8 +256,5 @@ def to_seqio(task: Task) -> seqio.Task:
       *([seqio.CacheDatasetPlaceholder()] if task.source.caching_permitted else []),
       seqio.map_over_dataset(add_positions),
     ],
-    output_features={
-      "events": seqio.Feature(seqio.PassThroughVocabulary(task.vocab_size, eos_id=EOS), add_eos=False, dtype=tf.int32),
-      "positions": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32, rank=2),
-    },
+    output_features={"events": feature(task.vocab_size), "positions": feature(0, rank=2)},
   )

@@ -29,10 +29,9 @@ def text(task: Task, events: np.ndarray) -> str:
 
 
 def picture(task: Task, events: np.ndarray) -> np.ndarray | None:
-  """Returns a picture uint8[height, width, 3] of the events int32[n] from a document's start.
+  """Returns a picture uint8[height, width, 3] of the events int32[n] from a document's start: an image or a piano roll.
 
-  Music is drawn as a piano roll (time to the right, pitch upwards, loud is bright); a small image is enlarged. None for
-  other modalities, and for a part of an image.
+  None for other modalities, and for a part of an image.
   """
   if task.modality == "image":
     try:

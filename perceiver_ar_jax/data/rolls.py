@@ -6,6 +6,7 @@ As in the evaluation of TCNs (Bai et al., 2018, arXiv 1803.01271), frames 2..T a
 """
 
 import io
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -45,13 +46,11 @@ def load(content: bytes, name: str) -> Mapping[str, list[np.ndarray]]:
     split: [roll for key in sorted(arrays) if key.startswith(prefix) for roll in arrays[key]]
     for split, prefix in _SPLITS.items()
   }
-  for roll in (roll for of_split in rolls.values() for roll in of_split):
-    if not (
-      isinstance(roll, np.ndarray) and roll.ndim == 2 and roll.shape[1] == NUM_KEYS and roll.dtype.kind in "buif"
-    ):
-      raise Unreadable(f"{name} must contain piano rolls of {NUM_KEYS} columns, one row per frame.")
   if not any(rolls.values()):
     raise Unreadable(f"{name} contains no arrays whose names begin with train, valid or test.")
+  for roll in itertools.chain(*rolls.values()):
+    if not isinstance(roll, np.ndarray) or roll.shape[1:] != (NUM_KEYS,) or roll.dtype.kind not in "buif":
+      raise Unreadable(f"{name} must contain piano rolls of {NUM_KEYS} columns, one row per frame.")
   return rolls
 
 
@@ -76,20 +75,14 @@ def transpose(events_N: np.ndarray, semitones: int) -> np.ndarray:
 
 def decode(events_N: np.ndarray) -> list[music.Note]:
   """Returns the notes of events, at four frames per second; a key that stays down is one note."""
-  notes, since = [], {}
-  frame, down = 0, set()
-  for event in [*map(int, events_N), _END_OF_FRAME]:
+  notes, since, down, frame = [], {}, set(), 0
+  for event in [*map(int, events_N), _END_OF_FRAME, _END_OF_FRAME]:  # the last frame, and one of silence
     if event == _END_OF_FRAME:
       for key in set(since) - down:
-        notes.append(_note(key, since.pop(key), frame))
-      for key in down - set(since):
-        since[key] = frame
+        times = (since.pop(key) * _SECONDS_PER_FRAME, frame * _SECONDS_PER_FRAME)
+        notes.append(music.Note(LOWEST_PITCH + key, _VELOCITY, *times))
+      since |= dict.fromkeys(down - set(since), frame)
       frame, down = frame + 1, set()
     elif event >= NUM_SPECIAL:
       down.add(event - NUM_SPECIAL)
-  notes += [_note(key, start, frame) for key, start in since.items()]
   return sorted(notes, key=lambda note: (note.onset, note.pitch))
-
-
-def _note(key: int, start: int, end: int) -> music.Note:
-  return music.Note(LOWEST_PITCH + key, _VELOCITY, start * _SECONDS_PER_FRAME, end * _SECONDS_PER_FRAME)

@@ -13,13 +13,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from perceiver_ar_jax.config import DataConfig, InputError, nearest
+from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data.files import read_bytes
 from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
 
 class _Source:
-  """A seqio.DataSourceInterface, implemented without importing seqio before records are read."""
+  """A seqio.DataSourceInterface, implemented without importing seqio before records are read.
+
+  `get_dataset` returns the records of a split in order, or one host's part of them; `num_input_examples` their number,
+  None if there is no end; `list_shards` the names of the parts into which offline caching may divide its work.
+  """
 
   caching_permitted = supports_arbitrary_sharding = True
   performs_internal_shuffling = False
@@ -29,36 +33,36 @@ class _Source:
 class TfdsSource(_Source):
   """A prepared TFDS dataset, read so that many hosts can share it and that training resumes exactly.
 
-  seqio's own source loads with TFDS's defaults, which keep the records of a small dataset in a cache that becomes part
-  of every checkpoint, split by whole files only, and start a download where data is missing. This one reads exact
-  ranges of records, shuffles files in another order in each epoch from a seed, caches nothing and writes nothing.
-  `name` has config and version, "downsampled_imagenet/64x64:2.0.0"; `data_dir` is as for tfds.load, and `decoders()`.
+  seqio's own source keeps the records of a small dataset in a cache that becomes part of every checkpoint, splits by
+  whole files only, and starts a download where data is missing. This one reads exact ranges of records, shuffles files
+  in another order in each epoch, caches nothing and writes nothing. `name` has config and version,
+  "downsampled_imagenet/64x64:2.0.0"; `data_dir` is as for tfds.load, and `decoders()`.
   """
 
-  def __init__(self, name: str, *, decoders=None, data_dir: str | os.PathLike | None = None):
-    self._name, self._decoders = name, decoders
-    self._data_dir = None if data_dir is None else os.fspath(data_dir)
+  def __init__(self, name: str, *, decoders=None, data_dir: str | None = None):
+    self._name, self._decoders, self._data_dir = name, decoders, data_dir
 
   @functools.cached_property
-  def _seqio_source(self) -> seqio.TfdsDataSource:
-    return seqio.TfdsDataSource(self._name, tfds_data_dir=self._data_dir, read_only=True)
+  def _builder(self) -> tfds.core.DatasetBuilder:
+    builder = tfds.builder(self._name, data_dir=self._data_dir)
+    if not tf.io.gfile.exists(os.path.join(builder.data_dir, "dataset_info.json")):
+      raise InputError(
+        f"The dataset {self._name} is not prepared in {builder.data_dir}. Set data.data_dir to the folder of your"
+        f" prepared TFDS datasets, or prepare it once with `tfds build {self._name} --data_dir=...`. The task photos32"
+        " (--config=configs/photos32.py) needs no data."
+      )
+    return builder
 
   @property
   def splits(self) -> Collection[str]:
-    """The splits of the dataset."""
-    return self._prepared().info.splits
+    return self._builder.info.splits
 
   def list_shards(self, split: str) -> Sequence[str]:
-    """Returns the names of the split's files."""
-    return self._seqio_source.list_shards(split)
+    return self._builder.info.splits[split].filenames
 
   def num_input_examples(self, split: str) -> int:
-    """Returns the number of records of a split, or of a part of it such as "train[:90%]"; else raises InputError."""
-    splits, name = self._prepared().info.splits, split.partition("[")[0]
-    if name not in splits:
-      raise InputError(f"The dataset {self._name} has no split {name!r}. {nearest(name, splits)}")
     try:
-      return splits[split].num_examples
+      return self.splits[split].num_examples
     except ValueError as error:
       raise InputError(
         f"The split {split!r} of {self._name} cannot be read: write parts of a split as 'train[:90%]' or 'train[100:]'."
@@ -66,11 +70,11 @@ class TfdsSource(_Source):
 
   def bytes_per_record(self, split: str) -> float:
     """Returns the average size of a stored record."""
-    info = self._prepared().info.splits[split.partition("[")[0]]
+    info = self.splits[split.partition("[")[0]]
     return info.num_bytes / max(info.num_examples, 1)
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    """Returns the records of one host's part of `split`; `shuffle` shuffles its files, differently in every epoch."""
+    """`shuffle` shuffles the files, differently in every epoch."""
     if shard_info and shard_info.num_shards > 1:
       split = tfds.even_splits(split, shard_info.num_shards, drop_remainder=False)[shard_info.index]
     read_config = tfds.ReadConfig(
@@ -80,19 +84,8 @@ class TfdsSource(_Source):
       skip_prefetch=True,
       interleave_block_length=4,  # The records that each open file has read ahead are saved too.
     )
-    return self._prepared().as_dataset(
-      split=split, shuffle_files=shuffle, read_config=read_config, decoders=self._decoders and self._decoders()
-    )
-
-  def _prepared(self) -> tfds.core.DatasetBuilder:
-    builder = self._seqio_source.tfds_dataset.builder
-    if not tf.io.gfile.exists(os.path.join(builder.data_dir, "dataset_info.json")):
-      raise InputError(
-        f"The dataset {self._name} is not prepared in {builder.data_dir}. Point --config.data.data_dir at the folder of"
-        f" your prepared TFDS datasets, or prepare it once with `tfds build {self._name} --data_dir=...`; training"
-        " downloads nothing. The task photos32 (--config=configs/photos32.py) needs no data at all."
-      )
-    return builder
+    decoders = self._decoders and self._decoders()
+    return self._builder.as_dataset(split=split, shuffle_files=shuffle, read_config=read_config, decoders=decoders)
 
 
 class ListSource(_Source):
@@ -105,7 +98,6 @@ class ListSource(_Source):
     self._list, self.splits = functools.cache(list_records), tuple(splits)
 
   def num_input_examples(self, split: str) -> int:
-    """Returns the number of records of the split."""
     return len(self._list(split))
 
   def num_documents(self, split: str) -> int:
@@ -118,11 +110,9 @@ class ListSource(_Source):
     return f"{zlib.crc32(json.dumps(records).encode()):08x}"
 
   def list_shards(self, split: str) -> list[str]:
-    """Returns names of the parts into which offline caching may divide its work."""
     return [f"{split}-{index}" for index in range(min(len(self._list(split)), 64))]
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    """Returns the records in order, or one host's part of them; shuffling is left to the pipeline."""
     records = self._list(split)
     columns = {name: np.array([record[name] for record in records]) for name in records[0]}
     dataset = tf.data.Dataset.from_tensor_slices(columns)
@@ -140,16 +130,10 @@ class CachedSource(_Source):
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """The stored splits."""
     self._check()
     return tuple(sorted(path.split(".")[-2] for path in tf.io.gfile.glob(os.path.join(self._folder, "stats.*.json"))))
 
-  def list_shards(self, split: str) -> list[str]:
-    """The files of the split."""
-    return tf.io.gfile.glob(os.path.join(self._folder, f"{split}.tfrecord-*"))
-
   def num_input_examples(self, split: str) -> int:
-    """Returns the number of documents of the split."""
     return self._stats(split)["examples"]
 
   def bytes_per_record(self, split: str) -> float:
@@ -158,34 +142,32 @@ class CachedSource(_Source):
     return 4 * (stats["events_tokens"] + stats.get("positions_tokens", 0)) / stats["examples"]
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    """Returns stored documents: events, positions, and counts if any; `shuffle` shuffles the files in each epoch."""
-    self._check()
+    """Records are stored documents: events, positions, and counts if any; `shuffle` shuffles files in each epoch."""
     seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio keeps them, and takes the first that has the task
     options = {"seed": seed, "shard_info": shard_info, "num_epochs": 1}
     return self._task.get_dataset(None, split, use_cached=True, shuffle=shuffle, shuffle_buffer_size=1, **options)
 
   def _stats(self, split: str) -> dict[str, int]:
-    self._check()
     return json.loads(read_bytes(os.path.join(self._folder, f"stats.{split}.json")))
 
   def _check(self) -> None:
     """Raises InputError if there is no finished cache of the task, or one made under other settings."""
-    path = os.path.join(self._folder, CACHE_SETTINGS)
+    name, folder, path = self._task.name, self._data.cache_dir, os.path.join(self._folder, CACHE_SETTINGS)
     if not tf.io.gfile.exists(os.path.join(self._folder, "COMPLETED")) or not tf.io.gfile.exists(path):
       raise InputError(
-        f"data.cache_dir={self._data.cache_dir!r} contains no finished cache of the task {self._task.name}: make it"
-        " with launch/cache_tasks.sh, or read the data itself (--config.data.cache_dir=None)."
+        f"data.cache_dir={folder!r} contains no finished cache of the task {name}: make it with launch/cache_tasks.sh,"
+        " or read the data itself (--config.data.cache_dir=None)."
       )
     stored = json.loads(read_bytes(path))
     changed = [
-      f"{name} was {stored.get(name)!r} and is {value!r}"
-      for name, value in cache_settings(self._data).items()
-      if stored.get(name, value) != value  # older caches lack newer settings
+      f"{setting} was {stored[setting]!r} and is {value!r}"
+      for setting, value in cache_settings(self._data).items()
+      if stored.get(setting, value) != value  # older caches lack newer settings
     ]
     if changed:
       raise InputError(
-        f"The cache of {self._task.name} in data.cache_dir={self._data.cache_dir!r} was made under other settings"
-        f" ({'; '.join(changed)}): use these, or fill another folder."
+        f"The cache of {name} in data.cache_dir={folder!r} was made under other settings ({'; '.join(changed)}): use"
+        " these, or fill another folder."
       )
 
 
@@ -204,9 +186,8 @@ def sentencepiece_fingerprint(data: DataConfig) -> str | None:
 
 
 class NumberSource(_Source):
-  """Records that are only numbers, for tasks whose documents are a pure function of them.
+  """Records {"number": int64, "validation": bool}, in order from 0, for documents that are a pure function of them.
 
-  A record is {"number": int64, "validation": bool}, in order from 0; hashing both gives each split its own documents.
   `counts` has the number of records of each split, None for an endless one.
   """
 
@@ -216,15 +197,12 @@ class NumberSource(_Source):
     self._counts, self.splits = dict(counts), tuple(counts)
 
   def num_input_examples(self, split: str) -> int | None:
-    """Returns the number of records of the split; None: endless."""
     return self._counts[split]
 
   def list_shards(self, split: str) -> list[str]:
-    """Returns one name, since the records are not divided."""
     return [split]
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    """Returns the records in order; they are shuffled and divided by the pipeline."""
     count = self._counts[split]
     numbers = tf.data.Dataset.range(2**62).repeat() if count is None else tf.data.Dataset.range(count)
     return numbers.map(lambda number: {"number": number, "validation": split == "validation"})

@@ -7,11 +7,12 @@ import numpy as np
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data import windows
-from perceiver_ar_jax.data.documents import Document, Unreadable
-from perceiver_ar_jax.data.registry import Record, Task, skip_reasons, to_records
+from perceiver_ar_jax.data.documents import Document
+from perceiver_ar_jax.data.registry import Task, to_records
 from perceiver_ar_jax.data.sources import ListSource
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
+from perceiver_ar_jax.data.warn_once import skip_reasons
 from perceiver_ar_jax.data.windows import Batch
 
 
@@ -21,29 +22,30 @@ def documents(
   """Yields the documents of a split in order, one task of a mixture after the other; unreadable ones are left out.
 
   Of each task, it yields at most the first `max_sequences` documents and `max_tokens` scored events, the last document
-  cut. Raises InputError as loader.TrainLoader, for an endless split without a limit, and if `max_tokens` is too small
-  for any part of the first document.
+  cut. Raises InputError as loader.TrainLoader, and where these limits do not suit the split.
   """
   for task, _ in get_tasks(config.data, windows.longest_crop(config)):
     task.num_records(config, split)
     records = task.source.get_dataset(split=split, shuffle=False)
     if max_sequences is None and max_tokens is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
       raise InputError(f"The split {split!r} of {task.name} never ends: set eval.max_sequences or eval.max_tokens.")
-    opened = (_open(task, record) for batch in task.preprocess(records).batch(1) for record in to_records(batch))
-    whole = (document for document in opened if document is not None)
+    opened = (task.open(record) for batch in task.preprocess(records).batch(1) for record in to_records(batch))
+    whole = (document for document in opened if document is not None and not document.continues)
     for document in _bounded(itertools.islice(whole, max_sequences), max_tokens):
       yield task, document
 
 
 def num_documents(config: Config, split: str, max_sequences: int | None = None) -> int | None:
   """Returns how many documents `documents` yields at most; None where that is unknown."""
-  counts = []
+  total = 0
   for task, _ in get_tasks(config.data, windows.longest_crop(config)):
     count = task.num_records(config, split)
     if isinstance(task.source, ListSource):
       count = task.source.num_documents(split)
-    counts.append(min((limit for limit in (count, max_sequences) if limit is not None), default=None))
-  return None if None in counts else sum(counts)
+    if count is None and max_sequences is None:
+      return None
+    total += min(limit for limit in (count, max_sequences) if limit is not None)
+  return total
 
 
 def eval_documents(config: Config) -> Iterator[tuple[Task, Document]]:
@@ -61,21 +63,9 @@ def check_held_out(config: Config) -> None:
 def none_readable(config: Config, split: str) -> InputError:
   """Returns the error to raise where `documents` yields nothing."""
   return InputError(
-    f"The split {split!r} of {config.data.task} contains no document that can be read: {skip_reasons()}. Fix or"
-    " remove such files, or hold out others (data.validation_fraction, data.validation_files)."
+    f"The split {split!r} of {config.data.task} contains no document that can be read: {skip_reasons()}. Remove such"
+    " files, or hold out others (data.validation_fraction, data.validation_files)."
   )
-
-
-def _open(task: Task, record: Record) -> Document | None:
-  """As Task.open; None as well for the later parts of a document, and for one that cannot be read when needed."""
-  document = task.open(record)
-  try:
-    if document is not None and not document.continues:
-      document.check_readable()
-      return document
-  except Unreadable as error:
-    task.skip(record, error)
-  return None
 
 
 def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
@@ -89,8 +79,8 @@ def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[
     if head is None or not head.num_scored:
       if left == max_tokens:
         raise InputError(
-          f"eval.max_tokens={max_tokens} ends within the first document, and words and bytes of so small a part, or of"
-          " a part of cached subword tokens, are unknown: raise it, or set eval.max_sequences instead."
+          f"eval.max_tokens={max_tokens} ends within the first document, and the words of so small a part, or of cached"
+          " subword tokens, are unknown: raise it, or set eval.max_sequences instead."
         )
       return
     yield head
@@ -105,13 +95,12 @@ def eval_batches(
   """Yields batches of sliding windows over documents, in order, in which every scored event has weight 1 exactly once.
 
   The windows of all documents form one list, and each batch takes the next `config.eval.batch_size` of them; the last
-  one is padded with rows of PAD and weight 0. So hosts that provide some of the rows each yield equally many batches.
+  one is padded with rows of PAD and weight 0. `rows` are those of each batch to provide, in order; None: all. Raises
+  InputError as loader.TrainLoader.
 
   Batches have two more arrays than those of training, int32[B]: `document`, the number of the row's document, -1 for
   rows of PAD; and `end`, the number of events of it up to the row's last target. And one for each of Task.counts, such
   as `words` and `bytes` of the original text: those of each document in its first row and 0 in the others.
-
-  `rows` are those of each batch to provide, in order; None: all. Raises InputError as loader.TrainLoader.
   """
   settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
   task, _ = get_tasks(config.data, windows.longest_crop(config))[0]

@@ -21,7 +21,8 @@ from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
 __all__ = ["Task", "add", "get_tasks", "names"]  # of the registry, filled
 
-NUM_COPY_VALIDATION = 256
+NUM_GENERATED_VALIDATION = 256
+"""Validation documents of copy and recall."""
 _OWN_SPLITS = ("train", "validation")
 _RELEASE_SPLITS = ("train", "validation", "test")
 
@@ -43,17 +44,22 @@ def _release_file(data: DataConfig, release: str, *names: str) -> str:
   """Returns the path of the first of `names` that exists in the folder of a release that the user has unpacked."""
   if not data.data_dir:
     raise InputError(
-      f"The task {data.task} reads your copy of {release}: set data.data_dir (--config.data.data_dir=FOLDER) to the"
-      f" folder that contains {names[0]}."
+      f"The task {data.task} reads your copy of {release}: set data.data_dir to the folder that contains {names[0]}."
     )
   paths = [os.path.join(data.data_dir, name) for name in names]
-  for path in paths:
-    if tf.io.gfile.exists(path):
-      return path
-  raise InputError(f"{' or '.join(paths)} does not exist: point data.data_dir at the folder of the unpacked {release}.")
+  path = next(filter(tf.io.gfile.exists, paths), None)
+  if path is None:
+    raise InputError(f"{' or '.join(paths)} does not exist: set data.data_dir to the folder of the unpacked {release}.")
+  return path
 
 
-def _image_task(data: DataConfig, size: int, order: str, **fields) -> Task:
+def _image_task(data: DataConfig, size: int, order: str, source=None, decode: Callable | None = None) -> Task:
+  """Of the user's files; or of a source for whose records `decode` returns uint8[size, size, 3], in TensorFlow."""
+  prepared = {
+    "source": source,
+    "preprocessors": [lambda records: seqio.map_over_dataset(lambda record: {"image": decode(record)})(records)],
+    "document": lambda record: images.document(record["image"], order),
+  }
   return _file_task(
     data,
     lambda path: images.document(images.load(read_bytes(path), path, size), order),
@@ -67,20 +73,12 @@ def _image_task(data: DataConfig, size: int, order: str, **fields) -> Task:
     length=images.num_events(size),
     place=lambda start, end: images.positions(size, order)[start:end],
     groups=lambda: allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
-    **fields,
+    **(prepared if source else {}),
   )
 
 
-def _prepared_images(data: DataConfig, size: int, order: str, source: seqio.DataSource, decode: Callable) -> Task:
-  """`decode` returns the picture uint8[size, size, 3] of a record, in TensorFlow."""
-  return _image_task(
-    data,
-    size,
-    order,
-    source=source,
-    preprocessors=[lambda records: seqio.map_over_dataset(lambda record: {"image": decode(record)})(records)],
-    document=lambda record: images.document(record["image"], order),
-  )
+def _image_files(data: DataConfig, max_events: int) -> Task:
+  return _image_task(data, data.image_size, data.image_order)
 
 
 def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
@@ -92,15 +90,11 @@ def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
     decoders=lambda: {"image": tfds.decode.SkipDecoding()},  # images stay encoded until after the shuffle
     data_dir=data.data_dir,
   )
-  return _prepared_images(data, size, order, source, decode)
+  return _image_task(data, size, order, source, decode)
 
 
 def _photos(size: int, order: str, data: DataConfig, max_events: int) -> Task:
-  return _prepared_images(data, size, order, NumberSource(photos.NUM_CROPS), lambda record: photos.crop(record, size))
-
-
-def _image_files(data: DataConfig, max_events: int) -> Task:
-  return _image_task(data, data.image_size, data.image_order)
+  return _image_task(data, size, order, NumberSource(photos.NUM_CROPS), lambda record: photos.crop(record, size))
 
 
 def _text_of_file(record: Record) -> tuple[texts.Text, tuple[int, int]]:
@@ -149,10 +143,9 @@ def _pg19(data: DataConfig, max_events: int) -> Task:
 
 
 def _wikitext103(data: DataConfig, max_events: int) -> Task:
-  names = {"train": "wiki.train", "validation": "wiki.valid", "test": "wiki.test"}
-
   def records(split):
-    return _parts(_release_file(data, "WikiText-103", f"{names[split]}.raw", f"{names[split]}.tokens"))
+    name = f"wiki.{'valid' if split == 'validation' else split}"
+    return _parts(_release_file(data, "WikiText-103", f"{name}.raw", f"{name}.tokens"))
 
   return _text_task(data, "word_perplexity", ListSource(records, _RELEASE_SPLITS))
 
@@ -232,9 +225,10 @@ def _rolls(path: str) -> Mapping[str, list[np.ndarray]]:
 
 def _piano_rolls(data: DataConfig, max_events: int) -> Task:
   def records(split):
-    paths = own_files(data, rolls.SUFFIXES)
     pieces = [
-      {"path": path, "piece": piece, "split": split} for path in paths for piece in range(len(_rolls(path)[split]))
+      {"path": path, "piece": piece, "split": split}
+      for path in own_files(data, rolls.SUFFIXES)
+      for piece in range(len(_rolls(path)[split]))
     ]
     if not pieces:
       raise InputError(f"data.files={data.files} contains no piano rolls of the split {split!r}.")
@@ -301,53 +295,49 @@ def _video_codes(data: DataConfig, max_events: int) -> Task:
   )
 
 
-def _copy(data: DataConfig, max_events: int) -> Task:
-  vocab_size = 256 + NUM_SPECIAL
+def _generated(data: DataConfig, vocab_size: int, length: int, draw: Callable, **fields) -> Task:
+  """Returns a task whose documents of `length` events are drawn by `draw(rng)`, a different rng for each record."""
 
   def document(record):
-    random = np.random.Generator(np.random.Philox(key=[2 if record["validation"] else 1, int(record["number"])]))
-    return mirror(random.integers(0, 256, (max_events - 1) // 2) + NUM_SPECIAL, max_events)
+    key = [2 if record["validation"] else 1, int(record["number"])]
+    return draw(np.random.Generator(np.random.Philox(key=key)))
 
+  defaults = {"groups": lambda: allow(vocab_size, range(NUM_SPECIAL, vocab_size))}
   return Task(
     name=data.task,
-    source=NumberSource({"train": None, "validation": NUM_COPY_VALIDATION}),
+    source=NumberSource({"train": None, "validation": NUM_GENERATED_VALIDATION}),
     document=document,
     modality="numbers",
     unit="accuracy",
     vocab_size=vocab_size,
-    length=max_events,
+    length=length,
+    decode=lambda events: np.asarray(events) - NUM_SPECIAL,
+    **defaults | fields,
+  )
+
+
+def _copy(data: DataConfig, max_events: int) -> Task:
+  vocab_size = 256 + NUM_SPECIAL
+  return _generated(
+    data,
+    vocab_size,
+    max_events,
+    lambda rng: mirror(rng.integers(0, 256, (max_events - 1) // 2) + NUM_SPECIAL, max_events),
     groups=lambda: np.concatenate([allow(vocab_size, range(NUM_SPECIAL, vocab_size)), allow(vocab_size, [EOS])]),
     group=lambda places: (places >= max_events - 1).astype(int),
-    decode=lambda events: np.asarray(events) - NUM_SPECIAL,
   )
 
 
 def _recall(data: DataConfig, max_events: int) -> Task:
-  vocab_size = recall.vocab_size(data.recall_pairs)
-
-  def document(record):
-    rng = np.random.Generator(np.random.Philox(key=[2 if record["validation"] else 1, int(record["number"])]))
-    return recall.document(rng, max_events, data.recall_pairs, data.recall_queries)
-
-  return Task(
-    name=data.task,
-    source=NumberSource({"train": None, "validation": recall.NUM_VALIDATION}),
-    document=document,
-    modality="numbers",
-    unit="accuracy",
-    vocab_size=vocab_size,
-    train_scored_only=True,
-    length=max_events,
-    groups=lambda: allow(vocab_size, range(NUM_SPECIAL, vocab_size)),
-    decode=lambda events: np.asarray(events) - NUM_SPECIAL,
-  )
+  pairs, queries = data.recall_pairs, data.recall_queries
+  draw = functools.partial(recall.document, length=max_events, pairs=pairs, queries=queries)
+  return _generated(data, recall.vocab_size(pairs), max_events, draw, train_scored_only=True)
 
 
 def mirror(events_K: np.ndarray, length: int) -> Document:
   """SOS, K events, the same mirrored, EOS: `length` events at positions 1..length (paper, section 5.1).
 
-  K is (length - 1) // 2; with an odd `length` the middle event stands once. Only what can be predicted is scored: not
-  the first K.
+  K is (length - 1) // 2; with an odd `length` the middle event stands once. The first K are not scored.
   """
   num_random = (length - 1) // 2
   mirrored = events_K[: length - 2 - num_random][::-1]
@@ -373,17 +363,9 @@ for _size in (32, 64):
     add(f"photos{_size}{_suffix}", functools.partial(_photos, _size, _order))
 for _version in ("v1", "v3"):
   add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
-add("image_files", _image_files)
-add("pg19", _pg19)
-add("wikitext103", _wikitext103)
-add("enwik8", _enwik8)
-add("text_files", _text_files)
-add("midi_files", _midi_files)
-add("piano_rolls", _piano_rolls)
-add("audio_codes", _audio_codes)
-add("video_codes", _video_codes)
-add("copy", _copy)
-add("recall", _recall)
+_named_by_function = (_image_files, _pg19, _wikitext103, _enwik8, _text_files, _midi_files, _piano_rolls)
+for _build in (*_named_by_function, _audio_codes, _video_codes, _copy, _recall):
+  add(_build.__name__.removeprefix("_"), _build)
 
 wrapt.register_post_import_hook(
   lambda seqio: seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)]), "seqio"

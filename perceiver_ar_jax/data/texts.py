@@ -3,6 +3,7 @@
 The events of a text are SOS, its bytes or subword tokens, EOS. Byte or token v is the event v + NUM_SPECIAL.
 """
 
+import codecs
 import functools
 import re
 
@@ -12,7 +13,7 @@ from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Head, Unreadable
 from perceiver_ar_jax.data.files import file_size, read_bytes
-from perceiver_ar_jax.data.warn_once import inform_once, warn_once
+from perceiver_ar_jax.data.warn_once import warn_once
 
 PART_BYTES = 2**20
 """Bytes per record of a large file, so that hosts can share it and that crops are drawn evenly from all of it."""
@@ -25,19 +26,6 @@ _WHITESPACE, _WORDS = re.compile(rb"\s"), re.compile(rb"\S+")
 _CHARACTER = re.compile(rb"[^\x80-\xbf]")  # its first byte, in UTF-8
 _COUNT_BYTES = 2**24
 _HEAD_BYTES = 4096
-_FORMATS = {
-  b"\xff\xfe": "UTF-16 text",
-  b"\xfe\xff": "UTF-16 text",
-  b"\xef\xbb\xbf": "UTF-8 with a byte order mark, which stays part of the text",
-  b"\x1f\x8b": "compressed by gzip",
-  b"BZh": "compressed by bzip2",
-  b"\xfd7zXZ\x00": "compressed by xz",
-  b"\x28\xb5\x2f\xfd": "compressed by zstd",
-  b"PK\x03\x04": "a zip archive",
-  b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-  b"%PDF-": "a PDF document",
-}
-"""How files begin that are probably not meant to be read byte by byte."""
 
 
 class ByteTokenizer:
@@ -47,17 +35,12 @@ class ByteTokenizer:
   unknown: int | None = None
   drawable = range(NUM_SPECIAL, vocab_size)
 
-  def encode(self, text: bytes) -> np.ndarray:
-    """Returns the bytes as events, int32[N]."""
-    return np.frombuffer(text, np.uint8).astype(np.int32) + NUM_SPECIAL
-
   def decode(self, events: np.ndarray) -> str:
     """Returns the text of any events; specials are left out and bytes that are not UTF-8 become U+FFFD."""
     values = np.asarray(events)[np.asarray(events) >= NUM_SPECIAL] - NUM_SPECIAL
     return values.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
   def document(self, text: "Text", part: tuple[int, int] | None = None) -> Document:
-    """Returns the document of a text; see ByteDocument."""
     return ByteDocument(text, part)
 
 
@@ -74,17 +57,15 @@ class SubwordTokenizer:
       self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (Unreadable, RuntimeError) as error:
       raise InputError(
-        f"data.sentencepiece does not name a SentencePiece model: {path} ({error}). Set it to where the file is now."
-        " For a new run, train one with `python -m perceiver_ar_jax.data.train_sentencepiece --config=..."
-        " --output=FILE`, or read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259."
+        f"data.sentencepiece does not name a SentencePiece model: {path} ({error}). Set it to where the file is now,"
+        " train one (docs/data.md), or read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259."
       ) from error
     self.vocab_size = model.get_piece_size() + NUM_SPECIAL
     self.unknown = model.unk_id() + NUM_SPECIAL
     """The event of text for which the model has no token."""
+    without_text = (model.is_unknown, model.is_control, model.is_unused)
     self.drawable = [
-      token + NUM_SPECIAL
-      for token in range(model.get_piece_size())
-      if not (model.is_unknown(token) or model.is_control(token) or model.is_unused(token))
+      token + NUM_SPECIAL for token in range(model.get_piece_size()) if not any(has(token) for has in without_text)
     ]
     """Events that decode to text."""
 
@@ -99,7 +80,6 @@ class SubwordTokenizer:
     return self._model.decode((known - NUM_SPECIAL).tolist())
 
   def document(self, text: "Text", part: tuple[int, int] | None = None) -> Document:
-    """Returns the document of a text; see SubwordDocument."""
     return SubwordDocument(text, self, part)
 
 
@@ -111,17 +91,20 @@ def tokenizer(path: str | None) -> ByteTokenizer | SubwordTokenizer:
 
 @functools.lru_cache(maxsize=2**16)
 def check_file(path: str) -> None:
-  """Warns, once for each kind, of files that were probably not meant to be read as they are."""
+  """Warns once if files are not plain UTF-8: they were probably not meant to be read as they are."""
   head = read_bytes(path, 0, min(_HEAD_BYTES, file_size(path)))
-  kind = next((kind for start, kind in _FORMATS.items() if head.startswith(start)), None)
-  if kind is None and head.count(0) > len(head) / 5:
-    kind = "full of zero bytes, as UTF-16 or binary data is"
-  if kind is not None:
-    inform_once(f"{path} is {kind}: it is read byte by byte. Convert or unpack such files to plain UTF-8.", kind)
+  try:
+    is_plain = b"\0" not in head and not head.startswith(codecs.BOM_UTF8)
+    codecs.getincrementaldecoder("utf-8")().decode(head)  # the head may end within a character
+  except UnicodeDecodeError:
+    is_plain = False
+  if not is_plain:
+    kind = "not plain UTF-8 (but UTF-16, a byte order mark, or compressed, for example)"
+    warn_once(None, f"{path} is {kind}: it is read byte by byte. Convert or unpack such files.", kind)
 
 
 class Text:
-  """Bytes in memory, any part of which can be read; `name` is for messages."""
+  """Bytes in memory; `name` is for messages."""
 
   def __init__(self, content: bytes, name: str = "A text"):
     self._content, self.name = content, name
@@ -157,9 +140,6 @@ class _TextDocument(Document):
     self.text, self._part = text, part or (0, len(text))
     self.continues = self._part[0] > 0
 
-  def check_readable(self) -> None:
-    self.text.read(0, 1)
-
   def counts(self) -> dict[str, int]:
     return count(self.text)
 
@@ -183,14 +163,8 @@ class ByteDocument(_TextDocument):
     np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
     return events
 
-  @property
-  def num_scored(self) -> int:
-    return len(self) - 1
-
-  def head(self, num_scored: int) -> Document:
-    if self.num_scored <= num_scored:
-      return self
-    return Head(self, 1 + num_scored, count(self.text, num_scored))
+  def _counts_of_head(self, num_scored: int) -> dict[str, int]:
+    return count(self.text, num_scored)
 
 
 class SubwordDocument(_TextDocument):
@@ -258,11 +232,7 @@ def _previous_boundary(text: Text, end: int) -> int:
   """Returns where the last whole word before byte `end` ends; without a space nearby, where a character begins."""
   if end >= len(text):
     return len(text)
-  start = max(end - _LONGEST_WORD_BYTES, 0)
-  tail = text.read(start, end + 1)
-  spaces = [space.start() for space in _WHITESPACE.finditer(tail) if start + space.start() > 0]
-  characters = [character.start() for character in _CHARACTER.finditer(tail)]
-  return start + (spaces or characters or [len(tail) - 1])[-1]
+  return end - _next_boundary(text.read(max(end - _LONGEST_WORD_BYTES, 1), end + 1)[::-1])
 
 
 def count(text: Text, num_bytes: int | None = None) -> dict[str, int]:

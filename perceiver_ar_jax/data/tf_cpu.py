@@ -1,8 +1,8 @@
 """TensorFlow, hidden from accelerators and quiet, and the libraries that import it: import them from here.
 
-At its first operation, TensorFlow allocates all memory of every GPU that it sees, which leaves none for JAX. All three
-libraries are imported when one of them is first used, since sampling needs none. So modules must not use them while
-they are imported themselves: with `from __future__ import annotations`, type annotations do not.
+TensorFlow would allocate all memory of every GPU that it sees. The libraries are imported when one of them is first
+used, since sampling needs none. So modules must not use them while they are imported themselves: with
+`from __future__ import annotations`, type annotations do not.
 """
 
 import contextlib
@@ -20,10 +20,7 @@ _START_UP_LINES = r"/^(WARNING: All log messages before absl|[IWE]0000 |[0-9-]+ 
 
 @contextlib.contextmanager
 def _without_start_up_lines() -> Iterator[None]:
-  """A context in which sed filters stderr: TensorFlow has no setting for lines that it logs while it is loaded.
-
-  The filter is a process, so that the last words of a process that crashes still reach the terminal.
-  """
+  """A context in which sed filters stderr: TensorFlow has no setting for lines that it logs while it is loaded."""
   try:
     stderr = os.dup(2)
     sed = subprocess.Popen(["sed", "-E", _START_UP_LINES], stdin=subprocess.PIPE, stdout=stderr, start_new_session=True)

@@ -23,8 +23,8 @@ from perceiver_ar_jax.data import splits, tasks, texts, windows
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Subword tokens, all 256 bytes included.", lower_bound=300)
 
-_MAX_BYTES = 100 * 10**6
-"""Larger texts are sampled evenly."""
+_MAX_LINES = 2_000_000
+"""Longer texts are sampled at random."""
 _STRETCH_BYTES = 2**16
 _LINES = re.compile(rb"[^\n]{1,4000}\n?|\n")  # SentencePiece leaves lines of over 4,192 bytes out
 
@@ -33,17 +33,20 @@ def main(config: Config) -> int:
   import sentencepiece
 
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece=None, cache_dir=None))
-  for task, _ in tasks.get_tasks(config.data, windows.longest_crop(config)):
-    if task.modality != "text":
-      raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")
+  task, _ = tasks.get_tasks(config.data, windows.longest_crop(config))[0]
+  if task.modality != "text":
+    raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")
   path, model = epath.Path(_OUTPUT.value), io.BytesIO()
   with writing(f"--output={path}", "give another"):  # now, rather than after the training
     path.parent.mkdir(parents=True, exist_ok=True)
+  sentencepiece.set_random_generator_seed(0)
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=_lines(config),
       model_writer=model,
       vocab_size=_VOCAB_SIZE.value,
+      input_sentence_size=_MAX_LINES,
+      shuffle_input_sentence=True,
       model_type="unigram",
       normalization_rule_name="identity",
       remove_extra_whitespaces=False,
@@ -66,19 +69,12 @@ def main(config: Config) -> int:
 
 
 def _lines(config: Config) -> Iterator[bytes]:
-  """Lines of the training split; of every n-th stretch of it where it exceeds `_MAX_BYTES`."""
-
-  def all_texts() -> Iterator[texts.Text]:  # read twice, since all of them may not fit into memory
-    return (document.text for _, document in splits.documents(config, config.data.train_split))
-
-  total, number = sum(map(len, all_texts())), 0
-  with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="Reading") as bar:
-    for text in all_texts():
-      for start in range(0, len(text), _STRETCH_BYTES):
-        if number % max(1, -(-total // _MAX_BYTES)) == 0:
-          yield from _LINES.findall(text.read(start, start + _STRETCH_BYTES))
-        number += 1
-        bar.update(min(_STRETCH_BYTES, len(text) - start))
+  with tqdm.tqdm(unit="B", unit_scale=True, desc="Reading") as bar:
+    for _, document in splits.documents(config, config.data.train_split):
+      for start in range(0, len(document.text), _STRETCH_BYTES):
+        stretch = document.text.read(start, start + _STRETCH_BYTES)
+        bar.update(len(stretch))
+        yield from _LINES.findall(stretch)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,9 @@ _messages: dict[str | None, dict[str, str]] = collections.defaultdict(dict)
 
 
 def warn_once(kind: str | None, message: str, subject: str | None = None) -> None:
-  """Writes `message` and the number of warnings of its kind, unless its subject has had one.
+  """Writes `message`, unless its subject (None: the message itself) has had a message of its kind.
 
-  Args:
-    kind: what is counted, such as "skipped"; None: nothing.
-    message: a sentence, without its full stop if it is counted.
-    subject: what the warning is about, such as a file; None: the message itself.
+  With a `kind`, such as "skipped", the number of its messages follows, so `message` has no full stop.
   """
   with _lock:
     messages = _messages[kind]
@@ -28,20 +25,16 @@ def warn_once(kind: str | None, message: str, subject: str | None = None) -> Non
   tqdm.tqdm.write(message + suffix, file=sys.stderr)  # keeps a progress bar in one piece
 
 
-def inform_once(message: str, subject: str | None = None) -> None:
-  """Writes `message`, unless it, or another message about `subject`, was written before."""
-  warn_once(None, message, subject)
-
-
 def count(kind: str) -> int:
   """Returns the number of subjects that had a warning of this kind."""
   return len(_messages[kind])
 
 
-def newest_messages(kind: str, limit: int) -> list[str]:
-  """Returns the newest messages of a kind, at most `limit` of them."""
+def skip_reasons() -> str:
+  """Returns the newest reasons for which records were skipped."""
   with _lock:
-    return list(_messages[kind].values())[-limit:]
+    newest = list(_messages["skipped"].values())[-3:]
+  return "; ".join(message.removeprefix("Skipped: ") for message in newest) or "it is empty"
 
 
 def reset() -> None:

@@ -32,11 +32,11 @@ def check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
   if not config.model.positions_from_data or len(sizes) != positions_BxLxP.shape[-1]:
     return  # without tables, or refused by the model
   # One dimension at a time: over all at once, NumPy takes ten times as long.
-  largest = [int(positions_BxLxP[..., dimension].max()) for dimension in range(len(sizes))]
+  largest = tuple(int(positions_BxLxP[..., dimension].max()) for dimension in range(len(sizes)))
   if any(position >= size for position, size in zip(largest, sizes)):
     raise InputError(
-      f"The task {config.data.task} has positions up to {tuple(largest)}, beyond model.position_sizes={sizes}: make"
-      " each size at least the largest position + 1 of all documents, which --mode=data shows."
+      f"The task {config.data.task} has positions up to {largest}, beyond model.position_sizes={sizes}: make each size"
+      " at least the largest position + 1 of all documents, which --mode=data shows."
     )
 
 
@@ -94,8 +94,7 @@ def eval_window(row: Batch, document: Document, end: int, num_new: int) -> None:
 def eval_blocks(num_events: int, stride: int) -> Iterator[tuple[int, int]]:
   """Yields (end, num_new): blocks of `stride` targets that together cover each target of a document exactly once.
 
-  The first block is the short one when `stride` does not divide the number of targets, so that all later ones have as
-  much context as possible.
+  The first block may be shorter, so that all later ones have as much context as possible.
   """
   ends = range(num_events - 1, 0, -stride)
   return ((1 + end, min(stride, end)) for end in reversed(ends))

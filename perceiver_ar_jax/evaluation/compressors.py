@@ -18,10 +18,8 @@ _PICTURES = {"PNG": {"optimize": True}, "WebP": {"lossless": True, "quality": 10
 def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
   """Returns the bits per byte (sub-pixel) of each compressor; {} for other data than pictures and text.
 
+  PNG and lossless WebP compress each picture to a file, headers included; xz -9 the texts as one, as they are decoded.
   With several processes, it returns {} too.
-
-  PNG and lossless WebP compress each picture to a file, headers included; xz -9 the texts as one (as the tokenizer
-  decodes them: bytes that are not UTF-8 are replaced).
   """
   if jax.process_count() > 1:  # one that cannot read a document would leave the others waiting in a computation
     return {}

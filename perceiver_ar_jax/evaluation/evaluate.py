@@ -1,9 +1,10 @@
 """Scores held-out sequences: every token once, in blocks of `stride` new tokens with as much context as fits.
 
-The paper measures likelihood this way: a smaller stride gives each token more context and needs more windows.
-data/splits.py provides the windows, this module the sums over each batch, and metrics.py the metrics of a split.
+A smaller stride gives each token more context and needs more windows. data/splits.py provides the windows, this module
+the sums over each batch, and metrics.py the metrics of a split.
 """
 
+import functools
 import json
 import sys
 import traceback
@@ -42,7 +43,7 @@ def make_eval_step(config: Config):
   By row: `document` int32[B], and float32[B] `nats`, `correct` and `tokens`. By row and bucket of metrics.EDGES,
   float32[B, K]: `nats_by_<name>` and `tokens_by_<name>`, where `position` is the index of a target in its document and
   `context` the number of inputs that it is predicted from. Over all rows: `histogram` float32[V], the scored targets by
-  token id, and `words` and `bytes` of texts.
+  token id, and the counts of documents (units.COUNTS).
   """
   model = make_model(config.model)
 
@@ -52,12 +53,8 @@ def make_eval_step(config: Config):
     latents_BxMxD = model.apply(
       {"params": params}, batch["inputs"], batch["positions"], num_latents=num_latents, method="latents"
     )
-    losses = loss.score(
-      lambda latents: model.apply({"params": params}, latents, method="logits"),
-      latents_BxMxD,
-      targets_BxM,
-      chunk=config.model.logits_chunk,
-    )
+    to_logits = functools.partial(model.apply, {"params": params}, method="logits")
+    losses = loss.score(to_logits, latents_BxMxD, targets_BxM, chunk=config.model.logits_chunk)
     nats_BxM = losses.cross_entropy * weights_BxM
     before_last_1xM = jnp.arange(num_latents - 1, -1, -1)[None]
     sums = {
@@ -80,10 +77,7 @@ def make_eval_step(config: Config):
 
 
 def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
-  """Returns the next batch, None at the end; raises InputError on all processes if one of them cannot read its rows.
-
-  A process that raised alone would leave the others waiting for it in a computation.
-  """
+  """Returns the next batch, None at the end; raises InputError on all processes if one of them cannot read its rows."""
   batch, error = None, None
   try:
     batch = next(batches, None)
@@ -98,7 +92,7 @@ def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
 
 
 class Evaluator:
-  """Scores one split with any parameters; compiled once. InputError: the mesh does not divide eval.batch_size."""
+  """Scores one split with any parameters; compiled once. Raises InputError if the mesh does not divide a batch."""
 
   def __init__(self, config: Config, mesh: Mesh):
     check_batch(config.eval.batch_size, "eval.batch_size", mesh)
@@ -113,22 +107,20 @@ class Evaluator:
     should_stop: Callable[[], bool] = lambda: False,
     documents: Sequence[tuple[Task, Document]] | None = None,
   ) -> dict | None:
-    """Returns the metrics of the split or the documents (docs/evaluation.md); None if `should_stop` returned True.
+    """Returns the metrics of the split or the documents (docs/evaluation.md).
 
-    `should_stop` is called once per batch, by all processes.
-
-    Raises:
-      InputError: as splits.eval_documents and eval_batches, or no document can be read. All processes raise it if one
-        of them cannot read its rows.
+    Returns None if `should_stop`, called once per batch by all processes, returned True. Raises InputError, on all
+    processes, if no document can be read, or as splits.eval_batches.
     """
     config, totals, size = self._config, metrics.Totals(), self._config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
-    num_documents = None if documents is None else len(documents)
     if documents is None:
       if self._compressors is None:
         self._compressors = compressors.compress(splits.eval_documents(config))
       num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
       documents = splits.eval_documents(config)
+    else:
+      num_documents = len(documents)
     with jax.set_mesh(self._mesh), _progress_bar() as bar:
       batches, pending = splits.eval_batches(config, _extend_total(bar, documents, num_documents), rows), None
       while (batch := _next_on_all(batches)) is not None:
@@ -164,9 +156,9 @@ class Evaluator:
       interval = f" of {result['num_documents']:,} documents ({result['unit']} {low:.4g} to {high:.4g} with 95%)"
     others = [f"{name}: {bits:.3f}" for name, bits in result.get("compressors", {}).items()]
     others.append(f"entropy of its token histogram: {result['histogram_entropy_bits']:.3f} bits")
+    loss_text = units.UNITS[result["unit"]].summary.format_map(result)
     return (
-      f"{result['split']} at step {result['step']}: {units.UNITS[result['unit']].summary.format_map(result)}"
-      f" ({', '.join(others)}),"
+      f"{result['split']} at step {result['step']}: {loss_text} ({', '.join(others)}),"
       f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens{interval}"
     )
 
@@ -195,7 +187,7 @@ def _progress_bar() -> tqdm.tqdm:
 
 
 def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], count: int | None):
-  """Yields the documents; extrapolates the bar's total from those yielded, exact for documents of equal length."""
+  """Yields the documents; extrapolates the bar's total from those yielded."""
   num_tokens = 0
   for index, (task, document) in enumerate(documents, 1):
     num_tokens += document.num_scored
@@ -205,17 +197,10 @@ def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], co
 
 
 def restore(config: Config, workdir: epath.PathLike, step: int | None = None) -> tuple[Mesh, int, dict]:
-  """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, which is only read.
+  """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
-  Without checkpoints, the workdir may be a folder of exported weights (interop/export.py).
-
-  Args:
-    config: with the model of the checkpoint.
-    workdir: of a run, or the folder.
-    step: of another checkpoint than the newest.
-
-  Raises:
-    InputError: the workdir has no readable checkpoint, or one of another model; or the devices do not fit the config.
+  Without checkpoints, the workdir may be a folder of exported weights (interop/export.py). It is only read. Raises
+  InputError if it has no readable checkpoint, or one of another model, or if the devices do not fit the config.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)
@@ -237,14 +222,11 @@ class Checkpoint(NamedTuple):
   config: Config
   step: int
   params: dict
-  """On the config's mesh."""
+  """On the config's mesh: `PerceiverAR(config.model).apply({"params": params}, tokens_BxL, positions_BxLxP)`."""
 
 
 def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:
-  """Returns the newest good checkpoint of a run, which is only read; raises InputError as `restore`.
-
-  `PerceiverAR(checkpoint.config.model).apply({"params": checkpoint.params}, tokens_BxL, positions_BxLxP)` gives logits.
-  """
+  """Returns the newest good checkpoint of a run, which is only read; raises InputError as `restore`."""
   workdir = epath.Path(workdir).expanduser()
   config = config_from_run.load_config(workdir)
   return Checkpoint(config, *restore(config, workdir)[1:])
@@ -253,8 +235,7 @@ def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:
 def evaluate(config: Config, workdir: epath.PathLike) -> dict:
   """Scores the newest good checkpoint of `workdir`, prints the result, and writes eval-<split>-<step>.json there.
 
-  Raises:
-    InputError: as `restore`, or the workdir cannot be written.
+  Raises InputError as `restore`, or if the workdir cannot be written.
   """
   mesh, step, params = restore(config, workdir)
   evaluator = Evaluator(config, mesh)

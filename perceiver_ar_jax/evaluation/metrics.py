@@ -35,9 +35,8 @@ class Totals:
     self._num_windows += len(documents)
     num_new = max(max(documents, default=-1) + 1 - len(self._by_document), 0)
     self._by_document = np.pad(self._by_document, ((0, num_new), (0, 0)))
-    np.add.at(
-      self._by_document, documents, np.stack([sums[name][is_used] for name in ("nats", "correct", "tokens")], axis=1)
-    )
+    rows = np.stack([sums["nats"], sums["correct"], sums["tokens"]], axis=1)
+    np.add.at(self._by_document, documents, rows[is_used])
     for name, value in sums.items():
       if "_by_" in name:
         self._sums[name] += value.sum(axis=0, dtype=np.float64)
@@ -77,10 +76,7 @@ class Totals:
     return units.ScoredSums(*map(float, (self.num_tokens, nats, correct, *(self._sums[name] for name in units.COUNTS))))
 
   def _half_interval(self, column: int) -> float:
-    """Returns half the width of the 95% interval of a sum.
-
-    Documents are drawn at random, tokens within one are not: ratio estimator, Student's t.
-    """
+    """Returns half the width of the 95% interval of a sum over documents: ratio estimator, Student's t."""
     values, tokens = self._by_document[:, column], self._by_document[:, _TOKENS]
     count = int((tokens > 0).sum())
     variance = count / (count - 1) * np.square(values - values.sum() / tokens.sum() * tokens).sum()

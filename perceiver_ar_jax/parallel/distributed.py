@@ -33,7 +33,7 @@ HEARTBEAT_SECONDS = 30
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
   """Initializes jax.distributed, if there are several processes; call it before any use of a device.
 
-  Without arguments, a TPU pod or a Slurm step of several tasks is detected. Raises InputError for wrong arguments.
+  Without arguments, it detects a TPU pod or a Slurm step of several tasks. Raises InputError for wrong arguments.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
@@ -42,8 +42,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return
   require(not missing, f"{' and '.join(missing)} must be set too: several processes need all of {', '.join(given)}.")
-  others = f"0..{num_processes - 1}, a different one for each process"
-  require(0 <= process_id < num_processes, f"--process_id={process_id} must be in {others}.")
+  require(0 <= process_id < num_processes, f"--process_id={process_id} must be in 0..{num_processes - 1}.")
   has_port = coordinator.rpartition(":")[2].isdigit()
   require(has_port, f"--coordinator={coordinator} must be host:port of process 0, such as 10.0.0.2:12345.")
   if num_processes > 1:
@@ -68,7 +67,7 @@ def _on_tpu() -> bool:
 def cache_compiled(folder: str | None) -> None:
   """Sets JAX's compilation cache to `folder`, unless it is None or JAX has a cache folder already.
 
-  Programs for CPUs depend on the CPU's instruction set, so each kind of CPU has a folder of its own.
+  Programs depend on the CPU's instruction set, so each kind of CPU has a folder of its own.
   """
   if folder is None or jax.config.jax_compilation_cache_dir:
     return
@@ -92,10 +91,9 @@ def maximum(value: int) -> int:
 
 
 def wait_for_all(name: str) -> None:
-  """A barrier: returns once every process has called it, however late; `name` must be the same on all.
+  """A barrier: returns once every process has called it with the same `name`, however late.
 
-  Unlike a computation, it needs no connection between devices, which CPUs give up establishing after 30 s. If a
-  process dies meanwhile, missing heartbeats end the others.
+  Unlike a computation, it needs no connection between devices, which CPUs give up establishing after 30 s.
   """
   if jax.process_count() > 1:
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
@@ -108,17 +106,16 @@ class DelayedMaximum:
   """
 
   def __init__(self):
-    devices = np.array(jax.devices())
-    mesh = Mesh(devices, ("all",))
-    self._split, replicated = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
-    self._maximum = jax.jit(jnp.max, out_shardings=replicated)
-    self._shape, self._pending = devices.shape, None
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    self._split = NamedSharding(mesh, PartitionSpec("all"))
+    self._maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    self._pending: jax.Array | None = None
 
   def __call__(self, value: int) -> int:
     if jax.process_count() == 1:
       return value
-    earlier = self._pending
-    values = jax.make_array_from_callback(self._shape, self._split, lambda index: np.full(1, value, np.int32))
+    earlier, shape = self._pending, (jax.device_count(),)
+    values = jax.make_array_from_callback(shape, self._split, lambda index: np.full(1, value, np.int32))
     self._pending = self._maximum(values)
     return 0 if earlier is None else int(earlier)
 
@@ -127,8 +124,7 @@ class DelayedMaximum:
 def end_together() -> Iterator[None]:
   """A context that all processes leave together: when all are done, or soon after an error in one of them.
 
-  JAX's own barrier at exit is not enough: it times out while one process is still writing files, and a process that
-  failed would wait there for the others, which wait for it in a computation.
+  JAX's own barrier at exit times out while one process still writes files, and a process that failed would wait there.
   """
   try:
     yield

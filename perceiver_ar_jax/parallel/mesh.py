@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from perceiver_ar_jax.config import MESH_AXES as AXES
 from perceiver_ar_jax.config import Config, InputError, MeshConfig
+from perceiver_ar_jax.config.checks import require
 
 _MAX_CPU_DEVICES = 8
 _MAX_COPIES_BYTES = 2**30
@@ -19,10 +20,8 @@ _MAX_COPIES_BYTES = 2**30
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """A mesh over `devices` (default: all); an axis of -1 gets all devices that the other axes leave.
 
-  Only one axis spans several slices, which a slow network connects.
-
-  Raises:
-    InputError: the product of the sizes is not the number of devices, or no axis can span their slices.
+  Only mesh.across_slices spans several slices. Raises InputError if the product of the sizes is not the number of
+  devices, or that axis cannot span their slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [getattr(config, axis) for axis in AXES]
@@ -32,8 +31,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   shape = dict(zip(AXES, sizes))
   if -1 in sizes or math.prod(sizes) != len(devices):
     raise InputError(
-      f"The product of the mesh sizes {shape} must be the number of devices, {len(devices)}: change --config.mesh.data,"
-      " fsdp, tensor or context (one of them may be -1, for the remaining devices)."
+      f"The product of the mesh sizes {shape} must be the number of devices, {len(devices)}: change mesh.data, fsdp,"
+      " tensor or context (one of them may be -1, for the remaining devices)."
     )
   axis_types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -51,33 +50,29 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def use_cpu_cores(config: Config, batch_sizes: Sequence[int]) -> None:
-  """Sets the number of virtual CPU devices, see MeshConfig.cpu_devices; call it before any use of a device.
+  """Splits batches over as many virtual CPU devices as there are cores, up to 8, that divide all `batch_sizes`.
 
-  One device leaves cores idle: XLA computes small operations on one core. Accelerators are not affected.
+  One device leaves cores idle: XLA computes small operations on one core. Settings of the mesh and of JAX take
+  precedence. Call it before any use of a device; accelerators are not affected.
   """
-  model, count = config.model, config.mesh.cpu_devices
   if os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return
-  if count is None:
-    is_default = [getattr(config.mesh, axis) for axis in AXES] == [getattr(MeshConfig(), axis) for axis in AXES]
+  count = 1
+  if config.mesh == MeshConfig():
     # Every device has the weights, their gradients and the optimizer's state.
-    copy_bytes = 16 * ((12 * model.num_layers + 12) * model.latent_width**2 + 2 * model.vocab_size * model.latent_width)
-    rows = math.gcd(*batch_sizes)
+    layers, width, vocab = config.model.num_layers, config.model.latent_width, config.model.vocab_size
+    copy_bytes = 16 * ((12 * layers + 12) * width**2 + 2 * vocab * width)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = min(cores, _MAX_CPU_DEVICES, max(_MAX_COPIES_BYTES // copy_bytes, 1))
-    count = max(count for count in range(1, most + 1) if rows % count == 0) if is_default else 1
+    count = max(count for count in range(1, most + 1) if math.gcd(*batch_sizes) % count == 0)
   with contextlib.suppress(RuntimeError):  # devices are in use already: by another run in this process
     jax.config.update("jax_num_cpu_devices", count)
 
 
 def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:
   """Raises InputError unless the size of the data and fsdp axes divides the rows of a batch."""
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % parts:
-    raise InputError(
-      f"{field}={batch_size} is not divisible by {parts}, the number of parts into which the mesh splits a batch"
-      " (mesh.data x mesh.fsdp): change one of them."
-    )
+  size = mesh.shape["data"] * mesh.shape["fsdp"]
+  require(batch_size % size == 0, f"{field}={batch_size} is not divisible by {size}, mesh.data x mesh.fsdp.")
 
 
 def rows_of_processes(mesh: Mesh, batch_size: int) -> list[list[int]]:

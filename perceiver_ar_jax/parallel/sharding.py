@@ -91,10 +91,7 @@ def pad_context(x: jax.Array) -> jax.Array:
 
 
 def last_slots(x: jax.Array, size: int) -> jax.Array:
-  """The last `size` slots of ids [B, L, ...] whose slots may be sharded.
-
-  Devices exchange these slots only; the compiler would implement a slice by an all-gather of all slots.
-  """
+  """The last `size` slots of ids [B, L, ...]; where they are sharded, a slice would be an all-gather of all."""
   (slots,) = current_axes(("slots",), x.shape[1:2])
   if not slots:
     return x[:, -size:]
