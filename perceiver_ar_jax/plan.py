@@ -39,15 +39,12 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
       topology is unknown, or the mesh or the batch does not fit it.
   """
   if config.plan.topology is None:
-    raise InputError(
-      "--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16, v4-128 or h100:4x8."
-    )
+    raise InputError("--mode=plan needs the chips to plan for: --config.plan.topology=v5e:16x16, v4-128 or h100:4x8.")
   topology = parse_topology(config.plan.topology)
   package, extra = ("libtpu", "plan") if topology.chip.dims else ("jax_cuda12_plugin", "cuda12")
   if importlib.util.find_spec(package) is None:
     raise InputError(
-      f"--mode=plan for {topology} compiles with the package {package}, which is not installed: pip install -e"
-      f" '.[{extra}]'. It needs no TPU or GPU."
+      f"--mode=plan for {topology} compiles with {package}, which is not installed: pip install -e '.[{extra}]'."
     )
   print(f"Compiling the train step for {topology} ({topology.num_chips} chips): one minute to several.", flush=True)
   result = assemble(config, topology, compile_plan(config, topology))
@@ -80,8 +77,8 @@ def compile_plan(config: Config, topology: Topology) -> dict:
     if not path.exists():
       reason = "; ".join(process.stderr.strip().splitlines()[-3:])
       raise InputError(
-        f"The compiler for {topology} ended with exit code {process.returncode} and no result: {reason}. (Code -9 means"
-        " that this machine has too little memory. A crash may be a bug of the compiler: try another libtpu.)"
+        f"The compiler for {topology} ended with exit code {process.returncode} (-9: too little memory here) and no"
+        f" result: {reason}."
       )
     measured = json.loads(path.read_text())
   if "error" in measured:
@@ -125,11 +122,6 @@ def describe(plan: dict) -> str:
   )
 
 
-def _required_bytes(refused: str) -> int:
-  match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", refused)  # "... temporaries (41.23G) exceeds ..."
-  return int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
-
-
 def _format_bytes(num_bytes: int) -> str:
   return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.0f} MiB"
 
@@ -147,8 +139,7 @@ def measure(config: Config, topology: Topology) -> dict:
     mesh = make_mesh(config.mesh, devices)
   except NotImplementedError as error:  # JAX cannot divide the torus into these axes
     raise InputError(
-      f"The mesh {config.mesh} does not fit {topology}: each axis must be a product of some of the slice's dimensions."
-      " Change --config.mesh.data, fsdp, tensor or context."
+      f"The mesh {config.mesh} does not fit {topology}: make each axis a product of some of the slice's dimensions."
     ) from error
   architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
@@ -171,19 +162,18 @@ def measure(config: Config, topology: Topology) -> dict:
     lowered = step_lib.lower(config, optimizer, state, batch, mesh)
     try:
       memory = lowered.compile().memory_analysis()
-      result |= {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "output_bytes": max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
-        "code_bytes": memory.generated_code_size_in_bytes,
-      }
+      result |= {"argument_bytes": memory.argument_size_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
+      result["output_bytes"] = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+      result["code_bytes"] = memory.generated_code_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       refused = str(error).split("\n")[0]
+      match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", refused)  # "... temporaries (41.23G) exceeds ..."
+      temp_bytes = int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
       argument_bytes = result["weight_bytes"] + result["optimizer_bytes"] + result["batch_bytes"]
-      result |= {"argument_bytes": argument_bytes, "temp_bytes": _required_bytes(refused), "refused": refused}
-      result |= {"output_bytes": 0, "code_bytes": 0}
+      result |= {"argument_bytes": argument_bytes, "temp_bytes": temp_bytes, "output_bytes": 0, "code_bytes": 0}
+      result["refused"] = refused
   return result | {"compile_seconds": round(time.monotonic() - start, 1)}
 
 

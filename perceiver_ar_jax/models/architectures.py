@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import InputError, ModelConfig, lookup
+from perceiver_ar_jax.config import ModelConfig, lookup, require
 from perceiver_ar_jax.models import attention, layers, perceiver_ar, transformer_xl
 
 
@@ -44,14 +44,14 @@ def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   """Raises InputError if the model does not exist or does not run on the mesh (None: on any)."""
   architecture = architecture_of(config)
   lookup("model.activation", config.activation, layers.ACTIVATIONS)
-  lookup("model.remat", config.remat, perceiver_ar.REMAT_POLICIES)
+  lookup("model.remat", config.remat, layers.REMAT_POLICIES)
   architecture.check(config)
   attention.check(config, mesh)
-  if mesh is not None and mesh.shape["context"] > 1 and not architecture.has_cross_attention:
-    raise InputError(
-      f"mesh.context={mesh.shape['context']} shards the inputs of a cross-attention, which {config.architecture}"
-      " does not have: set --config.mesh.context=1, and split the batch over data or fsdp."
-    )
+  shards = mesh.shape["context"] if mesh else 1
+  require(
+    shards == 1 or architecture.has_cross_attention,
+    f"mesh.context={shards} shards the inputs of a cross-attention, which {config.architecture} lacks: set it to 1.",
+  )
 
 
 def make_model(config: ModelConfig) -> nn.Module:

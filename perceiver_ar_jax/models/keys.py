@@ -1,7 +1,7 @@
 """What attention reads: keys and values as a function of their inputs (`Keys`) or as a KV cache (`CachedKeys`).
 
 This module also owns the visibility rule that every kernel follows: query m is at slot L - M + m and attends to key l
-iff l <= L - M + m and valid_BxL[l]. Kernels are in attention.py, streamed.py and fused.py. Shape letters:
+iff l <= L - M + m and valid_BxL[l]. Kernels are in attention.py and streamed.py. Shape letters:
 perceiver_ar.py.
 """
 

@@ -19,38 +19,28 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from perceiver_ar_jax.config import InputError, ModelConfig
-from perceiver_ar_jax.models import layers, perceiver_ar, positions
+from perceiver_ar_jax.config import ModelConfig
+from perceiver_ar_jax.config.checks import require, require_at_least
+from perceiver_ar_jax.models import layers, positions
 from perceiver_ar_jax.models.keys import MASKED, product
 from perceiver_ar_jax.parallel.sharding import constrain
 
 
 def check(config: ModelConfig) -> None:
   """Raises InputError for settings that Transformer-XL does not support."""
-  if config.position_encoding != "relative":
-    raise InputError(
-      f"model.position_encoding={config.position_encoding} is not supported by transformer_xl, where a state has"
-      " another position in each segment that attends to it: set --config.model.position_encoding=relative."
+  supported: dict[str, Any] = {"position_encoding": "relative", "attention": "auto"}
+  supported |= dict.fromkeys(("latent_dropout", "cross_attend_dropout", "conv_taps", "value_features"), 0)
+  supported |= {"cross_attend_after": (), "rotary_axes": (), "qk_norm": False}
+  for name, value in supported.items():
+    actual = getattr(config, name)
+    require(
+      actual == value, f"model.{name}={actual} is not supported by transformer_xl: set --config.model.{name}={value}."
     )
-  if config.segment is None or config.segment < 1:
-    raise InputError(
-      f"model.segment={config.segment} must be at least 1 for transformer_xl: set how many tokens attend to each other"
-      " at a time, such as --config.model.segment=256."
-    )
-  if config.memory is not None and config.memory < 0:
-    raise InputError(f"model.memory={config.memory} must not be negative.")
-  if config.num_layers < 1:
-    raise InputError(f"model.num_layers={config.num_layers} must be at least 1 for transformer_xl.")
-  perceiver_only = ("cross_attend_after", "latent_dropout", "cross_attend_dropout", "conv_taps", "qk_norm")
-  for name in (*perceiver_only, "value_features", "rotary_axes"):
-    if getattr(config, name):
-      default = getattr(type(config), name)
-      raise InputError(f"model.{name}={getattr(config, name)} is not supported by transformer_xl: set it to {default}.")
-  if config.attention not in ("auto", "reference"):
-    raise InputError(
-      f"model.attention={config.attention} is not supported by transformer_xl, whose scores depend on distances: set"
-      " --config.model.attention=auto."
-    )
+  require_at_least(1, "model", config, "segment", "num_layers")
+  require_at_least(0, "model", config, "memory")
+  require(
+    config.segment is not None, "model.segment=None must be at least 1: set the tokens of a segment, such as 256."
+  )
 
 
 def memory_size(config: ModelConfig) -> int:
@@ -71,11 +61,7 @@ def num_segments(config: ModelConfig, length: int, num_latents: int) -> tuple[in
 
 
 def flops(config: ModelConfig, rows: int, num_latents: int, *, training: bool) -> int:
-  """FLOPs of a step over `rows` sequences; see flops.py.
-
-  Leading segments, memory and distances have no backward pass. All layers of leading segments are counted because they
-  are computed, although not all of their states are read.
-  """
+  """FLOPs of a step over `rows` sequences (flops.py). Leading segments, memory and distances have no backward pass."""
   d, n, size, memory = config.latent_width, config.num_layers, config.segment, memory_size(config)
   assert size
   constant = n * rows * memory * 2 * 2 * d * d + n * (memory + size) * 2 * d * d  # memory's keys, values; distances
@@ -167,17 +153,7 @@ class Segment(nn.Module):
     valid_BxT = jnp.concatenate([valid_BxC, valid_BxS], axis=1)
     causal_SxT = jnp.tri(size, valid_BxT.shape[1], valid_BxC.shape[1], dtype=bool)
     visible_BxSxT = causal_SxT[None] & valid_BxT[:, None]
-    layer, policy = RelativeLayer, perceiver_ar.REMAT_POLICIES[config.remat]
-    if policy is not None:
-      layer = nn.remat(layer, policy=policy, prevent_cse=False, static_argnums=(5,))
-    scanned = nn.scan(
-      layer,
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=(0, *(nn.broadcast,) * 3),
-      length=config.num_layers,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )(config, name="layers")
+    scanned = layers.scan(RelativeLayer, config, config.num_layers, (0, *(nn.broadcast,) * 3), (5,), name="layers")
     x_BxSxD, memory_NxBxCxD = scanned(x_BxSxD, memory_NxBxCxD, distances_TxD, visible_BxSxT, deterministic)
     return (memory_NxBxCxD, valid_BxT[:, size:]), x_BxSxD
 

@@ -62,8 +62,7 @@ def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, ste
   """Returns the state after right-aligned prompts; `ended_B` and `step` as in DecodeState."""
   context = UncachedContext(tokens_BxL, positions_BxLxP)
   if cached:
-    weights = decode_cache.UnstackedParams.from_params(config, params)
-    context = decode_cache.prefill(config, weights, tokens_BxL, positions_BxLxP)
+    context = decode_cache.CachedModel(config, params).prefill(tokens_BxL, positions_BxLxP)
   return _sharded(DecodeState(context, ended_B, step))
 
 
@@ -76,21 +75,21 @@ def cached_block(
   must have T - 1 unused slots. `state` is to be donated, so that its caches are updated in place. `keys_B` are random
   keys of the rows, the same in all blocks.
   """
-  weights = decode_cache.UnstackedParams.from_params(config, params)
-  latents_Bx1xD, context, layers = decode_cache.refill(config, weights, state.context, kept)
+  model = decode_cache.CachedModel(config, params)
+  latents_Bx1xD, context, layers = model.refill(state.context, kept)
   state = state._replace(context=context)
 
   def add(state, latents_Bx1xD, index):
     """Returns (the state with the token that the newest latent predicts, (the token, its logits))."""
-    logits_BxV = decode_cache.logits(config, weights, latents_Bx1xD)
+    logits_BxV = model.logits(latents_Bx1xD)
     token_B, state = _draw(logits_BxV, plan, index, settings, keys_B, state)
-    context = decode_cache.append(config, weights, state.context, token_B, plan.positions_BxTxP[:, index])
+    context = model.append(state.context, token_B, plan.positions_BxTxP[:, index])
     return state._replace(context=context), (token_B, logits_BxV)
 
   def step(carry, index):
     state, layers, latents_Bx1xD = carry
     state, drawn = add(state, latents_Bx1xD, index)
-    latents_Bx1xD, layers = decode_cache.decode(config, weights, state.context, layers)
+    latents_Bx1xD, layers = model.decode(state.context, layers)
     return (state, layers, latents_Bx1xD), drawn
 
   last_index = plan.group_BxT.shape[1] - 1

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, reading
+from perceiver_ar_jax.config import Config, InputError, reading, require
 from perceiver_ar_jax.data import EOS, SOS, splits
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Task
@@ -67,12 +67,11 @@ def find(
 
 def from_events(task: Task, events: np.ndarray) -> Prompt:
   """Returns the prompt of given events int32[n]; raises InputError if they are not events of the task."""
-  size = task.vocab_size
-  if not len(events) or not np.issubdtype(events.dtype, np.integer):
-    raise InputError("The prompt has no events: give whole numbers, at least one (SOS, 2, begins a document).")
-  if events.min() < 1 or events.max() >= size:
-    wrong = events[(events < 1) | (events >= size)][0]
-    raise InputError(f"The prompt contains the unknown token {wrong}: ids of {task.name} are 1..{size - 1}.")
+  is_int, size = np.issubdtype(events.dtype, np.integer), task.vocab_size
+  require(bool(len(events)) and is_int, "The prompt has no events: give integers, such as SOS (2), at least one.")
+  wrong = events[(events < 1) | (events >= size)]
+  if len(wrong):
+    raise InputError(f"The prompt contains the unknown token {wrong[0]}: ids of {task.name} are 1..{size - 1}.")
   if task.place is None:
     raise InputError(f"Events alone do not contain the grid of a {task.modality}: give a file, or 'data'.")
   return Prompt(task, events.astype(np.int32), task.place, task.length)
@@ -91,7 +90,7 @@ def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   elif task.modality != "text":
     raise InputError(
       f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files: give"
-      f" pathlib.Path({prompt!r}), or {DATA!r} for documents of the task."
+      f" pathlib.Path({prompt!r})."
     )
   elif not prompt.strip():
     raise InputError("The prompt is empty: give a text or a file, or leave it out to sample without a prompt.")
@@ -104,11 +103,6 @@ def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   return documents
 
 
-def read_setting(task: Task, setting: str) -> list[Document]:
-  """Returns the documents of a setting of the command line; see `parse` and `read`."""
-  return read(task, parse(task, setting))
-
-
 def _files(path: epath.Path) -> list[epath.Path]:
   """Returns the file at `path`, or else the files that match it as a pattern."""
   if path.is_file():
@@ -118,8 +112,8 @@ def _files(path: epath.Path) -> list[epath.Path]:
   if not files:
     problem = "is a folder" if path.is_dir() else "matches no file" if glob.has_magic(pattern) else "does not exist"
     raise InputError(
-      f"The prompt {path} {problem}: give the path of a file, or a pattern such as 'folder/**/*.txt'. (On the command"
-      " line, a text that looks like a path has to be in a file: docs/sampling.md.)"
+      f"The prompt {path} {problem}: give the path of a file, or a pattern such as 'folder/**/*.txt'. (A text that"
+      " looks like a path has to be in a file: docs/sampling.md.)"
     )
   return files
 

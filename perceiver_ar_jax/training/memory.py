@@ -20,14 +20,10 @@ from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training.state import TrainState
 
 LESS_MEMORY = (
-  "Lower train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
-  " model.attention=streamed (a long context), shard the weights over more devices with mesh.fsdp, or make"
-  " the model smaller (latent_width, num_layers, num_latents)."
+  "Lower train.batch_size or raise train.microbatches, set model.remat=full or model.attention=streamed, shard the"
+  " weights over more devices with mesh.fsdp, or make the model smaller."
 )
-_FEWER_SAMPLES = (
-  "Lower eval.num_samples, train without samples (--config.eval.num_samples=0) and sample with --mode=sample"
-  " afterwards, or make the model smaller."
-)
+_FEWER_SAMPLES = "Lower eval.num_samples (--config.eval.num_samples=0: no samples), or make the model smaller."
 
 
 def compile_step(

@@ -38,23 +38,17 @@ _AGAIN = "export or download it again"
 class Parameter(NamedTuple):
   """One array of the model's parameters, and its arrays in the file: one for each layer if layers are stacked."""
 
-  path: str
-  """In the tree of parameters, such as layers_0/mlp/up/kernel."""
-  names: tuple[str, ...]
+  path: str  # in the tree of parameters, such as layers_0/mlp/up/kernel
+  names: tuple[str, ...]  # in the file
   is_stacked: bool
-  shape: tuple[int, ...]
-  """Of each array in the file."""
+  shape: tuple[int, ...]  # of each array in the file
 
 
 def parameters(config: ModelConfig, max_names: int | None = None) -> list[Parameter]:
-  """The parameters of a model; nothing is allocated.
-
-  Raises:
-    InputError: settings that are not supported, or more than `max_names` names, which would take long to list.
-  """
+  """The parameters of a model; nothing is allocated. Raises InputError for more than `max_names`, unlisted."""
   shapes = nn.meta.unbox(jax.eval_shape(lambda: architectures.init_params(config, jax.random.key(0))))
-  starts = [0, *itertools.accumulate(group_depths(config))]
-  leaves = {path: (leaf.shape, _STACKED.fullmatch(path)) for path, leaf in _flatten(shapes).items()}
+  starts, flat = [0, *itertools.accumulate(group_depths(config))], traverse_util.flatten_dict(shapes, sep="/")
+  leaves = {path: (leaf.shape, _STACKED.fullmatch(path)) for path, leaf in flat.items()}
   count = sum(shape[0] if stacked else 1 for shape, stacked in leaves.values())
   if max_names is not None and count > max_names:
     raise InputError(f"it has fewer than {max_names:,} parameters, and the model of its config.json has {count:,}")
@@ -75,10 +69,6 @@ def exists(folder: epath.PathLike) -> bool:
   return (epath.Path(folder) / config_from_run.WEIGHTS).exists()
 
 
-def _flatten(params: dict) -> dict:
-  return traverse_util.flatten_dict(params, sep="/")
-
-
 def check(config: ModelConfig, folder: epath.PathLike) -> None:
   """Raises InputError unless the folder contains the parameters of `config`; reads no values."""
   with _open(config, epath.Path(folder)):
@@ -92,15 +82,11 @@ def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
     InputError: the folder has no weights, or they are damaged or not those of `config`; or the file cannot be read.
     TransientError: it could not be read, and may be later.
   """
+  arrays = {}
   with _open(config, epath.Path(folder)) as (file, step, expected):
-
-    def value(name: str) -> np.ndarray:
-      return np.asarray(file.get_tensor(name)).astype(np.float32)
-
-    arrays = {
-      each.path: np.stack([value(name) for name in each.names]) if each.is_stacked else value(*each.names)
-      for each in expected
-    }
+    for each in expected:
+      values = [np.asarray(file.get_tensor(name)).astype(np.float32) for name in each.names]
+      arrays[each.path] = np.stack(values) if each.is_stacked else values[0]
   return step, traverse_util.unflatten_dict(arrays, sep="/")
 
 
@@ -125,10 +111,7 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
   """Yields (the opened file, its step, the parameters of `config`); raises as `read`."""
   path = folder / config_from_run.WEIGHTS
   if not path.exists() or path.is_dir():
-    raise InputError(
-      f"{folder} contains no {path.name}: give a folder of exported weights (python -m perceiver_ar_jax.interop.export"
-      " --workdir=RUN --output=FOLDER writes it)."
-    )
+    raise InputError(f"{folder} contains no {path.name}: give a folder that perceiver_ar_jax.interop.export wrote.")
   with contextlib.ExitStack() as stack, reading(path, "give this user access"):
     local = path
     if is_object_store(path):
@@ -148,9 +131,7 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
       expected = parameters(config, max_names=len(names) + 1000)  # fewer missing names are listed
       _compare(expected, types)
     except InputError as error:
-      raise InputError(
-        f"{path} does not fit its model: {error}. Its config.json may be of another model: {_AGAIN}."
-      ) from error
+      raise InputError(f"{path} does not fit the model of its config.json: {error}. Please {_AGAIN}.") from error
     yield file, int(step), expected
 
 

@@ -57,14 +57,14 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
       saved = load_config(workdir)
     elif (workdir / WEIGHTS).exists():
       raise InputError(
-        f"--workdir={workdir} contains exported weights, which training would not resume: give a new --workdir, and"
-        f" --config.train.init_from={workdir} to start from these weights."
+        f"--workdir={workdir} contains exported weights, which training would not resume: give a new --workdir, with"
+        f" --config.train.init_from={workdir}."
       )
     config = _with_fingerprint(config, saved)
     if saved and (changed := _differences(flatten(config), flatten(saved), ignored=_RESUMABLE)):
       raise InputError(
-        f"--workdir={workdir} contains the checkpoints of another config: {changed}. Give another --workdir, or resume"
-        " with the settings in its config.json."
+        f"--workdir={workdir} contains the checkpoints of another config: {changed}. Use its settings, or another"
+        " --workdir."
       )
     if owner:
       with writing(path, "give this user write access"):
@@ -97,8 +97,7 @@ def check_model(config: Config, workdir: epath.Path) -> None:
   new, old = ({"modality": task.modality, **task.encoding} for task in (new, old))
   if changed := _differences(new, old):
     raise InputError(
-      f"--workdir={workdir} was trained on token ids or positions with another meaning: {changed}. Use the data"
-      " settings that it was trained with."
+      f"--workdir={workdir} was trained on ids or positions of another meaning: {changed}. Use its data settings."
     )
 
 
@@ -109,17 +108,11 @@ def has_checkpoints(workdir: epath.Path) -> bool:
 
 
 def check_initial_weights(config: Config, folder: epath.PathLike) -> None:
-  """Raises InputError unless the exported weights of `folder` have the same meaning in the model of `config`.
-
-  The data may differ, and the vocabulary, if it is a SentencePiece model, may not.
-  """
+  """Raises InputError unless exported weights have the same meaning, and the same SentencePiece model, in `config`."""
   saved = load_config(folder, config)
   new, old = (_with_wavelength(each) for each in (_with_fingerprint(config, saved), saved))
   if changed := _differences(flatten(new), flatten(old), ignored=_SAME_INITIAL_WEIGHTS):
-    raise InputError(
-      f"--config.train.init_from={folder} contains weights of another model: {changed}. Use the settings of its"
-      " config.json."
-    )
+    raise InputError(f"train.init_from={folder} contains weights of another model: {changed}. Use its settings.")
 
 
 def _with_wavelength(config: Config) -> Config:
