@@ -34,7 +34,6 @@ flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of this project, Python and JAX, and exit.")
 _PATHS = ("config", "workdir", "output", "checkpoint")  # flags of this or another command
-_EXAMPLES = {"config": "configs/photos32.py", "workdir": "/tmp/run"}
 
 
 class _OrNone(flags.ArgumentParser):
@@ -106,8 +105,7 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
     raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
   for name in ("config", *required):
     if flags.FLAGS[name].value is None:
-      example = " ".join(f"--{flag}={_EXAMPLES.get(flag, '...')}" for flag in ("config", *required))
-      raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help} For example: {example}")
+      raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help}")
   for name, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
     if name.removeprefix("data.") in config_lib.DATA_PATHS and value and "://" not in value:
       if not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
@@ -147,9 +145,8 @@ def _with_config(arguments: list[str]) -> list[str]:
     given.config = path = f"{config_from_run.__file__}:{workdir}"
   overrides = [argument for argument in others if argument.lstrip("-").startswith("config.")]
   if overrides and not path:  # unknown flags to absl
-    raise config_lib.InputError(
-      f"--config is missing, and --workdir={workdir or ''} contains no run: give --config={_EXAMPLES['config']}, say."
-    )
+    fix = "give a config, such as --config=configs/photos32.py"
+    raise config_lib.InputError(f"--config is missing, and --workdir={workdir or ''} contains no run: {fix}.")
   for override in overrides:
     section, key = config_lib.defaults(), override.partition("=")[0].partition(".")[2]
     for word in key.split("."):

@@ -39,12 +39,15 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
       topology is unknown, or the mesh or the batch does not fit it.
   """
   if config.plan.topology is None:
-    raise InputError("--mode=plan needs the chips to plan for: --config.plan.topology=v5e:16x16, v4-128 or h100:4x8.")
+    raise InputError(
+      "--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16, v4-128 or h100:4x8."
+    )
   topology = parse_topology(config.plan.topology)
   package, extra = ("libtpu", "plan") if topology.chip.dims else ("jax_cuda12_plugin", "cuda12")
   if importlib.util.find_spec(package) is None:
     raise InputError(
-      f"--mode=plan for {topology} compiles with {package}, which is not installed: pip install -e '.[{extra}]'."
+      f"--mode=plan for {topology} compiles with the package {package}, which is not installed: pip install -e"
+      f" '.[{extra}]'. It needs no TPU or GPU."
     )
   print(f"Compiling the train step for {topology} ({topology.num_chips} chips): one minute to several.", flush=True)
   result = assemble(config, topology, compile_plan(config, topology))
@@ -77,8 +80,8 @@ def compile_plan(config: Config, topology: Topology) -> dict:
     if not path.exists():
       reason = "; ".join(process.stderr.strip().splitlines()[-3:])
       raise InputError(
-        f"The compiler for {topology} ended with exit code {process.returncode} (-9: too little memory here) and no"
-        f" result: {reason}."
+        f"The compiler for {topology} ended with exit code {process.returncode} and no result: {reason}. (Code -9 means"
+        " that this machine has too little memory. A crash may be a bug of the compiler: try another libtpu.)"
       )
     measured = json.loads(path.read_text())
   if "error" in measured:
@@ -111,7 +114,7 @@ def describe(plan: dict) -> str:
   """Returns the report that is printed."""
   mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
   size = {name: _format_bytes(value) for name, value in plan.items() if name.endswith("_bytes")}
-  parts = ", ".join(f"{name} {size[f'{name}_bytes']}" for name in ("weight", "optimizer", "batch", "temp", "code"))
+  parts = ", ".join(f"{name} {size[f'{name}_bytes']}" for name in ("weight", "optimizer", "temp", "code"))
   return (
     f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {mesh}\n"
     f"  {plan['num_params'] / 1e6:,.1f}M parameters, batch {plan['batch_size']:,}, microbatches {plan['microbatches']},"
@@ -139,7 +142,8 @@ def measure(config: Config, topology: Topology) -> dict:
     mesh = make_mesh(config.mesh, devices)
   except NotImplementedError as error:  # JAX cannot divide the torus into these axes
     raise InputError(
-      f"The mesh {config.mesh} does not fit {topology}: make each axis a product of some of the slice's dimensions."
+      f"The mesh {config.mesh} does not fit {topology}: each axis must be a product of some of the slice's dimensions."
+      " Change --config.mesh.data, fsdp, tensor or context."
     ) from error
   architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
@@ -147,15 +151,13 @@ def measure(config: Config, topology: Topology) -> dict:
   state = state_lib.abstract_state(config, optimizer, mesh)
   model, dims = config.model, len(config.model.position_sizes) or 1
   row = windows.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
-  shapes = {name: (config.train.batch_size, *array.shape[1:]) for name, array in row.items()}
-  layout = sharding.batch_shardings(mesh, shapes)
-  batch = {name: jax.ShapeDtypeStruct(shapes[name], row[name].dtype, sharding=layout[name]) for name in row}
+  rows = config.train.batch_size
+  batch = {name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for name, array in row.items()}
   result = {
     "mesh": dict(mesh.shape),
     "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
     "weight_bytes": sharding.bytes_per_device(state.params),
     "optimizer_bytes": sharding.bytes_per_device(state.opt_state),
-    "batch_bytes": sharding.bytes_per_device(batch),
   }
   start = time.monotonic()
   with jax.set_mesh(mesh):
@@ -171,7 +173,7 @@ def measure(config: Config, topology: Topology) -> dict:
       refused = str(error).split("\n")[0]
       match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", refused)  # "... temporaries (41.23G) exceeds ..."
       temp_bytes = int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
-      argument_bytes = result["weight_bytes"] + result["optimizer_bytes"] + result["batch_bytes"]
+      argument_bytes = result["weight_bytes"] + result["optimizer_bytes"]
       result |= {"argument_bytes": argument_bytes, "temp_bytes": temp_bytes, "output_bytes": 0, "code_bytes": 0}
       result["refused"] = refused
   return result | {"compile_seconds": round(time.monotonic() - start, 1)}

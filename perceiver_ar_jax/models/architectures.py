@@ -19,12 +19,9 @@ class Architecture(NamedTuple):
   """A model class, and what is supported with it."""
 
   module: type[nn.Module]
-  check: Callable[[ModelConfig], None]
-  """Raises InputError for settings that it does not support."""
-  flops: Callable[..., int]
-  """(config, rows, num_latents, training=) -> FLOPs of a step; see flops.py."""
-  has_cross_attention: bool = True
-  """Whether it has a cross-attention: its KV cache, context sharding and attention pictures need one."""
+  check: Callable[[ModelConfig], None]  # raises InputError for settings that it does not support
+  flops: Callable[..., int]  # (config, rows, num_latents, training=) -> FLOPs of a step; see flops.py
+  has_cross_attention: bool = True  # needed by the KV cache, context sharding and attention pictures
 
 
 ARCHITECTURES = {

@@ -91,14 +91,10 @@ def _splash(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, interpret: bool):
 class Kernel(NamedTuple):
   """An implementation of attention, and what it needs."""
 
-  attend: Callable[..., jax.Array]
-  """(q_BxMxHxK, keys, valid_BxL, keep_own, chunk) -> attended_BxMxHxK."""
-  platform: str | None = None
-  """The only platform that it runs on ("gpu", "tpu"); None: all."""
-  dtype: str | None = None
-  """The only compute type that it supports; None: all."""
-  shards_context: bool = True
-  """Whether the slots of the context may be sharded over devices."""
+  attend: Callable[..., jax.Array]  # (q_BxMxHxK, keys, valid_BxL, keep_own, chunk) -> attended_BxMxHxK
+  platform: str | None = None  # the only platform that it runs on ("gpu", "tpu"); None: all
+  dtype: str | None = None  # the only compute type that it supports; None: all
+  shards_context: bool = True  # whether the slots of the context may be sharded over devices
 
 
 KERNELS: dict[str, Kernel] = {

@@ -42,34 +42,26 @@ class Latents(NamedTuple):
 
   crossed_BxSxD: jax.Array
   positions_BxSxP: jax.Array
-  valid_BxS: jax.Array
-  """Which of them are not padding."""
+  valid_BxS: jax.Array  # which of them are not padding
 
 
 class ContextCache(NamedTuple):
   """Sequences in L slots from the first on, all rows ending at the same slot; and their newest M + 1 latents."""
 
-  cross: tuple[CachedKeys, ...]
-  """Keys and values of the inputs for each cross-attention, L slots."""
+  cross: tuple[CachedKeys, ...]  # keys and values of the inputs for each cross-attention, L slots
   valid_BxL: jax.Array
-  used: jax.Array
-  """int32[]: slots in use."""
-  latents: Latents
-  """S = M + 1."""
-  num_latents: jax.Array
-  """int32[]: latents in use, at least M after a prefill."""
-  recent: tuple[jax.Array, jax.Array]
-  """Tokens [B, T] and positions [B, T, P] of the newest T = conv_taps inputs."""
+  used: jax.Array  # int32[]: slots in use
+  latents: Latents  # S = M + 1
+  num_latents: jax.Array  # int32[]: latents in use, at least M after a prefill
+  recent: tuple[jax.Array, jax.Array]  # tokens [B, T] and positions [B, T, P] of the newest T = conv_taps inputs
 
 
 class LatentCache(NamedTuple):
   """Keys and values of the newest latents in every self-attention layer, M slots each."""
 
-  layers: list[list[CachedKeys]]
-  """By group of layers between cross-attentions."""
+  layers: list[list[CachedKeys]]  # by group of layers between cross-attentions
   valid_BxM: jax.Array
-  used: jax.Array
-  """int32[]: slots in use."""
+  used: jax.Array  # int32[]: slots in use
 
 
 class CachedModel:
@@ -125,8 +117,8 @@ class CachedModel:
     )
     model = self._bind()
     keys_values = model.cross_keys_values(tokens_BxT, positions_BxTxP, halo=self._config.conv_taps)
-    new = [CachedKeys.from_arrays(*arrays) for arrays in keys_values]
-    cross = tuple(_shard(old.write(keys, context.used)) for old, keys in zip(context.cross, new))
+    new = tuple(CachedKeys.from_arrays(*arrays) for arrays in keys_values)
+    cross = tuple(map(_shard, _write(context.cross, new, context.used)))
     valid_BxL = _write(context.valid_BxL, valid_Bx1, context.used)
     latents_Bx1xD = model.initial_latents(token_Bx1, position_Bx1xP)
     latents_Bx1xD = model.cross_attend[0](latents_Bx1xD, cross[0], position_Bx1xP, valid_BxL)

@@ -326,14 +326,8 @@ class SelfAttentionLayer(nn.Module):
   ):
     """Returns the latents and, for generation, their keys and values as `CachedKeys`.
 
-    Args:
-      latents_BxMxD: all latents, or in generation the newest latent, M = 1.
-      positions_BxMxP: positions of the latents.
-      valid_BxM: which latents others may attend to; [B, S] with `cache`.
-      keep_own: a latent attends to itself, valid or not.
-      deterministic: no dropout.
-      cache: None, or the KV cache of S latents, to which those of the newest latent are written.
-      slot: int32[], the newest latent's slot in `cache`.
+    `valid_BxM`: which latents others may attend to. `keep_own`: a latent attends to itself, valid or not. With the KV
+    `cache` of S latents, M = 1: the newest latent is written to its `slot`, int32[], and `valid_BxM` is [B, S].
     """
     config = self.config
     dropout = functools.partial(drop, self, 0.0 if deterministic else config.dropout)

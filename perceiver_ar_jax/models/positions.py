@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from perceiver_ar_jax.config import InputError, ModelConfig, lookup
+from perceiver_ar_jax.config import InputError, ModelConfig, lookup, require
 
 
 def sinusoidal(positions_BxL, *, size: int, width: int):
@@ -119,12 +119,9 @@ def _rotate(x_BxLxHxK, positions_BxLxN, frequencies_N: np.ndarray):
 class Encoding(NamedTuple):
   """How positions enter the model."""
 
-  table: Callable | None = None
-  """(positions_BxL, size, width) -> float32[B, L, width] to add to the embedding, for each position dimension."""
-  learned: bool = False
-  """Whether a learned table is added to the embedding for each position dimension."""
-  rotate: Callable | None = None
-  """(config, x_BxLxHxK, positions_BxLxP) -> queries or keys rotated by their positions."""
+  table: Callable | None = None  # (positions_BxL, size, width) -> float32[B, L, width], added for each dimension
+  learned: bool = False  # whether a learned table is added to the embedding for each position dimension
+  rotate: Callable | None = None  # (config, x_BxLxHxK, positions_BxLxP) -> queries or keys rotated by their positions
 
   @property
   def is_added(self) -> bool:
@@ -163,15 +160,11 @@ def check(config: ModelConfig) -> None:
     raise InputError(f"model.rotary_axes={config.rotary_axes} needs rotary positions, not {name}: leave it out.")
   if not encoding.is_added:
     return
-  if not sizes:
-    raise InputError(
-      f"model.position_sizes is empty, but {name} positions need a table: give the largest position + 1 for each"
-      f" dimension, such as ({config.max_context + 1},)."
-    )
-  if not config.positions_from_data and (len(sizes) != 1 or sizes[0] < config.max_context):
-    raise InputError(
-      f"model.position_sizes={sizes} must be one size of at least model.max_context={config.max_context}, since"
-      " positions are counted from the last token."
-    )
+  example = f"such as ({config.max_context + 1},)"
+  require(bool(sizes), f"model.position_sizes is empty: {name} positions need a size for each dimension, {example}.")
+  require(
+    config.positions_from_data or len(sizes) == 1 and sizes[0] >= config.max_context,
+    f"model.position_sizes={sizes} must be one size of at least model.max_context={config.max_context}.",
+  )
   if encoding.table is fourier and config.input_width % 2:
     raise InputError(f"model.position_encoding={name} needs an even model.embed_width, not {config.input_width}.")

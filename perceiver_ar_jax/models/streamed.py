@@ -52,12 +52,9 @@ def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int
 class _Layout(NamedTuple):
   """Which slots of the context this device scans."""
 
-  num_keys: int
-  """L, over all devices."""
-  axes: tuple[str, ...]
-  """Mesh axes over which the slots are sharded, inside shard_map; (): this device has all slots."""
-  halo: int
-  """Slots before a chunk that its projection reads."""
+  num_keys: int  # L, over all devices
+  axes: tuple[str, ...]  # mesh axes over which the slots are sharded, inside shard_map; (): this device has all slots
+  halo: int  # slots before a chunk that its projection reads
 
   def first_slot(self, num_local: int):
     """The global number of this device's first slot, where each device has `num_local`."""

@@ -42,20 +42,16 @@ class DecodeState(NamedTuple):
   """A batch of unfinished sequences."""
 
   context: decode_cache.ContextCache | UncachedContext
-  ended_B: jax.Array
-  """Rows that contain EOS; PAD follows it."""
-  step: jax.Array
-  """int32[]: tokens generated so far."""
+  ended_B: jax.Array  # rows that contain EOS; PAD follows it
+  step: jax.Array  # int32[]: tokens generated so far
 
 
 class BlockPlan(NamedTuple):
   """Positions and allowed values of the T tokens of one block."""
 
   positions_BxTxP: jax.Array | np.ndarray
-  group_BxT: jax.Array | np.ndarray
-  """The row of `allowed_GxV` that applies to each token."""
-  allowed_GxV: jax.Array | np.ndarray
-  """bool: ids that can be drawn; PAD never is."""
+  group_BxT: jax.Array | np.ndarray  # the row of `allowed_GxV` that applies to each token
+  allowed_GxV: jax.Array | np.ndarray  # bool: ids that can be drawn; PAD never is
 
 
 def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, step, *, cached: bool) -> DecodeState:

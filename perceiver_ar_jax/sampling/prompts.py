@@ -88,10 +88,8 @@ def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   if not isinstance(prompt, str):
     documents = [_read_file(task, path) for path in _files(epath.Path(prompt).expanduser())]
   elif task.modality != "text":
-    raise InputError(
-      f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files: give"
-      f" pathlib.Path({prompt!r})."
-    )
+    fix = f"give pathlib.Path({prompt!r})"
+    raise InputError(f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files: {fix}.")
   elif not prompt.strip():
     raise InputError("The prompt is empty: give a text or a file, or leave it out to sample without a prompt.")
   else:
@@ -111,10 +109,8 @@ def _files(path: epath.Path) -> list[epath.Path]:
   files = [epath.Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
   if not files:
     problem = "is a folder" if path.is_dir() else "matches no file" if glob.has_magic(pattern) else "does not exist"
-    raise InputError(
-      f"The prompt {path} {problem}: give the path of a file, or a pattern such as 'folder/**/*.txt'. (A text that"
-      " looks like a path has to be in a file: docs/sampling.md.)"
-    )
+    fix = "give a file, or a pattern such as 'folder/**/*.txt', or write a text that looks like a path to a file"
+    raise InputError(f"The prompt {path} {problem}: {fix}.")
   return files
 
 

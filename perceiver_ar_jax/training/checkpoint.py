@@ -88,7 +88,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     if not workdir.is_absolute():  # `absolute` would convert a URL such as gs://bucket to a local path
       workdir = workdir.absolute()
     self._directory, self._damaged = workdir / "checkpoints", workdir / "damaged"
-    self._read_only, self._before_save = read_only, before_save
+    self._before_save = before_save
     self._arrays, self._json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
     policies, by_loss = ocp.checkpoint_managers, lambda metrics: metrics["nats_per_token"]
     best = policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
@@ -153,8 +153,22 @@ class Checkpointer(contextlib.AbstractContextManager):
       TransientError: a checkpoint could not be read, and may be later; nothing was moved.
     """
     trees = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
-    restored = self._restore_newest(self._steps(), trees, data, skip_damaged=True)
-    return restored and TrainState(params=restored[1]["params"], **restored[1]["optimizer"])
+    damaged: list[int] = []
+    for step in reversed(self._steps()):
+      try:
+        restored = self._restore_step(step, trees, data)
+      except _Damaged as error:  # on all processes
+        print(f"The checkpoint of step {step} in {self._directory} is damaged: {error}", file=sys.stderr)
+        damaged.append(step)
+      else:
+        self._set_aside(damaged)
+        return TrainState(params=restored["params"], **restored["optimizer"])
+    if damaged:
+      raise InputError(
+        f"All checkpoints ({', '.join(map(str, reversed(damaged)))}) in {self._directory} are damaged; none was moved."
+        " Put back a good copy, or start over with another --workdir."
+      )
+    return None
 
   def restore_params(self, abstract_params: dict, step: int | None = None) -> tuple[int, dict] | None:
     """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
@@ -164,11 +178,18 @@ class Checkpointer(contextlib.AbstractContextManager):
       TransientError: it could not be read, and may be later.
     """
     steps = self._steps()
-    if steps and step not in (None, *steps):
+    if not steps:
+      return None
+    step = steps[-1] if step is None else step
+    if step not in steps:
       raise InputError(f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-    steps = steps if step is None else [each for each in steps if each == step]
-    restored = self._restore_newest(steps, {"params": abstract_params}, None, skip_damaged=False)
-    return restored and (restored[0], restored[1]["params"])
+    try:
+      return step, self._restore_step(step, {"params": abstract_params}, None)["params"]
+    except _Damaged as error:
+      raise InputError(
+        f"The checkpoint of step {step} in {self._directory} is damaged: {error}. An older one is not used unasked: put"
+        " back a good copy, or resume training, which moves this one to damaged/."
+      ) from error
 
   def _steps(self) -> list[int]:
     return sorted(self._manager.all_steps()) if self._directory.exists() else []
@@ -186,31 +207,6 @@ class Checkpointer(contextlib.AbstractContextManager):
       if checks.is_denied(error):
         raise InputError(f"{message} Give this user write access, and start the same command again.") from error
       raise
-
-  def _restore_newest(self, steps: list[int], trees: dict[str, Any], data, skip_damaged: bool):
-    """Returns (step, {name: tree}) of the last good checkpoint of `steps`; None where no checkpoint exists."""
-    damaged = []
-    for step in reversed(steps):
-      try:
-        values = self._restore_step(step, trees, data)
-      except _Damaged as error:  # on all processes
-        message = f"checkpoint of step {step} in {self._directory} is damaged: {error}"
-        if not skip_damaged:
-          raise InputError(
-            f"The newest {message}. An older one is not used unasked: put back a good copy, or resume training, which"
-            f" moves step {step} to damaged/."
-          ) from error
-        print(f"The {message}", file=sys.stderr)
-        damaged.append(step)
-      else:
-        self._set_aside(damaged)
-        return step, values
-    if damaged:
-      raise InputError(
-        f"All checkpoints ({', '.join(map(str, sorted(damaged)))}) in {self._directory} are damaged; none was moved."
-        " Put back a good copy, or start over with another --workdir."
-      )
-    return None
 
   def _restore_step(self, step: int, trees: dict[str, Any], data) -> dict[str, Any]:
     folder, restored = self._directory / str(step), {}
@@ -267,7 +263,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
   def _set_aside(self, steps: list[int]) -> None:
     """Moves damaged steps out of the way of the run that resumes; deletes nothing."""
-    if not steps or self._read_only:
+    if not steps:
       return
     if jax.process_index() == 0:
       with writing(self._damaged, "give this user write access"):

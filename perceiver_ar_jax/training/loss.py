@@ -12,8 +12,7 @@ class TokenLosses(NamedTuple):
 
   cross_entropy: jax.Array
   z_loss: jax.Array
-  correct: jax.Array
-  """1 where the likeliest token is the target."""
+  correct: jax.Array  # 1 where the likeliest token is the target
 
 
 def token_losses(logits_BxMxV, targets_BxM, z_loss: float = 0.0, label_smoothing: float = 0.0) -> TokenLosses:

@@ -29,19 +29,14 @@ _FEWER_SAMPLES = "Lower eval.num_samples (--config.eval.num_samples=0: no sample
 def compile_step(
   config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch_spec: step_lib.Batch, mesh: Mesh
 ) -> jax.stages.Compiled:
-  """Returns the compiled update for these shapes, with the state donated, and reports its memory.
-
-  Raises InputError if the update exceeds the devices' memory.
-  """
+  """Returns the compiled update for these shapes, with the state donated; InputError if it exceeds the memory."""
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
   inputs = model.num_layers * rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
   weights = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
   lower_limit = {"weights, gradients and optimizer state": weights, "inputs of the layers": inputs}
   _check("The train step", lower_limit, LESS_MEMORY)
-  shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
-  batch = {name: spec.update(sharding=shardings[name]) for name, spec in batch_spec.items()}
   with _compiling("the train step", LESS_MEMORY):
-    compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
+    compiled = step_lib.lower(config, optimizer, abstract, batch_spec, mesh).compile()
   arguments, temporary = compiled.memory_analysis().argument_size_in_bytes, bytes_beside_arguments(compiled)
   parts = {"weights, optimizer state and batch": arguments, "temporary": temporary}
   distributed.log(_check("The train step", parts, LESS_MEMORY))
@@ -49,7 +44,7 @@ def compile_step(
 
 
 def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Callable[[dict], int]) -> None:
-  """Reports the memory that drawing samples needs together with the state; raises InputError if there is not enough.
+  """Raises InputError if drawing samples exceeds the memory beside the state.
 
   `compile_sampler` returns, for shapes of the weights, the bytes on each device in addition to the weights.
   """

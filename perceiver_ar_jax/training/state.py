@@ -16,8 +16,7 @@ from perceiver_ar_jax.parallel import sharding
 class TrainState:
   """Everything that an update changes. Random keys are functions of the seed and `step`, so they are not stored."""
 
-  step: jax.Array
-  """int32[]: number of updates done."""
+  step: jax.Array  # int32[]: number of updates done
   params: dict
   opt_state: optax.OptState
 

@@ -56,16 +56,12 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
     if path.exists() and has_checkpoints(workdir):
       saved = load_config(workdir)
     elif (workdir / WEIGHTS).exists():
-      raise InputError(
-        f"--workdir={workdir} contains exported weights, which training would not resume: give a new --workdir, with"
-        f" --config.train.init_from={workdir}."
-      )
+      fix = f"give a new --workdir, with --config.train.init_from={workdir}"
+      raise InputError(f"--workdir={workdir} contains exported weights, which training would not resume: {fix}.")
     config = _with_fingerprint(config, saved)
     if saved and (changed := _differences(flatten(config), flatten(saved), ignored=_RESUMABLE)):
-      raise InputError(
-        f"--workdir={workdir} contains the checkpoints of another config: {changed}. Use its settings, or another"
-        " --workdir."
-      )
+      fix = "Use its settings, or another --workdir."
+      raise InputError(f"--workdir={workdir} contains the checkpoints of another config: {changed}. {fix}")
     if owner:
       with writing(path, "give this user write access"):
         write_atomically(path, config.to_json())
@@ -96,9 +92,7 @@ def check_model(config: Config, workdir: epath.Path) -> None:
   new, old = (tasks.get_tasks(data, config.model.max_context + 1)[0][0] for data in (config.data, moved))
   new, old = ({"modality": task.modality, **task.encoding} for task in (new, old))
   if changed := _differences(new, old):
-    raise InputError(
-      f"--workdir={workdir} was trained on ids or positions of another meaning: {changed}. Use its data settings."
-    )
+    raise InputError(f"--workdir={workdir} was trained on ids of another meaning: {changed}. Use its data settings.")
 
 
 def has_checkpoints(workdir: epath.Path) -> bool:
