@@ -44,23 +44,18 @@ class Parameter(NamedTuple):
   shape: tuple[int, ...]  # of each array in the file
 
 
-def parameters(config: ModelConfig, max_names: int | None = None) -> list[Parameter]:
-  """The parameters of a model; nothing is allocated. Raises InputError for more than `max_names`, unlisted."""
+def parameters(config: ModelConfig) -> list[Parameter]:
+  """The parameters of a model; nothing is allocated."""
   shapes = nn.meta.unbox(jax.eval_shape(lambda: architectures.init_params(config, jax.random.key(0))))
-  starts, flat = [0, *itertools.accumulate(group_depths(config))], traverse_util.flatten_dict(shapes, sep="/")
-  leaves = {path: (leaf.shape, _STACKED.fullmatch(path)) for path, leaf in flat.items()}
-  count = sum(shape[0] if stacked else 1 for shape, stacked in leaves.values())
-  if max_names is not None and count > max_names:
-    raise InputError(f"it has fewer than {max_names:,} parameters, and the model of its config.json has {count:,}")
-  result = []
-  for path, (shape, stacked) in leaves.items():
-    if stacked:
+  starts, result = [0, *itertools.accumulate(group_depths(config))], []
+  for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+    if stacked := _STACKED.fullmatch(path):
       first, name = starts[int(stacked[1] or 0)], stacked[2].replace("/", ".")
-      names = tuple(f"layers.{layer}.{name}" for layer in range(first, first + shape[0]))
-      result.append(Parameter(path, names, True, shape[1:]))
+      names = tuple(f"layers.{layer}.{name}" for layer in range(first, first + leaf.shape[0]))
+      result.append(Parameter(path, names, True, leaf.shape[1:]))
     else:
       names = (_CROSS_ATTENTION.sub(r"cross_attend.\1.", path).replace("/", "."),)
-      result.append(Parameter(path, names, False, shape))
+      result.append(Parameter(path, names, False, leaf.shape))
   return result
 
 
@@ -128,7 +123,9 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
     try:
       if not re.fullmatch(r"\d{1,15}", step):
         raise InputError(f"its step {step[:40]!r} is not a number")
-      expected = parameters(config, max_names=len(names) + 1000)  # fewer missing names are listed
+      if config.num_layers > len(names):  # whose names would take long to list
+        raise InputError(f"it has {len(names):,} parameters for {config.num_layers:,} layers")
+      expected = parameters(config)
       _compare(expected, types)
     except InputError as error:
       raise InputError(f"{path} does not fit the model of its config.json: {error}. Please {_AGAIN}.") from error
