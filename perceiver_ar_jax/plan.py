@@ -28,7 +28,7 @@ from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import step as step_lib
-from perceiver_ar_jax.training.memory import LESS_MEMORY
+from perceiver_ar_jax.training.memory import LESS_MEMORY, format_bytes
 
 
 def plan(config: Config, workdir: str | os.PathLike) -> int:
@@ -59,8 +59,8 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
   if not result["fits"]:
     reason = f"The compiler reports: {result['refused'].split(': ', 1)[-1]} " if "refused" in result else ""
     raise InputError(
-      f"The train step of {config.data.task} does not fit {topology}: it needs {_format_bytes(result['peak_bytes'])} on"
-      f" each of {topology.num_chips} chips, which have {_format_bytes(result['hbm_bytes'])}. {reason}{LESS_MEMORY}"
+      f"The train step of {config.data.task} does not fit {topology}: it needs {format_bytes(result['peak_bytes'])} on"
+      f" each of {topology.num_chips} chips, which have {format_bytes(result['hbm_bytes'])}. {reason}{LESS_MEMORY}"
     )
   return 0
 
@@ -113,7 +113,7 @@ def assemble(config: Config, topology: Topology, measured: dict) -> dict:
 def describe(plan: dict) -> str:
   """Returns the report that is printed."""
   mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
-  size = {name: _format_bytes(value) for name, value in plan.items() if name.endswith("_bytes")}
+  size = {name: format_bytes(value) for name, value in plan.items() if name.endswith("_bytes")}
   parts = ", ".join(f"{name} {size[f'{name}_bytes']}" for name in ("weight", "optimizer", "temp", "code"))
   return (
     f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {mesh}\n"
@@ -123,10 +123,6 @@ def describe(plan: dict) -> str:
     f"  {plan['step_flops']:.3g} FLOPs per step; compute-bound lower limit (FLOPs over peak):"
     f" {plan['compute_bound_seconds']:.3g} seconds per step; compiled in {plan['compile_seconds']:.0f} s"
   )
-
-
-def _format_bytes(num_bytes: int) -> str:
-  return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def measure(config: Config, topology: Topology) -> dict:

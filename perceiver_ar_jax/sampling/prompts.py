@@ -48,10 +48,8 @@ def find(
 ) -> list[Prompt]:
   """Returns prompts for `count` samples, at least one: of None, "data", or a text or path as in `read`.
 
-  "data" reads documents of eval.split, and so does None for a task whose positions only a document has.
-
-  Raises:
-    InputError: as `read`, or the split has no readable document.
+  "data" reads documents of eval.split, and so does None for a task whose positions only a document has. Raises
+  InputError as `read`, or if the split has no readable document.
   """
   if prompt is not None and prompt != DATA:
     return [_beginning(config, task, document, prompt_tokens, is_given=True) for document in read(task, prompt)]
@@ -80,8 +78,7 @@ def from_events(task: Task, events: np.ndarray) -> Prompt:
 def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   """Returns the document of a text, given as a str, or the documents of files, given as a path or a pattern of paths.
 
-  Raises:
-    InputError: an empty text, a text for a task that reads files, or a missing or unreadable file.
+  Raises InputError for an empty text, a text for a task that reads files, and a missing or unreadable file.
   """
   if task.read is None:
     raise InputError(f"The task {task.name} has no files: its own documents are the prompt {DATA!r}, not {prompt!r}.")

@@ -31,10 +31,8 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
   """Draws samples from the newest checkpoint and writes them to a new folder, WORKDIR/samples/<step>-<number>.
 
   The folder's samples.json describes them; WORKDIR/samples/samples.json is a copy of the latest call's. With `stream`,
-  for tasks of text, samples are drawn one at a time and printed as they grow.
-
-  Raises:
-    InputError: no checkpoint, an invalid prompt or setting, or a folder that cannot be written.
+  for tasks of text, samples are drawn one at a time and printed as they grow. Raises InputError without a checkpoint,
+  for an invalid prompt or setting, or a folder that cannot be written.
   """
   sampler = Sampler.from_workdir(workdir, config)
   if stream and sampler.task.modality != "text":
@@ -200,8 +198,7 @@ class PreviewSampler:
 def score(config: Config, workdir: epath.PathLike) -> dict:
   """Prints the likelihood of `sample.prompt` under the newest checkpoint and writes it to WORKDIR/score.json.
 
-  Raises:
-    InputError: no checkpoint, no readable prompt, or a file that cannot be written.
+  Raises InputError without a checkpoint or a readable prompt, or for a file that cannot be written.
   """
   if config.sample.prompt in (None, prompts.DATA):
     raise InputError("Nothing to score: give --config.sample.prompt=TEXT or @FILE (--mode=eval scores a split).")

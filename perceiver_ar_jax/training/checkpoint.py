@@ -146,11 +146,8 @@ class Checkpointer(contextlib.AbstractContextManager):
   def restore(self, abstract: TrainState, data) -> TrainState | None:
     """Returns the newest good state in the layout of `abstract`, with `data` moved to its position.
 
-    Returns None where no checkpoint exists. A damaged one is moved to `damaged/`, and the one before it is used.
-
-    Raises:
-      InputError: every checkpoint is damaged, `data` does not fit the saved position, or a file may not be read.
-      TransientError: a checkpoint could not be read, and may be later; nothing was moved.
+    Returns None where no checkpoint exists. A damaged one is moved to `damaged/`, and the one before it is used. Raises
+    InputError if all are damaged, or one does not fit or may not be read, and TransientError if it may be read later.
     """
     trees = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
     damaged: list[int] = []
@@ -173,9 +170,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   def restore_params(self, abstract_params: dict, step: int | None = None) -> tuple[int, dict] | None:
     """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
 
-    Raises:
-      InputError: it is damaged (an older one is never used instead), may not be read, or is not one of those kept.
-      TransientError: it could not be read, and may be later.
+    Raises as `restore`, also if it is damaged (an older one is never used instead) or is not one of those kept.
     """
     steps = self._steps()
     if not steps:

@@ -65,7 +65,7 @@ def _check(program: str, parts: dict[str, int], fix: str) -> str:
   stats = jax.local_devices()[0].memory_stats() or {}
   # CPU devices share the available memory of the machine.
   available = stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()
-  sizes = ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in {**parts, "available": available}.items())
+  sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in {**parts, "available": available}.items())
   if sum(parts.values()) > available:
     raise InputError(f"{program} exceeds the memory on each device ({sizes}). {fix}")
   return f"Memory on each device: {sizes}."
@@ -84,5 +84,6 @@ def _compiling(program: str, fix: str) -> Iterator[None]:
   distributed.log(f"Compiled {program} in {time.monotonic() - start:.1f} s.")
 
 
-def _size(num_bytes: int) -> str:
-  return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+def format_bytes(num_bytes: int) -> str:
+  """Returns a size such as 1.50 GiB."""
+  return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"

@@ -73,9 +73,8 @@ def check(config: ModelConfig, folder: epath.PathLike) -> None:
 def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
   """Returns (step, parameters as a tree of float32 NumPy arrays).
 
-  Raises:
-    InputError: the folder has no weights, or they are damaged or not those of `config`; or the file cannot be read.
-    TransientError: it could not be read, and may be later.
+  Raises InputError if the weights are missing, damaged or not those of `config`, TransientError if they may be read
+  later.
   """
   arrays = {}
   with _open(config, epath.Path(folder)) as (file, step, expected):

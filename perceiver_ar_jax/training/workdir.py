@@ -40,11 +40,8 @@ _FINGERPRINT = "data.sentencepiece_fingerprint"
 def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
   """A context in which `workdir` has the config.json of `config` and belongs to this run; process 0 owns it for all.
 
-  Yields a function that raises InputError once another run has taken the workdir over.
-
-  Raises:
-    InputError: another run owns it, it cannot be written, or it contains checkpoints of another experiment.
-    TransientError: it cannot be written, and may be later, such as on a full disk.
+  Yields a function that raises InputError once another run has taken the workdir over. Raises InputError if another run
+  owns it or it contains checkpoints of another experiment, this or TransientError if it cannot be written.
   """
   with writing(f"--workdir={workdir}", "give a folder that you may write to"):
     workdir.mkdir(parents=True, exist_ok=True)
