@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "perceiver_ar_jax"
 MAX_HOPS = 12
 TABLES = {
-  "optimizer": ("sm3", ()),
+  "optimizer": ("muon", ()),
   "schedule": ("cosine", ()),
   "kernel": ("splash", ()),
   "position encoding": ("fourier", ("interop/haiku.py", "interop/torch/perceiver_ar_torch.py")),  # other code bases

@@ -1,9 +1,7 @@
 """The part that all commands share: --config and --workdir, exit codes, and errors that end in one paragraph.
 
-Exit codes: 0 done; 1 bad input or config; 75 a full disk, storage out of reach or an unexpected error (with a
-traceback), so that a restart may help; 128 + signal after a signal.
-
-Nothing here imports JAX, TensorFlow or other slow libraries, so that --help and mistakes are answered at once.
+main.py documents the exit codes. Nothing here imports JAX, TensorFlow or other slow libraries, so that --help and
+mistakes are answered at once.
 """
 
 import argparse
@@ -22,7 +20,6 @@ from collections.abc import Callable, Iterator
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
-import perceiver_ar_jax
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import checks, config_from_run
 
@@ -36,7 +33,6 @@ flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of this project, Python and JAX, and exit.")
 _PATHS = ("config", "workdir", "output", "checkpoint")  # flags of this or another command
-_EXAMPLES = {"config": "configs/photos32.py", "workdir": "/tmp/run"}
 
 
 class _OrNone(flags.ArgumentParser):
@@ -51,11 +47,9 @@ for _kind, _parser in ((int, flags.IntegerParser()), (float, flags.FloatParser()
 
 
 def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) -> None:
-  """Parses the flags and exits with the code that `command` returns for the resolved config.
+  """Parses the flags and exits with the code that `command` returns for the config, or that of its error.
 
-  Args:
-    command: returns the exit code; its errors are reported and determine the exit code.
-    required: names of the flags that must be given, besides --config.
+  `required` are names of flags that must be given, besides --config.
   """
 
   def main(argv: list[str]) -> int:
@@ -103,16 +97,14 @@ def _stdout_has_reader() -> bool:
 
 def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
   if _VERSION.value:
-    versions = {"perceiver_ar_jax": perceiver_ar_jax.__version__, "Python": platform.python_version()}
-    versions["JAX"] = importlib.metadata.version("jax")
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    ours, jax = map(importlib.metadata.version, ("perceiver_ar_jax", "jax"))
+    print(f"perceiver_ar_jax {ours}, Python {platform.python_version()}, JAX {jax}")
     sys.exit(0)
   if len(argv) > 1:
     raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
   for name in ("config", *required):
     if flags.FLAGS[name].value is None:
-      example = " ".join(f"--{flag}={_EXAMPLES.get(flag, '...')}" for flag in ("config", *required))
-      raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help} For example: {example}")
+      raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help}")
   for name, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
     if name.removeprefix("data.") in config_lib.DATA_PATHS and value and "://" not in value:
       if not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
@@ -120,9 +112,8 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
   try:
     config = config_lib.resolve(_CONFIG.value)
   except _UNLOADABLE as error:  # raised when the config is first read
-    raise config_lib.InputError(
-      f"The file given as --config cannot be loaded: {error}. (Run from the folder that contains configs/.)"
-    ) from error
+    problem = f"The file given as --config cannot be loaded: {error}."
+    raise config_lib.InputError(f"{problem} Run from the folder that contains configs/.") from error
   return config_from_run.keep_split_rule(config, WORKDIR.value) if WORKDIR.value else config
 
 
@@ -138,11 +129,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _with_config(arguments: list[str]) -> list[str]:
-  """Returns the arguments with --config, by default that of the run in --workdir, and with ~ expanded in paths.
-
-  Raises:
-    InputError: --config does not exist, or is missing although its settings are overridden; or an unknown setting.
-  """
+  """Returns the arguments with --config, by default that of the run in --workdir, and with ~ expanded in paths."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
   for name in _PATHS:
     parser.add_argument(f"--{name}", f"-{name}", type=os.path.expanduser)
@@ -150,19 +137,15 @@ def _with_config(arguments: list[str]) -> list[str]:
   path, workdir = given.config, given.workdir
   if path and not os.path.exists(path.split(":")[0]):
     siblings = list(map(str, pathlib.Path(path).parent.glob("*.py")))
-    hint = "Run from the folder that contains configs/, or give an absolute path."
-    raise config_lib.InputError(
-      f"--config={path} does not exist. {config_lib.nearest(path, siblings) if siblings else hint}"
-    )
+    hint = config_lib.nearest(path, siblings) if siblings else "Run from the folder that contains configs/."
+    raise config_lib.InputError(f"--config={path} does not exist. {hint}")
   if not path and workdir and config_from_run.exists(workdir):
     config_from_run.load_config(workdir)  # raises InputError if it cannot be read
     given.config = path = f"{config_from_run.__file__}:{workdir}"
   overrides = [argument for argument in others if argument.lstrip("-").startswith("config.")]
   if overrides and not path:  # unknown flags to absl
-    raise config_lib.InputError(
-      f"--config is missing, and --workdir={workdir or ''} contains no run whose config could be used. For example:"
-      f" --config={_EXAMPLES['config']}"
-    )
+    fix = "give a config, such as --config=configs/photos32.py"
+    raise config_lib.InputError(f"--config is missing, and --workdir={workdir or ''} contains no run: {fix}.")
   for override in overrides:
     section, key = config_lib.defaults(), override.partition("=")[0].partition(".")[2]
     for word in key.split("."):

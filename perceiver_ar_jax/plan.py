@@ -28,7 +28,7 @@ from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import step as step_lib
-from perceiver_ar_jax.training.memory import LESS_MEMORY
+from perceiver_ar_jax.training.memory import LESS_MEMORY, format_bytes
 
 
 def plan(config: Config, workdir: str | os.PathLike) -> int:
@@ -54,8 +54,8 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
   if not result["fits"]:
     reason = f"The compiler reports: {result['refused'].split(': ', 1)[-1]} " if "refused" in result else ""
     raise InputError(
-      f"The train step of {config.data.task} does not fit {topology}: it needs {_format_bytes(result['peak_bytes'])} on"
-      f" each of {topology.num_chips} chips, which have {_format_bytes(result['hbm_bytes'])}. {reason}{LESS_MEMORY}"
+      f"The train step of {config.data.task} does not fit {topology}: it needs {format_bytes(result['peak_bytes'])} on"
+      f" each of {topology.num_chips} chips, which have {format_bytes(result['hbm_bytes'])}. {reason}{LESS_MEMORY}"
     )
   return 0
 
@@ -108,8 +108,8 @@ def assemble(config: Config, topology: Topology, measured: dict) -> dict:
 def describe(plan: dict) -> str:
   """Returns the report that is printed."""
   mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
-  size = {name: _format_bytes(value) for name, value in plan.items() if name.endswith("_bytes")}
-  parts = ", ".join(f"{name} {size[f'{name}_bytes']}" for name in ("weight", "optimizer", "batch", "temp", "code"))
+  size = {name: format_bytes(value) for name, value in plan.items() if name.endswith("_bytes")}
+  parts = ", ".join(f"{name} {size[f'{name}_bytes']}" for name in ("weight", "optimizer", "temp", "code"))
   return (
     f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {mesh}\n"
     f"  {plan['num_params'] / 1e6:,.1f}M parameters, batch {plan['batch_size']:,}, microbatches {plan['microbatches']},"
@@ -118,15 +118,6 @@ def describe(plan: dict) -> str:
     f"  {plan['step_flops']:.3g} FLOPs per step; compute-bound lower limit (FLOPs over peak):"
     f" {plan['compute_bound_seconds']:.3g} seconds per step; compiled in {plan['compile_seconds']:.0f} s"
   )
-
-
-def _required_bytes(refused: str) -> int:
-  match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", refused)  # "... temporaries (41.23G) exceeds ..."
-  return int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
-
-
-def _format_bytes(num_bytes: int) -> str:
-  return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def measure(config: Config, topology: Topology) -> dict:
@@ -148,34 +139,31 @@ def measure(config: Config, topology: Topology) -> dict:
   state = state_lib.abstract_state(config, optimizer, mesh)
   model, dims = config.model, len(config.model.position_sizes) or 1
   row = windows.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
-  shapes = {name: (config.train.batch_size, *array.shape[1:]) for name, array in row.items()}
-  layout = sharding.batch_shardings(mesh, shapes)
-  batch = {name: jax.ShapeDtypeStruct(shapes[name], row[name].dtype, sharding=layout[name]) for name in row}
+  rows = config.train.batch_size
+  batch = {name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for name, array in row.items()}
   result = {
     "mesh": dict(mesh.shape),
     "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
     "weight_bytes": sharding.bytes_per_device(state.params),
     "optimizer_bytes": sharding.bytes_per_device(state.opt_state),
-    "batch_bytes": sharding.bytes_per_device(batch),
   }
   start = time.monotonic()
   with jax.set_mesh(mesh):
     lowered = step_lib.lower(config, optimizer, state, batch, mesh)
     try:
       memory = lowered.compile().memory_analysis()
-      result |= {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "output_bytes": max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
-        "code_bytes": memory.generated_code_size_in_bytes,
-      }
+      result |= {"argument_bytes": memory.argument_size_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
+      result["output_bytes"] = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+      result["code_bytes"] = memory.generated_code_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       refused = str(error).split("\n")[0]
-      argument_bytes = result["weight_bytes"] + result["optimizer_bytes"] + result["batch_bytes"]
-      result |= {"argument_bytes": argument_bytes, "temp_bytes": _required_bytes(refused), "refused": refused}
-      result |= {"output_bytes": 0, "code_bytes": 0}
+      match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", refused)  # "... temporaries (41.23G) exceeds ..."
+      temp_bytes = int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
+      argument_bytes = result["weight_bytes"] + result["optimizer_bytes"]
+      result |= {"argument_bytes": argument_bytes, "temp_bytes": temp_bytes, "output_bytes": 0, "code_bytes": 0}
+      result["refused"] = refused
   return result | {"compile_seconds": round(time.monotonic() - start, 1)}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import InputError, MeshConfig
-from perceiver_ar_jax.models import attention, fused, streamed
+from perceiver_ar_jax.models import attention, streamed
 from perceiver_ar_jax.models.keys import Keys
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from tests import tiny
@@ -94,7 +94,7 @@ def test_streamed_equals_reference_with_gradients_of_the_projection(chunk):
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(4, 13), (130, 130)])
 def test_splash_equals_reference(num_queries, num_keys):
   inputs = _inputs(num_queries, num_keys)
-  ours = _values_and_gradients(functools.partial(fused.splash, interpret=True), *inputs)
+  ours = _values_and_gradients(functools.partial(attention.splash, interpret=True), *inputs)
   for array, expected in zip(ours, _values_and_gradients(attention.reference, *inputs)):
     np.testing.assert_allclose(array, expected, atol=1e-5)
 
@@ -109,7 +109,7 @@ def _lowered(kernel, platform):
 
 
 def test_splash_lowers_for_the_tpu():
-  assert _lowered(fused.splash, "tpu").count("tpu_custom_call") >= 2  # forward and backward
+  assert _lowered(attention.splash, "tpu").count("tpu_custom_call") >= 2  # forward and backward
 
 
 def test_cudnn_lowers_for_the_gpu(monkeypatch):
@@ -123,7 +123,7 @@ def test_cudnn_lowers_for_the_gpu(monkeypatch):
     def fill(x):  # cuDNN wants heads whose width is a multiple of 8
       return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 4)))
 
-    return fused.cudnn(fill(q), Keys.from_arrays(*map(fill, keys.to_arrays())), valid, **kwargs)
+    return attention.cudnn(fill(q), Keys.from_arrays(*map(fill, keys.to_arrays())), valid, **kwargs)
 
   program = _lowered(kernel, "cuda")
   assert "__cudnn$fmhaScaleBiasSoftmax(" in program and "__cudnn$fmhaScaleBiasSoftmaxBackward(" in program

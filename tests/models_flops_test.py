@@ -47,7 +47,7 @@ def test_a_step_counted_by_hand():
     assert flops.train_step(tiny.config(**SMALL | changes)) == 3 * 3 * BY_HAND
 
 
-# S 2, C 3, D 4, E 3, F 8, V 5, one layer: of 6 inputs the last two segments are leading and one holds the 2 latents.
+# S 2, C 3, D 4, E 3, F 8, V 5, one layer: 6 inputs in three segments.
 XL = SMALL | {
   "model__architecture": "transformer_xl",
   "model__position_encoding": "relative",
@@ -63,8 +63,8 @@ XL_ROW, XL_MEMORY, XL_DISTANCES, XL_LOGITS = 24 + 128 + 96 + 120 + 128, 96, 80, 
 def test_a_step_of_transformer_xl_counted_by_hand():
   config = tiny.config(**XL)
   assert flops.eval_step(config) == 2 * (3 * (7 * XL_ROW + XL_DISTANCES) + 7 * XL_LOGITS)
-  leading = 2 * (3 * XL_ROW + XL_DISTANCES)  # forward only
-  assert flops.train_step(config) == 2 * (leading + 3 * 3 * (XL_ROW + XL_LOGITS) - 3 * XL_MEMORY + 2 * XL_DISTANCES)
+  segment = 3 * (3 * XL_ROW - XL_MEMORY) + 2 * XL_DISTANCES
+  assert flops.train_step(config) == 2 * (3 * segment + 3 * 3 * XL_LOGITS)
 
 
 def test_cross_attend_dropout_and_ids_looked_up_cost_less():

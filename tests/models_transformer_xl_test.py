@@ -140,7 +140,6 @@ def test_a_token_sees_back_by_the_memory_of_each_layer_and_not_ahead(num_latents
 
 
 def test_fewer_latents_are_the_last_ones():
-  """The segments that are then left out, since nothing reaches them, change nothing."""
   tokens = _tokens((2, 40))
   config = dataclasses.replace(CONFIG, max_context=40, num_latents=40, memory=2)
   params = _params(config)

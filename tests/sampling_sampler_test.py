@@ -202,9 +202,9 @@ def test_a_str_for_a_task_that_reads_files_is_an_error_with_the_fix(folder):
 def test_on_the_command_line_what_looks_like_a_path_is_a_file_that_must_exist(setting, contents, text, folder):
   if contents is None:
     with pytest.raises(InputError, match="does not exist|matches no file"):
-      prompts.read_setting(text.task, setting)
+      prompts.read(text.task, prompts.parse(text.task, setting))
   else:
-    assert _contents(text.task, prompts.read_setting(text.task, setting)) == contents
+    assert _contents(text.task, prompts.read(text.task, prompts.parse(text.task, setting))) == contents
 
 
 def test_the_prompt_of_the_config_follows_the_rule_of_the_command_line(text, folder, monkeypatch):

@@ -61,7 +61,7 @@ def test_tensorboard_compares_settings(trained):
 
 def test_samples_that_exceed_the_memory_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(write.PreviewSampler, "compile", lambda self, params: 2**60)
-  with pytest.raises(InputError, match="memory on each device .*3 samples 1073741824.0 GiB.*eval.num_samples=0"):
+  with pytest.raises(InputError, match="memory on each device .*3 samples 1073741824.00 GiB.*eval.num_samples=0"):
     loop.train(tiny.config(eval__num_samples=3), tmp_path)
   assert not (tmp_path / "checkpoints").exists()
 

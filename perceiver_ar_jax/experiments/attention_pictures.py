@@ -111,7 +111,7 @@ def _document(config: Config) -> tuple[Task, Document]:
       return task, document
     raise splits.none_readable(config, config.eval.split)
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
-  document = prompts.read_setting(task, prompt)[0]
+  document = prompts.read(task, prompts.parse(task, prompt))[0]
   if not document.has_targets():
     raise InputError(f"attention_map.prompt={prompt!r} contains nothing to predict: give a longer document.")
   return task, document

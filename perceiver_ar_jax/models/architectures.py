@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import InputError, ModelConfig, lookup
+from perceiver_ar_jax.config import ModelConfig, lookup, require
 from perceiver_ar_jax.models import attention, layers, perceiver_ar, transformer_xl
 
 
@@ -19,12 +19,9 @@ class Architecture(NamedTuple):
   """A model class, and what is supported with it."""
 
   module: type[nn.Module]
-  check: Callable[[ModelConfig], None]
-  """Raises InputError for settings that it does not support."""
-  flops: Callable[..., int]
-  """(config, rows, num_latents, training=) -> FLOPs of a step; see flops.py."""
-  has_cross_attention: bool = True
-  """Whether it has a cross-attention: its KV cache, context sharding and attention pictures need one."""
+  check: Callable[[ModelConfig], None]  # raises InputError for settings that it does not support
+  flops: Callable[..., int]  # (config, rows, num_latents, training=) -> FLOPs of a step; see flops.py
+  has_cross_attention: bool = True  # needed by the KV cache, context sharding and attention pictures
 
 
 ARCHITECTURES = {
@@ -44,14 +41,14 @@ def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   """Raises InputError if the model does not exist or does not run on the mesh (None: on any)."""
   architecture = architecture_of(config)
   lookup("model.activation", config.activation, layers.ACTIVATIONS)
-  lookup("model.remat", config.remat, perceiver_ar.REMAT_POLICIES)
+  lookup("model.remat", config.remat, layers.REMAT_POLICIES)
   architecture.check(config)
   attention.check(config, mesh)
-  if mesh is not None and mesh.shape["context"] > 1 and not architecture.has_cross_attention:
-    raise InputError(
-      f"mesh.context={mesh.shape['context']} shards the inputs of a cross-attention, which {config.architecture}"
-      " does not have: set --config.mesh.context=1, and split the batch over data or fsdp."
-    )
+  shards = mesh.shape["context"] if mesh else 1
+  require(
+    shards == 1 or architecture.has_cross_attention,
+    f"mesh.context={shards} shards the inputs of a cross-attention, which {config.architecture} lacks: set it to 1.",
+  )
 
 
 def make_model(config: ModelConfig) -> nn.Module:

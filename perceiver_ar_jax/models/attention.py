@@ -1,4 +1,4 @@
-"""The table of attention kernels, how one is chosen, and the reference implementation.
+"""The table of attention kernels, how one is chosen, the reference implementation, and kernels of vendors.
 
 All kernels compute the same attention of q_BxMxHxK over a context, with softmax in float32, by the visibility rule of
 keys.py. A query that attends to no key, which only padding does, gets finite values without meaning. A kernel receives
@@ -7,6 +7,7 @@ the context as `Keys`, not yet projected, so that it decides how many keys and v
 To add a kernel, add a function and an entry of KERNELS; `model.attention` then accepts its name.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import InputError, ModelConfig, lookup
-from perceiver_ar_jax.models import fused, streamed
+from perceiver_ar_jax.config import ModelConfig, lookup, require
+from perceiver_ar_jax.models import streamed
 from perceiver_ar_jax.models.keys import MASKED, Keys, product, scaled, visible
+from perceiver_ar_jax.parallel import sharding
 
 # Scores of one head from which streaming over the context is at least as fast, and smaller; measured on CPUs.
 _LARGE = 2**15
+_LANES = 128  # the TPU's vector width: splash needs lengths that are multiples of it
 
 
 def reference(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
@@ -38,35 +41,74 @@ def probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own: bool = False):
   return jax.nn.softmax(jnp.where(visible_Bx1xMxL, scores_BxHxMxL, MASKED), axis=-1)
 
 
+def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
+  """cuDNN's fused attention, for NVIDIA GPUs in bfloat16; `chunk` is ignored."""
+  del chunk
+  num_keys = valid_BxL.shape[1]
+  mask_Bx1xMxL = visible(jnp.arange(num_keys), q_BxMxHxK.shape[1], num_keys, valid_BxL, keep_own)
+  return jax.nn.dot_product_attention(q_BxMxHxK, *keys.to_arrays(), mask=mask_Bx1xMxL, implementation="cudnn")
+
+
+def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None, interpret: bool = False):
+  """The Pallas kernel that ships with JAX, for TPUs: blocks that no query attends to are skipped; `chunk` is ignored.
+
+  Padding is expressed by segment ids, so latent dropout is refused. `interpret` runs it on any platform, slowly.
+  """
+  del chunk
+  require(not keep_own, "model.attention=splash does not support model.latent_dropout: set that to 0.")
+  k_BxLxHxK, v_BxLxHxK = keys.to_arrays()
+  layout = sharding.current_spec(("batch", None, "heads", None), q_BxMxHxK.shape)
+  attend = functools.partial(_splash, interpret=interpret)
+  if layout is not None:  # XLA does not partition a Pallas kernel over devices
+    rows = sharding.current_spec(("batch", None), valid_BxL.shape)
+    attend = jax.shard_map(attend, in_specs=(layout, layout, layout, rows), out_specs=layout, check_vma=False)
+  return attend(scaled(q_BxMxHxK), k_BxLxHxK, v_BxLxHxK, valid_BxL)
+
+
+def _splash(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, interpret: bool):
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  num_queries, num_keys = q_BxMxHxK.shape[1], k_BxLxHxK.shape[1]
+  extra_queries, extra_keys = -num_queries % _LANES, -num_keys % _LANES
+
+  def pad(x, extra):  # on the left, where padding is anyway, so that only the causal offset changes
+    return jnp.pad(x, ((0, 0), (extra, 0)) + ((0, 0),) * (x.ndim - 2))
+
+  offset = (num_keys + extra_keys) - (num_queries + extra_queries)
+  mask = splash_attention.CausalMask((num_queries + extra_queries, num_keys + extra_keys), offset=offset)
+  heads = splash_attention.MultiHeadMask([mask] * q_BxMxHxK.shape[2])
+  kernel = splash_attention.make_splash_mha(heads, head_shards=1, q_seq_shards=1, interpret=interpret)
+
+  def attend(q_MxHxK, k_LxHxK, v_LxHxK, valid_L):
+    segments = splash_attention.SegmentIds(q=jnp.ones(q_MxHxK.shape[0], jnp.int32), kv=valid_L.astype(jnp.int32))
+    out_HxMxK = kernel(*(x.swapaxes(0, 1) for x in (q_MxHxK, k_LxHxK, v_LxHxK)), segment_ids=segments)
+    return out_HxMxK.swapaxes(0, 1)
+
+  padded = pad(q_BxMxHxK, extra_queries), pad(k_BxLxHxK, extra_keys), pad(v_BxLxHxK, extra_keys)
+  return jax.vmap(attend)(*padded, pad(valid_BxL, extra_keys))[:, extra_queries:]
+
+
 class Kernel(NamedTuple):
   """An implementation of attention, and what it needs."""
 
-  attend: Callable[..., jax.Array]
-  """(q_BxMxHxK, keys, valid_BxL, keep_own, chunk) -> attended_BxMxHxK."""
-  platform: str | None = None
-  """The only platform that it runs on ("gpu", "tpu"); None: all."""
-  dtype: str | None = None
-  """The only compute type that it supports; None: all."""
-  shards_context: bool = True
-  """Whether the slots of the context may be sharded over devices."""
+  attend: Callable[..., jax.Array]  # (q_BxMxHxK, keys, valid_BxL, keep_own, chunk) -> attended_BxMxHxK
+  platform: str | None = None  # the only platform that it runs on ("gpu", "tpu"); None: all
+  dtype: str | None = None  # the only compute type that it supports; None: all
+  shards_context: bool = True  # whether the slots of the context may be sharded over devices
 
 
 KERNELS: dict[str, Kernel] = {
   "reference": Kernel(reference),
   "chunked": Kernel(streamed.chunked),
   "streamed": Kernel(streamed.streamed),
-  "cudnn": Kernel(fused.cudnn, platform="gpu", dtype="bfloat16", shards_context=False),
-  "splash": Kernel(fused.splash, platform="tpu", shards_context=False),
+  "cudnn": Kernel(cudnn, platform="gpu", dtype="bfloat16", shards_context=False),
+  "splash": Kernel(splash, platform="tpu", shards_context=False),
 }
 AUTO = "auto"
 
 
 def choose(name: str, num_queries: int, num_keys: int) -> Kernel:
-  """The kernel of `model.attention` = `name` for these shapes; AUTO: the fastest that runs everywhere, by shape.
-
-  Raises:
-    InputError: an unknown name.
-  """
+  """The kernel of `model.attention` = `name` for these shapes; raises InputError for an unknown name."""
   if name == AUTO:
     name = "streamed" if num_queries * num_keys >= _LARGE else "reference"
   return lookup("model.attention", name, KERNELS, also=(AUTO,))
@@ -76,21 +118,16 @@ def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   """Raises InputError if the config's kernel does not exist or does not run with its dtype or on the mesh."""
   kernel = choose(config.attention, 1, 1)
   general = ", ".join([AUTO, *(name for name, each in KERNELS.items() if each.platform is None)])
-  if kernel.dtype not in (None, config.dtype):
-    raise InputError(
-      f"model.attention={config.attention} computes in {kernel.dtype} only: set model.dtype={kernel.dtype}, or choose"
-      " another kernel."
-    )
+  setting, dtype = f"model.attention={config.attention}", kernel.dtype
+  require(dtype in (None, config.dtype), f"{setting} computes in {dtype} only: set model.dtype={dtype}.")
   if mesh is None:
     return
-  platform = mesh.devices.flat[0].platform
-  if kernel.platform is not None and kernel.platform != platform:
-    raise InputError(
-      f"model.attention={config.attention} runs on {kernel.platform.upper()}s only, and the devices here are"
-      f" {platform.upper()}s: choose one of {general}."
-    )
-  if not kernel.shards_context and mesh.shape["context"] > 1:
-    raise InputError(
-      f"model.attention={config.attention} needs all keys on each device, so it does not support"
-      f" mesh.context={mesh.shape['context']}: choose one of {general}, or set it to 1."
-    )
+  actual, needed, shards = mesh.devices.flat[0].platform, kernel.platform or "", mesh.shape["context"]
+  require(
+    needed in ("", actual),
+    f"{setting} runs on {needed.upper()}s only, and these are {actual.upper()}s: choose one of {general}.",
+  )
+  require(
+    kernel.shards_context or shards == 1,
+    f"{setting} needs all keys on each device: set mesh.context={shards} to 1, or choose one of {general}.",
+  )

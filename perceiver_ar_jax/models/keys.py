@@ -1,7 +1,7 @@
 """What attention reads: keys and values as a function of their inputs (`Keys`) or as a KV cache (`CachedKeys`).
 
 This module also owns the visibility rule that every kernel follows: query m is at slot L - M + m and attends to key l
-iff l <= L - M + m and valid_BxL[l]. Kernels are in attention.py, streamed.py and fused.py. Shape letters:
+iff l <= L - M + m and valid_BxL[l]. Kernels are in attention.py and streamed.py. Shape letters:
 perceiver_ar.py.
 """
 
@@ -24,14 +24,10 @@ class Keys(NamedTuple):
 
   project: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
   """(weights, inputs of halo + C slots) -> k_BxCxHxK, v_BxCxHxK; a pure function that closes over no tracers."""
-  weights: Any
-  """A tree of float arrays, the same for every slot."""
-  inputs: Any
-  """A tree of arrays [B, L, ...]; of integers, where there is a halo."""
-  halo: int = 0
-  """Number of slots before a chunk that its projection reads; zeros before the first slot."""
-  sharded: bool = False
-  """Whether the slots are sharded over the mesh ("slots" in sharding.RULES)."""
+  weights: Any  # a tree of float arrays, the same for every slot
+  inputs: Any  # a tree of arrays [B, L, ...]; of integers, where there is a halo
+  halo: int = 0  # number of slots before a chunk that its projection reads; zeros before the first slot
+  sharded: bool = False  # whether the slots are sharded over the mesh ("slots" in sharding.RULES)
 
   @classmethod
   def from_arrays(cls, k_BxLxHxK, v_BxLxHxK, *, sharded: bool = False) -> "Keys":

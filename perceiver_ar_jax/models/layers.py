@@ -6,7 +6,7 @@ The kernels that compute it are in attention.py. Shape letters: perceiver_ar.py.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,26 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=True),
 }
 
+REMAT_POLICIES = {
+  "none": None,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(streamed.SAVED),
+  ),
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""`model.remat` -> what a layer keeps for its backward pass; None: everything."""
+
 MAPS = "intermediates"
 """The collection to which attention writes the newest query's attention weights, if the caller makes it mutable
 (initialisation never does, and layers under a scan write nothing)."""
 
 
 def dense(
-  config: ModelConfig, features: int, name: str | None, axes: tuple[str | None, str | None], init=kernel_init, **kwargs
+  config: ModelConfig, features: int, name: str | None, axes: tuple[str | None, str | None], zero=False, **kwargs
 ) -> nn.Dense:
-  """A Dense with bias whose kernel [in, out] has the logical `axes`; computes in `config.dtype`."""
+  """A Dense with bias whose kernel [in, out] has the logical `axes`, and is 0 at first with `zero`."""
+  init = nn.initializers.zeros_init() if zero else kernel_init
   return nn.Dense(
     features,
     name=name,
@@ -50,14 +61,8 @@ def dense(
 
 def logits_dense(config: ModelConfig) -> nn.Dense:
   """The last layer: float32 logits of each token id, initially zero."""
-  return dense(
-    config,
-    config.vocab_size,
-    None,
-    ("width", "vocab"),
-    init=nn.initializers.zeros_init(),
-    dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-  )
+  dot_general = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+  return dense(config, config.vocab_size, None, ("width", "vocab"), zero=True, dot_general=dot_general)
 
 
 class ValueLogits(nn.Module):
@@ -69,7 +74,7 @@ class ValueLogits(nn.Module):
   def __call__(self, latents_BxMxD):
     """Returns float32 logits_BxMxV."""
     features = self.config.value_features
-    project = dense(self.config, features, "project", ("width", None), init=nn.initializers.zeros_init())
+    project = dense(self.config, features, "project", ("width", None), zero=True)
     features_VxF = positions.value_features(self.config.vocab_size, features)
     return project(latents_BxMxD).astype(jnp.float32) @ features_VxF.T
 
@@ -93,11 +98,6 @@ def drop(module: nn.Module, rate: float, x):
   kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
   kept = checkpoint_name(kept, streamed.SAVED)  # one byte per element, and more expensive to draw again than to keep
   return jnp.where(kept, x / (1 - rate), 0)
-
-
-def residual_init(config: ModelConfig):
-  """The initialiser of a block's output projection."""
-  return nn.initializers.zeros_init() if config.zero_init else kernel_init
 
 
 def head_norm(name: str | None) -> nn.RMSNorm:
@@ -131,8 +131,7 @@ class Embed(nn.Module):
     if positions_BxLxP.shape[-1] != len(config.position_sizes):
       raise InputError(
         f"Positions of this task have {positions_BxLxP.shape[-1]} dimensions, but"
-        f" model.position_sizes={config.position_sizes} has {len(config.position_sizes)}: give one size (largest"
-        " position + 1) for each."
+        f" model.position_sizes={config.position_sizes} has {len(config.position_sizes)}: give a size for each."
       )
     for dimension, size in enumerate(config.position_sizes):
       positions_BxL = positions_BxLxP[..., dimension]
@@ -210,7 +209,7 @@ class Attention(nn.Module):
     else:
       kernel = attention.choose(config.attention, q_BxMxHxK.shape[1], valid_BxL.shape[1])
       attended_BxMxHxK = kernel.attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
-    out = dense(config, config.latent_width, "out", ("heads", "width"), init=residual_init(config))
+    out = dense(config, config.latent_width, "out", ("heads", "width"), zero=config.zero_init)
     return out(attended_BxMxHxK.reshape(query.shape))
 
 
@@ -224,17 +223,7 @@ class MLP(nn.Module):
     config = self.config
     hidden_BxMxF = dense(config, config.mlp_widening * config.latent_width, "up", ("width", "mlp"))(x_BxMxD)
     hidden_BxMxF = ACTIVATIONS[config.activation](hidden_BxMxF)
-    return dense(config, config.latent_width, "down", ("mlp", "width"), init=residual_init(config))(hidden_BxMxF)
-
-
-class EmbeddedInputs(NamedTuple):
-  """Token ids, and the pure function that embeds any range of them."""
-
-  embed: Callable
-  """(weights, tokens_BxC, positions_BxCxP) -> x_BxCxE."""
-  weights: Any
-  tokens_BxL: jax.Array
-  positions_BxLxP: jax.Array
+    return dense(config, config.latent_width, "down", ("mlp", "width"), zero=config.zero_init)(hidden_BxMxF)
 
 
 class CrossAttention(nn.Module):
@@ -259,49 +248,55 @@ class CrossAttention(nn.Module):
     hidden_BxMxD = self.mlp(self.norm_mlp(latents_BxMxD))
     return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None)
 
-  def keys(self, inputs: EmbeddedInputs) -> Keys:
+  def project(self, x_BxCxE):
+    """Keys and values of embedded inputs, before the steps of `mix`."""
+    return self.keys_values(self.norm_inputs(x_BxCxE))
+
+  def mix(self, keys_values, tokens_BxC, positions_BxCxP):
+    """Convolved, normalised and rotated keys, and convolved values, without the halo of the first `conv_taps` slots."""
+    k_BxCxHxK, v_BxCxHxK = keys_values
+    if self.conv:
+      k_BxCxHxK, v_BxCxHxK = self.conv(k_BxCxHxK, v_BxCxHxK, tokens_BxC > 0)
+    if self.norm_key:
+      k_BxCxHxK = self.norm_key(k_BxCxHxK).astype(self.config.dtype)
+    return rotate(self.config, k_BxCxHxK, positions_BxCxP[:, self.config.conv_taps :]), v_BxCxHxK
+
+  def keys(self, embed: Embed, tokens_BxL, positions_BxLxP) -> Keys:
     """Keys and values of the inputs: one pure function from token ids to rotated heads, for kernels that stream it."""
     config = self.config
-    norm, norm_weights = functional(self.norm_inputs, jnp.zeros((1, 1, config.input_width)))
-    heads, heads_weights = functional(self.keys_values, jnp.zeros((1, 1, config.input_width)))
+    if self.is_initializing():
+      ids_1xC = jnp.ones((1, config.conv_taps + 1), jnp.int32)
+      positions_1xCxP = jnp.ones((*ids_1xC.shape, positions_BxLxP.shape[-1]), jnp.int32)
+      self.mix(self.project(embed(ids_1xC, positions_1xCxP)), ids_1xC, positions_1xCxP)
+    (embed, embed_weights), (unbound, variables) = embed.unbind(), self.unbind()
+
+    def subset(*names):
+      return {"params": {name: variables["params"][name] for name in names if name in variables["params"]}}
 
     def from_ids(weights, tokens_BxC, positions_BxCxP):
-      embed_weights, norm_weights, heads_weights = weights
-      x_BxCxE = norm(norm_weights, inputs.embed(embed_weights, tokens_BxC, positions_BxCxP))
-      return heads(heads_weights, x_BxCxE)
+      x_BxCxE = embed.apply(weights[0], tokens_BxC, positions_BxCxP)
+      return unbound.apply(weights[1], x_BxCxE, method="project")
 
     def from_table(tables, tokens_BxC, positions_BxCxP):
       del positions_BxCxP
       return tuple(table_VxHxK[tokens_BxC].astype(config.dtype) for table_VxHxK in tables)
 
     # Weights are gathered once, whole: sharded weights would make the results, as long as the context, be exchanged.
-    weights = (inputs.weights, norm_weights, heads_weights)
-    weights, unrotated = jax.tree.map(lambda weight: constrain(weight, *(None,) * weight.ndim), weights), from_ids
+    weights, unmixed = (embed_weights, subset("norm_inputs", "keys_values")), from_ids
+    weights = jax.tree.map(lambda weight: constrain(weight, *(None,) * weight.ndim), weights)
     # In float32, since gradients of many inputs are accumulated in each row of the tables.
-    if projects_by_id(config, inputs.tokens_BxL.shape[1]):
+    if projects_by_id(config, tokens_BxL.shape[1]):
       ids_1xV = jnp.arange(config.vocab_size)[None]
       projected = from_ids(weights, ids_1xV, ids_1xV[..., None])
-      weights, unrotated = tuple(part_1xVxHxK[0].astype(jnp.float32) for part_1xVxHxK in projected), from_table
+      weights, unmixed = tuple(part_1xVxHxK[0].astype(jnp.float32) for part_1xVxHxK in projected), from_table
 
-    head = jnp.zeros((1, config.conv_taps + 1, config.num_cross_heads, config.cross_width // config.num_cross_heads))
-    conv, conv_weights = functional(self.conv, head, head, head[..., 0, 0] == 0) if self.conv else (None, ())
-    norm_key, norm_key_weights = functional(self.norm_key, head) if self.norm_key else (None, ())
-    weights = weights, conv_weights, norm_key_weights
-
-    def project(weights, source):
-      weights, conv_weights, norm_key_weights = weights
-      tokens_BxC, positions_BxCxP = source
-      k_BxCxHxK, v_BxCxHxK = unrotated(weights, tokens_BxC, positions_BxCxP)
-      if conv:
-        k_BxCxHxK, v_BxCxHxK = conv(conv_weights, k_BxCxHxK, v_BxCxHxK, tokens_BxC > 0)
-      if norm_key:
-        k_BxCxHxK = norm_key(norm_key_weights, k_BxCxHxK).astype(config.dtype)
-      return rotate(config, k_BxCxHxK, positions_BxCxP[:, config.conv_taps :]), v_BxCxHxK
+    def project(weights, inputs):
+      return unbound.apply(weights[1], unmixed(weights[0], *inputs), *inputs, method="mix")
 
     sharded = attention.choose(config.attention, 1, 1).shards_context
     slots = "slots" if sharded else None
-    source = constrain(inputs.tokens_BxL, "batch", slots), constrain(inputs.positions_BxLxP, "batch", slots, None)
-    return Keys(project, weights, source, config.conv_taps, sharded)
+    inputs = constrain(tokens_BxL, "batch", slots), constrain(positions_BxLxP, "batch", slots, None)
+    return Keys(project, (weights, subset("conv", "norm_key")), inputs, config.conv_taps, sharded)
 
 
 def projects_by_id(config: ModelConfig, num_inputs: int) -> bool:
@@ -311,14 +306,6 @@ def projects_by_id(config: ModelConfig, num_inputs: int) -> bool:
   where there are more inputs than ids.
   """
   return not positions.encoding_of(config).is_added and config.vocab_size <= num_inputs
-
-
-def functional(module: nn.Module, *example) -> tuple[Callable, Any]:
-  """(pure function of variables and inputs, the variables) of a submodule, which `example` initialises."""
-  if module.is_initializing():
-    module(*example)
-  unbound, variables = module.unbind()
-  return unbound.apply, variables
 
 
 class SelfAttentionLayer(nn.Module):
@@ -339,14 +326,8 @@ class SelfAttentionLayer(nn.Module):
   ):
     """Returns the latents and, for generation, their keys and values as `CachedKeys`.
 
-    Args:
-      latents_BxMxD: all latents, or in generation the newest latent, M = 1.
-      positions_BxMxP: positions of the latents.
-      valid_BxM: which latents others may attend to; [B, S] with `cache`.
-      keep_own: a latent attends to itself, valid or not.
-      deterministic: no dropout.
-      cache: None, or the KV cache of S latents, to which those of the newest latent are written.
-      slot: int32[], the newest latent's slot in `cache`.
+    `valid_BxM`: which latents others may attend to. `keep_own`: a latent attends to itself, valid or not. With the KV
+    `cache` of S latents, M = 1: the newest latent is written to its `slot`, int32[], and `valid_BxM` is [B, S].
     """
     config = self.config
     dropout = functools.partial(drop, self, 0.0 if deterministic else config.dropout)
@@ -365,3 +346,22 @@ class SelfAttentionLayer(nn.Module):
     latents_BxMxD = constrain(latents_BxMxD + dropout(attended_BxMxD), "batch", None, None)
     hidden_BxMxD = MLP(config, name="mlp")(layer_norm("norm_mlp")(latents_BxMxD))
     return constrain(latents_BxMxD + dropout(hidden_BxMxD), "batch", None, None), new_cache
+
+
+def scan(layer: type[nn.Module], config: ModelConfig, depth: int, in_axes: tuple, static: tuple[int, ...], name=None):
+  """`depth` layers, traced and compiled once, with rematerialization; their weights are stacked on axis 0.
+
+  `in_axes` is that of nn.scan, and `static` has the numbers of arguments, counted from 1, that are not arrays.
+  """
+  policy = REMAT_POLICIES[config.remat]
+  if policy is not None:
+    layer = nn.remat(layer, policy=policy, prevent_cse=False, static_argnums=static)
+  scanned = nn.scan(
+    layer,
+    variable_axes={"params": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=in_axes,
+    length=depth,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+  return scanned(config, name=name)

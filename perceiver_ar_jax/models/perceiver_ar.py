@@ -9,20 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from perceiver_ar_jax.config import InputError, ModelConfig
-from perceiver_ar_jax.models import layers, positions, streamed
-from perceiver_ar_jax.models.keys import CachedKeys, Keys
+from perceiver_ar_jax.config import ModelConfig, require
+from perceiver_ar_jax.models import layers, positions
 from perceiver_ar_jax.parallel import sharding
-
-REMAT_POLICIES = {
-  "none": None,
-  "dots": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(streamed.SAVED),
-  ),
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
-"""`model.remat` -> what a layer keeps for its backward pass; None: everything."""
 
 
 class PerceiverAR(nn.Module):
@@ -39,7 +28,10 @@ class PerceiverAR(nn.Module):
     self.to_latents = layers.dense(config, config.latent_width, None, ("width", "latent"))
     depths = group_depths(config)
     self.cross_attend = [layers.CrossAttention(config) for _ in depths]
-    self.layers = [_scan_layers(config, depth) if depth else None for depth in depths]
+    self.layers = [
+      layers.scan(layers.SelfAttentionLayer, config, depth, (nn.broadcast,) * 4, (4, 5)) if depth else None
+      for depth in depths
+    ]
     self.final_norm = layers.layer_norm(None)
     self.to_logits = layers.logits_dense(config)
     self.value_logits = layers.ValueLogits(config) if config.value_features else None
@@ -82,22 +74,14 @@ class PerceiverAR(nn.Module):
       valid_BxM &= jax.random.bernoulli(self.make_rng("dropout"), 1 - config.latent_dropout, valid_BxM.shape)
 
     latents_BxMxD = self.initial_latents(tokens_BxM, positions_BxMxP)
-    cross_keys = self._cross_keys(tokens_BxL, positions_BxLxP)
-    for group, layers_of_group in enumerate(self.layers):
-      latents_BxMxD = self.cross_attend[group](
-        latents_BxMxD, cross_keys[group], positions_BxMxP, valid_BxL, deterministic
-      )
+    for cross_attend, layers_of_group in zip(self.cross_attend, self.layers, strict=True):
+      keys = cross_attend.keys(self.embed, tokens_BxL, positions_BxLxP)
+      latents_BxMxD = cross_attend(latents_BxMxD, keys, positions_BxMxP, valid_BxL, deterministic)
       if layers_of_group is not None:
         latents_BxMxD, _ = layers_of_group(latents_BxMxD, positions_BxMxP, valid_BxM, keep_own, deterministic)
     return self.final_norm(latents_BxMxD)
 
-  def _cross_keys(self, tokens_BxL, positions_BxLxP) -> list[Keys]:
-    """The inputs as keys and values of each cross-attention."""
-    embed, weights = layers.functional(self.embed, tokens_BxL[:, -1:], positions_BxLxP[:, -1:])
-    inputs = layers.EmbeddedInputs(embed, weights, tokens_BxL, positions_BxLxP)
-    return [cross_attention.keys(inputs) for cross_attention in self.cross_attend]
-
-  # The parts of `latents` as methods of their own, for generation with a KV cache (decode_cache.py).
+  # Parts of `latents`, for generation with a KV cache (decode_cache.py).
 
   def initial_latents(self, tokens_BxM, positions_BxMxP):
     """latents_BxMxD before the first cross-attention."""
@@ -108,16 +92,8 @@ class PerceiverAR(nn.Module):
 
     `halo` is conv_taps if the inputs begin with that many from before, or 0 at the start of a sequence.
     """
-    keys = [keys._replace(sharded=False) for keys in self._cross_keys(tokens_BxC, positions_BxCxP)]
+    keys = [each.keys(self.embed, tokens_BxC, positions_BxCxP)._replace(sharded=False) for each in self.cross_attend]
     return [each.project(each.weights, each.inputs) if halo else each.to_arrays() for each in keys]
-
-  def attend_to_context(self, group: int, latents_BxMxD, keys: Keys | CachedKeys, positions_BxMxP, valid_BxC):
-    """The latents after the cross-attention that precedes the layers of `group`; see layers.CrossAttention."""
-    return self.cross_attend[group](latents_BxMxD, keys, positions_BxMxP, valid_BxC)
-
-  def normalise(self, latents_BxMxD):
-    """The final norm: what `latents` returns, given the latents after the last layer."""
-    return self.final_norm(latents_BxMxD)
 
   def logits(self, latents_BxMxD):
     """float32 logits_BxMxV of normalised latents."""
@@ -127,17 +103,11 @@ class PerceiverAR(nn.Module):
 
 def check(config: ModelConfig) -> None:
   """Raises InputError for settings that Perceiver AR does not support; those of its parts are checked by them."""
-  if config.position_encoding == "relative":
-    raise InputError(
-      "model.position_encoding=relative is supported by transformer_xl only: choose sinusoidal, fourier, learned or"
-      " rotary, or set --config.model.architecture=transformer_xl."
-    )
   for name in ("segment", "memory"):
-    if getattr(config, name) is not None:
-      raise InputError(
-        f"model.{name}={getattr(config, name)} is a setting of transformer_xl: leave it out, or set"
-        " --config.model.architecture=transformer_xl."
-      )
+    value = getattr(config, name)
+    require(value is None, f"model.{name}={value} is a setting of transformer_xl, not of perceiver_ar: leave it out.")
+  is_relative = config.position_encoding == "relative"
+  require(not is_relative, "model.position_encoding=relative is supported by transformer_xl only: choose another.")
   positions.check(config)
 
 
@@ -164,15 +134,7 @@ def attention_map(
 ):
   """float32 weights_BxHxL with which each head of a cross-attention attends to each input, for the last latent.
 
-  They sum to 1 and are 0 on padding. The last latent predicts the token after the inputs, so it attends to all of them.
-
-  Args:
-    config: of the model.
-    params: of the model.
-    tokens_BxL: as for the model's call.
-    positions_BxLxP: likewise.
-    num_latents: likewise.
-    cross_attention: which one, from 0: below len(group_depths(config)).
+  They sum to 1 and are 0 on padding. Arguments as for the model's call; `cross_attention`: its index, the first is 0.
   """
   _, state = PerceiverAR(config).apply(
     {"params": params},
@@ -209,19 +171,3 @@ def group_depths(config: ModelConfig) -> list[int]:
   """Numbers of self-attention layers after each cross-attention: a cross-attention precedes each group of layers."""
   ends = sorted({layer + 1 for layer in config.cross_attend_after}) + [config.num_layers]
   return [end - start for start, end in zip([0, *ends], ends)]
-
-
-def _scan_layers(config: ModelConfig, depth: int) -> nn.Module:
-  """`depth` self-attention layers, traced and compiled once; their weights are stacked on axis 0."""
-  layer, policy = layers.SelfAttentionLayer, REMAT_POLICIES[config.remat]
-  if policy is not None:
-    layer = nn.remat(layer, policy=policy, prevent_cse=False, static_argnums=(4, 5))
-  scanned = nn.scan(
-    layer,
-    variable_axes={"params": 0},
-    split_rngs={"params": True, "dropout": True},
-    in_axes=(nn.broadcast,) * 4,
-    length=depth,
-    metadata_params={nn.PARTITION_NAME: "layers"},
-  )
-  return scanned(config)

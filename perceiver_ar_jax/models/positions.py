@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from perceiver_ar_jax.config import InputError, ModelConfig, lookup
+from perceiver_ar_jax.config import InputError, ModelConfig, lookup, require
 
 
 def sinusoidal(positions_BxL, *, size: int, width: int):
@@ -28,13 +28,8 @@ def sinusoidal(positions_BxL, *, size: int, width: int):
 def fourier(positions_BxL, *, size: int, width: int):
   """float32[B, L, width]: sines, then cosines, of pi * f * x; x in [-1, 1] over `size` positions, f in 1..size/2.
 
-  Raises:
-    InputError: the width is odd.
+  The width must be even.
   """
-  if width % 2:
-    raise InputError(
-      f"model.position_encoding=fourier needs an even embedding width, not {width}: change model.embed_width."
-    )
   bands = np.pi * np.linspace(1.0, size / 2, width // 2)
   return jnp.concatenate(_sin_cos(positions_BxL, size, bands * 2 / max(size - 1, 1), phases=-bands), axis=-1)
 
@@ -77,17 +72,12 @@ def terminal_relative(tokens_BxL) -> jnp.ndarray:
 
 
 def rotary(config: ModelConfig, x_BxLxHxK, positions_BxLxP):
-  """Queries or keys rotated by their positions, in the dimensions that the config names.
-
-  Raises:
-    InputError: another number of position dimensions.
-  """
+  """Queries or keys rotated by their positions; raises InputError for another number of position dimensions."""
   dimensions, width = positions_BxLxP.shape[-1], x_BxLxHxK.shape[-1]
   if dimensions != (len(config.rotary_axes) or 1):
     raise InputError(
       f"Positions of this task have {dimensions} dimensions, and rotary positions use {len(config.rotary_axes) or 1}:"
-      " set model.rotary_axes to one (fraction of a head, shortest, longest wavelength) for each dimension, or count"
-      " positions from the last token (--config.model.positions_from_data=False)."
+      " set model.rotary_axes, one entry for each dimension, or --config.model.positions_from_data=False."
     )
   if not config.rotary_axes:
     wavelength = config.rotary_max_wavelength or config.max_context
@@ -129,12 +119,9 @@ def _rotate(x_BxLxHxK, positions_BxLxN, frequencies_N: np.ndarray):
 class Encoding(NamedTuple):
   """How positions enter the model."""
 
-  table: Callable | None = None
-  """(positions_BxL, size, width) -> float32[B, L, width] to add to the embedding, for each position dimension."""
-  learned: bool = False
-  """Whether a learned table is added to the embedding for each position dimension."""
-  rotate: Callable | None = None
-  """(config, x_BxLxHxK, positions_BxLxP) -> queries or keys rotated by their positions."""
+  table: Callable | None = None  # (positions_BxL, size, width) -> float32[B, L, width], added for each dimension
+  learned: bool = False  # whether a learned table is added to the embedding for each position dimension
+  rotate: Callable | None = None  # (config, x_BxLxHxK, positions_BxLxP) -> queries or keys rotated by their positions
 
   @property
   def is_added(self) -> bool:
@@ -155,11 +142,10 @@ def encoding_of(config: ModelConfig) -> Encoding:
   """The config's encoding; raises InputError for an unknown name, or names that cannot be combined."""
   names = config.position_encoding.split("+")
   parts = [lookup("model.position_encoding", name, ENCODINGS) for name in names]
+  added, rotated = [part for part in parts if part.is_added], [part for part in parts if part.rotate]
   if len(parts) == 1:
     return parts[0]
-  added = [part for part in parts if part.is_added]
-  rotated = [part for part in parts if part.rotate]
-  if len(parts) != 2 or len(added) != 1 or len(rotated) != 1:
+  if (len(parts), len(added), len(rotated)) != (2, 1, 1):
     raise InputError(
       f"model.position_encoding={config.position_encoding} must be one encoding, or one that is added to the embedding"
       " and one inside attention, such as learned+rotary."
@@ -171,21 +157,14 @@ def check(config: ModelConfig) -> None:
   """Raises InputError if the config's encoding is unknown or lacks tables of the right sizes."""
   name, sizes, encoding = config.position_encoding, config.position_sizes, encoding_of(config)
   if config.rotary_axes and encoding.rotate is None:
-    raise InputError(
-      f"model.rotary_axes={config.rotary_axes} needs rotary positions, not {name}: leave it out, or set"
-      " --config.model.position_encoding=rotary."
-    )
+    raise InputError(f"model.rotary_axes={config.rotary_axes} needs rotary positions, not {name}: leave it out.")
   if not encoding.is_added:
     return
-  if not sizes:
-    raise InputError(
-      f"model.position_sizes is empty, but {name} positions need a table: give one size (largest position + 1) for each"
-      f" position dimension, such as ({config.max_context + 1},)."
-    )
-  if not config.positions_from_data and (len(sizes) != 1 or sizes[0] < config.max_context):
-    raise InputError(
-      f"model.position_sizes={sizes} must be one size of at least model.max_context={config.max_context}, since"
-      " positions are counted from the last token."
-    )
-  if "fourier" in name and config.input_width % 2:
-    fourier(np.zeros((1, 1), np.int32), size=1, width=config.input_width)  # raises
+  example = f"such as ({config.max_context + 1},)"
+  require(bool(sizes), f"model.position_sizes is empty: {name} positions need a size for each dimension, {example}.")
+  require(
+    config.positions_from_data or len(sizes) == 1 and sizes[0] >= config.max_context,
+    f"model.position_sizes={sizes} must be one size of at least model.max_context={config.max_context}.",
+  )
+  if encoding.table is fourier and config.input_width % 2:
+    raise InputError(f"model.position_encoding={name} needs an even model.embed_width, not {config.input_width}.")

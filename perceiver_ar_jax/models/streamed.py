@@ -52,12 +52,9 @@ def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int
 class _Layout(NamedTuple):
   """Which slots of the context this device scans."""
 
-  num_keys: int
-  """L, over all devices."""
-  axes: tuple[str, ...]
-  """Mesh axes over which the slots are sharded, inside shard_map; (): this device has all slots."""
-  halo: int
-  """Slots before a chunk that its projection reads."""
+  num_keys: int  # L, over all devices
+  axes: tuple[str, ...]  # mesh axes over which the slots are sharded, inside shard_map; (): this device has all slots
+  halo: int  # slots before a chunk that its projection reads
 
   def first_slot(self, num_local: int):
     """The global number of this device's first slot, where each device has `num_local`."""
@@ -183,13 +180,13 @@ def _for_each_chunk(step, carry, layout: _Layout, num_local: int, num_queries: i
   clip = jnp.clip if layout.axes else np.clip
   unmasked = clip((before - rest) // chunk, 0, whole)
   for start, end, causal in ((0, unmasked, False), (unmasked, whole, True)):
+
+    def step_at(index, carry, causal=causal):
+      return step(carry, rest + index * chunk, chunk, causal)
+
     if whole and (layout.axes or start < end):
-      carry = jax.lax.fori_loop(start, end, functools.partial(_step_at, step, rest, chunk, causal), carry)
+      carry = jax.lax.fori_loop(start, end, step_at, carry)
   return carry
-
-
-def _step_at(step, start: int, chunk: int, causal: bool, index, carry):
-  return step(carry, start + index * chunk, chunk, causal)
 
 
 def _slice(tree, first, size: int):

@@ -19,38 +19,28 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from perceiver_ar_jax.config import InputError, ModelConfig
-from perceiver_ar_jax.models import layers, perceiver_ar, positions
+from perceiver_ar_jax.config import ModelConfig
+from perceiver_ar_jax.config.checks import require, require_at_least
+from perceiver_ar_jax.models import layers, positions
 from perceiver_ar_jax.models.keys import MASKED, product
 from perceiver_ar_jax.parallel.sharding import constrain
 
 
 def check(config: ModelConfig) -> None:
   """Raises InputError for settings that Transformer-XL does not support."""
-  if config.position_encoding != "relative":
-    raise InputError(
-      f"model.position_encoding={config.position_encoding} is not supported by transformer_xl, where a state has"
-      " another position in each segment that attends to it: set --config.model.position_encoding=relative."
+  supported: dict[str, Any] = {"position_encoding": "relative", "attention": "auto"}
+  supported |= dict.fromkeys(("latent_dropout", "cross_attend_dropout", "conv_taps", "value_features"), 0)
+  supported |= {"cross_attend_after": (), "rotary_axes": (), "qk_norm": False}
+  for name, value in supported.items():
+    actual = getattr(config, name)
+    require(
+      actual == value, f"model.{name}={actual} is not supported by transformer_xl: set --config.model.{name}={value}."
     )
-  if config.segment is None or config.segment < 1:
-    raise InputError(
-      f"model.segment={config.segment} must be at least 1 for transformer_xl: set how many tokens attend to each other"
-      " at a time, such as --config.model.segment=256."
-    )
-  if config.memory is not None and config.memory < 0:
-    raise InputError(f"model.memory={config.memory} must not be negative.")
-  if config.num_layers < 1:
-    raise InputError(f"model.num_layers={config.num_layers} must be at least 1 for transformer_xl.")
-  perceiver_only = ("cross_attend_after", "latent_dropout", "cross_attend_dropout", "conv_taps", "qk_norm")
-  for name in (*perceiver_only, "value_features", "rotary_axes"):
-    if getattr(config, name):
-      default = getattr(type(config), name)
-      raise InputError(f"model.{name}={getattr(config, name)} is not supported by transformer_xl: set it to {default}.")
-  if config.attention not in ("auto", "reference"):
-    raise InputError(
-      f"model.attention={config.attention} is not supported by transformer_xl, whose scores depend on distances: set"
-      " --config.model.attention=auto."
-    )
+  require_at_least(1, "model", config, "segment", "num_layers")
+  require_at_least(0, "model", config, "memory")
+  require(
+    config.segment is not None, "model.segment=None must be at least 1: set the tokens of a segment, such as 256."
+  )
 
 
 def memory_size(config: ModelConfig) -> int:
@@ -59,34 +49,16 @@ def memory_size(config: ModelConfig) -> int:
   return config.segment if config.memory is None else config.memory
 
 
-def num_segments(config: ModelConfig, length: int, num_latents: int) -> tuple[int, int]:
-  """(segments processed only for their states, segments with latents) of a row of `length` inputs.
-
-  Each layer looks back by the memory once, so segments further back than all layers reach are skipped.
-  """
-  assert config.segment
-  total, predicting = -(-length // config.segment), -(-num_latents // config.segment)
-  reached = config.num_layers * -(-memory_size(config) // config.segment)
-  return min(total - predicting, reached), predicting
-
-
 def flops(config: ModelConfig, rows: int, num_latents: int, *, training: bool) -> int:
-  """FLOPs of a step over `rows` sequences; see flops.py.
-
-  Leading segments, memory and distances have no backward pass. All layers of leading segments are counted because they
-  are computed, although not all of their states are read.
-  """
+  """FLOPs of a step over `rows` sequences; see flops.py. Memory and distances have no backward pass."""
   d, n, size, memory = config.latent_width, config.num_layers, config.segment, memory_size(config)
   assert size
   constant = n * rows * memory * 2 * 2 * d * d + n * (memory + size) * 2 * d * d  # memory's keys, values; distances
   per_token = 2 * config.input_width * d + n * (4 * 2 * d * d + 2 * 2 * d * config.mlp_widening * d)
   per_token += 3 * n * 2 * (memory + size) * d  # scores by content and by distance; values
-  segment = constant + rows * size * per_token
-  logits = rows * num_latents * 2 * d * config.vocab_size
-  leading, predicting = num_segments(config, config.max_context, num_latents)
-  if training:
-    return leading * segment + predicting * (3 * segment - constant) + 3 * logits
-  return (leading + predicting) * segment + logits
+  num_segments, segment = -(-config.max_context // size), constant + rows * size * per_token
+  forward = num_segments * segment + rows * num_latents * 2 * d * config.vocab_size
+  return 3 * forward - num_segments * constant if training else forward
 
 
 class TransformerXL(nn.Module):
@@ -108,11 +80,7 @@ class TransformerXL(nn.Module):
     self.to_logits = layers.logits_dense(config)
 
   def __call__(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
-    """Returns float32 logits_BxMxV for the token after each of the last M slots; arguments as PerceiverAR's.
-
-    Raises:
-      ValueError: more latents than inputs.
-    """
+    """Returns float32 logits_BxMxV for the token after each of the last M slots; arguments as PerceiverAR's."""
     return self.logits(self.latents(tokens_BxL, positions_BxLxP, num_latents=num_latents, deterministic=deterministic))
 
   def latents(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
@@ -124,9 +92,7 @@ class TransformerXL(nn.Module):
       raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
     assert config.segment
     size, kept, width = config.segment, memory_size(config), config.latent_width
-    leading, predicting = num_segments(config, length, num_latents)
-    slots = (leading + predicting) * size
-    tokens_BxL = jnp.pad(constrain(tokens_BxL, "batch", None), ((0, 0), (max(slots - length, 0), 0)))[:, -slots:]
+    tokens_BxL = jnp.pad(constrain(tokens_BxL, "batch", None), ((0, 0), (-length % size, 0)))
 
     def cut(x_BxL):
       return x_BxL.reshape(rows, -1, size, *x_BxL.shape[2:]).swapaxes(0, 1)
@@ -135,9 +101,7 @@ class TransformerXL(nn.Module):
     distances_1xT = jnp.arange(kept + size - 1, -1, -1)[None]
     distances_TxD = positions.sinusoidal(distances_1xT, size=kept + size, width=width)[0]
     memory = jnp.zeros((config.num_layers, rows, kept, width), config.dtype), jnp.zeros((rows, kept), bool)
-    if leading:  # separately: without targets, and with memory that stops gradients, they have no backward pass
-      memory, _ = self.segments(memory, x_GxBxSxD[:leading], valid_GxBxS[:leading], distances_TxD, deterministic)
-    _, x_GxBxSxD = self.segments(memory, x_GxBxSxD[leading:], valid_GxBxS[leading:], distances_TxD, deterministic)
+    _, x_GxBxSxD = self.segments(memory, x_GxBxSxD, valid_GxBxS, distances_TxD, deterministic)
     x_BxLxD = x_GxBxSxD.swapaxes(0, 1).reshape(rows, -1, width)
     return self.final_norm(x_BxLxD[:, -num_latents:])
 
@@ -155,29 +119,15 @@ class Segment(nn.Module):
   def __call__(self, memory, x_BxSxD, valid_BxS, distances_TxD, deterministic: bool):
     """Returns (the memory after the segment, its states x_BxSxD after the last layer).
 
-    Args:
-      memory: input states [N, B, C, D] of each layer on the last C slots; and bool[B, C]: which are tokens.
-      x_BxSxD: embedded tokens.
-      valid_BxS: which of them are not padding.
-      distances_TxD: encodings of the distances T - 1 to 0.
-      deterministic: no dropout.
+    `memory`: input states [N, B, C, D] of each layer on the last C slots, and bool[B, C], which are tokens; `x_BxSxD`:
+    embedded tokens; `distances_TxD`: encodings of the distances T - 1 to 0.
     """
     config, size = self.config, x_BxSxD.shape[1]
     memory_NxBxCxD, valid_BxC = memory
     valid_BxT = jnp.concatenate([valid_BxC, valid_BxS], axis=1)
     causal_SxT = jnp.tri(size, valid_BxT.shape[1], valid_BxC.shape[1], dtype=bool)
     visible_BxSxT = causal_SxT[None] & valid_BxT[:, None]
-    layer, policy = RelativeLayer, perceiver_ar.REMAT_POLICIES[config.remat]
-    if policy is not None:
-      layer = nn.remat(layer, policy=policy, prevent_cse=False, static_argnums=(5,))
-    scanned = nn.scan(
-      layer,
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=(0, *(nn.broadcast,) * 3),
-      length=config.num_layers,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )(config, name="layers")
+    scanned = layers.scan(RelativeLayer, config, config.num_layers, (0, *(nn.broadcast,) * 3), (5,), name="layers")
     x_BxSxD, memory_NxBxCxD = scanned(x_BxSxD, memory_NxBxCxD, distances_TxD, visible_BxSxT, deterministic)
     return (memory_NxBxCxD, valid_BxT[:, size:]), x_BxSxD
 

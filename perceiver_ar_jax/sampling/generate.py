@@ -42,28 +42,23 @@ class DecodeState(NamedTuple):
   """A batch of unfinished sequences."""
 
   context: decode_cache.ContextCache | UncachedContext
-  ended_B: jax.Array
-  """Rows that contain EOS; PAD follows it."""
-  step: jax.Array
-  """int32[]: tokens generated so far."""
+  ended_B: jax.Array  # rows that contain EOS; PAD follows it
+  step: jax.Array  # int32[]: tokens generated so far
 
 
 class BlockPlan(NamedTuple):
   """Positions and allowed values of the T tokens of one block."""
 
   positions_BxTxP: jax.Array | np.ndarray
-  group_BxT: jax.Array | np.ndarray
-  """The row of `allowed_GxV` that applies to each token."""
-  allowed_GxV: jax.Array | np.ndarray
-  """bool: ids that can be drawn; PAD never is."""
+  group_BxT: jax.Array | np.ndarray  # the row of `allowed_GxV` that applies to each token
+  allowed_GxV: jax.Array | np.ndarray  # bool: ids that can be drawn; PAD never is
 
 
 def begin(config: ModelConfig, params, tokens_BxL, positions_BxLxP, ended_B, step, *, cached: bool) -> DecodeState:
   """Returns the state after right-aligned prompts; `ended_B` and `step` as in DecodeState."""
   context = UncachedContext(tokens_BxL, positions_BxLxP)
   if cached:
-    weights = decode_cache.UnstackedParams.from_params(config, params)
-    context = decode_cache.prefill(config, weights, tokens_BxL, positions_BxLxP)
+    context = decode_cache.CachedModel(config, params).prefill(tokens_BxL, positions_BxLxP)
   return _sharded(DecodeState(context, ended_B, step))
 
 
@@ -76,21 +71,21 @@ def cached_block(
   must have T - 1 unused slots. `state` is to be donated, so that its caches are updated in place. `keys_B` are random
   keys of the rows, the same in all blocks.
   """
-  weights = decode_cache.UnstackedParams.from_params(config, params)
-  latents_Bx1xD, context, layers = decode_cache.refill(config, weights, state.context, kept)
+  model = decode_cache.CachedModel(config, params)
+  latents_Bx1xD, context, layers = model.refill(state.context, kept)
   state = state._replace(context=context)
 
   def add(state, latents_Bx1xD, index):
     """Returns (the state with the token that the newest latent predicts, (the token, its logits))."""
-    logits_BxV = decode_cache.logits(config, weights, latents_Bx1xD)
+    logits_BxV = model.logits(latents_Bx1xD)
     token_B, state = _draw(logits_BxV, plan, index, settings, keys_B, state)
-    context = decode_cache.append(config, weights, state.context, token_B, plan.positions_BxTxP[:, index])
+    context = model.append(state.context, token_B, plan.positions_BxTxP[:, index])
     return state._replace(context=context), (token_B, logits_BxV)
 
   def step(carry, index):
     state, layers, latents_Bx1xD = carry
     state, drawn = add(state, latents_Bx1xD, index)
-    latents_Bx1xD, layers = decode_cache.decode(config, weights, state.context, layers)
+    latents_Bx1xD, layers = model.decode(state.context, layers)
     return (state, layers, latents_Bx1xD), drawn
 
   last_index = plan.group_BxT.shape[1] - 1

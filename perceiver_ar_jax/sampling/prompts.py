@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, reading
+from perceiver_ar_jax.config import Config, InputError, reading, require
 from perceiver_ar_jax.data import EOS, SOS, splits
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Task
@@ -48,10 +48,8 @@ def find(
 ) -> list[Prompt]:
   """Returns prompts for `count` samples, at least one: of None, "data", or a text or path as in `read`.
 
-  "data" reads documents of eval.split, and so does None for a task whose positions only a document has.
-
-  Raises:
-    InputError: as `read`, or the split has no readable document.
+  "data" reads documents of eval.split, and so does None for a task whose positions only a document has. Raises
+  InputError as `read`, or if the split has no readable document.
   """
   if prompt is not None and prompt != DATA:
     return [_beginning(config, task, document, prompt_tokens, is_given=True) for document in read(task, prompt)]
@@ -67,12 +65,11 @@ def find(
 
 def from_events(task: Task, events: np.ndarray) -> Prompt:
   """Returns the prompt of given events int32[n]; raises InputError if they are not events of the task."""
-  size = task.vocab_size
-  if not len(events) or not np.issubdtype(events.dtype, np.integer):
-    raise InputError("The prompt has no events: give whole numbers, at least one (SOS, 2, begins a document).")
-  if events.min() < 1 or events.max() >= size:
-    wrong = events[(events < 1) | (events >= size)][0]
-    raise InputError(f"The prompt contains the unknown token {wrong}: ids of {task.name} are 1..{size - 1}.")
+  is_int, size = np.issubdtype(events.dtype, np.integer), task.vocab_size
+  require(bool(len(events)) and is_int, "The prompt has no events: give integers, such as SOS (2), at least one.")
+  wrong = events[(events < 1) | (events >= size)]
+  if len(wrong):
+    raise InputError(f"The prompt contains the unknown token {wrong[0]}: ids of {task.name} are 1..{size - 1}.")
   if task.place is None:
     raise InputError(f"Events alone do not contain the grid of a {task.modality}: give a file, or 'data'.")
   return Prompt(task, events.astype(np.int32), task.place, task.length)
@@ -81,18 +78,15 @@ def from_events(task: Task, events: np.ndarray) -> Prompt:
 def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   """Returns the document of a text, given as a str, or the documents of files, given as a path or a pattern of paths.
 
-  Raises:
-    InputError: an empty text, a text for a task that reads files, or a missing or unreadable file.
+  Raises InputError for an empty text, a text for a task that reads files, and a missing or unreadable file.
   """
   if task.read is None:
     raise InputError(f"The task {task.name} has no files: its own documents are the prompt {DATA!r}, not {prompt!r}.")
   if not isinstance(prompt, str):
     documents = [_read_file(task, path) for path in _files(epath.Path(prompt).expanduser())]
   elif task.modality != "text":
-    raise InputError(
-      f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files: give"
-      f" pathlib.Path({prompt!r}), or {DATA!r} for documents of the task."
-    )
+    fix = f"give pathlib.Path({prompt!r})"
+    raise InputError(f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files: {fix}.")
   elif not prompt.strip():
     raise InputError("The prompt is empty: give a text or a file, or leave it out to sample without a prompt.")
   else:
@@ -104,11 +98,6 @@ def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   return documents
 
 
-def read_setting(task: Task, setting: str) -> list[Document]:
-  """Returns the documents of a setting of the command line; see `parse` and `read`."""
-  return read(task, parse(task, setting))
-
-
 def _files(path: epath.Path) -> list[epath.Path]:
   """Returns the file at `path`, or else the files that match it as a pattern."""
   if path.is_file():
@@ -117,10 +106,8 @@ def _files(path: epath.Path) -> list[epath.Path]:
   files = [epath.Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
   if not files:
     problem = "is a folder" if path.is_dir() else "matches no file" if glob.has_magic(pattern) else "does not exist"
-    raise InputError(
-      f"The prompt {path} {problem}: give the path of a file, or a pattern such as 'folder/**/*.txt'. (On the command"
-      " line, a text that looks like a path has to be in a file: docs/sampling.md.)"
-    )
+    fix = "give a file, or a pattern such as 'folder/**/*.txt', or write a text that looks like a path to a file"
+    raise InputError(f"The prompt {path} {problem}: {fix}.")
   return files
 
 

@@ -1,14 +1,13 @@
 """--mode=sample and --mode=score: writes samples in common file formats, and the likelihood of given data."""
 
 import contextlib
-import glob
+import dataclasses
 import itertools
 import json
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,20 +21,18 @@ from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.sampling import prompts
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
+from perceiver_ar_jax.training import owner
 
 _UNSEEN = 128
 """Grey level of pixels that are not generated yet."""
-_SOUND_FONTS = ("/usr/share/sounds/sf2/*.sf2", "/usr/share/soundfonts/*.sf2")
 
 
 def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> list[Sample]:
   """Draws samples from the newest checkpoint and writes them to a new folder, WORKDIR/samples/<step>-<number>.
 
   The folder's samples.json describes them; WORKDIR/samples/samples.json is a copy of the latest call's. With `stream`,
-  for tasks of text, samples are drawn one at a time and printed as they grow.
-
-  Raises:
-    InputError: no checkpoint, an invalid prompt or setting, or a folder that cannot be written.
+  for tasks of text, samples are drawn one at a time and printed as they grow. Raises InputError without a checkpoint,
+  for an invalid prompt or setting, or a folder that cannot be written.
   """
   sampler = Sampler.from_workdir(workdir, config)
   if stream and sampler.task.modality != "text":
@@ -58,11 +55,8 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
     for index, each in enumerate(samples if sampler.task.modality == "text" and not stream else ()):
       prompt_size = len(each.prompt.events)
       print(f"--- sample {index}: prompt of {prompt_size:,} tokens, {each.num_new:,} new\n{each.value}\n")
-    print(
-      f"{len(samples)} samples of {num_new:,} new tokens in {seconds:.1f} s, compilation included"
-      f" ({num_new / seconds:,.0f} tokens/s): {folder}",
-      flush=True,
-    )
+    speed = f"{seconds:.1f} s, compilation included ({num_new / seconds:,.0f} tokens/s)"
+    print(f"{len(samples)} samples of {num_new:,} new tokens in {speed}: {folder}", flush=True)
   return samples
 
 
@@ -84,10 +78,8 @@ def _progress(stream: bool, is_first: bool) -> Iterator[Callable[[list[Sample]],
       print(text[len(shown) :], end="", flush=True)
       shown = text
 
-  interval = 0.5 if sys.stderr.isatty() else 5.0
-  with tqdm.tqdm(
-    unit="token", dynamic_ncols=True, mininterval=interval, delay=0.1, disable=stream or not is_first
-  ) as bar:
+  settings = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 5.0, "delay": 0.1}
+  with tqdm.tqdm(unit="token", disable=stream or not is_first, **settings) as bar:
     yield show
   print("\n" if shown else "", end="", flush=True)
 
@@ -107,14 +99,15 @@ def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seco
   for index, each in enumerate(samples):
     write_files(folder, each, f"sample-{index}")
   if (pixels := grid(samples)) is not None:
-    _write_png(folder / "grid.png", pixels)
+    with (folder / "grid.png").open("wb") as file:
+      render.save_png(pixels, file)
   names = sorted(path.name for path in folder.iterdir())
-  report = {
+  report: dict[str, Any] = {
     "folder": folder.name,
     "step": sampler.step,
     "task": sampler.config.data.task,
     "seed": sampler.config.sample.seed,
-    "settings": json.loads(sampler.config.to_json())["sample"],
+    "settings": dataclasses.asdict(sampler.config.sample),
     "seconds": seconds,
     "tokens_per_second": sum(sample.num_new for sample in samples) / seconds,
   }
@@ -129,21 +122,19 @@ def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seco
       for index, each in enumerate(samples)
     ]
     report["files"] = [prefix + name for name in names]
-    temporary = folder / "samples.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(path)
+    owner.write_atomically(path, json.dumps(report, indent=2) + "\n")
 
 
 def write_files(folder: epath.Path, sample: Sample, name: str) -> None:
   """Writes a sample in the formats of its modality, as folder/<name>.*."""
   modality, path = sample.task.modality, folder / name
   if (pixels := picture(sample)) is not None:
-    _write_png(path.with_suffix(".png"), pixels)
+    with path.with_suffix(".png").open("wb") as file:
+      render.save_png(pixels, file)
   if modality == "text":
     path.with_suffix(".txt").write_bytes(sample.value.encode())
   elif modality in ("music", "rolls"):
     path.with_suffix(".mid").write_bytes(music.to_midi(sample.value))
-    _synthesise(str(path))
   elif modality != "image":
     values = np.asarray(sample.value)  # codes of audio [frames, levels], or values of copies [n]
     if modality == "video":
@@ -154,9 +145,9 @@ def write_files(folder: epath.Path, sample: Sample, name: str) -> None:
 
 
 def picture(sample: Sample, events: np.ndarray | None = None) -> np.ndarray | None:
-  """Returns a picture uint8[height, width, 3] of a sample, or of other events of its document.
+  """Returns a picture uint8[height, width, 3] of a sample, or of other events of its document, missing pixels in grey.
 
-  Pixels that are not generated yet are grey. None: the modality has no pictures.
+  None: the modality has no pictures.
   """
   events = sample.events if events is None else events
   if sample.task.modality == "image":
@@ -166,10 +157,7 @@ def picture(sample: Sample, events: np.ndarray | None = None) -> np.ndarray | No
 
 
 def grid(samples: list[Sample]) -> np.ndarray | None:
-  """Returns one picture of all sampled images, or None for other modalities.
-
-  Each prompt has a row: the prompt, its samples, the original.
-  """
+  """Returns a picture of all images, a row for each prompt: the prompt, its samples, the original; None for others."""
   if samples[0].task.modality != "image":
     return None
   if samples[0].prompt.original is None:
@@ -183,23 +171,6 @@ def grid(samples: list[Sample]) -> np.ndarray | None:
     row.append(picture(sample, sample.prompt.original))
     row += [np.full_like(row[0], _UNSEEN)] * (columns - len(row))
   return render.grid([cell for row in rows.values() for cell in row], columns=columns)
-
-
-def _write_png(path: epath.Path, pixels: np.ndarray) -> None:
-  with path.open("wb") as file:
-    render.save_png(pixels, file)
-
-
-def _synthesise(path: str) -> None:
-  """Renders <path>.mid as <path>.wav if a synthesiser is installed."""
-  fonts = [font for pattern in _SOUND_FONTS for font in sorted(glob.glob(pattern))]
-  command = None
-  if shutil.which("fluidsynth") and fonts:
-    command = ["fluidsynth", "-ni", "-F", f"{path}.wav", fonts[0], f"{path}.mid"]
-  elif shutil.which("timidity"):
-    command = ["timidity", "-Ow", "-o", f"{path}.wav", f"{path}.mid"]
-  if command:
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
 
 
 class PreviewSampler:
@@ -227,13 +198,10 @@ class PreviewSampler:
 def score(config: Config, workdir: epath.PathLike) -> dict:
   """Prints the likelihood of `sample.prompt` under the newest checkpoint and writes it to WORKDIR/score.json.
 
-  Raises:
-    InputError: no checkpoint, no readable prompt, or a file that cannot be written.
+  Raises InputError without a checkpoint or a readable prompt, or for a file that cannot be written.
   """
   if config.sample.prompt in (None, prompts.DATA):
-    raise InputError(
-      "Nothing to score: give a text or a file, --config.sample.prompt=TEXT or @FILE (--mode=eval scores a split)."
-    )
+    raise InputError("Nothing to score: give --config.sample.prompt=TEXT or @FILE (--mode=eval scores a split).")
   sampler = Sampler.from_workdir(workdir, config)
   prompt = prompts.parse(sampler.task, config.sample.prompt)
   result = sampler.score(prompt) | {"split": "given", "data": config.sample.prompt}

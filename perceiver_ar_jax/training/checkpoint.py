@@ -16,7 +16,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -30,18 +30,11 @@ from perceiver_ar_jax.training.state import TrainState
 
 Value = TypeVar("Value")
 
-_HAS_DATA = "has_data"
-"""Key next to the checksums: whether the step contains a data position."""
+_HAS_DATA = "has_data"  # key next to the checksums: whether the step contains a data position
 _DAMAGED, _UNREAD, _UNFIT = 1, 2, 3
 """Severity of an error at restore: damage, could not be read, and valid but not for this config (InputError).
 
 Processes with different errors act on the largest."""
-
-
-class _Damaged(ValueError):
-  """The checkpoint is damaged; raised on all processes."""
-
-
 _DAMAGE = (FileNotFoundError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
 _DAMAGE_MESSAGES = re.compile(
   "^(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE):"  # TensorStore; its other statuses have other causes as well
@@ -53,12 +46,8 @@ _DAMAGE_MESSAGES = re.compile(
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
-class Saveable(Protocol):
-  """A data iterator that saves its complete position in files under a directory."""
-
-  def save(self, directory: epath.Path) -> None: ...
-
-  def restore(self, directory: epath.Path) -> None: ...
+class _Damaged(ValueError):
+  """The checkpoint is damaged; raised on all processes."""
 
 
 class _IteratorHandler(ocp.CheckpointHandler):
@@ -74,7 +63,7 @@ class _IteratorHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(_IteratorHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _Position(ocp.args.CheckpointArgs):
-  iterator: Saveable
+  iterator: Any
 
 
 class _Manager(ocp.CheckpointManager):
@@ -89,6 +78,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   """The checkpoints of one workdir: the newest `keep`, and the best by nats per token at evaluation.
 
   With `read_only`, nothing is created, moved or deleted. `before_save` raises if this run may no longer write there.
+  Data iterators save their complete position in files: `data.save(folder)`, `data.restore(folder)`.
   """
 
   def __init__(
@@ -98,7 +88,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     if not workdir.is_absolute():  # `absolute` would convert a URL such as gs://bucket to a local path
       workdir = workdir.absolute()
     self._directory, self._damaged = workdir / "checkpoints", workdir / "damaged"
-    self._read_only, self._before_save = read_only, before_save
+    self._before_save = before_save
     self._arrays, self._json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
     policies, by_loss = ocp.checkpoint_managers, lambda metrics: metrics["nats_per_token"]
     best = policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
@@ -114,14 +104,11 @@ class Checkpointer(contextlib.AbstractContextManager):
     with self._writing():
       self._manager.close()  # waits for a save in progress
 
-  def save(self, state: TrainState, data: Saveable | None) -> None:
+  def save(self, state: TrainState, data) -> None:
     """Starts to save `state`, unless its step is saved, and the position of `data`; both may change afterwards.
 
-    Without `data` (weights from elsewhere), training resumed from here starts over with the data.
-
-    Raises:
-      TransientError: it, or the checkpoint before it, could not be written, and may be later (a full disk).
-      InputError: this user may not write it, or this run may not (`before_save`).
+    Without `data` (weights from elsewhere), training resumed from here starts over with the data. Raises TransientError
+    or InputError if it, or the checkpoint before it, could not be written.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -141,8 +128,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
     """Adds the metrics of an evaluation, with `nats_per_token`, which decides on the best, to the saved `step`.
 
-    Waits for the save of `step`; raises as `save`. The file has the path and format of Orbax's own metrics and is
-    written atomically: half of a file would keep Orbax from opening the directory.
+    Waits for the save of `step`; raises as `save`. The file has the path and format of Orbax's own metrics.
     """
     with self._writing():
       self._manager.wait_until_finished()
@@ -157,31 +143,51 @@ class Checkpointer(contextlib.AbstractContextManager):
     """Returns whether the saved `step` has the metrics of an evaluation."""
     return bool(self._manager.metrics(step))
 
-  def restore(self, abstract: TrainState, data: Saveable) -> TrainState | None:
+  def restore(self, abstract: TrainState, data) -> TrainState | None:
     """Returns the newest good state in the layout of `abstract`, with `data` moved to its position.
 
-    Returns None where no checkpoint exists. A damaged one is moved to `damaged/`, and the one before it is used.
-
-    Raises:
-      InputError: every checkpoint is damaged, `data` does not fit the saved position, or a file may not be read.
-      TransientError: a checkpoint could not be read, and may be later; nothing was moved.
+    Returns None where no checkpoint exists. A damaged one is moved to `damaged/`, and the one before it is used. Raises
+    InputError if all are damaged, or one does not fit or may not be read, and TransientError if it may be read later.
     """
     trees = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
-    restored = self._restore_newest(trees, data, skip_damaged=True)
-    return restored and TrainState(params=restored[1]["params"], **restored[1]["optimizer"])
+    damaged: list[int] = []
+    for step in reversed(self._steps()):
+      try:
+        restored = self._restore_step(step, trees, data)
+      except _Damaged as error:  # on all processes
+        print(f"The checkpoint of step {step} in {self._directory} is damaged: {error}", file=sys.stderr)
+        damaged.append(step)
+      else:
+        self._set_aside(damaged)
+        return TrainState(params=restored["params"], **restored["optimizer"])
+    if damaged:
+      raise InputError(
+        f"All checkpoints ({', '.join(map(str, reversed(damaged)))}) in {self._directory} are damaged; none was moved."
+        " Put back a good copy, or start over with another --workdir."
+      )
+    return None
 
   def restore_params(self, abstract_params: dict, step: int | None = None) -> tuple[int, dict] | None:
     """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
 
-    Raises:
-      InputError: it is damaged (an older one is never used instead), may not be read, or is not one of those kept.
-      TransientError: it could not be read, and may be later.
+    Raises as `restore`, also if it is damaged (an older one is never used instead) or is not one of those kept.
     """
-    known = sorted(self._manager.all_steps()) if self._directory.exists() else []
-    if known and step is not None and step not in known:
-      raise InputError(f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, known))}.")
-    restored = self._restore_newest({"params": abstract_params}, None, skip_damaged=False, only=step)
-    return restored and (restored[0], restored[1]["params"])
+    steps = self._steps()
+    if not steps:
+      return None
+    step = steps[-1] if step is None else step
+    if step not in steps:
+      raise InputError(f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+    try:
+      return step, self._restore_step(step, {"params": abstract_params}, None)["params"]
+    except _Damaged as error:
+      raise InputError(
+        f"The checkpoint of step {step} in {self._directory} is damaged: {error}. An older one is not used unasked: put"
+        " back a good copy, or resume training, which moves this one to damaged/."
+      ) from error
+
+  def _steps(self) -> list[int]:
+    return sorted(self._manager.all_steps()) if self._directory.exists() else []
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -197,40 +203,13 @@ class Checkpointer(contextlib.AbstractContextManager):
         raise InputError(f"{message} Give this user write access, and start the same command again.") from error
       raise
 
-  def _restore_newest(self, trees: dict[str, Any], data: Saveable | None, skip_damaged: bool, only: int | None = None):
-    """Returns (step, {name: tree}) of the newest good checkpoint (or step `only`); None where no checkpoint exists."""
-    damaged = []
-    steps = sorted(self._manager.all_steps(), reverse=True) if self._directory.exists() else []
-    for step in [step for step in steps if only in (None, step)]:
-      try:
-        values = self._restore_step(step, trees, data)
-      except _Damaged as error:  # on all processes
-        message = f"checkpoint of step {step} in {self._directory} is damaged: {error}"
-        if not skip_damaged:
-          raise InputError(
-            f"The newest {message}. An older one is not used unasked: put back a good copy, resume training with this"
-            f" --workdir, which moves step {step} to damaged/, or move it to another folder yourself."
-          ) from error
-        print(f"The {message}", file=sys.stderr)
-        damaged.append(step)
-      else:
-        self._set_aside(damaged)
-        return step, values
-    if damaged:
-      raise InputError(
-        f"All checkpoints ({', '.join(map(str, sorted(damaged)))}) in {self._directory} are damaged; none was moved."
-        " Put back a good copy, or start over with another --workdir."
-      )
-    return None
-
-  def _restore_step(self, step: int, trees: dict[str, Any], data: Saveable | None) -> dict[str, Any]:
+  def _restore_step(self, step: int, trees: dict[str, Any], data) -> dict[str, Any]:
     folder, restored = self._directory / str(step), {}
     saved = self._read_on_all(step, lambda: self._json.restore(folder / "fingerprint"))
     if missing := fingerprint.missing(saved, _fingerprinted(trees)):
       raise InputError(
         f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config: it lacks"
-        f" {', '.join(missing[:3])}. Resume with the version of perceiver_ar_jax that saved it, or start over with"
-        " another --workdir."
+        f" {', '.join(missing[:3])}. Resume with the version that saved it, or start over with another --workdir."
       )
     for name, tree in trees.items():
       args = (folder / name, None, ocp.args.StandardRestore(tree))
@@ -279,7 +258,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
   def _set_aside(self, steps: list[int]) -> None:
     """Moves damaged steps out of the way of the run that resumes; deletes nothing."""
-    if not steps or self._read_only:
+    if not steps:
       return
     if jax.process_index() == 0:
       with writing(self._damaged, "give this user write access"):

@@ -22,10 +22,7 @@ def compute(trees: Mapping[str, Any]) -> dict[str, int]:
 
 
 def differences(saved: Mapping[str, int], trees: Mapping[str, Any]) -> list[str]:
-  """Returns the paths of arrays in `trees` whose checksum is not that of a `saved` fingerprint.
-
-  Fingerprints of version 1, of runs of 0.1.0, are not compared.
-  """
+  """Returns the paths of arrays in `trees` whose checksum is not that of a `saved` fingerprint of this version."""
   if not _VERSION.items() <= saved.items():
     return []
   return [path for path, value in compute(trees).items() if saved.get(path) != value]

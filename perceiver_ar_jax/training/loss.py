@@ -12,8 +12,7 @@ class TokenLosses(NamedTuple):
 
   cross_entropy: jax.Array
   z_loss: jax.Array
-  correct: jax.Array
-  """1 where the likeliest token is the target."""
+  correct: jax.Array  # 1 where the likeliest token is the target
 
 
 def token_losses(logits_BxMxV, targets_BxM, z_loss: float = 0.0, label_smoothing: float = 0.0) -> TokenLosses:
@@ -43,28 +42,21 @@ def score(
   """Returns the losses of each target, as `token_losses`.
 
   Args:
-    logits_fn: from latents [B, C, D] to logits [B, C, V].
+    logits_fn: from latents [..., D] to logits [..., V].
     chunk: latents whose logits exist at a time, forward and backward; any number, None: all.
     weights: `z_loss` and `label_smoothing`.
   """
 
-  def score_chunk(latents_BxCxD, targets_BxC):
-    return token_losses(logits_fn(latents_BxCxD), targets_BxC, **weights)
+  if chunk is None or chunk >= targets_BxM.shape[1]:
+    return token_losses(logits_fn(latents_BxMxD), targets_BxM, **weights)
 
-  num_latents = targets_BxM.shape[1]
-  if chunk is None or chunk >= num_latents:
-    return score_chunk(latents_BxMxD, targets_BxM)
+  @jax.checkpoint
+  def score_latent(inputs):
+    latent_BxD, target_B = inputs
+    return token_losses(logits_fn(latent_BxD), target_B, **weights)
 
-  def split(x_BxM):
-    """Returns [chunks, B, chunk, ...], padded with zeros."""
-    padded = jnp.pad(x_BxM, ((0, 0), (0, -num_latents % chunk)) + ((0, 0),) * (x_BxM.ndim - 2))
-    return padded.reshape(x_BxM.shape[0], -1, chunk, *x_BxM.shape[2:]).swapaxes(0, 1)
-
-  def join(x_NxBxC):
-    return x_NxBxC.swapaxes(0, 1).reshape(targets_BxM.shape[0], -1)[:, :num_latents]
-
-  chunks = split(latents_BxMxD), split(targets_BxM)
-  return jax.tree.map(join, jax.lax.map(lambda chunk: jax.checkpoint(score_chunk)(*chunk), chunks))
+  losses_MxB = jax.lax.map(score_latent, (latents_BxMxD.swapaxes(0, 1), targets_BxM.T), batch_size=chunk)
+  return jax.tree.map(jnp.transpose, losses_MxB)
 
 
 def weighted_sums(losses: TokenLosses, weights_BxM) -> dict[str, jax.Array]:

@@ -20,32 +20,23 @@ from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training.state import TrainState
 
 LESS_MEMORY = (
-  "Lower train.batch_size or raise train.microbatches (temporary memory), set model.remat=full (activations) or"
-  " model.attention=streamed (a long context), shard the weights over more devices with mesh.fsdp, or make"
-  " the model smaller (latent_width, num_layers, num_latents)."
+  "Lower train.batch_size or raise train.microbatches, set model.remat=full or model.attention=streamed, shard the"
+  " weights over more devices with mesh.fsdp, or make the model smaller."
 )
-_FEWER_SAMPLES = (
-  "Lower eval.num_samples, train without samples (--config.eval.num_samples=0) and sample with --mode=sample"
-  " afterwards, or make the model smaller."
-)
+_FEWER_SAMPLES = "Lower eval.num_samples (--config.eval.num_samples=0: no samples), or make the model smaller."
 
 
 def compile_step(
   config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch_spec: step_lib.Batch, mesh: Mesh
 ) -> jax.stages.Compiled:
-  """Returns the compiled update for these shapes, with the state donated, and reports its memory.
-
-  Raises InputError if the update exceeds the devices' memory.
-  """
+  """Returns the compiled update for these shapes, with the state donated; InputError if it exceeds the memory."""
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
   inputs = model.num_layers * rows * model.num_latents * model.latent_width * jnp.dtype(model.dtype).itemsize
   weights = sharding.bytes_per_device(abstract) + sharding.bytes_per_device(abstract.params)
   lower_limit = {"weights, gradients and optimizer state": weights, "inputs of the layers": inputs}
   _check("The train step", lower_limit, LESS_MEMORY)
-  shardings = sharding.batch_shardings(mesh, {name: spec.shape for name, spec in batch_spec.items()})
-  batch = {name: spec.update(sharding=shardings[name]) for name, spec in batch_spec.items()}
   with _compiling("the train step", LESS_MEMORY):
-    compiled = step_lib.lower(config, optimizer, abstract, batch, mesh).compile()
+    compiled = step_lib.lower(config, optimizer, abstract, batch_spec, mesh).compile()
   arguments, temporary = compiled.memory_analysis().argument_size_in_bytes, bytes_beside_arguments(compiled)
   parts = {"weights, optimizer state and batch": arguments, "temporary": temporary}
   distributed.log(_check("The train step", parts, LESS_MEMORY))
@@ -53,7 +44,7 @@ def compile_step(
 
 
 def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Callable[[dict], int]) -> None:
-  """Reports the memory that drawing samples needs together with the state; raises InputError if there is not enough.
+  """Raises InputError if drawing samples exceeds the memory beside the state.
 
   `compile_sampler` returns, for shapes of the weights, the bytes on each device in addition to the weights.
   """
@@ -74,7 +65,7 @@ def _check(program: str, parts: dict[str, int], fix: str) -> str:
   stats = jax.local_devices()[0].memory_stats() or {}
   # CPU devices share the available memory of the machine.
   available = stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()
-  sizes = ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in {**parts, "available": available}.items())
+  sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in {**parts, "available": available}.items())
   if sum(parts.values()) > available:
     raise InputError(f"{program} exceeds the memory on each device ({sizes}). {fix}")
   return f"Memory on each device: {sizes}."
@@ -93,5 +84,6 @@ def _compiling(program: str, fix: str) -> Iterator[None]:
   distributed.log(f"Compiled {program} in {time.monotonic() - start:.1f} s.")
 
 
-def _size(num_bytes: int) -> str:
-  return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+def format_bytes(num_bytes: int) -> str:
+  """Returns a size such as 1.50 GiB."""
+  return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"

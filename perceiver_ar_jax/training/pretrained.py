@@ -38,45 +38,30 @@ _AGAIN = "export or download it again"
 class Parameter(NamedTuple):
   """One array of the model's parameters, and its arrays in the file: one for each layer if layers are stacked."""
 
-  path: str
-  """In the tree of parameters, such as layers_0/mlp/up/kernel."""
-  names: tuple[str, ...]
+  path: str  # in the tree of parameters, such as layers_0/mlp/up/kernel
+  names: tuple[str, ...]  # in the file
   is_stacked: bool
-  shape: tuple[int, ...]
-  """Of each array in the file."""
+  shape: tuple[int, ...]  # of each array in the file
 
 
-def parameters(config: ModelConfig, max_names: int | None = None) -> list[Parameter]:
-  """The parameters of a model; nothing is allocated.
-
-  Raises:
-    InputError: settings that are not supported, or more than `max_names` names, which would take long to list.
-  """
+def parameters(config: ModelConfig) -> list[Parameter]:
+  """The parameters of a model; nothing is allocated."""
   shapes = nn.meta.unbox(jax.eval_shape(lambda: architectures.init_params(config, jax.random.key(0))))
-  starts = [0, *itertools.accumulate(group_depths(config))]
-  leaves = {path: (leaf.shape, _STACKED.fullmatch(path)) for path, leaf in _flatten(shapes).items()}
-  count = sum(shape[0] if stacked else 1 for shape, stacked in leaves.values())
-  if max_names is not None and count > max_names:
-    raise InputError(f"it has fewer than {max_names:,} parameters, and the model of its config.json has {count:,}")
-  result = []
-  for path, (shape, stacked) in leaves.items():
-    if stacked:
+  starts, result = [0, *itertools.accumulate(group_depths(config))], []
+  for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+    if stacked := _STACKED.fullmatch(path):
       first, name = starts[int(stacked[1] or 0)], stacked[2].replace("/", ".")
-      names = tuple(f"layers.{layer}.{name}" for layer in range(first, first + shape[0]))
-      result.append(Parameter(path, names, True, shape[1:]))
+      names = tuple(f"layers.{layer}.{name}" for layer in range(first, first + leaf.shape[0]))
+      result.append(Parameter(path, names, True, leaf.shape[1:]))
     else:
       names = (_CROSS_ATTENTION.sub(r"cross_attend.\1.", path).replace("/", "."),)
-      result.append(Parameter(path, names, False, shape))
+      result.append(Parameter(path, names, False, leaf.shape))
   return result
 
 
 def exists(folder: epath.PathLike) -> bool:
   """Returns whether the folder contains exported weights."""
   return (epath.Path(folder) / config_from_run.WEIGHTS).exists()
-
-
-def _flatten(params: dict) -> dict:
-  return traverse_util.flatten_dict(params, sep="/")
 
 
 def check(config: ModelConfig, folder: epath.PathLike) -> None:
@@ -88,19 +73,14 @@ def check(config: ModelConfig, folder: epath.PathLike) -> None:
 def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
   """Returns (step, parameters as a tree of float32 NumPy arrays).
 
-  Raises:
-    InputError: the folder has no weights, or they are damaged or not those of `config`; or the file cannot be read.
-    TransientError: it could not be read, and may be later.
+  Raises InputError if the weights are missing, damaged or not those of `config`, TransientError if they may be read
+  later.
   """
+  arrays = {}
   with _open(config, epath.Path(folder)) as (file, step, expected):
-
-    def value(name: str) -> np.ndarray:
-      return np.asarray(file.get_tensor(name)).astype(np.float32)
-
-    arrays = {
-      each.path: np.stack([value(name) for name in each.names]) if each.is_stacked else value(*each.names)
-      for each in expected
-    }
+    for each in expected:
+      values = [np.asarray(file.get_tensor(name)).astype(np.float32) for name in each.names]
+      arrays[each.path] = np.stack(values) if each.is_stacked else values[0]
   return step, traverse_util.unflatten_dict(arrays, sep="/")
 
 
@@ -125,10 +105,7 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
   """Yields (the opened file, its step, the parameters of `config`); raises as `read`."""
   path = folder / config_from_run.WEIGHTS
   if not path.exists() or path.is_dir():
-    raise InputError(
-      f"{folder} contains no {path.name}: give a folder of exported weights (python -m perceiver_ar_jax.interop.export"
-      " --workdir=RUN --output=FOLDER writes it)."
-    )
+    raise InputError(f"{folder} contains no {path.name}: give a folder that perceiver_ar_jax.interop.export wrote.")
   with contextlib.ExitStack() as stack, reading(path, "give this user access"):
     local = path
     if is_object_store(path):
@@ -145,12 +122,12 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
     try:
       if not re.fullmatch(r"\d{1,15}", step):
         raise InputError(f"its step {step[:40]!r} is not a number")
-      expected = parameters(config, max_names=len(names) + 1000)  # fewer missing names are listed
+      if config.num_layers > len(names) + 1000:  # whose names would take long to list
+        raise InputError(f"it has {len(names):,} parameters for {config.num_layers:,} layers")
+      expected = parameters(config)
       _compare(expected, types)
     except InputError as error:
-      raise InputError(
-        f"{path} does not fit its model: {error}. Its config.json may be of another model: {_AGAIN}."
-      ) from error
+      raise InputError(f"{path} does not fit the model of its config.json: {error}. Please {_AGAIN}.") from error
     yield file, int(step), expected
 
 

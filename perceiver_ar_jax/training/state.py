@@ -16,8 +16,7 @@ from perceiver_ar_jax.parallel import sharding
 class TrainState:
   """Everything that an update changes. Random keys are functions of the seed and `step`, so they are not stored."""
 
-  step: jax.Array
-  """int32[]: number of updates done."""
+  step: jax.Array  # int32[]: number of updates done
   params: dict
   opt_state: optax.OptState
 
@@ -53,17 +52,15 @@ def init_state(
 ) -> TrainState:
   """Returns the initial state, the same on every mesh; each device creates only its own shard.
 
-  `params` are weights to start from, in the layout of `abstract_params`; None: random ones, by the config's seed.
+  `params` are weights to start from, in the layout of `abstract_params`, which are donated; None: random ones, by the
+  config's seed.
   """
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
 
-  def init(key):
-    params = nn.meta.unbox(init_params(config.model, key))
+  def init(key, params):
+    if params is None:
+      params = nn.meta.unbox(init_params(config.model, key))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
   with jax.set_mesh(mesh):
-    if params is None:
-      return jax.jit(init, out_shardings=layout)(jax.random.key(config.seed))
-    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
-    step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=layout.step)()
-    return TrainState(step, params, opt_state)
+    return jax.jit(init, out_shardings=layout, donate_argnums=1)(jax.random.key(config.seed), params)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.models.architectures import make_model
-from perceiver_ar_jax.parallel.sharding import batch_axes, constrain
+from perceiver_ar_jax.parallel.sharding import batch_axes, batch_shardings, constrain
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training.state import TrainState
@@ -84,10 +84,12 @@ def make_train_step(
 def lower(
   config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch: Batch, mesh: Mesh
 ) -> jax.stages.Lowered:
-  """Returns the update lowered for shapes and shardings of a state (`state.abstract_state`) and of a global batch.
+  """Returns the update lowered for the shapes of a state (`state.abstract_state`) and of a global batch.
 
   Compiled, it takes (state, batch, key) and donates the state. Call `lower` with `mesh` in use (jax.set_mesh).
   """
+  shardings = batch_shardings(mesh, {name: spec.shape for name, spec in batch.items()})
+  batch = {name: spec.update(sharding=shardings[name]) for name, spec in batch.items()}
   replicated = NamedSharding(mesh, PartitionSpec())
   key = jax.eval_shape(lambda: jax.random.key(0))
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)

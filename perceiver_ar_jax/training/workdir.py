@@ -40,11 +40,8 @@ _FINGERPRINT = "data.sentencepiece_fingerprint"
 def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
   """A context in which `workdir` has the config.json of `config` and belongs to this run; process 0 owns it for all.
 
-  Yields a function that raises InputError once another run has taken the workdir over.
-
-  Raises:
-    InputError: another run owns it, it cannot be written, or it contains checkpoints of another experiment.
-    TransientError: it cannot be written, and may be later, such as on a full disk.
+  Yields a function that raises InputError once another run has taken the workdir over. Raises InputError if another run
+  owns it or it contains checkpoints of another experiment, this or TransientError if it cannot be written.
   """
   with writing(f"--workdir={workdir}", "give a folder that you may write to"):
     workdir.mkdir(parents=True, exist_ok=True)
@@ -56,16 +53,12 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
     if path.exists() and has_checkpoints(workdir):
       saved = load_config(workdir)
     elif (workdir / WEIGHTS).exists():
-      raise InputError(
-        f"--workdir={workdir} contains exported weights, which training would not resume: give a new --workdir, and"
-        f" --config.train.init_from={workdir} to start from these weights."
-      )
+      fix = f"give a new --workdir, with --config.train.init_from={workdir}"
+      raise InputError(f"--workdir={workdir} contains exported weights, which training would not resume: {fix}.")
     config = _with_fingerprint(config, saved)
     if saved and (changed := _differences(flatten(config), flatten(saved), ignored=_RESUMABLE)):
-      raise InputError(
-        f"--workdir={workdir} contains the checkpoints of another config: {changed}. Give another --workdir, or resume"
-        " with the settings in its config.json."
-      )
+      fix = "Use its settings, or another --workdir."
+      raise InputError(f"--workdir={workdir} contains the checkpoints of another config: {changed}. {fix}")
     if owner:
       with writing(path, "give this user write access"):
         write_atomically(path, config.to_json())
@@ -96,10 +89,7 @@ def check_model(config: Config, workdir: epath.Path) -> None:
   new, old = (tasks.get_tasks(data, config.model.max_context + 1)[0][0] for data in (config.data, moved))
   new, old = ({"modality": task.modality, **task.encoding} for task in (new, old))
   if changed := _differences(new, old):
-    raise InputError(
-      f"--workdir={workdir} was trained on token ids or positions with another meaning: {changed}. Use the data"
-      " settings that it was trained with."
-    )
+    raise InputError(f"--workdir={workdir} was trained on ids of another meaning: {changed}. Use its data settings.")
 
 
 def has_checkpoints(workdir: epath.Path) -> bool:
@@ -109,17 +99,11 @@ def has_checkpoints(workdir: epath.Path) -> bool:
 
 
 def check_initial_weights(config: Config, folder: epath.PathLike) -> None:
-  """Raises InputError unless the exported weights of `folder` have the same meaning in the model of `config`.
-
-  The data may differ, and the vocabulary, if it is a SentencePiece model, may not.
-  """
+  """Raises InputError unless exported weights have the same meaning, and the same SentencePiece model, in `config`."""
   saved = load_config(folder, config)
   new, old = (_with_wavelength(each) for each in (_with_fingerprint(config, saved), saved))
   if changed := _differences(flatten(new), flatten(old), ignored=_SAME_INITIAL_WEIGHTS):
-    raise InputError(
-      f"--config.train.init_from={folder} contains weights of another model: {changed}. Use the settings of its"
-      " config.json."
-    )
+    raise InputError(f"train.init_from={folder} contains weights of another model: {changed}. Use its settings.")
 
 
 def _with_wavelength(config: Config) -> Config:
