@@ -50,7 +50,7 @@ def make_eval_step(config: Config):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]
     num_latents = targets_BxM.shape[1]
     latents_BxMxD = model.apply(
-      {"params": params}, batch["inputs"], batch["positions"], num_latents=num_latents, method="latents"
+      {"params": params}, batch["inputs"], batch.get("positions"), num_latents=num_latents, method="latents"
     )
     losses = loss.score(
       lambda latents: model.apply({"params": params}, latents, method="logits"),
