@@ -36,7 +36,7 @@ lint: install
 	$(VENV)/bin/lint-imports
 	$(RUN) .ci/check.py
 	$(RUN) .ci/path.py
-	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch
+	$(VENV)/bin/shellcheck benchmarks/*.sh launch/*.sh launch/*.sbatch
 
 format: install
 	$(RUN) -m ruff format .

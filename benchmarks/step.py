@@ -18,7 +18,8 @@ from absl import flags
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
-from perceiver_ar_jax.parallel import sharding
+from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.parallel import chips, sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import state as state_lib
@@ -34,7 +35,8 @@ _SECONDS = flags.DEFINE_float(
 def measure(config: Config, steps: int, seconds: float) -> dict:
   """Returns metrics of one compiled step: seconds (median), targets_per_second, compile_seconds, temp_bytes and more.
 
-  peak_rss_bytes is that of the whole process, compiler included; state_bytes that of weights and optimizer state.
+  peak_rss_bytes is that of the whole process, compiler included; state_bytes that of weights and optimizer state;
+  model_flops_utilization the share of the devices' bfloat16 peak, None where it is unknown.
   """
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
@@ -56,6 +58,8 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
       if time.perf_counter() - begin > seconds:
         break
   timed = times[1:] or times
+  flops_per_second = flops.train_step(config) / statistics.median(timed)
+  chip = chips.chip_of_device(jax.devices()[0].device_kind)
   return {
     "implementation": "perceiver_ar_jax",
     "version": f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
@@ -64,6 +68,8 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
     "seconds": statistics.median(timed),
     "all_seconds": timed,
     "targets_per_second": config.train.batch_size * config.model.num_latents / statistics.median(timed),
+    "model_flops_per_second": flops_per_second,
+    "model_flops_utilization": flops_per_second / (mesh.size * chip.peak_flops) if chip else None,
     "compile_seconds": compile_seconds,
     "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
     "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

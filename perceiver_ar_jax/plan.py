@@ -137,7 +137,8 @@ def measure(config: Config, topology: Topology) -> dict:
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   state = state_lib.abstract_state(config, optimizer, mesh)
-  model, dims = config.model, len(config.model.position_sizes) or 1
+  model = config.model
+  dims = (len(model.position_sizes) or 1) if model.positions_from_data else 0
   row = windows.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
   rows = config.train.batch_size
   batch = {name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for name, array in row.items()}

@@ -1,7 +1,50 @@
-"""The benchmark measures the production step of any config."""
+"""Benchmarks of the production step, of generation and of the data pipeline, of any config."""
 
-from benchmarks import step
-from tests import tiny
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import data, step
+from tests import batches, tiny
+
+_REFUSE = """
+import runpy, sys
+
+class Refuse:
+  def find_spec(self, name, path=None, target=None):
+    if name.partition(".")[0] in ("tensorflow", "tensorflow_datasets", "seqio", "clu"):
+      raise ImportError(f"{name} must not be imported")
+
+sys.meta_path.insert(0, Refuse())
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+_SMALL = {"latent_width": 16, "num_layers": 1, "num_latents": 16, "num_cross_heads": 2, "num_self_heads": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("step", "--context=64", "--steps=1"), ("generate", "--tokens=20", "--batch=2")])
+def test_a_benchmark_needs_neither_tensorflow_nor_seqio(arguments):
+  module, *flags = arguments
+  settings = [f"--config.model.{name}={value}" for name, value in (_SMALL | {"max_context": 64}).items()]
+  command = [f"benchmarks.{module}", "--config=benchmarks/point_a.py", *settings, *flags]
+  result = subprocess.run(
+    [sys.executable, "-c", _REFUSE, *command], cwd=tiny.ROOT, env=os.environ, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  assert json.loads(result.stdout)["context"] == 64
+  refused = subprocess.run([sys.executable, "-c", _REFUSE, "seqio"], cwd=tiny.ROOT, capture_output=True, text=True)
+  assert "seqio must not be imported" in refused.stderr
+
+
+def test_the_pipeline_is_measured_over_an_epoch(tmp_path):
+  files = batches.write(tmp_path, {f"{index}.txt": "tick tock " * 40 for index in range(20)})
+  config = tiny.config(data__task="text_files", data__files=str(files), train__batch_size=4)
+  result = data.measure(config, 2)
+  assert result.pop("task") == "text_files" and result["records"] < 20
+  assert min(result.values()) > 0
 
 
 def test_a_step_is_measured_at_any_context():

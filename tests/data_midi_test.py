@@ -6,7 +6,7 @@ import symusic
 
 from perceiver_ar_jax.data import music
 from perceiver_ar_jax.data.music import Note
-from tests.notes import C4, E4, G4, assert_same_piece, random_piece
+from tests.notes import C4, E4, G4, assert_same_piece, random_piece, read_notes
 
 
 def number(value):
@@ -66,16 +66,16 @@ def end_of_track(tick):
 @pytest.mark.parametrize("seed", range(5))
 def test_round_trip_through_midi(seed):
   notes = random_piece(seed)
-  assert_same_piece(music.read_notes(music.to_midi(notes)), notes, within_seconds=0.000501, within_velocity=0)
+  assert_same_piece(read_notes(music.to_midi(notes)), notes, within_seconds=0.000501, within_velocity=0)
 
 
 def test_midi_of_whole_milliseconds_is_exact():
   notes = [Note(C4, 80, 0.5, 0.75), Note(G4, 1, 0.5, 1.001), Note(C4, 127, 0.75, 0.751)]
-  assert music.read_notes(music.to_midi(notes)) == notes
+  assert read_notes(music.to_midi(notes)) == notes
 
 
 def test_midi_note_lasts_a_millisecond():
-  assert music.read_notes(music.to_midi([Note(C4, 80, 0.5, 0.5)])) == [Note(C4, 80, 0.5, 0.501)]
+  assert read_notes(music.to_midi([Note(C4, 80, 0.5, 0.5)])) == [Note(C4, 80, 0.5, 0.501)]
 
 
 def test_midi_ends_a_note_before_it_is_struck_again():
@@ -105,7 +105,7 @@ def test_notes_that_another_program_writes_are_read(seed):
   written = [
     Note(n.pitch, n.velocity, n.time * seconds, (n.time + n.duration) * seconds) for t in score.tracks for n in t.notes
   ]
-  heard = music.read_notes(score.dumps_midi())
+  heard = read_notes(score.dumps_midi())
   assert sorted(n.pitch for n in heard) == sorted(n.pitch for n in written)
   np.testing.assert_allclose(sorted(n.onset for n in heard), sorted(n.onset for n in written), atol=1e-4)
   np.testing.assert_allclose(sorted(n.offset for n in heard), sorted(n.offset for n in written), atol=1e-4)
@@ -114,16 +114,16 @@ def test_notes_that_another_program_writes_are_read(seed):
 def test_read_notes_honours_tempo_across_tracks():
   """100 ticks per beat: 0.5 s per beat at first, 1 s from tick 100 on, which falls into the note."""
   midi = midi_file([tempo(100, 1_000_000)], [strike(50, C4), release(200, C4)], ticks_per_beat=100)
-  assert music.read_notes(midi) == [Note(C4, 80, 0.25, 1.5)]
+  assert read_notes(midi) == [Note(C4, 80, 0.25, 1.5)]
 
 
 def test_read_notes_velocity_0_releases():
-  assert music.read_notes(midi_file([strike(0, C4), strike(100, C4, velocity=0)])) == [Note(C4, 80, 0.0, 0.1)]
+  assert read_notes(midi_file([strike(0, C4), strike(100, C4, velocity=0)])) == [Note(C4, 80, 0.0, 0.1)]
 
 
 def test_read_notes_merges_tracks_in_order():
   midi = midi_file([strike(100, G4), release(200, G4)], [strike(0, E4), strike(100, C4), release(200, E4)])
-  assert music.read_notes(midi) == [Note(E4, 80, 0.0, 0.2), Note(C4, 80, 0.1, 0.2), Note(G4, 80, 0.1, 0.2)]
+  assert read_notes(midi) == [Note(E4, 80, 0.0, 0.2), Note(C4, 80, 0.1, 0.2), Note(G4, 80, 0.1, 0.2)]
 
 
 def test_read_notes_pedal():
@@ -131,35 +131,35 @@ def test_read_notes_pedal():
   track = [pedal(0, 64), strike(100, C4), strike(100, G4), release(200, G4), pedal(300, 63)]
   track += [release(400, C4), strike(500, E4), release(600, E4)]
   expected = [Note(C4, 80, 0.1, 0.4), Note(G4, 80, 0.1, 0.3), Note(E4, 80, 0.5, 0.6)]
-  assert music.read_notes(midi_file(track)) == expected
+  assert read_notes(midi_file(track)) == expected
 
 
 def test_read_notes_pedal_holds_until_struck_again():
   track = [pedal(0, 127), strike(0, C4, 70), release(100, C4), strike(200, C4, 90), release(250, C4), pedal(500, 0)]
-  assert music.read_notes(midi_file(track)) == [Note(C4, 70, 0.0, 0.2), Note(C4, 90, 0.2, 0.5)]
+  assert read_notes(midi_file(track)) == [Note(C4, 70, 0.0, 0.2), Note(C4, 90, 0.2, 0.5)]
 
 
 def test_read_notes_pedal_applies_to_its_channel_only():
   track = [pedal(0, 127, channel=1), strike(0, C4), strike(0, G4, channel=1), release(100, C4)]
   track += [release(100, G4, channel=1), strike(200, G4), release(300, G4), pedal(400, 0), end_of_track(900)]
   expected = [Note(C4, 80, 0.0, 0.1), Note(G4, 80, 0.0, 0.9), Note(G4, 80, 0.2, 0.3)]
-  assert music.read_notes(midi_file(track)) == expected
+  assert read_notes(midi_file(track)) == expected
 
 
 def test_read_notes_overlap_ends_the_earlier_note():
   track = [strike(0, C4, 70), strike(100, C4, 90), release(200, C4), release(300, C4), release(400, C4)]
-  assert music.read_notes(midi_file(track)) == [Note(C4, 70, 0.0, 0.2), Note(C4, 90, 0.1, 0.3)]
+  assert read_notes(midi_file(track)) == [Note(C4, 70, 0.0, 0.2), Note(C4, 90, 0.1, 0.3)]
 
 
 def test_read_notes_unreleased_end_with_the_file():
   track = [strike(0, C4), strike(100, G4), end_of_track(700)]
-  assert music.read_notes(midi_file(track)) == [Note(C4, 80, 0.0, 0.7), Note(G4, 80, 0.1, 0.7)]
+  assert read_notes(midi_file(track)) == [Note(C4, 80, 0.0, 0.7), Note(G4, 80, 0.1, 0.7)]
 
 
 def test_read_notes_leaves_percussion_out():
   drums = [strike(0, 36, channel=9), release(100, 36, channel=9)]
-  assert music.read_notes(midi_file(drums)) == []
-  assert music.read_notes(midi_file(drums, [strike(0, C4), release(100, C4)])) == [Note(C4, 80, 0.0, 0.1)]
+  assert read_notes(midi_file(drums)) == []
+  assert read_notes(midi_file(drums, [strike(0, C4), release(100, C4)])) == [Note(C4, 80, 0.0, 0.1)]
 
 
 FOUR = [event for tick in range(4) for event in (strike(tick * 500, C4 + tick), release(tick * 500 + 500, C4 + tick))]
@@ -182,21 +182,39 @@ FOUR_NOTES = [Note(C4 + place, 80, place / 2, place / 2 + 0.5) for place in rang
   ids=lambda event: event[1][:8].hex(),
 )
 def test_read_notes_ignores_other_events(event):
-  assert music.read_notes(midi_file([event, *FOUR])) == FOUR_NOTES
-  assert music.read_notes(midi_file([*FOUR[:3], (750, event[1]), *FOUR[3:]])) == FOUR_NOTES
+  assert read_notes(midi_file([event, *FOUR])) == FOUR_NOTES
+  assert read_notes(midi_file([*FOUR[:3], (750, event[1]), *FOUR[3:]])) == FOUR_NOTES
 
 
 @pytest.mark.parametrize("event", [b"\xf0\3\x43\x12\xf7", b"\xf7\0", b"\xff\1\2hi", b"\xf8"])
 def test_read_notes_running_status_survives(event):
   """The note-off has no status: that of the note-on is still in force."""
   midi = midi_file([strike(0, C4), (0, event), (500, bytes([C4, 0])), strike(600, E4), (700, bytes([E4, 0]))])
-  assert music.read_notes(midi) == [Note(C4, 80, 0.0, 0.5), Note(E4, 80, 0.6, 0.7)]
+  assert read_notes(midi) == [Note(C4, 80, 0.0, 0.5), Note(E4, 80, 0.6, 0.7)]
 
 
 def test_read_notes_running_status_of_one_data_byte():
   """A program change, two more by running status with a text between them, and notes by a status of their own."""
   track = [(0, b"\xc0\5"), (0, b"\6"), meta(0, 1, b"hi"), (10, b"\7"), strike(10, C4), (20, bytes([C4, 0]))]
-  assert music.read_notes(midi_file(track)) == [Note(C4, 80, 0.01, 0.02)]
+  assert read_notes(midi_file(track)) == [Note(C4, 80, 0.01, 0.02)]
+
+
+def test_read_notes_of_long_waits_between_messages():
+  """Times of 1 to 4 bytes, with a status and without, next to one another in a track."""
+  track, expected = [], []
+  for start, wait in enumerate((1, 127, 128, 2**14 - 1, 2**14, 2**21 - 1, 2**21)):
+    begin = track[-1][0] + start if track else 0
+    track += [strike(begin, C4), (begin + wait, bytes([C4, 0]))]
+    expected.append(Note(C4, 80, begin / 1000, (begin + wait) / 1000))
+  assert read_notes(midi_file(track)) == expected
+
+
+def test_read_notes_running_status_of_events_that_are_not_read():
+  """Pitch bends, the second with a byte above 127: their data may be anything, that of a note may not."""
+  bends = [strike(0, C4), (10, b"\xe0\1\2"), (20, b"\3\4"), (30, b"\5\xff")]
+  assert read_notes(midi_file([*bends, release(500, C4)])) == [Note(C4, 80, 0.0, 0.5)]
+  with pytest.raises(ValueError, match="data byte 255"):
+    read_notes(midi_file([strike(0, C4), (10, bytes([E4, 70])), (20, bytes([E4, 255])), release(500, C4)]))
 
 
 @pytest.mark.parametrize("controller", [120, 123, 124, 125, 126, 127])
@@ -206,24 +224,24 @@ def test_read_notes_all_notes_off(controller):
   track += [control(500, controller), release(600, C4), strike(700, C4), release(800, C4)]
   track += [release(10_000, G4, channel=1), end_of_track(10_500)]
   expected = [Note(C4, 80, 0.0, 0.5), Note(E4, 80, 0.0, 0.5), Note(G4, 80, 0.0, 10.0), Note(C4, 80, 0.7, 10.5)]
-  assert music.read_notes(midi_file(track)) == expected
+  assert read_notes(midi_file(track)) == expected
 
 
 def test_read_notes_reset_all_controllers():
   """It lifts the pedal, and nothing else."""
   track = [pedal(0, 127), strike(0, C4), strike(0, E4), release(100, E4), control(500, 121), release(700, C4)]
-  assert music.read_notes(midi_file([*track, end_of_track(9000)])) == [Note(C4, 80, 0.0, 0.7), Note(E4, 80, 0.0, 0.5)]
+  assert read_notes(midi_file([*track, end_of_track(9000)])) == [Note(C4, 80, 0.0, 0.7), Note(E4, 80, 0.0, 0.5)]
 
 
 def test_read_notes_pedal_applies_to_all_tracks_of_its_channel():
   left_hand = [strike(0, C4), release(100, C4)]
-  assert music.read_notes(midi_file(left_hand, [pedal(0, 127), pedal(500, 0)])) == [Note(C4, 80, 0.0, 0.5)]
+  assert read_notes(midi_file(left_hand, [pedal(0, 127), pedal(500, 0)])) == [Note(C4, 80, 0.0, 0.5)]
 
 
 def test_read_notes_order_within_a_tick_counts():
   """The pedal prolongs a note released after it came down, not one released before, at the same tick."""
   for track, offset in (([pedal(100, 127), release(100, C4)], 0.5), ([release(100, C4), pedal(100, 127)], 0.1)):
-    assert music.read_notes(midi_file([strike(0, C4), *track, pedal(500, 0)])) == [Note(C4, 80, 0.0, offset)]
+    assert read_notes(midi_file([strike(0, C4), *track, pedal(500, 0)])) == [Note(C4, 80, 0.0, offset)]
 
 
 def riff(*chunks):
@@ -257,7 +275,7 @@ def riff(*chunks):
   ],
 )
 def test_read_notes_of_unusual_files(midi):
-  assert music.read_notes(midi) == FOUR_NOTES
+  assert read_notes(midi) == FOUR_NOTES
 
 
 PIECE = midi_file([strike(0, C4), pedal(50, 127), release(100, C4), strike(200, G4), release(300, G4)], file_type=0)
@@ -290,13 +308,13 @@ PIECE = midi_file([strike(0, C4), pedal(50, 127), release(100, C4), strike(200, 
 )
 def test_read_notes_names_the_damage(midi, reason):
   with pytest.raises(ValueError, match=reason):
-    music.read_notes(midi)
+    read_notes(midi)
 
 
 @pytest.mark.parametrize("length", range(len(PIECE)))
 def test_read_notes_truncated(length):
   with pytest.raises(ValueError):
-    music.read_notes(PIECE[:length])
+    read_notes(PIECE[:length])
 
 
 @pytest.mark.parametrize("position", range(len(PIECE)))
@@ -304,7 +322,7 @@ def test_read_notes_damaged(position):
   """Whatever byte is wrong: the file is read, or is a ValueError."""
   for byte in [0, 1, 0x59, 0x7F, 0x80, 0xC0, 0xF0, 0xFF]:
     try:
-      notes = music.read_notes(PIECE[:position] + bytes([byte]) + PIECE[position + 1 :])
+      notes = read_notes(PIECE[:position] + bytes([byte]) + PIECE[position + 1 :])
     except ValueError:
       continue
     assert all(0 <= n.pitch < 128 and 1 <= n.velocity <= 127 and n.offset >= n.onset >= 0 for n in notes)

@@ -5,7 +5,7 @@ import pytest
 
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, music
 from perceiver_ar_jax.data.music import Note
-from tests.notes import C4, E4, G4, assert_same_piece, random_piece, times
+from tests.notes import C4, E4, G4, assert_same_piece, random_piece, read_notes, times
 
 
 def ids(*values):
@@ -86,7 +86,7 @@ def test_velocity_bins(velocity, number, middle):
 def test_nothing_is_nothing():
   assert music.encode([]).shape == (0,)
   assert music.decode([]) == []
-  assert music.read_notes(music.to_midi([])) == []
+  assert read_notes(music.to_midi([])) == []
   assert music.transpose([], 3).shape == music.stretch([], 2.0).shape == (0,)
   assert music.piano_roll([]).shape == (128, 0)
 

@@ -1,7 +1,8 @@
-"""Music to test with: three pitches, random notes, and a comparison of two lists of notes."""
+"""Music to test with: three pitches, random notes, notes of files, and a comparison of two lists of notes."""
 
 import numpy as np
 
+from perceiver_ar_jax.data import music
 from perceiver_ar_jax.data.music import Note
 
 C4, E4, G4 = 60, 64, 67
@@ -16,6 +17,11 @@ def random_piece(seed, size=300):
   pitches, velocities = rng.integers(0, 128, size), rng.integers(1, 128, size)
   pitches[::2] = rng.integers(60, 64, len(pitches[::2]))
   return [Note(int(p), int(v), float(on), float(off)) for p, v, on, off in zip(pitches, velocities, onsets, offsets)]
+
+
+def read_notes(midi):
+  """The notes of a MIDI file as a list."""
+  return [Note(*note) for note in music.read_notes(midi).tolist()]
 
 
 def times(notes, pitch):

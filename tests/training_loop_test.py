@@ -1,9 +1,13 @@
 """A run: what it logs, draws, profiles and refuses, and updates that are not finite."""
 
+import collections
+import contextlib
 import json
 import os
+import re
 import signal
 
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
@@ -30,6 +34,38 @@ def test_a_run_logs_every_step_and_its_settings(trained):
   assert line["data_wait_seconds"] in (0, line["data_seconds"])
   assert line["skipped_files"] == 0
   assert json.loads((trained / "eval-validation-12.json").read_text())["step"] == 12
+
+
+@pytest.mark.slow
+def test_a_run_compiles_its_update_and_its_evaluation_once(tmp_path, caplog):
+  with jax.log_compiles():
+    loop.train(tiny.config(train__steps=6, eval__every=2), tmp_path)
+  names = [re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()) for record in caplog.records]
+  compiled = collections.Counter(name[1] for name in names if name)
+  assert len(list(tmp_path.glob("eval-validation-*.json"))) >= 1
+  assert (compiled["train_step"], compiled["eval_step"]) == (1, 1), compiled
+
+
+@pytest.mark.slow
+def test_a_step_makes_no_implicit_transfer(tmp_path, monkeypatch):
+  """Between two batches the loop only transfers what it names: the batch to the devices, the metrics from them."""
+  draw, num_batches, guard = TrainLoader.__next__, 0, contextlib.ExitStack()
+
+  def count(self):
+    nonlocal num_batches
+    num_batches += 1
+    if num_batches == 2:
+      guard.enter_context(jax.transfer_guard("disallow"))
+    if num_batches == 5:
+      with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        jax.numpy.add(np.ones(2), 1)  # what an implicit transfer would have done
+      guard.close()
+    return draw(self)
+
+  monkeypatch.setattr(TrainLoader, "__next__", count)
+  with guard:
+    assert loop.train(tiny.config(train__steps=6, train__checkpoint_every=6), tmp_path) == 0
+  assert num_batches == 6
 
 
 @pytest.mark.slow

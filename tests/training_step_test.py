@@ -265,3 +265,15 @@ def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_
   assert not np.isfinite(metrics["loss"]) and skipped.step == state.step + 1
   jax.tree.map(np.testing.assert_array_equal, (skipped.params, skipped.opt_state), (state.params, state.opt_state))
   assert np.isfinite(step(skipped, good, jax.random.key(0))[1]["loss"])
+
+
+def test_positions_that_the_model_ignores_are_neither_made_nor_needed():
+  settings = {"model__position_encoding": "rotary", "model__position_sizes": (), "model__dropout": 0.0}
+  config = tiny.config(**settings, model__positions_from_data=False)
+  batch, with_positions = next(TrainLoader(config)), next(TrainLoader(tiny.config(**settings)))
+  assert "positions" not in batch and with_positions.keys() == {*batch, "positions"}
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  state = state_lib.init_state(config, optimizer, make_mesh(config.mesh))
+  step = jax.jit(step_lib.make_train_step(config, optimizer))
+  losses = [float(step(state, rows, jax.random.key(0))[1]["loss"]) for rows in (batch, with_positions)]
+  assert losses[0] == losses[1]

@@ -97,7 +97,8 @@ class TrainLoader(Iterator[Batch]):
     return jax.eval_shape(lambda: self._empty(self._config.train.batch_size))
 
   def _empty(self, size: int) -> Batch:
-    model, dims = self._config.model, self.task.position_dims
+    model = self._config.model
+    dims = self.task.position_dims if model.positions_from_data else 0
     return windows.empty_batch(size, context=model.max_context, latents=model.num_latents, position_dims=dims)
 
   def _start(self, shard: _Shard) -> None:
@@ -127,7 +128,7 @@ class TrainLoader(Iterator[Batch]):
     for shard in self._shards:
       self._fill(shard, [windows.row_of(batch, start + index) for index in range(len(shard.rows))])
       start += len(shard.rows)
-    windows.check_positions(batch["positions"], self._config)
+    windows.check_positions(batch, self._config)
     return batch
 
   def _fill(self, shard: _Shard, rows: list[Batch]) -> None:

@@ -17,6 +17,7 @@ module it ends the one that began first.
 import collections
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,7 +35,9 @@ _UNKNOWN_VELOCITY = 64  # for notes that begin before the first velocity event o
 
 VOCAB_SIZE = _NUM_VALUES + NUM_SPECIAL
 
-_PEDAL_DOWN, _PERCUSSION_CHANNEL, _NUM_CHANNELS = 64, 9, 16
+_PEDAL_DOWN, _PERCUSSION_CHANNEL = 64, 9
+_NUM_KEYS = 16 * NUM_PITCHES
+"""Pitches of all channels."""
 
 
 class Note(NamedTuple):
@@ -49,8 +52,8 @@ class Note(NamedTuple):
 _BY_TIME = operator.attrgetter("onset", "pitch", "offset")
 
 
-def read_notes(content: bytes) -> list[Note]:
-  """Returns the notes of a MIDI file, sorted by onset, pitch and offset; an empty list if it has none.
+def read_notes(content: bytes) -> np.ndarray:
+  """Returns the notes of a MIDI file sorted by onset, pitch and offset: float64[N, 4], rows with the fields of `Note`.
 
   All tracks play together. Percussion (channel 10) is left out because its numbers are not pitches. While the sustain
   pedal of a channel is down, a released note sounds until the pedal is up or its pitch is struck again. A note struck
@@ -58,44 +61,52 @@ def read_notes(content: bytes) -> list[Note]:
   Off end every note of the channel, and Reset All Controllers lifts its pedal. A note that is never released ends with
   the file. Raises ValueError as midi.read.
   """
-  messages, end_time = midi.read(content)
-  notes = []
-  # Of each channel, by pitch, the (velocity, onset) of notes whose key is held, the earliest first, and of released
-  # notes that the pedal keeps sounding.
-  held = [collections.defaultdict(collections.deque) for _ in range(_NUM_CHANNELS)]
-  sustained = [collections.defaultdict(collections.deque) for _ in range(_NUM_CHANNELS)]
-  pedal_down = [False] * _NUM_CHANNELS
+  times_M, (statuses_M, numbers_M, values_M), end_time = midi.read(content)
+  channels_M, is_control_M = statuses_M & 0x0F, statuses_M >= midi.CONTROL_CHANGE
+  is_pedal_M = is_control_M & np.isin(numbers_M, (midi.SUSTAIN_PEDAL, midi.RESET_ALL_CONTROLLERS))
+  is_down_M = is_pedal_M & (numbers_M == midi.SUSTAIN_PEDAL) & (values_M >= _PEDAL_DOWN)
+  is_note_M = ~is_control_M & (channels_M != _PERCUSSION_CHANNEL)
+  is_struck_M = is_note_M & (statuses_M >= midi.NOTE_ON) & (values_M > 0)
+  keys_M = channels_M * NUM_PITCHES + numbers_M
 
-  def end(sounding, time):
-    notes.extend(Note(pitch, *begun, time) for pitch, all_begun in sounding.items() for begun in all_begun)
-    sounding.clear()
-
-  for time, status, number, value in messages:
-    channel = status & 0x0F
-    if status >= midi.CONTROL_CHANGE:
-      if number in (midi.SUSTAIN_PEDAL, midi.RESET_ALL_CONTROLLERS):
-        pedal_down[channel] = number == midi.SUSTAIN_PEDAL and value >= _PEDAL_DOWN
-      else:
-        end(held[channel], time)
-        end(sustained[channel], time)
-      if sustained[channel] and not pedal_down[channel]:
-        end(sustained[channel], time)
-    elif channel != _PERCUSSION_CHANNEL:
-      keys = held[channel][number]
-      if status >= midi.NOTE_ON and value:
-        if number in sustained[channel]:
-          end({number: sustained[channel].pop(number)}, time)
-        keys.append((value, time))
-      elif keys and pedal_down[channel]:
-        sustained[channel][number].append(keys.popleft())
-      elif keys:
-        notes.append(Note(number, *keys.popleft(), time))
-  for sounding in (*held, *sustained):
-    end(sounding, end_time)
-  return sorted(notes, key=_BY_TIME)
+  # Messages are referred to by their index, the end of the file by M.
+  note_messages = np.flatnonzero(is_note_M)
+  all_off = _neighbours(is_control_M & ~is_pedal_M, channels_M, note_messages)
+  # The note-offs after a message that ends all notes belong to the notes after it.
+  ons, offs = _pair(all_off * _NUM_KEYS + keys_M[note_messages], is_struck_M[note_messages])
+  ends_N = np.append(note_messages, len(times_M))[offs]
+  last_N, ons_N = all_off[ons], note_messages[ons]
+  released = np.flatnonzero(ends_N < len(times_M))
+  pedals = _neighbours(is_pedal_M, channels_M, ends_N[released], before=True)
+  held = released[np.append(is_down_M, False)[pedals]]
+  pedal_up = _neighbours(is_pedal_M & ~is_down_M, channels_M, ends_N[held])
+  ends_N[held] = np.minimum(pedal_up, _neighbours(is_struck_M, keys_M, ends_N[held]))
+  offsets_N = np.append(times_M, end_time)[np.minimum(ends_N, last_N)]
+  notes_Nx4 = np.stack([numbers_M[ons_N], values_M[ons_N], times_M[ons_N], offsets_N], axis=1)
+  return notes_Nx4.take(np.lexsort((offsets_N, numbers_M[ons_N], times_M[ons_N])), axis=0)
 
 
-def encode(notes: Sequence[Note]) -> np.ndarray:
+def _neighbours(is_set_M: np.ndarray, keys_M: np.ndarray, messages: np.ndarray, before: bool = False) -> np.ndarray:
+  """Returns, for each of `messages`, the next message with its key that is set, or the last one before; M if none."""
+  size = len(keys_M) + 1
+  places_M = keys_M.astype(np.int64) * size + np.arange(len(keys_M))
+  ends = np.arange(1, _NUM_KEYS + 1) * size - 1  # of each key: M
+  places = np.sort(np.concatenate([places_M[is_set_M], ends]))
+  return places[np.searchsorted(places, places_M[messages]) - before] % size
+
+
+def _pair(keys_M: np.ndarray, begins_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the events that begin notes, and those that end each one, the earliest of its key first; M if none does."""
+  sounding, ends = collections.defaultdict(collections.deque), [len(keys_M)] * len(keys_M)
+  for event, (key, begins) in enumerate(zip(keys_M.tolist(), begins_M.tolist())):
+    if begins:
+      sounding[key].append(event)
+    elif sounding[key]:
+      ends[sounding[key].popleft()] = event
+  return np.flatnonzero(begins_M), np.array(ends, np.int64)[begins_M]
+
+
+def encode(notes: Sequence[Note] | np.ndarray) -> np.ndarray:
   """Returns the event ids int32[N] of notes in any order, without SOS and EOS.
 
   Times since the start of the piece are rounded to steps of 10 ms, so that errors do not add up, and a note lasts at
@@ -103,15 +114,14 @@ def encode(notes: Sequence[Note]) -> np.ndarray:
   precedes only a note-on that changes the velocity. The silence before the first note is kept. Raises ValueError if a
   pitch, a velocity or a time is out of range.
   """
-  _check(notes)
-  pitches_N, velocities_N, onsets_N, offsets_N = np.array(notes, np.float64).reshape(-1, 4).T
-  first_N = np.rint(onsets_N * STEPS_PER_SECOND)
-  last_N = np.maximum(np.rint(offsets_N * STEPS_PER_SECOND), first_N + 1)
-  bins_N = (velocities_N - 1) // _VELOCITIES_PER_BIN
-  zeros_N = np.zeros(len(notes))
-  events_4xM = np.stack([[last_N, zeros_N, pitches_N, zeros_N], [first_N, zeros_N + 1, pitches_N, bins_N]], axis=1)
-  events_4xM = events_4xM.reshape(4, -1).astype(np.int64)
-  steps_M, begins_M, pitches_M, bins_M = events_4xM[:, np.lexsort(events_4xM[::-1])]
+  pitches_N, velocities_N, onsets_N, offsets_N = _checked(notes).T
+  first_N = np.rint(onsets_N * STEPS_PER_SECOND).astype(np.int64)
+  last_N = np.maximum(np.rint(offsets_N * STEPS_PER_SECOND).astype(np.int64), first_N + 1)
+  bins_N, pitches_N = ((velocities_N - 1) // _VELOCITIES_PER_BIN).astype(np.int64), pitches_N.astype(np.int64)
+  # One number for each event, in the order of the events: step, whether a note begins, pitch, velocity.
+  offs_N, ons_N = last_N << 13 | pitches_N << 5, first_N << 13 | 1 << 12 | pitches_N << 5 | bins_N
+  events_M = np.sort(np.concatenate([offs_N, ons_N]))
+  steps_M, begins_M, pitches_M, bins_M = events_M >> 13, events_M >> 12 & 1, events_M >> 5 & 127, events_M & 31
   values_M = np.where(begins_M, _NOTE_ON, _NOTE_OFF) + pitches_M
   begin_N = np.flatnonzero(begins_M)
   changed = begin_N[np.diff(bins_M[begin_N], prepend=-1) != 0]  # note-ons that need a velocity event
@@ -149,15 +159,10 @@ def notes_of_events(ids_N: Sequence[int]) -> list[tuple[int, int, int]]:
   `off` is N for a note that no event ends.
   """
   pitches_N, begins_N = pitches(ids_N), _values(ids_N) < _NOTE_OFF
-  sounding = [collections.deque() for _ in range(NUM_PITCHES)]  # for each pitch its note-on events, the earliest first
-  notes = []
-  for event in np.flatnonzero(pitches_N >= 0).tolist():
-    note_ons = sounding[pitches_N[event]]
-    if begins_N[event]:
-      note_ons.append(event)
-    elif note_ons:
-      notes.append((int(pitches_N[event]), note_ons.popleft(), event))
-  return notes + [(pitch, on, len(pitches_N)) for pitch in range(NUM_PITCHES) for on in sounding[pitch]]
+  events = np.flatnonzero(pitches_N >= 0)
+  ons, offs = _pair(pitches_N[events], begins_N[events])
+  ons_K, offs_K = events[ons], np.append(events, len(pitches_N))[offs]
+  return list(zip(pitches_N[ons_K].tolist(), ons_K.tolist(), offs_K.tolist()))
 
 
 def steps(ids_N: Sequence[int]) -> np.ndarray:
@@ -177,7 +182,7 @@ def to_midi(notes: Sequence[Note]) -> bytes:
   `read_notes` returns the same notes, except that the offsets of two notes of one pitch are exchanged where one lies
   within the other. Raises ValueError as `encode`.
   """
-  _check(notes)
+  _checked(notes)
   messages = []
   for pitch, velocity, onset, offset in notes:
     onset_ms = round(onset * 1000)
@@ -229,10 +234,15 @@ def piano_roll(ids_N: Sequence[int]) -> np.ndarray:
   return roll_PxT
 
 
-def _check(notes: Sequence[Note]) -> None:
-  for note in notes:
-    if not (0 <= note[0] < NUM_PITCHES and 1 <= note[1] <= 127 and 0 <= note[2] < math.inf and 0 <= note[3] < math.inf):
-      raise ValueError(f"{note} needs a pitch in 0..127, a velocity in 1..127 and finite times from 0 on.")
+def _checked(notes: Sequence[Note] | np.ndarray) -> np.ndarray:
+  """Returns the notes as float64[N, 4]; raises ValueError if a value is out of range."""
+  notes_Nx4 = np.array(notes, np.float64).reshape(-1, 4)
+  low, high = (0, 1, 0, 0), (NUM_PITCHES - 1, 127, sys.float_info.max, sys.float_info.max)
+  is_valid_N = ((notes_Nx4 >= low) & (notes_Nx4 <= high)).all(axis=1)
+  if not is_valid_N.all():
+    note = notes[np.argmin(is_valid_N)]
+    raise ValueError(f"{note} needs a pitch in 0..127, a velocity in 1..127 and finite times from 0 on.")
+  return notes_Nx4
 
 
 def _values(ids_N: Sequence[int]) -> np.ndarray:

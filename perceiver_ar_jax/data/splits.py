@@ -111,7 +111,8 @@ def eval_batches(
     for end, num_new in windows.eval_blocks(len(document), settings.stride or num_latents)
   )
   while batch_blocks := list(itertools.islice(blocks, settings.batch_size)):
-    shape = {"context": config.model.max_context, "latents": num_latents, "position_dims": task.position_dims}
+    dims = task.position_dims if config.model.positions_from_data else 0
+    shape = {"context": config.model.max_context, "latents": num_latents, "position_dims": dims}
     batch = windows.empty_batch(len(rows), **shape)
     batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *task.counts)}
     batch["document"] = np.full(len(rows), -1, np.int32)
@@ -124,5 +125,5 @@ def eval_batches(
       if end - num_new == 1:  # the document's first block
         for name in task.counts:
           batch[name][index] = document.counts()[name]
-    windows.check_positions(batch["positions"], config)
+    windows.check_positions(batch, config)
     yield batch

@@ -18,7 +18,9 @@ from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.data.documents import Document
 
 Batch = dict[str, np.ndarray]
-"""inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]; a row has no B."""
+"""inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]; a row has no B.
+
+Positions are left out where the model does not read them."""
 
 
 def longest_crop(config: Config) -> int:
@@ -26,10 +28,10 @@ def longest_crop(config: Config) -> int:
   return config.model.max_context + 1
 
 
-def check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
+def check_positions(batch: Batch, config: Config) -> None:
   """Raises InputError if a position is outside the model's tables."""
-  sizes = config.model.position_sizes
-  if not config.model.positions_from_data or len(sizes) != positions_BxLxP.shape[-1]:
+  sizes, positions_BxLxP = config.model.position_sizes, batch.get("positions")
+  if positions_BxLxP is None or len(sizes) != positions_BxLxP.shape[-1]:
     return  # without tables, or refused by the model
   # One dimension at a time: over all at once, NumPy takes ten times as long.
   largest = tuple(int(positions_BxLxP[..., dimension].max()) for dimension in range(len(sizes)))
@@ -41,13 +43,13 @@ def check_positions(positions_BxLxP: np.ndarray, config: Config) -> None:
 
 
 def empty_batch(size: int, *, context: int, latents: int, position_dims: int) -> Batch:
-  """B = `size` rows of padding with weight 0; L = `context`, M = `latents`, P = `position_dims`."""
-  return {
+  """B = `size` rows of padding with weight 0; L = `context`, M = `latents`, P = `position_dims`, 0: no positions."""
+  batch = {
     "inputs": np.zeros((size, context), np.int32),
-    "positions": np.zeros((size, context, position_dims), np.int32),
     "targets": np.zeros((size, latents), np.int32),
     "weights": np.zeros((size, latents), np.float32),
   }
+  return batch | ({"positions": np.zeros((size, context, position_dims), np.int32)} if position_dims else {})
 
 
 def row_of(batch: Batch, index: int) -> Batch:
@@ -106,7 +108,8 @@ def _fill(row: Batch, events: np.ndarray, positions: np.ndarray, scored: np.ndar
   if count < 1:
     return
   row["inputs"][-count:] = events[:-1]
-  row["positions"][-count:] = positions[:-1]
+  if "positions" in row:
+    row["positions"][-count:] = positions[:-1]
   targets = min(count, len(row["targets"]))
   row["targets"][-targets:] = events[-targets:]
   new = min(targets, num_new)

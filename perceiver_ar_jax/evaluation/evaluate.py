@@ -51,7 +51,7 @@ def make_eval_step(config: Config):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]
     num_latents = targets_BxM.shape[1]
     latents_BxMxD = model.apply(
-      {"params": params}, batch["inputs"], batch["positions"], num_latents=num_latents, method="latents"
+      {"params": params}, batch["inputs"], batch.get("positions"), num_latents=num_latents, method="latents"
     )
     to_logits = functools.partial(model.apply, {"params": params}, method="logits")
     losses = loss.score(to_logits, latents_BxMxD, targets_BxM, chunk=config.model.logits_chunk)

@@ -16,7 +16,8 @@ from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-"""inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]; or their shapes."""
+"""inputs int32[B, L], positions int32[B, L, P] unless the model ignores them, targets int32[B, M], weights
+float32[B, M]; or their shapes."""
 
 
 def make_train_step(
@@ -39,7 +40,7 @@ def make_train_step(
     latents_BxMxD = model.apply(
       {"params": params},
       batch["inputs"],
-      batch["positions"],
+      batch.get("positions"),
       num_latents=batch["targets"].shape[1],
       deterministic=deterministic,
       rngs=None if deterministic else {"dropout": key},
