@@ -29,7 +29,7 @@ from perceiver_ar_jax.models.perceiver_ar import group_depths
 from perceiver_ar_jax.training.owner import is_object_store
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-"""Types of exported weights, and their names in a safetensors file. In memory, weights are float32."""
+"""Types of exported weights, by their JAX names, and their names in the file. In memory, weights are float32."""
 _STACKED = re.compile(r"(?:layers_(\d+)|segments/layers)/(.+)")
 _CROSS_ATTENTION = re.compile(r"^cross_attend_(\d+)/")
 _AGAIN = "export or download it again"
