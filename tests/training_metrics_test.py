@@ -83,9 +83,9 @@ class FakeTracker(types.ModuleType):
     super().__init__(name)
     self.calls, self.failing = [], failing
 
-  def _call(self, name, **arguments):
-    self.calls.append((name, arguments))
-    if name == self.failing:
+  def _call(self, call, **arguments):
+    self.calls.append((call, arguments))
+    if call == self.failing:
       raise ConnectionError("no route\nto host")
 
   def init(self, **arguments):
@@ -109,18 +109,25 @@ def test_a_tracker_receives_all_metrics_and_a_restart_continues_its_run(tmp_path
     "__exit__",
     lambda self, *error: (wandb.calls.append(("saved", {})), close(self, *error))[1],
   )
-  for steps in (2, 3):
+  for steps in (3, 4):
     assert tiny.run(tmp_path / "run", train__tracker="wandb", train__steps=steps).returncode == 0
   names = [name for name, _ in wandb.calls]
-  assert names == ["init", *["log"] * 3, "saved", "finish", "init", *["log"] * 2, "saved", "finish"]
+  assert names == ["init", *["log"] * 4, "saved", "finish", "init", *["log"] * 2, "saved", "finish"]
   logged = [(arguments["step"], arguments["values"]) for name, arguments in wandb.calls if name == "log"]
   lines = [{"step": step, **values} for step, values in logged]
-  assert lines == metrics.read_entries(epath.Path(tmp_path / "run")) and [step for step, _ in logged] == [1, 2, 2, 3, 3]
+  assert lines == metrics.read_entries(epath.Path(tmp_path / "run")) and [step for step, _ in logged] == [
+    1,
+    2,
+    3,
+    3,
+    4,
+    4,
+  ]
   assert "loss" in logged[0][1] and "eval_nats_per_token" in logged[-1][1]
   first, second = (arguments for name, arguments in wandb.calls if name == "init")
   assert first["id"] == second["id"] == (tmp_path / "run" / "tracker_id").read_text() and first["resume"] == "allow"
   assert first["project"] == "mine" and first["name"] == f"run-{first['id']}" and first["dir"] == str(tmp_path / "run")
-  assert [each["config"]["train"]["steps"] for each in (first, second)] == [2, 3]
+  assert [each["config"]["train"]["steps"] for each in (first, second)] == [3, 4]
 
 
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
@@ -158,7 +165,7 @@ def test_the_real_packages_without_a_network(name, tmp_path, monkeypatch):
   monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is imported
   package = pytest.importorskip(name)
   failures = []
-  for steps in (2, 3):
+  for steps in (3, 4):
     result = tiny.run(tmp_path / "run", train__tracker=name, train__steps=steps)
     assert result.returncode == 0
     failures += [line for line in result.stderr.splitlines() if "tracker failed" in line]
