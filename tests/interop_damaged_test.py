@@ -136,12 +136,12 @@ def test_a_file_that_is_damaged_or_of_another_model_is_refused(change, words, co
     {"conv_taps": 10**9},
     {"value_features": 2**40},
     {"num_layers": 10**9},
-    {"num_layers": 1057, "cross_attend_after": tuple(range(10**5))},
+    {"num_layers": 1000, "cross_attend_after": tuple(range(1000))},
   ],
 )
 def test_settings_of_a_model_larger_than_the_file_cost_neither_time_nor_memory(sizes, copied):
   model = dataclasses.replace(tiny.config().model, **sizes)
-  with pytest.raises(InputError, match="does not fit the model of its config.json: its? "):
+  with pytest.raises(InputError, match="does not fit the model of its config.json: its? (largest parameter )?has "):
     pretrained.read(model, copied)
 
 

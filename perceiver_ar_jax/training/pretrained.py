@@ -137,9 +137,10 @@ def _check_sizes(config: ModelConfig, types: dict[str, tuple[str, tuple[int, ...
   for name in "vocab_size latent_width embed_width cross_attend_width mlp_widening conv_taps value_features".split():
     if (value := getattr(config, name) or 0) > max(largest, 4096):  # smaller models are listed quickly
       raise InputError(f"its largest parameter has {largest:,} values, and model.{name} is {value}")
-  for number, kind in ((config.num_layers, "layers"), (len(config.cross_attend_after), "cross-attentions")):
-    if number > len(types) + 1000:
-      raise InputError(f"it has {len(types):,} parameters for {number:,} {kind}")
+  number = len(set(config.cross_attend_after))
+  for count, most, kind in ((config.num_layers, len(types) + 1000, "layers"), (number, len(types), "cross-attentions")):
+    if count > most:
+      raise InputError(f"it has {len(types):,} parameters for {count:,} {kind}")
 
 
 def _compare(expected: list[Parameter], actual: dict[str, tuple[str, tuple[int, ...]]]) -> None:
