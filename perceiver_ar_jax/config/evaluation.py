@@ -67,7 +67,7 @@ class SampleConfig:
     require(0 <= self.seed < 2**32, f"sample.seed={self.seed} must be in 0..4294967295 (2^32-1).")
     require_at_least(1, "sample", self, "prompt_tokens", "length", "num_samples", "batch_size")
     require(0 <= self.temperature < math.inf, f"sample.temperature={self.temperature} must be 0 or more, and finite.")
-    require(self.top_k >= 0, f"sample.top_k={self.top_k} must be at least 1, or 0 to draw from all tokens.")
+    require(0 <= self.top_k < 2**31, f"sample.top_k={self.top_k} must be 1..2147483647, or 0 to draw from all tokens.")
     require(0 < self.top_p <= 1, f"sample.top_p={self.top_p} must be in (0, 1]; 1 draws from all tokens.")
 
 

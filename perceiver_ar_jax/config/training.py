@@ -69,6 +69,8 @@ class TrainConfig:
   """The update rule."""
   log_every: int = 10
   """Steps between lines of metrics."""
+  tracker: str = "none"
+  """wandb or trackio also receive the metrics (extras of the same names); none: only metrics.jsonl and TensorBoard."""
   checkpoint_every: int = 1000
   """Steps between checkpoints."""
   keep_checkpoints: int = 3
@@ -92,6 +94,7 @@ class TrainConfig:
     )
     require_choice("train.loss_reduction", self.loss_reduction, ("mean", "sum"))
     require_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+    require_choice("train.tracker", self.tracker, ("none", "wandb", "trackio"))
     require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1).")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
     require(

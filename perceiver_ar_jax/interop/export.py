@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -37,7 +37,6 @@ from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.training import pretrained
 from perceiver_ar_jax.training.owner import is_object_store
 
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _FREE = "give a folder that you may write to, with enough space"
 
 
@@ -104,8 +103,8 @@ def _write(
   results: Sequence[dict] = (),
 ) -> None:
   check_output(folder)
-  checks.require_choice("dtype", dtype, _DTYPES)
-  arrays = _arrays(model, params, _DTYPES[dtype])
+  checks.require_choice("dtype", dtype, pretrained.DTYPES)
+  arrays = _arrays(model, params, jnp.dtype(dtype))
   card = _card(folder.name, model, config, results, sum(x.size for x in arrays.values()), dtype, step)
   metadata = {"format": "perceiver_ar_jax", "step": str(step)}
   with writing(folder, _FREE), _new_folder(folder) as local:
@@ -233,6 +232,6 @@ if __name__ == "__main__":
   from perceiver_ar_jax import command_line  # here, so that importing this module defines no flags
 
   flags.DEFINE_string("output", None, "The folder to write: new or empty.")
-  flags.DEFINE_enum("dtype", "float32", list(_DTYPES), "Type of the values in the file.")
+  flags.DEFINE_enum("dtype", "float32", list(pretrained.DTYPES), "Type of the values in the file.")
   flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
   command_line.run(_run, required=("workdir", "output"))

@@ -52,7 +52,7 @@ def find(
   InputError as `read`, or if the split has no readable document.
   """
   if prompt is not None and prompt != DATA:
-    return [_beginning(config, task, document, prompt_tokens, is_given=True) for document in read(task, prompt)]
+    return given(config, task, prompt, prompt_tokens)
   if prompt is None and task.place is not None:
     return [Prompt(task, np.array([SOS], np.int32), task.place, task.length)]
   documents = list(itertools.islice(splits.documents(config, config.eval.split, count), count))
@@ -61,6 +61,11 @@ def find(
   if prompt is None:  # the document provides only the grid, of a video for example
     prompt_tokens = 1
   return [_beginning(config, task, document, prompt_tokens) for task, document in documents]
+
+
+def given(config: Config, task: Task, prompt: str | os.PathLike, prompt_tokens: int | None = None) -> list[Prompt]:
+  """Returns the prompts of a text, "data" included, or of a path; errors as `read`."""
+  return [_beginning(config, task, document, prompt_tokens, is_given=True) for document in read(task, prompt)]
 
 
 def from_events(task: Task, events: np.ndarray) -> Prompt:
@@ -90,11 +95,15 @@ def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   elif not prompt.strip():
     raise InputError("The prompt is empty: give a text or a file, or leave it out to sample without a prompt.")
   else:
-    documents = [task.read(prompt.encode())]
+    try:
+      documents = [task.read(prompt.encode())]
+    except UnicodeEncodeError as error:
+      raise InputError(f"The prompt is not a text in Unicode ({error}): give it in a file.") from error
   for document in documents if task.unknown is not None else ():
     num_unknown = int((document.read(0, len(document)) == task.unknown).sum())
     if num_unknown:
-      warn_once("unknown", f"{num_unknown} tokens of the text are not in the vocabulary: the model sees a gap instead")
+      problem = f"{num_unknown} tokens of the text are not in the vocabulary: the model sees a gap instead"
+      warn_once("unknown", problem, "text")
   return documents
 
 

@@ -4,14 +4,15 @@
     print(sample("Once upon a time", length=500, temperature=0.8)[0].value)
     print(sample.score("Once upon a time")["bits_per_byte"])
 
-This module owns the loop on the host: batches, blocks, and when a context is computed again. The computations on the
-device are in generate.py.
+docs/serving.md documents the use in servers. This module owns the loop on the host: batches, blocks, and when a context
+is computed again. The computations on the device are in generate.py.
 """
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -58,6 +59,8 @@ class Sample:
 
 class Sampler:
   """Generates with the weights `params` (None: assigned later); compiled at the first call for each batch size.
+
+  In one process, threads may call it at the same time; several processes make the same calls in the same order.
 
   `config.sample` has the defaults of a call. Rows of a batch are sharded over the mesh axes data and fsdp, the keys and
   values of the context over context.
@@ -112,51 +115,66 @@ class Sampler:
     pretrained.check(config_from_run.load_model_config(folder), folder)
     return cls.from_workdir(folder, config)
 
-  def __call__(
-    self,
-    prompt: str | os.PathLike | np.ndarray | Sequence[Prompt] | None = None,
-    *,
-    on_tokens: Callable[[list[Sample]], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    **settings,
-  ) -> list[Sample]:
-    """Generates samples.
+  def __call__(self, prompt: str | os.PathLike | np.ndarray | list | None = None, **settings) -> list[Sample]:
+    """Returns samples.
 
     Args:
       prompt: a str is a text, or "data" for documents of eval.split; a pathlib.Path is a file, or a pattern of several;
-        an array is events int32[n]; or the result of prompts.find. None: sample.prompt of the config, which is read as
-        on the command line.
-      on_tokens: called after each block with the unfinished samples.
-      should_stop: called after each block; if it returns True, the unfinished samples are returned.
-      **settings: other values of config.SampleConfig for this call: num_samples, length, temperature, top_k, top_p,
-        seed, batch_size, prompt_tokens.
+        an array is events int32[n]; a list contains these and results of prompts.find, and "data" in it is a text.
+        None: sample.prompt of the config, which is read as on the command line.
+      **settings: other values of config.SampleConfig for this call: num_samples (of a list, by default one of each
+        prompt), length, temperature, top_k, top_p, seed, batch_size, prompt_tokens.
 
     Raises:
       InputError: a wrong setting or prompt.
+    """
+    *_, samples = self.stream(prompt, **settings)
+    return samples
+
+  def stream(self, prompt: str | os.PathLike | np.ndarray | list | None = None, **settings) -> Iterator[list[Sample]]:
+    """Yields all samples begun so far: the prompts of each batch, then what they have grown to after each block.
+
+    An iterator that is not exhausted keeps its cache on the device until it is closed. Arguments and errors, which are
+    raised at once: as `__call__`.
     """
     known = {field.name for field in dataclasses.fields(SampleConfig)} - {"cache", "kept_latents", "prompt"}
     for name in settings:
       if name not in known:
         raise InputError(f"Unknown setting {name!r} of a sample. {nearest(name, known)}")
     chosen = dataclasses.replace(self.config.sample, **settings)
+    given, context = self._find(prompt, chosen), self.config.model.max_context
+    if not given:
+      raise InputError("The list of prompts is empty: give at least one, or None to sample without a prompt.")
+    if isinstance(prompt, list) and "num_samples" not in settings:
+      chosen = dataclasses.replace(chosen, num_samples=len(given))
+    if (longest := max(len(each.events) for each in given)) > context:
+      newest = f"the model sees its newest ones, at most {context:,}"
+      warn_once("shortened", f"The prompt of {longest:,} tokens is longer than the context: {newest}", "prompt")
+    return self._generate(
+      [_Row(given[i % len(given)], chosen.length, context) for i in range(chosen.num_samples)], chosen
+    )
+
+  def _find(self, prompt, chosen: SampleConfig) -> list[Prompt]:
+    """Returns the prompts that an argument of `__call__`, or an item of a list, stands for."""
+    if isinstance(prompt, Prompt):
+      return [prompt]
+    if isinstance(prompt, np.ndarray):
+      return [prompts.from_events(self.task, prompt)]
+    if isinstance(prompt, list):
+      convert = functools.partial(prompts.given, self.config, self.task, prompt_tokens=chosen.prompt_tokens)
+      several = (convert(each) if isinstance(each, str) else self._find(each, chosen) for each in prompt)
+      return list(itertools.chain.from_iterable(several))
     if prompt is None:
       prompt = prompts.parse(self.task, chosen.prompt)
-    if isinstance(prompt, np.ndarray):
-      prompt = [prompts.from_events(self.task, prompt)]
-    if prompt is None or isinstance(prompt, (str, os.PathLike)):
-      prompt = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
-    longest, context = max(len(each.events) for each in prompt), self.config.model.max_context
-    if longest > context:
-      newest = f"the model sees its newest ones, at most {context:,}"
-      warn_once("shortened", f"The prompt of {longest:,} tokens is longer than the context: {newest}")
-    rows = [_Row(prompt[index % len(prompt)], chosen.length, context) for index in range(chosen.num_samples)]
+    if not isinstance(prompt, (str, os.PathLike, type(None))):
+      raise InputError(f"The prompt {prompt!r} is not a text, a path or an array: give events as np.array([2, ...]).")
+    return prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
+
+  def _generate(self, rows: list["_Row"], chosen: SampleConfig) -> Iterator[list[Sample]]:
     for first in range(0, len(rows), chosen.batch_size):
       batch = rows[first : first + chosen.batch_size]
-      self._fill(batch, chosen, first, on_tokens, should_stop)
-      if should_stop():
-        rows = rows[: first + len(batch)]
-        break
-    return [row.sample() for row in rows]
+      for _ in self._fill(batch, chosen, first):
+        yield [row.sample() for row in rows[: first + len(batch)]]
 
   def score(self, prompt: str | os.PathLike) -> dict:
     """Returns the likelihood of a text (a str) or a file (a pathlib.Path), as the metrics of --mode=eval.
@@ -173,26 +191,24 @@ class Sampler:
   def _evaluator(self) -> evaluate.Evaluator:
     return evaluate.Evaluator(self.config, self.mesh)
 
-  def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int, on_tokens, should_stop) -> None:
-    """Adds events to the rows, which are numbers `first`, `first` + 1, ..., until each is complete."""
+  def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int) -> Iterator[None]:
+    """Adds events to the rows, numbers `first`, `first` + 1, ...; yields at the start and after each block."""
     context, new, padded = self.config.model.max_context, self._block_tokens, self._padded(rows, settings.batch_size)
     drawing = _draw_arguments(settings, first, len(padded))
     state, used, done = None, 0, 0  # slots of the context in use, tokens generated
-    with jax.set_mesh(self.mesh):
-      while needed := max(row.num_missing for row in rows):
+    yield
+    while needed := max(row.num_missing for row in rows):
+      with jax.set_mesh(self.mesh):  # of this thread: another one may resume the iterator
         if state is None or used + min(new, needed) - 1 > context:  # full: start over from the newest tokens
           used = max(len(row.events) for row in rows)
           if used + min(new, needed) - 1 > context:
             used = min(used, max(context - max(context // 8, new - 1), 1))
           state = self._begin(self.params, *self._to_global(self._begin_arguments(padded, used, done)))
         state, tokens_BxT = self._draw(self.params, state, *self._to_global((self._plan(padded), *drawing)))
-        used, done = used + new, done + new
-        for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
-          row.add(tokens_T)
-        if on_tokens:
-          on_tokens([row.sample() for row in rows])
-        if should_stop():
-          return
+      used, done = used + new, done + new
+      for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
+        row.add(tokens_T)
+      yield
 
   def bytes_per_device(self, params, num_samples: int) -> int:
     """Compiles a batch of `num_samples` rows; returns its bytes on each device beside `params` (abstract or not)."""

@@ -43,7 +43,8 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
   start = time.monotonic()
   try:
     with _progress(stream, is_first) as show:
-      samples = sampler(on_tokens=show, **({"batch_size": 1} if stream else {}))
+      for samples in sampler.stream(**({"batch_size": 1} if stream else {})):
+        show(samples)
   except BaseException:
     if folder is not None:
       folder.rmdir()
@@ -63,17 +64,15 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
 @contextlib.contextmanager
 def _progress(stream: bool, is_first: bool) -> Iterator[Callable[[list[Sample]], None]]:
   """Yields a function that shows unfinished samples: a progress bar over their tokens, or a text as it grows."""
-  num_shown, shown = 0, ""
+  number, shown = 1, ""
 
-  def show(batch: list[Sample]) -> None:
-    nonlocal num_shown, shown
-    num_new = sum(sample.num_new for sample in batch)
-    if num_new < num_shown:  # another batch started
-      num_shown, shown = 0, ""
+  def show(samples: list[Sample]) -> None:
+    nonlocal number, shown
+    if len(samples) > number:  # another sample started
+      number, shown = len(samples), ""
       print("\n" if stream else "", end="", flush=True)
-    bar.update(num_new - num_shown)
-    num_shown = num_new
-    text = batch[0].value.removesuffix("\ufffd") if stream and is_first else ""  # its last character may be incomplete
+    bar.update(sum(sample.num_new for sample in samples) - bar.n)
+    text = samples[-1].value.removesuffix("\ufffd") if stream and is_first else ""  # it may end within a character
     if text.startswith(shown):
       print(text[len(shown) :], end="", flush=True)
       shown = text
@@ -186,7 +185,10 @@ class PreviewSampler:
   def __call__(self, params, should_stop: Callable[[], bool]) -> list[str | np.ndarray]:
     self._sampler.params = params
     try:
-      samples = self._sampler(num_samples=self._num_samples, batch_size=self._num_samples, should_stop=should_stop)
+      growing = self._sampler.stream(num_samples=self._num_samples, batch_size=self._num_samples)
+      for samples in growing:  # noqa: B007, since the newest are used below
+        if should_stop():
+          break
     finally:
       self._sampler.params = None  # the next update reuses their memory
     pictures = [picture(sample) for sample in samples]

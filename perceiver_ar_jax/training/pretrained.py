@@ -9,6 +9,7 @@ through all groups between cross-attentions.
 
 import contextlib
 import itertools
+import math
 import re
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ from perceiver_ar_jax.models.perceiver_ar import group_depths
 from perceiver_ar_jax.training.owner import is_object_store
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-"""Types of exported weights, and their names in a safetensors file. In memory, weights are float32."""
+"""Types of exported weights, by their JAX names, and their names in the file. In memory, weights are float32."""
 _STACKED = re.compile(r"(?:layers_(\d+)|segments/layers)/(.+)")
 _CROSS_ATTENTION = re.compile(r"^cross_attend_(\d+)/")
 _AGAIN = "export or download it again"
@@ -122,8 +123,7 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
     try:
       if not re.fullmatch(r"\d{1,15}", step):
         raise InputError(f"its step {step[:40]!r} is not a number")
-      if config.num_layers > len(names) + 1000:  # whose names would take long to list
-        raise InputError(f"it has {len(names):,} parameters for {config.num_layers:,} layers")
+      _check_sizes(config, types)
       expected = parameters(config)
       _compare(expected, types)
     except InputError as error:
@@ -131,12 +131,24 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
     yield file, int(step), expected
 
 
+def _check_sizes(config: ModelConfig, types: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+  """Raises InputError if the model is larger than the file, and listing its parameters would take time and memory."""
+  largest = max((math.prod(shape) for _, shape in types.values()), default=0)
+  for name in "vocab_size latent_width embed_width cross_attend_width mlp_widening conv_taps value_features".split():
+    if (value := getattr(config, name) or 0) > max(largest, 4096):  # smaller models are listed quickly
+      raise InputError(f"its largest parameter has {largest:,} values, and model.{name} is {value}")
+  number = len(set(config.cross_attend_after))
+  for count, most, kind in ((config.num_layers, len(types) + 1000, "layers"), (number, len(types), "cross-attentions")):
+    if count > most:
+      raise InputError(f"it has {len(types):,} parameters for {count:,} {kind}")
+
+
 def _compare(expected: list[Parameter], actual: dict[str, tuple[str, tuple[int, ...]]]) -> None:
   """Raises InputError, with a message that continues a sentence, unless these are exactly the parameters."""
   shapes = {name: each.shape for each in expected for name in each.names}
   for problem, names in (("lacks", shapes.keys() - actual.keys()), ("has unknown", actual.keys() - shapes.keys())):
     if names:
-      shown = ", ".join(name[:80] for name in sorted(names)[:3])
+      shown = ", ".join(repr(name[:80])[1:-1] for name in sorted(names)[:3])  # without line ends
       raise InputError(f"it {problem} parameters {shown}{f' and {len(names) - 3} others' if len(names) > 3 else ''}")
   for name, (dtype, shape) in actual.items():
     if shape != shapes[name]:

@@ -26,7 +26,7 @@ _SETTINGS = """architecture vocab_size max_context num_latents num_layers latent
 
 
 def load(folder: str) -> "PerceiverAR":
-  """Returns the model in an exported folder; raises ValueError or RuntimeError if it is not supported or damaged."""
+  """Returns the model of a folder; damaged or unsupported: ValueError, RuntimeError or safetensors.SafetensorError."""
   with open(f"{folder}/config.json", encoding="utf-8") as file:
     model = PerceiverAR(json.load(file)["model"])
   model.load_state_dict(safetensors.torch.load_file(f"{folder}/model.safetensors"))
