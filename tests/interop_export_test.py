@@ -391,6 +391,7 @@ def test_random_changes_of_the_header_raise_only_input_errors(copied):
   assert refused > 250
 
 
+@pytest.mark.slow
 def test_the_jax_model_reads_what_the_card_documents(tmp_path):
   export.export_params(CONFIG, _params(CONFIG), tmp_path / "folder")
   config, params = pretrained.load(tmp_path / "folder")

@@ -100,6 +100,7 @@ def test_streamed_equals_reference_with_gradients_of_the_projection(chunk):
     np.testing.assert_allclose(array, expected, atol=5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(4, 13), (130, 130)])
 def test_splash_equals_reference(num_queries, num_keys):
   inputs = _inputs(num_queries, num_keys)

@@ -36,6 +36,7 @@ def _inputs(case):
   return tokens, positions, case["latent_last_steps"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_of_a_single_latent_match_the_reference(name):
   case = golden.Case(name)
@@ -109,6 +110,7 @@ def test_logits_losses_and_gradients_match_the_reference(name, kernel):
     )
 
 
+@pytest.mark.slow
 def test_fresh_parameters_have_the_reference_distribution():
   stats = json.loads((golden.FOLDER / "init_stats.json").read_text())
   # These two options only add parameters that no published config uses; the rest of the statistics stands.

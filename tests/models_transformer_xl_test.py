@@ -131,6 +131,7 @@ def test_a_token_sees_back_by_the_memory_of_each_layer_and_not_ahead(num_latents
     np.testing.assert_array_equal(moved, sees, err_msg=f"input {slot}")
 
 
+@pytest.mark.slow
 def test_fewer_latents_are_the_last_ones():
   """The segments that are then left out, since nothing reaches them, change nothing."""
   tokens = _tokens((2, 40))
@@ -163,6 +164,7 @@ def test_padding_on_the_left_changes_nothing():
   assert np.isfinite(whole).all()
 
 
+@pytest.mark.slow
 def test_memory_passes_no_gradients():
   """Those of the last segment alone reach weights and its own inputs, not the states that it looks back at."""
   params, tokens = _params(CONFIG), _tokens()[:, -6:]
@@ -184,11 +186,8 @@ def test_rematerialisation_changes_no_gradient():
     apply = functools.partial(make_model(config).apply, deterministic=False, rngs=rngs)
     return jax.jit(jax.grad(lambda params: jnp.square(apply({"params": params}, tokens)).mean()))(params)
 
-  plain, *rematerialized = (
-    gradients(dataclasses.replace(CONFIG, dropout=0.5, remat=remat)) for remat in ("none", "dots", "full")
-  )
-  for recomputed in rematerialized:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed)
+  plain, recomputed = (gradients(dataclasses.replace(CONFIG, dropout=0.5, remat=remat)) for remat in ("none", "full"))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed)
 
 
 @pytest.mark.slow
