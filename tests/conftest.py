@@ -28,7 +28,7 @@ from tests import tiny  # noqa: E402
 
 _LONGEST = (
   *("parallel_processes", "training_resume", "notebook", "training_devices", "sampling_sampler", "training_loop"),
-  *("main", "parallel_context", "plan"),
+  *("main", "parallel_context", "plan", "models_golden", "training_step", "interop_export"),
 )
 _SLOW_FIXTURES = {"trained", "eight_devices"}
 
