@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 
 NOTEBOOK = tiny.ROOT / "examples" / "quickstart.ipynb"
-FEWER_STEPS = """COPY_STEPS, PHOTO_STEPS, TEXT_STEPS = 500, 10, 40
+FEWER_STEPS = """COPY_STEPS, PHOTO_STEPS, TEXT_STEPS = 1000, 10, 40
 
 def small_photos(get_config=photos32.get_config):
   config = get_config()
