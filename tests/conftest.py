@@ -27,15 +27,20 @@ import pytest  # noqa: E402
 from tests import tiny  # noqa: E402
 
 _LONGEST = (
-  *("parallel_processes", "notebook", "training_resume", "training_devices", "training_loop", "main"),
-  *("plan", "parallel_context", "sampling_sampler"),
+  *("parallel_processes", "training_resume", "notebook", "training_devices", "sampling_sampler", "training_loop"),
+  *("main", "parallel_context", "plan", "models_golden", "training_step", "interop_export"),
 )
+_SLOW_FIXTURES = {"trained", "eight_devices"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """Sorts the longest files to the front, so that all workers finish at about the same time."""
+  """Sorts the longest files to the front, so that all workers finish at about the same time, and marks slow tests."""
   rank = {f"{name}_test": index for index, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+  for item in items:
+    if _SLOW_FIXTURES & {*item.fixturenames}:
+      item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,7 @@ def test_the_state_is_little_more_than_the_encoded_records_in_the_shuffle(data_d
   assert state_bytes(tmp_path) < (1000 + 2 * registry.PREFETCH) * 3500
 
 
+@pytest.mark.slow
 def test_the_state_does_not_grow_with_the_batch(tmp_path):
   iterator = batches.train_loader(settings("photos32"), 400)  # 20 MB a batch.
   take(iterator, 2)
@@ -229,6 +230,7 @@ def test_hosts_share_an_evaluation_row_by_row(hosts, batch, data_dir):
   assert not any(value.any() for row in filler for value in row.values()), "the filler is not empty"
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_same_each_time_and_can_be_cut_short():
   config = settings("photos32", latents=1024)
   first, again = evaluate(config, max_sequences=3), evaluate(config, max_sequences=3)

@@ -27,9 +27,12 @@ def no_warnings_so_far():
 
 
 @pytest.mark.parametrize(
-  "stride, latents, context, hosts", [(1, 1, 5, 1), (3, 4, 7, 1), (3, 4, 7, HOSTS), (8, 8, 40, HOSTS)]
+  ("name", "stride", "latents", "context", "hosts"),
+  [
+    *((name, 3, 4, 7, HOSTS) for name in NAMES),
+    *((name, *windows) for name in NAMES[:2] for windows in ((1, 1, 5, 1), (3, 4, 7, 1), (8, 8, 40, HOSTS))),
+  ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_evaluation_scores_each_event_of_each_document_once(name, stride, latents, context, hosts, file_cases):
   config = settings(file_cases[name], context=context, latents=latents)
   scored = rows(config, hosts, stride=stride, num_latents=latents)
@@ -41,8 +44,7 @@ def test_evaluation_scores_each_event_of_each_document_once(name, stride, latent
   np.testing.assert_array_equal(inputs, np.concatenate([document[:-1] for document in documents]))
 
 
-@pytest.mark.parametrize("hosts", [1, HOSTS])
-@pytest.mark.parametrize("part_bytes", [5, 2**20])
+@pytest.mark.parametrize(("part_bytes", "hosts"), [(5, HOSTS), (2**20, 1)])
 @pytest.mark.parametrize("name", TEXT_NAMES)
 def test_evaluation_counts_words_and_bytes_once(name, part_bytes, hosts, file_cases, monkeypatch):
   monkeypatch.setattr(texts, "PART_BYTES", part_bytes)

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
+def subwords(folder):
   path = folder / "model.model"
   result = train_on(folder, path, 400)
   assert result.returncode == 0, result.stderr
@@ -62,17 +62,17 @@ class RecordingPieces:
     return self._tokens.encode(text)
 
 
-def test_training_prints_the_settings_for_the_model(trained):
-  assert trained.tokens.vocab_size == 403, "400 subword tokens and three specials"
+def test_training_prints_the_settings_for_the_model(subwords):
+  assert subwords.tokens.vocab_size == 403, "400 subword tokens and three specials"
   text = " ".join(words(500, seed=4)).encode()
-  assert len(trained.tokens.encode(text)) < len(text) / 2, "a subword token is hardly longer than a byte"
-  assert f"--config.data.sentencepiece={trained.path} --config.model.vocab_size=403" in trained.stdout
+  assert len(subwords.tokens.encode(text)) < len(text) / 2, "a subword token is hardly longer than a byte"
+  assert f"--config.data.sentencepiece={subwords.path} --config.model.vocab_size=403" in subwords.stdout
 
 
-def test_training_again_gives_the_same_model(trained, folder, tmp_path):
+def test_training_again_gives_the_same_model(subwords, folder, tmp_path):
   result = train_on(folder, tmp_path / "new" / "again.model", 400)
   assert result.returncode == 0, result.stderr
-  assert (tmp_path / "new" / "again.model").read_bytes() == trained.content
+  assert (tmp_path / "new" / "again.model").read_bytes() == subwords.content
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_explained(folder, tmp_path):
@@ -104,32 +104,32 @@ def random_texts(count):
     yield "".join(map(chr, points))
 
 
-def test_decoding_restores_every_text_exactly(trained):
+def test_decoding_restores_every_text_exactly(subwords):
   for text in [*TEXTS, *random_texts(200), LONG_TEXT]:
-    events = trained.tokens.encode(text.encode())
-    assert trained.tokens.decode(events) == text
-    assert trained.tokens.decode([SOS, *events, EOS, PAD, 403]) == text, "specials and ids beyond the model count"
+    events = subwords.tokens.encode(text.encode())
+    assert subwords.tokens.decode(events) == text
+    assert subwords.tokens.decode([SOS, *events, EOS, PAD, 403]) == text, "specials and ids beyond the model count"
     assert events.min() >= 3 and events.max() < 403, f"{text!r} has ids outside 3..402"
-    assert trained.tokens.unknown not in events, f"{text!r} should be spelt in bytes where no subword token fits"
+    assert subwords.tokens.unknown not in events, f"{text!r} should be spelt in bytes where no subword token fits"
 
 
-def test_a_document_of_subword_tokens_has_a_start_and_an_end(trained):
-  document = SubwordDocument(Text(LONG_TEXT.encode()), trained.tokens)
-  expected = [SOS, *trained.tokens.encode(LONG_TEXT.encode()), EOS]
+def test_a_document_of_subword_tokens_has_a_start_and_an_end(subwords):
+  document = SubwordDocument(Text(LONG_TEXT.encode()), subwords.tokens)
+  expected = [SOS, *subwords.tokens.encode(LONG_TEXT.encode()), EOS]
   assert len(document) == len(expected)
   for start, end in stretches(len(expected), 30):
     assert document.read(start, end).tolist() == expected[start:end], f"events {start} to {end}"
     assert document.positions(start, end)[:, 0].tolist() == list(range(1, end - start + 1))
-    before, after = (trained.tokens.decode(events) for events in (expected[:start], expected[start:]))
+    before, after = (subwords.tokens.decode(events) for events in (expected[:start], expected[start:]))
     assert before + after == LONG_TEXT, f"cut before event {start}, text is lost or added"
   assert document.counts() == {"words": 3000, "bytes": len(LONG_TEXT.encode())}
 
 
 @pytest.mark.parametrize("num_scored", [1, 2, 5, 100, 1000, 10**6])
-def test_the_head_of_a_document_has_whole_words_and_their_counts(num_scored, trained):
+def test_the_head_of_a_document_has_whole_words_and_their_counts(num_scored, subwords):
   text = CountingText(LONG_TEXT.encode())
-  head = SubwordDocument(text, trained.tokens).head(num_scored)
-  shown = trained.tokens.decode(head.read(0, len(head)))
+  head = SubwordDocument(text, subwords.tokens).head(num_scored)
+  shown = subwords.tokens.decode(head.read(0, len(head)))
   assert LONG_TEXT.startswith(shown) and head.counts() == texts.count(Text(shown.encode()))
   assert head.num_scored <= num_scored
   if num_scored > len(LONG_TEXT):
@@ -140,12 +140,12 @@ def test_the_head_of_a_document_has_whole_words_and_their_counts(num_scored, tra
     assert num_scored < 100 or LONG_TEXT[len(shown)].isspace()
 
 
-def test_a_crop_fills_its_length_and_ends_with_a_word(trained):
-  document = SubwordDocument(Text(LONG_TEXT.encode()), trained.tokens)
+def test_a_crop_fills_its_length_and_ends_with_a_word(subwords):
+  document = SubwordDocument(Text(LONG_TEXT.encode()), subwords.tokens)
   at_start = 0
   for draw in [*np.linspace(0, 0.02, 50), *np.linspace(0.02, 0.98, 100), *np.linspace(0.98, 1 - 1e-9, 50)]:
     events, positions, _ = document.crop(draw, 40, 2)
-    stretch = trained.tokens.decode(events)
+    stretch = subwords.tokens.decode(events)
     assert LONG_TEXT.count(stretch) == 1, f"{stretch!r} is not in the text"
     start = LONG_TEXT.index(stretch)
     end = start + len(stretch)
@@ -158,22 +158,22 @@ def test_a_crop_fills_its_length_and_ends_with_a_word(trained):
   assert 5 < at_start < 60, "the draws should reach both the start and the rest"
 
 
-def test_the_first_and_the_last_crop_reach_the_ends_of_the_text(trained):
-  document = SubwordDocument(Text(LONG_TEXT.encode()), trained.tokens)
+def test_the_first_and_the_last_crop_reach_the_ends_of_the_text(subwords):
+  document = SubwordDocument(Text(LONG_TEXT.encode()), subwords.tokens)
   first, _, _ = document.crop(0, 40, 1)
-  assert trained.tokens.decode(first) == LONG_TEXT.split()[0] and first[0] == SOS
+  assert subwords.tokens.decode(first) == LONG_TEXT.split()[0] and first[0] == SOS
   later, _, _ = document.crop(0, 80, 40)
-  assert 160 <= len(trained.tokens.decode(later).encode()) < 160 + 64, (
+  assert 160 <= len(subwords.tokens.decode(later).encode()) < 160 + 64, (
     "40 subword tokens count as 160 bytes, and a word"
   )
   last, _, _ = document.crop(1 - 1e-9, 40, 1)
-  assert len(last) == 40 and last[-1] == EOS and LONG_TEXT.endswith(trained.tokens.decode(last))
-  whole, _, _ = SubwordDocument(Text(b"bako rimu"), trained.tokens).crop(1 - 1e-9, 40, 40)
-  assert whole.tolist() == [SOS, *trained.tokens.encode(b"bako rimu"), EOS]
+  assert len(last) == 40 and last[-1] == EOS and LONG_TEXT.endswith(subwords.tokens.decode(last))
+  whole, _, _ = SubwordDocument(Text(b"bako rimu"), subwords.tokens).crop(1 - 1e-9, 40, 40)
+  assert whole.tolist() == [SOS, *subwords.tokens.encode(b"bako rimu"), EOS]
 
 
-def test_a_crop_reads_only_its_surroundings(trained):
-  text, recording = CountingText(LONG_TEXT.encode()), RecordingPieces(trained.tokens)
+def test_a_crop_reads_only_its_surroundings(subwords):
+  text, recording = CountingText(LONG_TEXT.encode()), RecordingPieces(subwords.tokens)
   events, _, _ = SubwordDocument(text, recording).crop(0.5, 40, 2)
   assert len(events) == 40
   assert text.num_read < 500 and len(recording.given[0]) < 500, f"{text.num_read} of {len(text)} bytes were read"
@@ -191,12 +191,12 @@ def test_a_crop_of_few_long_subword_tokens_is_short_and_begins_without_sos():
   assert 10 < len(events) < 20 and SOS not in events and EOS not in events
 
 
-def test_without_any_space_no_crop_cuts_a_character(trained):
+def test_without_any_space_no_crop_cuts_a_character(subwords):
   text = "語né😀" * 30
   content = text.encode()
   character_ends = np.cumsum([len(character.encode()) for character in text])
   for end in range(1, len(content) - 64):
-    recording = RecordingPieces(trained.tokens)
+    recording = RecordingPieces(subwords.tokens)
     SubwordDocument(Text(content), recording, part=(end, end)).crop(0, 12, 2)
     (given,) = recording.given
     assert given.decode() in text  # strict: raises for a character in part
@@ -204,22 +204,22 @@ def test_without_any_space_no_crop_cuts_a_character(trained):
     assert len(given) >= min(end, 12 * 8 - 4)
 
 
-def test_parts_end_their_crops_where_one_document_would(trained, tmp_path, monkeypatch):
+def test_parts_end_their_crops_where_one_document_would(subwords, tmp_path, monkeypatch):
   content = (" ".join(words(30, seed=5)) + "\n").encode()
   (tmp_path / "a.txt").write_bytes(content * 2)
   monkeypatch.setattr(texts, "PART_BYTES", 50)
-  documents = parts(tmp_path, sentencepiece=trained.path)
-  whole = SubwordDocument(Text(content), trained.tokens)
+  documents = parts(tmp_path, sentencepiece=subwords.path)
+  whole = SubwordDocument(Text(content), subwords.tokens)
   assert len(documents) > 2 and [part.continues for part in documents] == [False] + [True] * (len(documents) - 1)
   assert set().union(*(prefixes(part, 100) for part in documents)) == prefixes(whole, 400)
   assert all(part.read(0, len(part)).tolist() == whole.read(0, len(whole)).tolist() for part in documents)
 
 
-def test_bytes_that_are_not_utf8_are_replaced_and_reported_once(trained, capsys):
-  document = SubwordDocument(Text(b"bako \xff rimu\n", "an odd text"), trained.tokens)
+def test_bytes_that_are_not_utf8_are_replaced_and_reported_once(subwords, capsys):
+  document = SubwordDocument(Text(b"bako \xff rimu\n", "an odd text"), subwords.tokens)
   for _ in range(2):
     events, _, _ = document.crop(1 - 1e-9, 40, 2)
-    assert trained.tokens.decode(events) == "bako \ufffd rimu\n"
+    assert subwords.tokens.decode(events) == "bako \ufffd rimu\n"
   assert len(document) == len(events)
   assert capsys.readouterr().err.count("an odd text is not all UTF-8") == 1
 
@@ -233,26 +233,26 @@ def test_a_model_file_that_cannot_be_read_is_named(tmp_path):
       texts.tokenizer(str(path))
 
 
-def test_the_text_task_has_the_vocabulary_of_the_model(trained, folder):
-  data = DataConfig(task="text_files", files=f"{folder}/*.txt", sentencepiece=trained.path)
+def test_the_text_task_has_the_vocabulary_of_the_model(subwords, folder):
+  data = DataConfig(task="text_files", files=f"{folder}/*.txt", sentencepiece=subwords.path)
   ((task, _),) = tasks.get_tasks(data, 64)
   assert (task.vocab_size, task.unknown, task.position_dims) == (403, 3, 1)
-  assert task.decode([SOS, *trained.tokens.encode(b"bako"), EOS]) == "bako"
+  assert task.decode([SOS, *subwords.tokens.encode(b"bako"), EOS]) == "bako"
 
 
 @pytest.mark.parametrize("text", ["日本語", "né"])
-def test_the_last_character_is_not_cut(text, trained):
+def test_the_last_character_is_not_cut(text, subwords):
   content = text.encode()
   for end in range(1, len(content) + 1):
-    events, _, _ = SubwordDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)
-    assert trained.tokens.decode(events) == text, f"a crop that ends at byte {end}"
+    events, _, _ = SubwordDocument(Text(content), subwords.tokens, part=(end, end)).crop(0, 40, 1)
+    assert subwords.tokens.decode(events) == text, f"a crop that ends at byte {end}"
 
 
-def test_the_last_word_is_not_cut(trained):
+def test_the_last_word_is_not_cut(subwords):
   content = b"bako rimu"
-  crops = [SubwordDocument(Text(content), trained.tokens, part=(end, end)).crop(0, 40, 1)[0] for end in range(1, 10)]
-  assert {trained.tokens.decode(crop) for crop in crops} == {"bako", "bako rimu"}
-  assert all((crop[-1] == EOS) == (trained.tokens.decode(crop) == "bako rimu") for crop in crops)
+  crops = [SubwordDocument(Text(content), subwords.tokens, part=(end, end)).crop(0, 40, 1)[0] for end in range(1, 10)]
+  assert {subwords.tokens.decode(crop) for crop in crops} == {"bako", "bako rimu"}
+  assert all((crop[-1] == EOS) == (subwords.tokens.decode(crop) == "bako rimu") for crop in crops)
 
 
 def test_an_empty_model_file_is_named(tmp_path):

@@ -31,6 +31,7 @@ def _golden_model():
   return case, config, params
 
 
+@pytest.mark.slow
 def test_block_evaluation_matches_the_reference():
   """The reference's windows, moved to the right edge, with weights on the newest `block` targets of each."""
   case, config, params = _golden_model()
@@ -47,6 +48,7 @@ def test_block_evaluation_matches_the_reference():
   _compare(totals, case, "eval_block")
 
 
+@pytest.mark.slow
 def test_incremental_evaluation_matches_the_reference():
   """One target a window: the event after its last input."""
   case, config, params = _golden_model()

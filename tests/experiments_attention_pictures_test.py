@@ -24,6 +24,7 @@ from tests import tiny
 LENGTH, PADDING = 32, 5
 
 
+@functools.cache
 def model(**overrides):
   """(ModelConfig, weights, tokens with padding in the first row, their positions) of the tiny model."""
   config = tiny.config(**{f"model__{name}": value for name, value in overrides.items()}).model
@@ -38,6 +39,7 @@ def model(**overrides):
 ROTARY = {"position_encoding": "rotary", "position_sizes": ()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "overrides",
   [

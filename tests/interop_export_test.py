@@ -10,13 +10,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors
-from flax import linen as nn
 from safetensors.numpy import load_file
 
 from perceiver_ar_jax import ModelConfig, PerceiverAR, Sampler, load_checkpoint
 from perceiver_ar_jax.config import InputError, config_from_run
 from perceiver_ar_jax.interop import export
-from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.training import pretrained
 from tests import tiny
 
@@ -33,8 +31,7 @@ CONFIG = ModelConfig(
 )
 
 
-def _params(config, seed=0):
-  return nn.meta.unbox(jax.jit(lambda: architectures.init_params(config, jax.random.key(seed)))())
+_params = tiny.random_params
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +194,7 @@ def test_on_an_object_store_the_weights_are_written_last(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, pretrained.read(CONFIG, tmp_path / "folder")[1], params)
 
 
+@pytest.mark.slow
 def test_weights_without_a_run_need_a_config(tmp_path):
   config = tiny.config()
   export.export_params(config.model, _params(config.model), tmp_path / "folder")
@@ -216,6 +214,7 @@ def _texts(folder: pathlib.Path, text: str) -> str:
   return str(folder)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_weights_and_lowers_the_loss(tmp_path):
   first, second = _texts(tmp_path / "first", "ab cab d "), _texts(tmp_path / "second", "ab cab e ")
   settings = {"data__task": "text_files", "data__files": first, "model__dropout": 0.0, "data__min_crop": 16}

@@ -289,6 +289,7 @@ def test_the_command_exports_the_weights_to_a_folder(tmp_path):
   tiny.expect_error(tiny.run_module("perceiver_ar_jax.interop.haiku", *arguments), "either --workdir")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_run_that_evaluates_and_trains_on(tmp_path):
   file = _write(tmp_path / "checkpoint.dill", params=_official_params(), global_step=5)
   workdir = tmp_path / "run"

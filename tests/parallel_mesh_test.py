@@ -127,14 +127,9 @@ def test_settings_of_jax_take_precedence(monkeypatch, name, value):
 def test_training_on_two_devices_gives_the_same_losses(tmp_path, monkeypatch):
   losses = {}
   for devices in (1, 2):
-    arguments = ["--config=configs/copy.py", f"--workdir={tmp_path}/{devices}", "--config.train.steps=3"]
-    arguments += [
-      "--config.train.optimizer.warmup_steps=1",
-      "--config.train.log_every=1",
-      "--config.eval.num_samples=0",
-    ]
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
-    result = tiny.python("-m", "perceiver_ar_jax.main", *arguments)
+    _, *arguments = tiny.command(tmp_path / str(devices), train__steps=3)
+    result = tiny.python(*arguments)
     assert result.returncode == 0, result.stderr
     losses[devices] = list(tiny.losses(tmp_path / str(devices)).values())
   np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)

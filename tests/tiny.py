@@ -12,11 +12,15 @@ import sys
 import warnings
 from unittest import mock
 
+import jax
+import numpy as np
 from absl import app
 from absl.testing import flagsaver
+from flax import linen as nn
 
 from configs import copy
 from perceiver_ar_jax import config as config_lib
+from perceiver_ar_jax.models import architectures
 
 ROOT = pathlib.Path(__file__).parent.parent
 OVERRIDES = {
@@ -49,6 +53,16 @@ def config(**overrides) -> config_lib.Config:
       section = section[part]
     section[last] = value
   return config_lib.resolve(result)
+
+
+def random_params(model: config_lib.ModelConfig, seed: int = 0) -> dict:
+  """Random values of every parameter, those that start at 0 or 1 included.
+
+  To compile their initialization takes longer than most tests need for all else.
+  """
+  shapes = nn.meta.unbox(jax.eval_shape(lambda: architectures.init_params(model, jax.random.key(0))))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda leaf: jax.numpy.array(rng.normal(scale=0.3, size=leaf.shape), "float32"), shapes)
 
 
 app.define_help_flags()  # absl defines them once per process, so before `run_module` saves the flags

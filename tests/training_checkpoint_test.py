@@ -236,6 +236,7 @@ def test_a_full_disk_is_transient_wherever_a_save_meets_it(workdir, monkeypatch)
   assert _restore(workdir) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", optimizer_lib.OPTIMIZERS)
 def test_the_state_of_every_optimizer_is_restored(name, tmp_path):
   """After an update, so that no moment has its initial value."""

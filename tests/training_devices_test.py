@@ -20,6 +20,7 @@ SHAPE = {
   "model__attention_chunk": 5,
   "train__batch_size": 16,
   "train__steps": 6,
+  "train__optimizer__schedule": "constant",  # so that a shorter run is the first part of a longer one
 }
 
 
@@ -39,22 +40,25 @@ def one_device(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize(
-  "mesh",
-  [
-    {"mesh__data": 8},
-    {"mesh__data": 1, "mesh__fsdp": 8},
-    {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__microbatches": 2, "model__dropout": 0.0},
-  ],
-  ids=["data", "fsdp", "all_with_microbatches"],
-)
-def test_losses_equal_those_of_one_device(mesh, one_device, eight_devices, tmp_path):
-  expected = tiny.losses(one_device)
-  if "model__dropout" in mesh:  # microbatches draw their own dropout, so compare without it
-    assert _train(tmp_path / "single", model__dropout=0.0) == 0
-    expected = tiny.losses(tmp_path / "single")
-  assert eight_devices(_train, tmp_path / "eight", **mesh) == 0
-  losses = tiny.losses(tmp_path / "eight")
+def test_eight_devices_train_as_one_and_resume_exactly(one_device, eight_devices, tmp_path):
+  mesh = {"mesh__data": 2, "mesh__fsdp": 4}
+  for workdir, stops in ((tmp_path / "whole", [6]), (tmp_path / "parts", [3, 6])):
+    for steps in stops:
+      assert eight_devices(_train, workdir, **mesh, train__steps=steps) == 0
+  assert tiny.losses(tmp_path / "parts") == tiny.losses(tmp_path / "whole")
+  _assert_same_losses(tmp_path / "whole", one_device)
+
+
+def test_microbatches_on_a_mesh_of_three_axes_train_as_one_device(eight_devices, tmp_path):
+  settings = {"model__dropout": 0.0}  # microbatches draw their own dropout
+  mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__microbatches": 2}
+  assert _train(tmp_path / "one", **settings) == 0
+  assert eight_devices(_train, tmp_path / "eight", **settings, **mesh) == 0
+  _assert_same_losses(tmp_path / "eight", tmp_path / "one")
+
+
+def _assert_same_losses(workdir, expected_workdir) -> None:
+  losses, expected = tiny.losses(workdir), tiny.losses(expected_workdir)
   assert losses.keys() == expected.keys()
   np.testing.assert_allclose([losses[step] for step in losses], [expected[step] for step in losses], rtol=1e-5)
 
@@ -74,15 +78,6 @@ def _metrics(workdir) -> dict:
   """The metrics of the evaluation after the last step, by path."""
   result = json.loads((workdir / "eval-validation-6.json").read_text())
   return {jax.tree_util.keystr(path): value for path, value in jax.tree.leaves_with_path(result)}
-
-
-def test_eight_devices_resume_exactly(eight_devices, tmp_path):
-  # A constant rate, so that a shorter run is the first part of a longer one.
-  settings = {"mesh__data": 2, "mesh__fsdp": 4, "train__optimizer__schedule": "constant"}
-  for workdir, stops in ((tmp_path / "whole", [6]), (tmp_path / "parts", [3, 6])):
-    for steps in stops:
-      assert eight_devices(_train, workdir, **settings, train__steps=steps) == 0
-  assert tiny.losses(tmp_path / "parts") == tiny.losses(tmp_path / "whole")
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_explained(eight_devices, tmp_path):

@@ -95,6 +95,7 @@ def test_tensorboard_compares_settings(trained):
   assert {"loss", "eval_nats_per_token", "learning_rate"} < {*events.Tags()["tensors"]}
 
 
+@pytest.mark.slow
 def test_samples_that_exceed_the_memory_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(write.PreviewSampler, "compile", lambda self, params: 2**60)
   with pytest.raises(InputError, match="memory on each device .*3 samples 1073741824.00 GiB.*eval.num_samples=0"):
