@@ -111,7 +111,7 @@ def test_prompts_are_texts_or_tokens_and_never_files(url):
     ({"prompt": []}, "The prompt has no events"),
     ({"prompt": [2, 999]}, "unknown token 999"),
     ({"prompt": [-1]}, "unknown token -1"),
-    ({"prompt": [2**70]}, "whole numbers"),
+    ({"prompt": [2**70]}, "give integers"),
     ({"prompt": "\ud800"}, "not a text in Unicode"),
     ({"prompt": "x" * 100_001}, "prompt: "),
     ({"prompt": {"file": "/etc/passwd"}}, "str: Input should be a valid string"),
