@@ -57,7 +57,8 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
       prompt_size = len(each.prompt.events)
       print(f"--- sample {index}: prompt of {prompt_size:,} tokens, {each.num_new:,} new\n{each.value}\n")
     speed = f"{seconds:.1f} s, compilation included ({num_new / seconds:,.0f} tokens/s)"
-    print(f"{len(samples)} samples of {num_new:,} new tokens in {speed}: {folder}", flush=True)
+    shown = next(folder.glob("grid.png"), folder)
+    print(f"{len(samples)} samples of {num_new:,} new tokens in {speed}: {shown}", flush=True)
   return samples
 
 
