@@ -29,7 +29,7 @@ from perceiver_ar_jax.sampling import write
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_SECONDS, _EVENTS_PER_SECOND, _EVENTS_PER_FRAME = 30, 40, 6
+_SECONDS, _EVENTS_PER_SECOND, _EVENTS_PER_FRAME = 30, 50, 6
 _NUM_PICTURES, _NUM_PIECES, _NUM_TEXTS = 8, 2, 3
 _PRELUDE = ((60, 64, 67, 72, 76), (60, 62, 69, 74, 77), (59, 62, 67, 74, 77), (60, 64, 67, 72, 76))
 """Pitches of the first four bars of Bach's prelude BWV 846."""

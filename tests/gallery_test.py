@@ -10,7 +10,7 @@ from flax import linen as nn
 from PIL import Image
 
 from benchmarks import gallery
-from configs import copy, midi_files
+from configs import copy, midi_files, text_files
 from perceiver_ar_jax.config import resolve
 from perceiver_ar_jax.data import music, rolls
 from perceiver_ar_jax.models.architectures import make_model
@@ -88,6 +88,21 @@ def test_music_is_drawn_from_nothing_and_from_the_prelude(sampler, tmp_path, mon
   drawn = [music.read_notes((tmp_path / f"{name}.mid").read_bytes()) for name in names]
   assert [note.pitch for note in drawn[2][:4]] == [60, 64, 67, 72] and drawn[2] != drawn[3]
   assert all(Image.open(tmp_path / f"{name}.png").width == 720 for name in names)
+
+
+def test_texts_continue_held_out_documents(sampler, tmp_path):
+  (tmp_path / "texts").mkdir()
+  for name in ("a", "b"):
+    (tmp_path / "texts" / f"{name}.txt").write_text(f"This is the text {name}. " * 40)
+  config = text_files.get_config()
+  config.data.update(files=str(tmp_path / "texts"), validation_fraction=0.5)
+  sampler(config)
+  section = gallery.draw(tmp_path / "text", tmp_path, SETTINGS, held_out=False)
+  assert section["about"].startswith("Task text_files (texts), ")
+  given, continued = section["items"][:2]
+  assert given["caption"] == "Held-out document 1, its first 119 characters:"
+  assert given["text"].startswith("This is the text ") and len(given["text"]) == 119
+  assert len(continued["text"]) > 100 and "\x00" not in continued["text"]
 
 
 def test_numbers_are_skipped(sampler, tmp_path, capsys):
