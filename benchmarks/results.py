@@ -1,8 +1,8 @@
 """Runs every ablation, two sweeps and an attention picture, and writes docs/results.md and the table of README.md.
 
-  python -m benchmarks.results --workdir=runs/results             # hours on 2 cores; resumes where it was interrupted
-  python -m benchmarks.results --workdir=runs/results context     # only the named experiments
-  python -m benchmarks.results --workdir=runs/results published   # no experiment: only writes the pages
+  python -m benchmarks.results             # hours on 2 cores; resumes where it was interrupted
+  python -m benchmarks.results context     # only the named experiments
+  python -m benchmarks.results published   # no experiment: only writes the pages, after a change of published.json
 
 Each section contains the command of its experiment; docs/results has the page, plot and numbers of each. The published
 numbers, and those measured here beside them, are in docs/results/published.json, which is edited by hand.
@@ -55,7 +55,7 @@ written by `python -m benchmarks.results`."""
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("names", nargs="*", help=", ".join([*_SEEDS, *_SWEEPS, "attention", "published"]))
-  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="parent folder of all runs")
+  parser.add_argument("--workdir", type=pathlib.Path, default=_ROOT / "runs" / "results", help="all runs")
   arguments = parser.parse_args()
   _FOLDER.mkdir(exist_ok=True)
   names = arguments.names or [*_SEEDS, *_SWEEPS, "attention"]
