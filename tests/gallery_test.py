@@ -70,6 +70,7 @@ def sampler(monkeypatch):
     small = {"latent_width": 16, "num_layers": 1, "num_cross_heads": 2, "num_self_heads": 2}
     config.model.update(small | {"num_latents": 16, "max_context": 48} | model)
     config.train.optimizer.update(warmup_steps=0)
+    config.eval.update(stride=None)
     resolved = resolve(config)
     tokens = np.ones((1, 48), np.int32)
     params = nn.unbox(jax.jit(make_model(resolved.model).init)(jax.random.key(0), tokens, tokens[..., None]))["params"]
