@@ -1,9 +1,11 @@
-"""Runs every ablation, two sweeps and an attention picture, and writes docs/results.md.
+"""Runs every ablation, two sweeps and an attention picture, and writes docs/results.md and the table of README.md.
 
-  python -m benchmarks.results --workdir=runs/results           # hours on 2 cores; resumes where it was interrupted
-  python -m benchmarks.results --workdir=runs/results context   # only the named experiments
+  python -m benchmarks.results             # hours on 2 cores; resumes where it was interrupted
+  python -m benchmarks.results context     # only the named experiments
+  python -m benchmarks.results published   # no experiment: only writes the pages, after a change of published.json
 
-Each section contains the command of its experiment; docs/results has the page, plot and numbers of each.
+Each section contains the command of its experiment; docs/results has the page, plot and numbers of each. The published
+numbers, and those measured here beside them, are in docs/results/published.json, which is edited by hand.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import sys
 from perceiver_ar_jax.experiments import ablate
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_PAGE, _FOLDER = _ROOT / "docs" / "results.md", _ROOT / "docs" / "results"
+_PAGE, _FOLDER, _README = _ROOT / "docs" / "results.md", _ROOT / "docs" / "results", _ROOT / "README.md"
+_BEGIN, _END = "<!-- table by python -m benchmarks.results -->\n", "<!-- end of the table -->\n"
 _SEEDS = {
   "context": "0,1",
   "baselines_text": "0,1",
@@ -41,18 +44,18 @@ _SWEEPS = {
   ),
 }
 """Title, ablation, variant (its run with seed 0 is scored) and arguments of each sweep."""
-_OUTPUTS = "(64,96,127)"
+_OUTPUT = 1800
 _INTRODUCTION = """# Results
 
-Results of small experiments on a laptop: small models, minutes of training, one or two seeds. They show trends, not the
-paper's numbers. Every experiment is a config file that can run at full scale on a pod. This page is written by
-`python -m benchmarks.results`."""
+Published numbers beside those measured here, then small experiments on a laptop: small models, minutes of training, one
+or two seeds, which show trends. Every experiment is a config file that can run at full scale on a pod. This page is
+written by `python -m benchmarks.results`."""
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("names", nargs="*", help=", ".join([*_SEEDS, *_SWEEPS, "attention"]))
-  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="parent folder of all runs")
+  parser.add_argument("names", nargs="*", help=", ".join([*_SEEDS, *_SWEEPS, "attention", "published"]))
+  parser.add_argument("--workdir", type=pathlib.Path, default=_ROOT / "runs" / "results", help="all runs")
   arguments = parser.parse_args()
   _FOLDER.mkdir(exist_ok=True)
   names = arguments.names or [*_SEEDS, *_SWEEPS, "attention"]
@@ -71,18 +74,19 @@ def main():
         (path,) = run.glob(f"sweep-*{ending}")
         shutil.copy(path, _FOLDER / f"{name}{ending}")
   if "attention" in names:
-    run = arguments.workdir / "baselines_copy" / "perceiver-ar-seed0"
-    config = "--config=configs/ablations/baselines_copy.py:perceiver-ar"
-    _run("main", "--mode=attention", config, f"--workdir={run}", f"--config.attention_map.outputs={_OUTPUTS}")
+    run = shutil.copytree(_ROOT / "pretrained" / "photos32", arguments.workdir / "photos32", dirs_exist_ok=True)
+    _run("main", "--mode=attention", f"--workdir={run}", f"--config.attention_map.outputs=({_OUTPUT},)")
     report = json.loads((run / "attention" / "attention.json").read_text())
-    shutil.copy(run / "attention" / report["outputs"][1]["files"][0], _FOLDER / "attention.png")
+    shutil.copy(run / "attention" / report["outputs"][0]["files"][0], _FOLDER / "attention.png")
     (_FOLDER / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
   write_pages()
 
 
 def write_pages() -> None:
-  """Writes docs/results.md and the pages of the ablations from the numbers in docs/results."""
-  sections = [_ablation(name) for name in _SEEDS if (_FOLDER / f"{name}.json").exists()]
+  """Writes docs/results.md, the pages of the ablations and the table of README.md from the numbers in docs/results."""
+  before, _, rest = _README.read_text().partition(_BEGIN)
+  _README.write_text(before + _BEGIN + published_table("") + _END + rest.partition(_END)[2])
+  sections = [_published()] + [_ablation(name) for name in _SEEDS if (_FOLDER / f"{name}.json").exists()]
   sections += [_sweep(name) for name in _SWEEPS if (_FOLDER / f"{name}.json").exists()]
   if (_FOLDER / "attention.json").exists():
     sections.append(_attention())
@@ -93,6 +97,34 @@ def _run(module: str, *arguments: str) -> None:
   command = [sys.executable, "-m", f"perceiver_ar_jax.{module}", *arguments]
   print(shlex.join(command), flush=True)
   subprocess.run(command, cwd=_ROOT, check=True)
+
+
+def published_table(root: str) -> str:
+  """Returns the table of published.json in Markdown, with links to configs that start with `root`."""
+  lines = ["| config | data | unit | published, or for comparison | measured here |", "|---|---|---|---|---|"]
+  for row in json.loads((_FOLDER / "published.json").read_text()):
+    configs = ", ".join(f"[{name}]({root}configs/{name}.py)" for name in row["configs"])
+    published = "<br>".join(f"{entry['model']}: {_number(entry)}" for entry in row["published"]) or "none"
+    measured = "not run" if row["here"]["value"] is None else _number(row["here"])
+    lines.append(f"| {configs} | {row['data']} | {row['unit']} | {published} | {measured} |")
+  return "\n".join(lines) + "\n"
+
+
+def _number(entry: dict) -> str:
+  """Returns a number and, as far as known, the parameters, steps, seconds and hardware that it took."""
+  parameters = f"{entry['parameters']} parameters" if (entry["parameters"] or "").endswith("M") else entry["parameters"]
+  known = ", ".join(part for part in (parameters, entry["cost"]) if part)
+  return entry["value"] + (f" ({known})" if known else "")
+
+
+def _published() -> str:
+  rows = json.loads((_FOLDER / "published.json").read_text())
+  commands = [f"- {row['data']}: `{row['here']['command']}`" for row in rows if row["here"]["command"]]
+  entries = [(row["data"], entry) for row in rows for entry in row["published"] if entry["source"]]
+  sources = [f"- {data}, {entry['model']} {entry['value']}: {entry['source']}" for data, entry in entries]
+  note = "Where a cell has no parameters, seconds or hardware, the source does not state them."
+  blocks = ["## Published numbers beside ours", published_table("../") + "\n" + note]
+  return "\n\n".join([*blocks, "Commands:", "\n".join(commands), "Sources:", "\n".join(sources)])
 
 
 def _ablation(name: str) -> str:
@@ -139,11 +171,11 @@ def _attention() -> str:
   ]
   return "\n\n".join(
     [
-      "## The cross-attention in the copy task",
-      "![attention of one output of the mirrored half](results/attention.png)",
+      "## The cross-attention on a photograph",
+      "![the known part of a held-out picture, and the weight of each pixel](results/attention.png)",
       "\n".join(lines),
-      "`--mode=attention` on the Perceiver AR of the copy comparison above, seed 0: the picture shows output"
-      f" {report['outputs'][1]['output']}.",
+      "`--mode=attention` with the weights in pretrained/photos32. The sub-pixel in the red frame is predicted from all"
+      " sub-pixels before it. Colors are the root of a weight's share of the largest.",
     ]
   )
 

@@ -56,8 +56,8 @@ def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> lis
     for index, each in enumerate(samples if sampler.task.modality == "text" and not stream else ()):
       prompt_size = len(each.prompt.events)
       print(f"--- sample {index}: prompt of {prompt_size:,} tokens, {each.num_new:,} new\n{each.value}\n")
-    speed = f"{seconds:.1f} s, compilation included ({num_new / seconds:,.0f} tokens/s)"
-    print(f"{len(samples)} samples of {num_new:,} new tokens in {speed}: {folder}", flush=True)
+    drawn = f"{len(samples)} samples of {num_new:,} new tokens in {seconds:.1f} s, compilation included"
+    print(f"{drawn} ({num_new / seconds:,.0f} tokens/s): {next(folder.glob('grid.png'), folder)}", flush=True)
   return samples
 
 
