@@ -134,11 +134,14 @@ def _music(sampler: Sampler, output: pathlib.Path, name: str, settings: dict, he
 
 def _texts(sampler: Sampler, output: pathlib.Path, name: str, settings: dict, held_out: bool) -> list[dict]:
   drawn = sampler("data", num_samples=_NUM_TEXTS, batch_size=_NUM_TEXTS, prompt_tokens=120, length=500, **settings)
-  items = []
-  for number, sample in enumerate(drawn, 1):
+  continuations: dict[str, list[str]] = {}
+  for sample in drawn:
     given = sample.task.decode(sample.prompt.events)
-    items.append({"caption": f"Held-out document {number}, its first {len(given)} characters:", "text": given})
-    items.append({"caption": "continued:", "text": _printable(sample.value[len(given) :])})
+    continuations.setdefault(given, []).append(_printable(sample.value[len(given) :]))
+  items = []
+  for given, texts in continuations.items():
+    items.append({"caption": f"A held-out document, its first {len(given)} characters:", "text": given})
+    items += [{"caption": "continued:", "text": text} for text in texts]
   return items
 
 
