@@ -2,7 +2,9 @@
 
 Reproduces no published model. For comparison, nanoGPT: 1.88 nats per character after 2,000 iterations of 12 x 64 on
 a CPU, 1.4697 with its GPU configuration. Give your copy: --config.data.files=input.txt
-Cost: 1.4M parameters, minutes on a laptop.
+Measured: 1.529 nats per character (2.206 bits per byte) after 1,000 steps, 1.54M targets: as many as nanoGPT's run on
+  a CPU has, but its run takes less time.
+Cost: 1.7M parameters, 28 minutes on one core that other programs shared.
 """
 
 from perceiver_ar_jax import config as config_lib

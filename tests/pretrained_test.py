@@ -35,7 +35,7 @@ def test_answers_are_recalled_as_the_card_states(weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["photos32", "recall"], indirect=True)
+@pytest.mark.parametrize("weights", ["photos32", "recall", "tinyshakespeare"], indirect=True)
 def test_samples_are_drawn_by_one_command(weights):
   result = tiny.main(
     f"--workdir={weights}", "--mode=sample", "--config.sample.num_samples=1", "--config.sample.length=40"

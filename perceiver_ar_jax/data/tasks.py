@@ -363,9 +363,17 @@ for _size in (32, 64):
     add(f"photos{_size}{_suffix}", functools.partial(_photos, _size, _order))
 for _version in ("v1", "v3"):
   add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
-_named_by_function = (_image_files, _pg19, _wikitext103, _enwik8, _text_files, _midi_files, _piano_rolls)
-for _build in (*_named_by_function, _audio_codes, _video_codes, _copy, _recall):
-  add(_build.__name__.removeprefix("_"), _build)
+add("image_files", _image_files)
+add("pg19", _pg19)
+add("wikitext103", _wikitext103)
+add("enwik8", _enwik8)
+add("text_files", _text_files)
+add("midi_files", _midi_files)
+add("piano_rolls", _piano_rolls)
+add("audio_codes", _audio_codes)
+add("video_codes", _video_codes)
+add("copy", _copy)
+add("recall", _recall)
 
 wrapt.register_post_import_hook(
   lambda seqio: seqio.MixtureRegistry.add("books_and_code", [("pg19", 0.5), ("text_files", 0.5)]), "seqio"
