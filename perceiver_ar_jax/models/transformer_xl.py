@@ -28,14 +28,17 @@ from perceiver_ar_jax.parallel.sharding import constrain
 
 def check(config: ModelConfig) -> None:
   """Raises InputError for settings that Transformer-XL does not support."""
-  supported: dict[str, Any] = {"position_encoding": "relative", "attention": "auto"}
-  supported |= dict.fromkeys(("latent_dropout", "cross_attend_dropout", "conv_taps", "value_features"), 0)
-  supported |= {"cross_attend_after": (), "rotary_axes": (), "qk_norm": False}
+  zeros: dict[str, Any] = dict.fromkeys(("latent_dropout", "cross_attend_dropout", "conv_taps", "value_features"), 0)
+  supported = zeros | {"position_encoding": "relative", "cross_attend_after": (), "rotary_axes": (), "qk_norm": False}
   for name, value in supported.items():
     actual = getattr(config, name)
     require(
       actual == value, f"model.{name}={actual} is not supported by transformer_xl: set --config.model.{name}={value}."
     )
+  kernel = config.attention
+  require(
+    kernel in ("auto", "reference"), f"model.attention={kernel} is not supported by transformer_xl: set it to auto."
+  )
   require_at_least(1, "model", config, "segment", "num_layers")
   require_at_least(0, "model", config, "memory")
   require(
