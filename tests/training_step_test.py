@@ -201,10 +201,10 @@ def _after_three_updates(optimizer, weights, gradients, path) -> dict[str, jax.A
 def test_stacked_layers_are_updated_as_optax_updates_them_unstacked(name, path, monkeypatch):
   config = OptimizerConfig(name=name, learning_rate=0.1, clip_norm=0.0, weight_decay=0.01)
   optimizer = optimizer_lib.make_optimizer(config, steps=10)
-  monkeypatch.setattr(optimizer_lib, "_trust_ratio", optax.scale_by_trust_ratio)
+  monkeypatch.setattr(optimizer_lib, "_per_layer", lambda rule: rule)
   plain = optimizer_lib.make_optimizer(config, steps=10)
   rng = np.random.default_rng(0)
-  shapes = {"kernel": (16, 18), "bias": (4,)}
+  shapes = {"kernel": (128, 130), "bias": (4,)}  # Adafactor factors the second moment of matrices from 128 x 128 on
   weights = {key: rng.normal(size=(2, *shape)).astype(np.float32) for key, shape in shapes.items()}
   gradients = {key: rng.normal(size=(3, 2, *shape)).astype(np.float32) for key, shape in shapes.items()}
   for key in shapes:  # two layers of different scales
@@ -216,6 +216,19 @@ def test_stacked_layers_are_updated_as_optax_updates_them_unstacked(name, path, 
     expected = _after_three_updates(plain, *alone, ("to_latents",))
     for key in shapes:
       np.testing.assert_allclose(stacked[key][layer], expected[key], rtol=1e-5, atol=1e-6, err_msg=f"{key} {layer}")
+
+
+def test_factored_second_moments_have_the_shapes_of_one_layer_and_whole_ones_the_sharding_of_their_weight():
+  config = tiny.config(
+    train__optimizer__name="adafactor", model__latent_width=128, model__embed_width=64, mesh__fsdp=1, mesh__data=-1
+  )
+  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
+  abstract = state_lib.abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+  rule = abstract.opt_state[1][0]["layers_0"]["mlp"]["up"]
+  assert rule["kernel"].v_row.shape == (2, 128) and rule["kernel"].v_col.shape == (2, 512)
+  assert rule["kernel"].v.shape == (2, 1)
+  assert rule["bias"].v.shape == (2, 512) and rule["bias"].count.shape == (2,)
+  assert rule["bias"].v.sharding == abstract.params["layers_0"]["mlp"]["up"]["bias"].sharding
 
 
 @pytest.mark.parametrize("name", optimizer_lib.OPTIMIZERS)

@@ -13,7 +13,7 @@ class OptimizerConfig:
   """The update rule and its learning rate."""
 
   name: str = "adam"
-  """adam, adamw, lamb, muon or sgd (with momentum)."""
+  """adam, adamw, adafactor, lamb, muon, sgd (with momentum) or sm3."""
   learning_rate: float = 3e-4
   """Peak rate, reached at the end of the warm-up."""
   warmup_steps: int = 0
@@ -33,7 +33,7 @@ class OptimizerConfig:
   clip_norm: float = 1.0
   """Largest global gradient norm; 0: no clipping."""
   b1: float = 0.9
-  """Decay of the first moment; for sgd the momentum."""
+  """Decay of the first moment; for sgd and sm3 the momentum."""
   b2: float = 0.999
   """Decay of the second moment (adam, adamw, lamb)."""
   eps: float = 1e-8

@@ -3,7 +3,6 @@
 To add one, add an entry to OPTIMIZERS or SCHEDULES; `train.optimizer.name` or `.schedule` then accepts its name.
 """
 
-import collections
 from collections.abc import Callable
 
 import jax
@@ -27,7 +26,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Chains clipping by global norm, the update rule, and the schedule; raises InputError for an unknown name."""
+  """Chains clipping by global norm, the update rule, and scaling by the schedule.
+
+  Raises:
+    InputError: the name of the rule or the schedule is unknown.
+  """
   schedule = make_schedule(config, steps)
   rule = lookup("train.optimizer.name", config.name, OPTIMIZERS)(config)
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
@@ -48,8 +51,10 @@ def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _steps(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  boundaries = collections.Counter(int(fraction * steps) for fraction in config.step_boundaries)
-  factors = {boundary: config.step_factor**count for boundary, count in boundaries.items()}
+  factors = {}
+  for fraction in config.step_boundaries:
+    boundary = int(fraction * steps)
+    factors[boundary] = factors.get(boundary, 1.0) * config.step_factor
   return optax.piecewise_constant_schedule(config.learning_rate, factors)
 
 
@@ -72,18 +77,30 @@ def _is_kernel(params):
   return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def _trust_ratio() -> optax.GradientTransformation:
-  """LAMB's trust ratio, which nn.scan's stacks of equal layers, below "layers...", need for each layer separately."""
-  rule = optax.scale_by_trust_ratio()
+def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Applies `rule` to every weight separately and, below "layers...", to every layer of a stacked weight separately.
 
-  def scale(path, update, param):
-    def scaled(update, param):
-      return rule.update(update, optax.EmptyState(), param)[0]
+  nn.scan stacks the weights of equal layers on a new first axis; a rule that uses the shape or the norm of a weight
+  would treat all layers as one. The state is a tree of the rule's states, one per weight; a rule without state keeps
+  its empty one.
+  """
 
+  def over_layers(path, function):
     stacked = any(str(part.key).startswith("layers") for part in path)
-    return (jax.vmap(scaled) if stacked else scaled)(update, param)
+    return jax.vmap(function) if stacked else function
 
-  return optax.stateless(lambda updates, params: jax.tree.map_with_path(scale, updates, params))
+  def init(params):
+    states = jax.tree.map_with_path(lambda path, param: over_layers(path, rule.init)(param), params)
+    return states if jax.tree.leaves(states) else rule.init(params)
+
+  def update(updates, state, params):
+    stateful = bool(jax.tree.leaves(state))
+    states = state if stateful else jax.tree.map(lambda _: state, updates)
+    results = jax.tree.map_with_path(lambda path, *args: over_layers(path, rule.update)(*args), updates, states, params)
+    new_updates, new_states = (jax.tree.map(lambda _, pair, i=i: pair[i], updates, results) for i in (0, 1))
+    return new_updates, new_states if stateful else state
+
+  return optax.GradientTransformation(init, update)
 
 
 def _wsd(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -129,7 +146,11 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
   "adam": _adam,
   "adamw": lambda config: optax.chain(_adam(config), _decay(config)),
-  "lamb": lambda config: optax.chain(_adam(config), _decay(config), _trust_ratio()),
+  "adafactor": lambda config: optax.chain(
+    *map(_per_layer, (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()))
+  ),
+  "lamb": lambda config: optax.chain(_adam(config), _decay(config), _per_layer(optax.scale_by_trust_ratio())),
   "muon": _muon,
   "sgd": lambda config: optax.trace(decay=config.b1, nesterov=True),
+  "sm3": lambda config: _per_layer(optax.scale_by_sm3(b1=config.b1)),
 }
