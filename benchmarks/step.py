@@ -59,7 +59,7 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
         break
   timed = times[1:] or times
   flops_per_second = flops.train_step(config) / statistics.median(timed)
-  chip = chips.chip_of_device(jax.devices()[0].device_kind)
+  peak_flops = chips.peak_flops(jax.devices()[0].device_kind)
   return {
     "implementation": "perceiver_ar_jax",
     "version": f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
@@ -69,7 +69,7 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
     "all_seconds": timed,
     "targets_per_second": config.train.batch_size * config.model.num_latents / statistics.median(timed),
     "model_flops_per_second": flops_per_second,
-    "model_flops_utilization": flops_per_second / (mesh.size * chip.peak_flops) if chip else None,
+    "model_flops_utilization": flops_per_second / (mesh.size * peak_flops) if peak_flops else None,
     "compile_seconds": compile_seconds,
     "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
     "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -11,6 +11,8 @@ its file does.
 """
 
 import io
+import math
+import zipfile
 
 import numpy as np
 
@@ -35,12 +37,11 @@ def audio_groups(levels: int, codebook_size: int) -> np.ndarray:
 def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
   """Returns the codes in a .npy file, or in a .npz file with one array or with one called "codes".
 
-  Nothing in the file is executed. Raises Unreadable, with `name`, if it is not such a file, its numbers are not
-  integers, or codes are outside 0..codebook_size-1.
+  Nothing in the file is executed, and no more memory is allocated than its content takes. Raises Unreadable, with
+  `name`, if it is not such a file, its numbers are not integers, or codes are outside 0..codebook_size-1.
   """
   try:
-    file = np.load(io.BytesIO(content), allow_pickle=False)
-    codes = file if isinstance(file, np.ndarray) else _codes_of(file)
+    codes = _array(_unzip(content) if content[:2] == b"PK" else content)
   except Exception as error:  # zipfile, zlib and NumPy raise many types of errors for damaged files
     raise Unreadable(f"{name} is not a .npy or .npz file of codes ({error})") from error
   if not np.issubdtype(codes.dtype, np.integer):
@@ -54,14 +55,28 @@ def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
   return codes
 
 
-def _codes_of(archive) -> np.ndarray:
-  """Returns the array of an open .npz file."""
-  names = archive.files
-  if "codes" not in names and len(names) != 1:
-    raise ValueError(f"it has the arrays {', '.join(names)}: name one of them codes")
-  if max(entry.file_size for entry in archive.zip.infolist()) > _MAX_BYTES:
-    raise ValueError(f"an array has more than {_MAX_BYTES:,} bytes: split it into several files")
-  return np.asarray(archive["codes" if "codes" in names else names[0]])
+def _unzip(content: bytes) -> bytes:
+  """Returns the .npy file in a .npz file."""
+  with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+    if "codes" not in sizes and len(sizes) != 1:
+      raise ValueError(f"it has the arrays {', '.join(sizes)}: name one of them codes")
+    array = "codes" if "codes" in sizes else next(iter(sizes))
+    if sizes[array] > _MAX_BYTES:
+      raise ValueError(f"its codes take {sizes[array]:,} bytes, more than {_MAX_BYTES:,}: split it into several files")
+    return archive.read(f"{array}.npy")
+
+
+def _array(content: bytes) -> np.ndarray:
+  """Returns the array of a .npy file, without a copy."""
+  file = io.BytesIO(content)
+  version = np.lib.format.read_magic(file)
+  read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+  shape, is_fortran, dtype = read_header(file)
+  if min(shape, default=0) < 0:
+    raise ValueError(f"it has the shape {shape}")
+  values = np.frombuffer(content, dtype, math.prod(shape), file.tell())
+  return values.reshape(shape, order="F" if is_fortran else "C")
 
 
 class AudioDocument(Document):

@@ -58,7 +58,8 @@ class SubwordTokenizer:
     except (Unreadable, RuntimeError) as error:
       raise InputError(
         f"data.sentencepiece does not name a SentencePiece model: {path} ({error}). Set it to where the file is now,"
-        " train one (docs/data.md), or read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259."
+        " train one (perceiver_ar_jax.data.train_sentencepiece), or read bytes: --config.data.sentencepiece=None"
+        " --config.model.vocab_size=259."
       ) from error
     self.vocab_size = model.get_piece_size() + NUM_SPECIAL
     self.unknown = model.unk_id() + NUM_SPECIAL
