@@ -249,6 +249,12 @@ def test_fine_tuning_with_another_model_is_refused(settings, words, exported, tm
   assert not (tmp_path / "run").exists()
 
 
+def test_those_who_can_read_one_file_of_a_folder_can_read_all(tmp_path):
+  model = tiny.config().model
+  export.export_params(model, tiny.random_params(model), tmp_path / "folder")
+  assert len({path.stat().st_mode for path in (tmp_path / "folder").iterdir()}) == 1
+
+
 def test_training_does_not_overwrite_exported_weights(copied):
   before = (copied / "config.json").read_text()
   tiny.expect_error(tiny.run(copied, train__steps=4), f"--config.train.init_from={copied}")

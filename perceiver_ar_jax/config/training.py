@@ -99,7 +99,8 @@ class TrainConfig:
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
     require(
       self.optimizer.schedule != "cosine" or warmup + (decay or 1) <= self.steps,
-      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and cosine_steps={decay}.",
+      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and"
+      f" cosine_steps={decay or 'the rest'}: lower these, or train longer.",
     )
 
 

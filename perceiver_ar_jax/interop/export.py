@@ -111,6 +111,7 @@ def _write(
     for name, content in (files | {"README.md": card.encode()}).items():
       (local / name).write_bytes(content)
     save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), metadata)
+    shutil.copymode(local / "config.json", local / config_from_run.WEIGHTS)  # which safetensors keeps private
 
 
 @contextlib.contextmanager
@@ -180,16 +181,20 @@ def _card(
       )
     lines.append("")
   lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of perceiver_ar_jax/interop/torch:", ""]
-  lines += ["    model = perceiver_ar_torch.load(FOLDER)", "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)", ""]
+  lines += [
+    '    model = perceiver_ar_torch.load("FOLDER")',
+    "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)",
+    "",
+  ]
   lines += ["In JAX:", ""]
   if config:
-    lines += ["    from perceiver_ar_jax import Sampler", "    sampler = Sampler.from_pretrained(FOLDER)", ""]
+    lines += ["    from perceiver_ar_jax import Sampler", '    sampler = Sampler.from_pretrained("FOLDER")', ""]
     lines += ["On the command line, where paths of the data may have to be set (--config.data.files=...):", ""]
     lines += ["    python -m perceiver_ar_jax.main --workdir=FOLDER --mode=sample    # or score, eval", ""]
     lines += ["To start another run from these weights: `--config.train.init_from=FOLDER`.", ""]
   else:
     lines += ["    from perceiver_ar_jax import PerceiverAR", "    from perceiver_ar_jax.training import pretrained"]
-    lines += ["    config, params = pretrained.load(FOLDER)"]
+    lines += ['    config, params = pretrained.load("FOLDER")']
     lines += ['    logits_BxMxV = PerceiverAR(config).apply({"params": params}, tokens_BxL, positions_BxLxP)', ""]
   return "\n".join(lines)
 
