@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import InputError, MeshConfig
-from perceiver_ar_jax.parallel import distributed
+from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.parallel import mesh as mesh_lib
 from perceiver_ar_jax.parallel.mesh import AXES, make_mesh, rows_of_processes
 from tests import tiny
@@ -121,6 +121,11 @@ def test_settings_of_jax_take_precedence(monkeypatch, name, value):
   monkeypatch.setattr(mesh_lib.jax.config, "update", lambda *arguments: pytest.fail("changed"))
   monkeypatch.setenv(name, value)
   mesh_lib.use_cpu_cores(tiny.config(), [8])
+
+
+@pytest.mark.parametrize("axes", sharding.RULES.values(), ids=sharding.RULES)
+def test_axes_that_share_a_dimension_are_in_the_order_of_the_mesh(axes):
+  assert list(axes) == sorted(axes, key=AXES.index)
 
 
 @pytest.mark.slow

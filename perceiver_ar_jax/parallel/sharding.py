@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# logical axis -> mesh axes. "batch" rows are split over data and fsdp alike; fsdp also splits weights (ZeRO-3).
+# logical axis -> mesh axes, in the order of the mesh, as lax.ppermute needs them. "batch" rows are split over data and
+# fsdp alike; fsdp also splits weights (ZeRO-3).
 # "slots", the inputs of the cross-attention, are split over tensor too, instead of its heads: with heads split, devices
 # would have to sum gradients of all inputs; with slots split, they exchange arrays as large as the latents.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
-  "slots": ("context", "tensor"),
+  "slots": ("tensor", "context"),
   "width": ("fsdp",),
   "latent": (),
   "heads": ("tensor",),
