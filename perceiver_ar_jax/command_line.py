@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
-import perceiver_ar_jax
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import checks, config_from_run
 
@@ -98,8 +97,8 @@ def _stdout_has_reader() -> bool:
 
 def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
   if _VERSION.value:
-    jax = importlib.metadata.version("jax")
-    print(f"perceiver_ar_jax {perceiver_ar_jax.__version__}, Python {platform.python_version()}, JAX {jax}")
+    ours, jax = map(importlib.metadata.version, ("perceiver_ar_jax", "jax"))
+    print(f"perceiver_ar_jax {ours}, Python {platform.python_version()}, JAX {jax}")
     sys.exit(0)
   if len(argv) > 1:
     raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
