@@ -1,7 +1,10 @@
 """Codes of audio and video: small arrays written out, round trips of random ones, and files without codes."""
 
+import concurrent.futures
+import gc
 import io
 import re
+import time
 
 import numpy as np
 import pytest
@@ -304,3 +307,18 @@ def test_codes_keep_their_values_whatever_their_type(kind):
   video = codes.video_document(np.array([[[253, 255]]], kind), "v")
   assert video.read(0, 3).tolist() == [2, 256, 258]
   assert codes.flatten_audio(np.array([[253, 255]], kind), 256).tolist() == [2, 256, 514]
+
+
+def test_files_are_read_in_several_threads_while_garbage_is_collected():
+  file = io.BytesIO()
+  np.save(file, AUDIO)
+  before = gc.get_threshold()
+  gc.callbacks.append(lambda *_: time.sleep(0))  # JAX has one, too; threads may switch in it
+  gc.set_threshold(20)
+  try:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+      for array in pool.map(lambda _: codes.load(file.getvalue(), "x.npy", 10), range(2400)):
+        np.testing.assert_array_equal(array, AUDIO)
+  finally:
+    gc.callbacks.pop()
+    gc.set_threshold(*before)

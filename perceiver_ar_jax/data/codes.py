@@ -12,6 +12,7 @@ its file does.
 
 import io
 import math
+import threading
 import zipfile
 
 import numpy as np
@@ -21,6 +22,8 @@ from perceiver_ar_jax.data.documents import Document, Unreadable
 
 _MAX_BYTES = 2**31
 """The largest array read from a compressed file, which may be a thousandth of this."""
+HEADERS = threading.Lock()
+"""For NumPy's headers, which it parses with `ast`: in several threads, CPython 3.11 fails at random there."""
 
 
 def audio_vocab_size(levels: int, codebook_size: int) -> int:
@@ -72,7 +75,8 @@ def _array(content: bytes) -> np.ndarray:
   file = io.BytesIO(content)
   version = np.lib.format.read_magic(file)
   read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-  shape, is_fortran, dtype = read_header(file)
+  with HEADERS:
+    shape, is_fortran, dtype = read_header(file)
   if min(shape, default=0) < 0:
     raise ValueError(f"it has the shape {shape}")
   values = np.frombuffer(content, dtype, math.prod(shape), file.tell())

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import scipy.io
 
-from perceiver_ar_jax.data import NUM_SPECIAL, SOS, music
+from perceiver_ar_jax.data import NUM_SPECIAL, SOS, codes, music
 from perceiver_ar_jax.data.documents import Document, Unreadable
 
 NUM_KEYS = 88
@@ -36,7 +36,7 @@ def load(content: bytes, name: str) -> Mapping[str, list[np.ndarray]]:
       arrays = scipy.io.loadmat(io.BytesIO(content))
       arrays = {key: list(value.ravel()) for key, value in arrays.items() if key.endswith("data")}
     else:
-      with np.load(io.BytesIO(content), allow_pickle=False) as file:
+      with codes.HEADERS, np.load(io.BytesIO(content), allow_pickle=False) as file:
         arrays = {key: list(file[key]) if file[key].ndim == 3 else [file[key]] for key in file.files}
   except MemoryError:
     raise
