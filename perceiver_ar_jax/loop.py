@@ -133,7 +133,7 @@ class _Run:
     shardings = sharding.batch_shardings(self.mesh, {name: array.shape for name, array in data.spec.items()})
     is_owed = first > train.steps or not self._has_metrics(first - 1)
     if self._is_evaluated_at(first - 1) and is_owed and not self.signals.agreed:
-      result = self._evaluate(state.params, first - 1)  # a signal or a failure interrupted it
+      result = self._evaluate(state.params_to_evaluate, first - 1)  # a signal or a failure interrupted it
     for step in range(first, train.steps + 1):
       if self.signals.agreed:
         break
@@ -159,7 +159,7 @@ class _Run:
         self.log.flush()
         self.checkpointer.save(state, data)
         if evaluates and not stop:
-          result = self._evaluate(state.params, step)
+          result = self._evaluate(state.params_to_evaluate, step)
     return state, result
 
   def _is_evaluated_at(self, step: int) -> bool:

@@ -146,7 +146,7 @@ def measure(config: Config, topology: Topology) -> dict:
     "mesh": dict(mesh.shape),
     "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
     "weight_bytes": sharding.bytes_per_device(state.params),
-    "optimizer_bytes": sharding.bytes_per_device(state.opt_state),
+    "optimizer_bytes": sharding.bytes_per_device((state.opt_state, state.ema)),
   }
   start = time.monotonic()
   with jax.set_mesh(mesh):

@@ -137,6 +137,35 @@ def test_a_chosen_step_is_exported(trained, tmp_path):
   assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
+def test_averaged_weights_are_resumed_evaluated_and_exported(tmp_path):
+  folders = {name: tmp_path / name for name in ("whole", "resumed", "averaged", "last")}
+  assert tiny.run(folders["whole"], train__ema_decay=0.5).returncode == 0
+  shutil.copytree(folders["whole"], folders["resumed"])
+  shutil.rmtree(folders["resumed"] / "checkpoints" / "12")
+  assert tiny.run(folders["resumed"], train__ema_decay=0.5).returncode == 0
+  result, resumed = (
+    json.loads((folders[name] / "eval-validation-12.json").read_text()) for name in ("whole", "resumed")
+  )
+  assert resumed["nats_per_token"] == result["nats_per_token"]
+  for name, flag in (("averaged", "--ema"), ("last", "--noema")):
+    exported = tiny.run_module(EXPORT, f"--workdir={folders['whole']}", f"--output={folders[name]}", flag)
+    assert exported.returncode == 0, exported.stderr
+  scores = {}
+  for name in ("averaged", "last"):
+    assert tiny.run(folders[name], "--mode=eval", train__ema_decay=0.5).returncode == 0
+    scores[name] = json.loads((folders[name] / "eval-validation-12.json").read_text())["nats_per_token"]
+  assert scores["averaged"] == result["nats_per_token"] != scores["last"]
+  assert "## Metrics" in (folders["averaged"] / "README.md").read_text()
+  assert "## Metrics" not in (folders["last"] / "README.md").read_text(), "the evaluation was of the average"
+
+
+def test_averages_that_do_not_exist_are_not_exported(trained, tmp_path):
+  result = tiny.run_module(EXPORT, f"--workdir={trained}", f"--output={tmp_path / 'new'}", "--ema")
+  tiny.expect_error(result, "train.ema_decay=0", "leave out --ema")
+  assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_with_content_is_refused_and_an_empty_one_is_used(trained, tmp_path):
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "notes").write_text("mine")

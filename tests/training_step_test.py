@@ -293,6 +293,23 @@ def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_
   assert np.isfinite(step(skipped, good, jax.random.key(0))[1]["loss"])
 
 
+def test_the_average_of_the_weights_follows_its_definition_and_changes_nothing_else():
+  settings = {"model__dropout": 0.0, "model__num_layers": 1}
+  config, without = tiny.config(**settings, train__ema_decay=0.85), tiny.config(**settings)
+  optimizer, mesh = optimizer_lib.make_optimizer(config.train.optimizer, 12), make_mesh(MeshConfig(), jax.devices()[:1])
+  state, plain = (state_lib.init_state(each, optimizer, mesh) for each in (config, without))
+  step, plain_step = (jax.jit(step_lib.make_train_step(each, optimizer)) for each in (config, without))
+  loader, expected = TrainLoader(config), state.params
+  for decay in (2 / 11, 3 / 12, 4 / 13):  # (1 + n) / (10 + n) while this is below 0.85
+    batch = next(loader)
+    state, plain = step(state, batch, jax.random.key(0))[0], plain_step(plain, batch, jax.random.key(0))[0]
+    expected = jax.tree.map(lambda a, b, decay=decay: decay * a + (1 - decay) * b, expected, state.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params_to_evaluate, expected)
+  jax.tree.map(np.testing.assert_array_equal, state.params, plain.params)
+  assert plain.params_to_evaluate is plain.params
+  assert step_lib._ema_weight(0.85, 1000) == pytest.approx(0.15)
+
+
 def test_positions_that_the_model_ignores_are_neither_made_nor_needed():
   settings = {"model__position_encoding": "rotary", "model__position_sizes": (), "model__dropout": 0.0}
   config = tiny.config(**settings, model__positions_from_data=False)

@@ -199,7 +199,7 @@ def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], co
 def restore(config: Config, workdir: epath.PathLike, step: int | None = None) -> tuple[Mesh, int, dict]:
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
-  Without checkpoints, the workdir may be a folder of exported weights (interop/export.py). It is only read. Raises
+  With train.ema_decay, these are the averaged weights. Without checkpoints, the workdir may be a folder of exported weights (interop/export.py). It is only read. Raises
   InputError if it has no readable checkpoint, or one of another model, or if the devices do not fit the config.
   """
   workdir = epath.Path(workdir)
@@ -210,7 +210,7 @@ def restore(config: Config, workdir: epath.PathLike, step: int | None = None) ->
   if pretrained.exists(workdir) and not workdir_lib.has_checkpoints(workdir):
     return mesh, *pretrained.restore(config.model, workdir, abstract_params)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
-    restored = checkpointer.restore_params(abstract_params, step)
+    restored = checkpointer.restore_params(abstract_params, step, "ema" if config.train.ema_decay else "params")
   if restored is None:
     raise InputError(f"--workdir={workdir} contains no checkpoint: train first, with the same --workdir.")
   return mesh, *restored

@@ -1,6 +1,9 @@
 """Exports trained weights to a folder that other programs read.
 
   python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N]
+      [--noema]
+
+With train.ema_decay, the averaged weights are exported; --noema exports the last ones.
 
 The folder contains
 - model.safetensors: the parameters under flat names such as layers.0.mlp.up.kernel, each layer separate, kernels
@@ -224,11 +227,14 @@ def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
   config_from_run.load_config(workdir, config)  # raises InputError if it contains no run
   check_output(folder)
-  here = dataclasses.replace(config.model, attention=ModelConfig.attention)
-  _, step, params = evaluate.restore(
-    dataclasses.replace(config, model=here, mesh=MeshConfig()), workdir, flags.FLAGS.step
-  )
-  export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, results=_results(workdir, step))
+  if flags.FLAGS.ema and not config.train.ema_decay:
+    raise InputError(f"The run in {workdir} has no averaged weights (train.ema_decay=0): leave out --ema.")
+  model = dataclasses.replace(config.model, attention=ModelConfig.attention)
+  train = dataclasses.replace(config.train, ema_decay=0.0) if flags.FLAGS.ema is False else config.train
+  here = dataclasses.replace(config, model=model, train=train, mesh=MeshConfig())
+  _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step)
+  results = _results(workdir, step) if train is config.train else []  # evaluations are of the averaged weights
+  export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, results=results)
   print(f"Wrote the weights of step {step} in {flags.FLAGS.dtype} to {folder}.")
   return 0
 
@@ -238,5 +244,6 @@ if __name__ == "__main__":
 
   flags.DEFINE_string("output", None, "The folder to write: new or empty.")
   flags.DEFINE_enum("dtype", "float32", list(pretrained.DTYPES), "Type of the values in the file.")
+  flags.DEFINE_boolean("ema", None, "Export the averaged weights; --noema: the last ones. Default: averaged if any.")
   flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
   command_line.run(_run, required=("workdir", "output"))

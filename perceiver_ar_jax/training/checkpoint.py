@@ -114,12 +114,10 @@ class Checkpointer(contextlib.AbstractContextManager):
     if step in self._manager.all_steps():
       return
     self._before_save()
-    checksums = fingerprint.compute({"params": state.params, "optimizer": state.opt_state})
-    items = {
-      "params": ocp.args.StandardSave(state.params),
-      "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-      "fingerprint": ocp.args.JsonSave(checksums | {_HAS_DATA: int(data is not None)}),
-    }
+    trees = _trees(state)
+    checksums = fingerprint.compute(_fingerprinted(trees))
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items["fingerprint"] = ocp.args.JsonSave(checksums | {_HAS_DATA: int(data is not None)})
     if data is not None:
       items["data"] = _Position(data)
     with self._writing():
@@ -149,8 +147,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     Returns None where no checkpoint exists. A damaged one is moved to `damaged/`, and the one before it is used. Raises
     InputError if all are damaged, or one does not fit or may not be read, and TransientError if it may be read later.
     """
-    trees = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
-    damaged: list[int] = []
+    trees, damaged = _trees(abstract), []
     for step in reversed(self._steps()):
       try:
         restored = self._restore_step(step, trees, data)
@@ -159,7 +156,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         damaged.append(step)
       else:
         self._set_aside(damaged)
-        return TrainState(params=restored["params"], **restored["optimizer"])
+        return TrainState(**restored.pop("optimizer"), **restored)
     if damaged:
       raise InputError(
         f"All checkpoints ({', '.join(map(str, reversed(damaged)))}) in {self._directory} are damaged; none was moved."
@@ -167,10 +164,12 @@ class Checkpointer(contextlib.AbstractContextManager):
       )
     return None
 
-  def restore_params(self, abstract_params: dict, step: int | None = None) -> tuple[int, dict] | None:
+  def restore_params(
+    self, abstract_params: dict, step: int | None = None, name: str = "params"
+  ) -> tuple[int, dict] | None:
     """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
 
-    Raises as `restore`, also if it is damaged (an older one is never used instead) or is not one of those kept.
+    `name` is params, or ema for their average. Raises as `restore`, also if it is damaged (an older one is never used instead) or is not one of those kept.
     """
     steps = self._steps()
     if not steps:
@@ -179,7 +178,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     if step not in steps:
       raise InputError(f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     try:
-      return step, self._restore_step(step, {"params": abstract_params}, None)["params"]
+      return step, self._restore_step(step, {name: abstract_params}, None)[name]
     except _Damaged as error:
       raise InputError(
         f"The checkpoint of step {step} in {self._directory} is damaged: {error}. An older one is not used unasked: put"
@@ -270,6 +269,12 @@ class Checkpointer(contextlib.AbstractContextManager):
           print(f"Step {step} was moved to {target}; the checkpoint before it is used.", file=sys.stderr)
     distributed.wait_for_all("damaged checkpoints are moved")
     self._manager.reload()
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+  """The arrays of a state as items of a checkpoint."""
+  trees = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+  return trees if state.ema is None else trees | {"ema": state.ema}
 
 
 def _fingerprinted(trees: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,12 @@ class TrainState:
   step: jax.Array  # int32[]: number of updates done
   params: dict
   opt_state: optax.OptState
+  ema: dict | None = None  # exponential moving average of params (train.ema_decay)
+
+  @property
+  def params_to_evaluate(self) -> dict:
+    """The averaged weights if there are any, else `params`."""
+    return self.params if self.ema is None else self.ema
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -37,7 +43,8 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     return leaf.update(sharding=weight.sharding if alike else replicated)
 
   opt_state = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
-  return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state)
+  ema = params if config.train.ema_decay else None
+  return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state, ema)
 
 
 def abstract_params(config: Config, mesh: Mesh) -> dict:
@@ -60,7 +67,8 @@ def init_state(
   def init(key, params):
     if params is None:
       params = nn.meta.unbox(init_params(config.model, key))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    ema = params if config.train.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
   with jax.set_mesh(mesh):
     return jax.jit(init, out_shardings=layout, donate_argnums=1)(jax.random.key(config.seed), params)

@@ -77,9 +77,18 @@ def make_train_step(
       select = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
       params, opt_state = select(params, state.params), select(opt_state, state.opt_state)
       metrics["skipped_steps"] = state.step + 1 - optimizer_lib.num_updates(opt_state)
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    ema = state.ema
+    if ema is not None:
+      weight = _ema_weight(config.train.ema_decay, optimizer_lib.num_updates(opt_state))
+      ema = jax.tree.map(lambda average, new: average + weight * (new - average), ema, params)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
   return train_step
+
+
+def _ema_weight(decay: float, num_updates: jax.Array) -> jax.Array:
+  """Returns the weight of the newest parameters in their average: larger at first, to forget the initial ones."""
+  return jnp.maximum(1.0 - decay, 9.0 / (10.0 + num_updates))
 
 
 def lower(
