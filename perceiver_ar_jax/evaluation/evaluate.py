@@ -199,8 +199,9 @@ def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], co
 def restore(config: Config, workdir: epath.PathLike, step: int | None = None) -> tuple[Mesh, int, dict]:
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
-  With train.ema_decay, these are the averaged weights. Without checkpoints, the workdir may be a folder of exported weights (interop/export.py). It is only read. Raises
-  InputError if it has no readable checkpoint, or one of another model, or if the devices do not fit the config.
+  With train.ema_decay, these are the averaged weights. Without checkpoints, the workdir may be a folder of exported
+  weights (interop/export.py). It is only read. Raises InputError if it has no readable checkpoint, or one
+  of another model, or if the devices do not fit the config.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)

@@ -169,7 +169,8 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> tuple[int, dict] | None:
     """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
 
-    `name` is params, or ema for their average. Raises as `restore`, also if it is damaged (an older one is never used instead) or is not one of those kept.
+    `name` is params, or ema for their average. Raises as `restore`, also if it is damaged (an older one is never used
+    instead) or is not one of those kept.
     """
     steps = self._steps()
     if not steps:
