@@ -66,14 +66,14 @@ def _files_of_a_batch() -> list[str]:
   from perceiver_ar_jax.data.loader import TrainLoader
   from perceiver_ar_jax.parallel.mesh import make_mesh
   from perceiver_ar_jax.training import optimizer as optimizer_lib
-  from perceiver_ar_jax.training import state, step
+  from perceiver_ar_jax.training import step
 
   settings = copy.get_config()
   settings.train.batch_size = 1
   config = config_lib.resolve(settings)
   mesh, loader = make_mesh(config.mesh, jax.devices()[:1]), TrainLoader(config)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  abstract = state.abstract_state(config, optimizer, mesh)
+  abstract = step.abstract_state(config, optimizer, mesh)
   train_step, key = step.make_train_step(config, optimizer), jax.random.key(0)
   names = []
 

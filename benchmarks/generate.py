@@ -19,7 +19,7 @@ from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling.sampler import Sampler
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import step as step_lib
 
 _BATCH = flags.DEFINE_integer("batch", 4, "Sequences per batch.")
 _TOKENS = flags.DEFINE_integer("tokens", 8000, "New tokens per sequence.")
@@ -29,7 +29,7 @@ _EXACT_TOKENS = flags.DEFINE_integer("exact_tokens", 20, "New tokens to measure 
 def measure(config: Config, batch: int, tokens: int, exact_tokens: int) -> dict:
   """Returns metrics of one run: milliseconds per step of each kind, and tokens_per_second over all rows."""
   mesh = make_mesh(config.mesh)
-  params = state_lib.init_state(config, optimizer_lib.make_optimizer(config.train.optimizer, 1000), mesh).params
+  params = step_lib.init_state(config, optimizer_lib.make_optimizer(config.train.optimizer, 1000), mesh).params
 
   def times(length: int, cache: bool) -> list[tuple[int, float]]:
     """Returns (new tokens so far, seconds) after each block of a second call, which does not compile."""

@@ -62,7 +62,7 @@ def _saving(folder: pathlib.Path, mib: int) -> dict:
   import jax.numpy as jnp
 
   from perceiver_ar_jax.training import checkpoint
-  from perceiver_ar_jax.training.state import TrainState
+  from perceiver_ar_jax.training.step import TrainState
 
   size = mib * 2**20 // 4 // 8
 

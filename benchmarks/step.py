@@ -22,8 +22,7 @@ from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.parallel import chips, sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
-from perceiver_ar_jax.training.step import make_train_step
+from perceiver_ar_jax.training.step import init_state, make_train_step
 
 _CONTEXT = flags.DEFINE_integer("context", None, "Input tokens; default: the config's max_context.")
 _STEPS = flags.DEFINE_integer("steps", 7, "Steps to time, after a warm-up step.")
@@ -43,7 +42,7 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
   batch = random_batch(config)
   batch = jax.device_put(batch, sharding.batch_shardings(mesh, {name: x.shape for name, x in batch.items()}))
   with jax.set_mesh(mesh):
-    state = state_lib.init_state(config, optimizer, mesh)
+    state = init_state(config, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(layout, None))
     start = time.perf_counter()

@@ -29,7 +29,7 @@ from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_proce
 from perceiver_ar_jax.sampling import write
 from perceiver_ar_jax.training import checkpoint, memory, metrics, pretrained, signals
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 _PROFILED_STEPS = 3
@@ -65,7 +65,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   data = TrainLoader(config, rows_of_processes(mesh, settings.batch_size), jax.process_index())
   splits.check_held_out(config)
   optimizer = optimizer_lib.make_optimizer(settings.optimizer, settings.steps)
-  abstract = state_lib.abstract_state(config, optimizer, mesh)
+  abstract = step_lib.abstract_state(config, optimizer, mesh)
   distributed.log(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
   with contextlib.ExitStack() as stack:
     check_owner = stack.enter_context(workdir_lib.own(config, workdir))
@@ -83,7 +83,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
       if starts_from:
         step, params = pretrained.restore(config.model, starts_from, abstract.params)
         distributed.log(f"Starting from the weights of step {step} in {starts_from}.")
-      state = state_lib.init_state(config, optimizer, mesh, params)
+      state = step_lib.init_state(config, optimizer, mesh, params)
     else:
       distributed.log(f"Resuming from the checkpoint of step {int(state.step)}.")
     jax.block_until_ready(state)
@@ -120,7 +120,7 @@ class _Run:
   signals: signals.Signals
   log: metrics.MetricsLog
 
-  def __call__(self, state: state_lib.TrainState, data: TrainLoader, profile: contextlib.ExitStack):
+  def __call__(self, state: step_lib.TrainState, data: TrainLoader, profile: contextlib.ExitStack):
     """Returns (the last state, the result of the evaluation at the last step, None after a signal).
 
     Raises:

@@ -26,7 +26,6 @@ from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.chips import Topology, parse_topology
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training.memory import LESS_MEMORY, format_bytes
 
@@ -136,7 +135,7 @@ def measure(config: Config, topology: Topology) -> dict:
   architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  state = state_lib.abstract_state(config, optimizer, mesh)
+  state = step_lib.abstract_state(config, optimizer, mesh)
   model = config.model
   dims = (len(model.position_sizes) or 1) if model.positions_from_data else 0
   row = windows.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)

@@ -12,7 +12,7 @@ from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import step as step_lib
 from tests import tiny
 
 END = rolls.VOCAB_SIZE - 1
@@ -93,7 +93,7 @@ def test_the_loss_of_a_frame_is_the_sum_over_its_events(tmp_path):
     data__task="piano_rolls", data__files=str(path), data__min_crop=1, model__vocab_size=rolls.VOCAB_SIZE
   )
   mesh = make_mesh(config.mesh)
-  params = state_lib.init_state(
+  params = step_lib.init_state(
     config, optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps), mesh
   ).params
   result = evaluate.Evaluator(config, mesh)(params, 0)

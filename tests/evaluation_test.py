@@ -18,7 +18,7 @@ from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import write
-from perceiver_ar_jax.training import state
+from perceiver_ar_jax.training import step as step_lib
 from tests import batches, golden, tiny
 
 
@@ -87,7 +87,7 @@ def _compare(totals: metrics.Totals, case: golden.Case, name: str) -> None:
 def test_tokens_are_divided_by_place_in_the_document_and_by_context_seen():
   config = tiny.config()
   params = jax.tree.map(
-    lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.abstract_params(config, make_mesh(config.mesh))
+    lambda leaf: np.zeros(leaf.shape, leaf.dtype), step_lib.abstract_params(config, make_mesh(config.mesh))
   )
   batch = {
     "inputs": np.where(np.arange(32) >= [[0], [22]], 5, 0).astype(np.int32),  # 32 and 10 inputs
@@ -231,7 +231,7 @@ def _texts(folder: pathlib.Path, contents: list[str], **overrides):
 def _fresh_result(config, **arguments):
   """The evaluation of a model that finds every token equally likely."""
   mesh = make_mesh(config.mesh)
-  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.abstract_params(config, mesh))
+  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), step_lib.abstract_params(config, mesh))
   return evaluate.Evaluator(config, mesh)(params, 0, **arguments)
 
 

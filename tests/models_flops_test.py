@@ -10,7 +10,6 @@ from perceiver_ar_jax.models import flops
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import step as step_lib
-from perceiver_ar_jax.training.state import TrainState
 from tests import tiny
 
 # L 6, M 2, D 4, E 3, C 8, F 8, V 5, one layer.
@@ -102,7 +101,7 @@ def test_a_step_costs_what_xla_counts(changes):
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   batch = _batch(config, config.train.batch_size)
   params = jax.eval_shape(lambda: _init(config.model))
-  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+  state = step_lib.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
   key = jax.eval_shape(lambda: jax.random.key(0))
   compiled = jax.jit(step_lib.make_train_step(config, optimizer)).lower(state, batch, key).compile()
   assert flops.train_step(config) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)

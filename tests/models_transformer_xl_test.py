@@ -13,8 +13,7 @@ from perceiver_ar_jax.models import positions, transformer_xl
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
-from perceiver_ar_jax.training.step import make_train_step
+from perceiver_ar_jax.training.step import init_state, make_train_step
 from tests import tiny
 
 CONFIG = ModelConfig(
@@ -202,7 +201,7 @@ def test_the_train_step_teaches_it_to_look_back_through_its_memory():
     train__batch_size=32,
   )
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  state = state_lib.init_state(config, optimizer, make_mesh(config.mesh))
+  state = init_state(config, optimizer, make_mesh(config.mesh))
   step, rng, losses = jax.jit(make_train_step(config, optimizer)), np.random.default_rng(0), []
   for index in range(config.train.steps):
     half = rng.integers(3, 8, (32, 8))

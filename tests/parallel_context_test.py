@@ -12,8 +12,7 @@ from perceiver_ar_jax.evaluation.evaluate import make_eval_step
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
-from perceiver_ar_jax.training.step import make_train_step
+from perceiver_ar_jax.training.step import init_state, make_train_step
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -41,7 +40,7 @@ def measure(kernel: str, num_devices: int, **overrides) -> dict:
   layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
   batch, losses = jax.device_put(batch, layout), []
   with jax.set_mesh(mesh):
-    state = state_lib.init_state(config, optimizer, mesh)
+    state = init_state(config, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None))
     step = step.lower(state, batch, jax.random.key(0)).compile()

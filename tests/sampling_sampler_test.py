@@ -23,7 +23,8 @@ from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import prompts, write
 from perceiver_ar_jax.sampling.sampler import Sampler
-from perceiver_ar_jax.training import checkpoint, optimizer, state
+from perceiver_ar_jax.training import checkpoint, optimizer
+from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 from tests import tiny
 
@@ -355,7 +356,7 @@ def sample_without_tensorflow(folder: pathlib.Path) -> None:
   notes = resolve(midi_files, model=dict(num_cross_heads=1, rotary_fraction=0.5), sample=dict(length=20))
   for name, config in {"text": text, "images": images, "music": notes}.items():
     workdir, mesh = folder / name, make_mesh(config.mesh)
-    initial = state.init_state(config, optimizer.make_optimizer(config.train.optimizer, 1), mesh)
+    initial = step_lib.init_state(config, optimizer.make_optimizer(config.train.optimizer, 1), mesh)
     with workdir_lib.own(config, epath.Path(workdir)), checkpoint.Checkpointer(epath.Path(workdir)) as checkpointer:
       checkpointer.save(initial, data=None)
     assert len(write.sample(config, workdir)) == 4

@@ -17,7 +17,7 @@ import tensorflow as tf
 from perceiver_ar_jax.config import InputError, OptimizerConfig, TransientError, checks
 from perceiver_ar_jax.training import checkpoint
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training.state import TrainState
+from perceiver_ar_jax.training.step import TrainState
 
 
 class Position:

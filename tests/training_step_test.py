@@ -15,9 +15,7 @@ from perceiver_ar_jax.data.loader import TrainLoader
 from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
 from perceiver_ar_jax.training import step as step_lib
-from perceiver_ar_jax.training.state import TrainState
 from tests import golden, tiny
 
 
@@ -77,7 +75,7 @@ def test_four_steps_of_two_microbatches_match_the_reference(run):
   )
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
-  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
   step = jax.jit(step_lib.make_train_step(config, optimizer))
   for index in range(4):
     np.testing.assert_allclose(schedule(index), case[f"{run}/scalars/learning_rate"][index], rtol=1e-5)
@@ -165,7 +163,7 @@ def test_muon_orthogonalises_hidden_kernels_of_each_layer_and_leaves_the_rest_to
 def test_the_momentum_of_muon_is_sharded_as_its_weight():
   config = tiny.config(train__optimizer__name="muon", mesh__fsdp=1, mesh__data=-1)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  abstract = state_lib.abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+  abstract = step_lib.abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
   momentum = abstract.opt_state[1].inner_states["muon"].inner_state[0].mu["layers_0"]["mlp"]["up"]["kernel"]
   weight = abstract.params["layers_0"]["mlp"]["up"]["kernel"]
   assert momentum.shape == weight.shape and momentum.sharding == weight.sharding
@@ -223,7 +221,7 @@ def test_factored_second_moments_have_the_shapes_of_one_layer_and_whole_ones_the
     train__optimizer__name="adafactor", model__latent_width=128, model__embed_width=64, mesh__fsdp=1, mesh__data=-1
   )
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  abstract = state_lib.abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+  abstract = step_lib.abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
   rule = abstract.opt_state[1][0]["layers_0"]["mlp"]["up"]
   assert rule["kernel"].v_row.shape == (2, 128) and rule["kernel"].v_col.shape == (2, 512)
   assert rule["kernel"].v.shape == (2, 1)
@@ -271,7 +269,7 @@ def test_microbatches_equal_one_batch():
       optimizer=OptimizerConfig(name="sgd", learning_rate=0.1),
     )
     optimizer = optimizer_lib.make_optimizer(config.train.optimizer, 10)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     results.append(jax.jit(step_lib.make_train_step(config, optimizer))(state, batch, jax.random.key(0)))
   (whole, whole_metrics), (split, split_metrics) = results
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, split.params)
@@ -286,7 +284,7 @@ def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   step = jax.jit(step_lib.make_train_step(config, optimizer))
   good = next(TrainLoader(config))
-  state, _ = step(state_lib.init_state(config, optimizer, mesh), good, jax.random.key(0))
+  state, _ = step(step_lib.init_state(config, optimizer, mesh), good, jax.random.key(0))
   skipped, metrics = step(state, good | {"weights": good["weights"] * np.inf}, jax.random.key(0))
   assert not np.isfinite(metrics["loss"]) and skipped.step == state.step + 1
   jax.tree.map(np.testing.assert_array_equal, (skipped.params, skipped.opt_state), (state.params, state.opt_state))
@@ -297,7 +295,7 @@ def test_the_average_of_the_weights_follows_its_definition_and_changes_nothing_e
   settings = {"model__dropout": 0.0, "model__num_layers": 1}
   config, without = tiny.config(**settings, train__ema_decay=0.85), tiny.config(**settings)
   optimizer, mesh = optimizer_lib.make_optimizer(config.train.optimizer, 12), make_mesh(MeshConfig(), jax.devices()[:1])
-  state, plain = (state_lib.init_state(each, optimizer, mesh) for each in (config, without))
+  state, plain = (step_lib.init_state(each, optimizer, mesh) for each in (config, without))
   step, plain_step = (jax.jit(step_lib.make_train_step(each, optimizer)) for each in (config, without))
   loader, expected = TrainLoader(config), state.params
   for decay in (2 / 11, 3 / 12, 4 / 13):  # (1 + n) / (10 + n) while this is below 0.85
@@ -316,7 +314,7 @@ def test_positions_that_the_model_ignores_are_neither_made_nor_needed():
   batch, with_positions = next(TrainLoader(config)), next(TrainLoader(tiny.config(**settings)))
   assert "positions" not in batch and with_positions.keys() == {*batch, "positions"}
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  state = state_lib.init_state(config, optimizer, make_mesh(config.mesh))
+  state = step_lib.init_state(config, optimizer, make_mesh(config.mesh))
   step = jax.jit(step_lib.make_train_step(config, optimizer))
   losses = [float(step(state, rows, jax.random.key(0))[1]["loss"]) for rows in (batch, with_positions)]
   assert losses[0] == losses[1]

@@ -30,7 +30,7 @@ from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, loss, pretrained
-from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 _SILENT_SECONDS = 5
@@ -207,7 +207,7 @@ def restore(config: Config, workdir: epath.PathLike, step: int | None = None) ->
   workdir_lib.check_model(config, workdir)
   mesh = make_mesh(config.mesh)
   architectures.check(config.model, mesh)
-  abstract_params = state_lib.abstract_params(config, mesh)
+  abstract_params = step_lib.abstract_params(config, mesh)
   if pretrained.exists(workdir) and not workdir_lib.has_checkpoints(workdir):
     return mesh, *pretrained.restore(config.model, workdir, abstract_params)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:

@@ -27,7 +27,7 @@ from perceiver_ar_jax.models.architectures import architecture_of
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import checkpoint
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import state as state_lib
+from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 # Official names of modules, by the names here.
@@ -219,7 +219,7 @@ def _run(config: Config) -> int:
     )
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  abstract = state_lib.abstract_state(config, optimizer, mesh)
+  abstract = step_lib.abstract_state(config, optimizer, mesh)
   params, unused = convert_params(haiku_params, config.model)
   if unused:
     raise InputError(
@@ -242,7 +242,7 @@ def _run(config: Config) -> int:
     raise InputError(f"--workdir={folder} already contains a run: give a new folder.")
   with workdir_lib.own(config, folder), jax.set_mesh(mesh), checkpoint.Checkpointer(folder) as checkpointer:
     params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
-    checkpointer.save(state_lib.init_state(config, optimizer, mesh, params), data=None)
+    checkpointer.save(step_lib.init_state(config, optimizer, mesh, params), data=None)
   print(
     f"Wrote {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, trained for {trained_steps:,} steps, as"
     f" step 0 of {folder}. To evaluate them, run python -m perceiver_ar_jax.main with this --config and --workdir and"

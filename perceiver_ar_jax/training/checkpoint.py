@@ -26,7 +26,7 @@ from perceiver_ar_jax.config import InputError, TransientError, checks, reading,
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training import fingerprint
 from perceiver_ar_jax.training.owner import write_atomically
-from perceiver_ar_jax.training.state import TrainState
+from perceiver_ar_jax.training.step import TrainState
 
 Value = TypeVar("Value")
 

@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.parallel import distributed, sharding
-from perceiver_ar_jax.training import step as step_lib
-from perceiver_ar_jax.training.state import TrainState
+from perceiver_ar_jax.training.step import Batch, TrainState, lower
 
 LESS_MEMORY = (
   "Lower train.batch_size or raise train.microbatches, set model.remat=full or model.attention=streamed, shard the"
@@ -27,7 +26,7 @@ _FEWER_SAMPLES = "Lower eval.num_samples (--config.eval.num_samples=0: no sample
 
 
 def compile_step(
-  config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch_spec: step_lib.Batch, mesh: Mesh
+  config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch_spec: Batch, mesh: Mesh
 ) -> jax.stages.Compiled:
   """Returns the compiled update for these shapes, with the state donated; InputError if it exceeds the memory."""
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size
@@ -36,7 +35,7 @@ def compile_step(
   lower_limit = {"weights, gradients and optimizer state": weights, "inputs of the layers": inputs}
   _check("The train step", lower_limit, LESS_MEMORY)
   with _compiling("the train step", LESS_MEMORY):
-    compiled = step_lib.lower(config, optimizer, abstract, batch_spec, mesh).compile()
+    compiled = lower(config, optimizer, abstract, batch_spec, mesh).compile()
   arguments, temporary = compiled.memory_analysis().argument_size_in_bytes, bytes_beside_arguments(compiled)
   parts = {"weights, optimizer state and batch": arguments, "temporary": temporary}
   distributed.log(_check("The train step", parts, LESS_MEMORY))

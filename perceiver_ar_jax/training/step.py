@@ -1,4 +1,4 @@
-"""One update as a pure function: (state, batch, key) -> (state, metrics)."""
+"""The training state, and one update of it as a pure function: (state, batch, key) -> (state, metrics)."""
 
 import functools
 from collections.abc import Callable
@@ -6,18 +6,81 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config
-from perceiver_ar_jax.models.architectures import make_model
-from perceiver_ar_jax.parallel.sharding import batch_axes, batch_shardings, constrain
+from perceiver_ar_jax.models.architectures import init_params, make_model
+from perceiver_ar_jax.parallel.sharding import batch_axes, batch_shardings, constrain, shardings
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 """inputs int32[B, L], positions int32[B, L, P] unless the model ignores them, targets int32[B, M], weights
 float32[B, M]; or their shapes."""
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that an update changes. Random keys are functions of the seed and `step`, so they are not stored."""
+
+  step: jax.Array  # int32[]: number of updates done
+  params: dict
+  opt_state: optax.OptState
+  ema: dict | None = None  # exponential moving average of params (train.ema_decay)
+
+  @property
+  def params_to_evaluate(self) -> dict:
+    """The averaged weights if there are any, else `params`."""
+    return self.params if self.ema is None else self.ema
+
+
+def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Returns the state as jax.ShapeDtypeStructs with their shardings on `mesh`; allocates nothing.
+
+  Optimizer state that belongs to a weight and has its shape is sharded as the weight is; the rest is replicated.
+  """
+  params = abstract_params(config, mesh)
+  weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path)
+    weight = weights.get(max((known for known in weights if known in name), key=len, default=""))
+    alike = weight is not None and weight.shape == leaf.shape
+    return leaf.update(sharding=weight.sharding if alike else replicated)
+
+  opt_state = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
+  ema = params if config.train.ema_decay else None
+  return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state, ema)
+
+
+def abstract_params(config: Config, mesh: Mesh) -> dict:
+  """Returns the weights of `abstract_state`."""
+  boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+  shapes, layout = nn.meta.unbox(boxed), shardings(boxed, mesh)
+  return jax.tree.map(lambda leaf, sharded: leaf.update(sharding=sharded), shapes, layout)
+
+
+def init_state(
+  config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, params: dict | None = None
+) -> TrainState:
+  """Returns the initial state, the same on every mesh; each device creates only its own shard.
+
+  `params` are weights to start from, in the layout of `abstract_params`, which are donated; None: random ones, by the
+  config's seed.
+  """
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+
+  def init(key, params):
+    if params is None:
+      params = nn.meta.unbox(init_params(config.model, key))
+    ema = params if config.train.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+  with jax.set_mesh(mesh):
+    return jax.jit(init, out_shardings=layout, donate_argnums=1)(jax.random.key(config.seed), params)
 
 
 def make_train_step(
@@ -94,12 +157,12 @@ def _ema_weight(decay: float, num_updates: jax.Array) -> jax.Array:
 def lower(
   config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch: Batch, mesh: Mesh
 ) -> jax.stages.Lowered:
-  """Returns the update lowered for the shapes of a state (`state.abstract_state`) and of a global batch.
+  """Returns the update lowered for the shapes of a state (`abstract_state`) and of a global batch.
 
   Compiled, it takes (state, batch, key) and donates the state. Call `lower` with `mesh` in use (jax.set_mesh).
   """
-  shardings = batch_shardings(mesh, {name: spec.shape for name, spec in batch.items()})
-  batch = {name: spec.update(sharding=shardings[name]) for name, spec in batch.items()}
+  layouts = batch_shardings(mesh, {name: spec.shape for name, spec in batch.items()})
+  batch = {name: spec.update(sharding=layouts[name]) for name, spec in batch.items()}
   replicated = NamedSharding(mesh, PartitionSpec())
   key = jax.eval_shape(lambda: jax.random.key(0))
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
