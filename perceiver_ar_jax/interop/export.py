@@ -38,7 +38,7 @@ from perceiver_ar_jax.config import Config, InputError, MeshConfig, ModelConfig,
 from perceiver_ar_jax.data import units
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.training import pretrained
-from perceiver_ar_jax.training.owner import is_object_store
+from perceiver_ar_jax.training.workdir import is_object_store
 
 _FREE = "give a folder that you may write to, with enough space"
 

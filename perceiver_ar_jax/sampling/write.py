@@ -21,7 +21,7 @@ from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.sampling import prompts
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
-from perceiver_ar_jax.training import owner
+from perceiver_ar_jax.training.workdir import write_atomically
 
 _UNSEEN = 128
 """Grey level of pixels that are not generated yet."""
@@ -121,7 +121,7 @@ def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seco
       for index, each in enumerate(samples)
     ]
     report["files"] = [prefix + name for name in names]
-    owner.write_atomically(path, json.dumps(report, indent=2) + "\n")
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
 
 
 def write_files(folder: epath.Path, sample: Sample, name: str) -> None:

@@ -25,8 +25,8 @@ from etils import epath
 from perceiver_ar_jax.config import InputError, TransientError, checks, reading, writing
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training import fingerprint
-from perceiver_ar_jax.training.owner import write_atomically
 from perceiver_ar_jax.training.step import TrainState
+from perceiver_ar_jax.training.workdir import write_atomically
 
 Value = TypeVar("Value")
 

@@ -23,7 +23,7 @@ from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, checks, writing
 from perceiver_ar_jax.config.config_from_run import flatten
-from perceiver_ar_jax.training.owner import is_object_store, write_atomically
+from perceiver_ar_jax.training.workdir import is_object_store, write_atomically
 
 
 def read_entries(workdir: epath.Path) -> list[dict]:

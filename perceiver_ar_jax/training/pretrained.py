@@ -27,7 +27,7 @@ from flax import traverse_util
 from perceiver_ar_jax.config import InputError, ModelConfig, checks, config_from_run, reading
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.perceiver_ar import group_depths
-from perceiver_ar_jax.training.owner import is_object_store
+from perceiver_ar_jax.training.workdir import is_object_store
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 """Types of exported weights, by their JAX names, and their names in the file. In memory, weights are float32."""
