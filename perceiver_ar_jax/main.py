@@ -14,9 +14,20 @@ restart may help (launch/supervise.sh); 128 + signal after a signal, with everyt
 """
 
 from absl import flags
+from etils import epy
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, config_from_run
+
+# Imported on first use, so that a mistake is reported before JAX and TensorFlow are imported.
+with epy.lazy_imports():
+  from perceiver_ar_jax import loop, plan
+  from perceiver_ar_jax.data import inspect
+  from perceiver_ar_jax.evaluation import evaluate
+  from perceiver_ar_jax.experiments import attention_pictures, report
+  from perceiver_ar_jax.models import architectures
+  from perceiver_ar_jax.parallel import distributed, mesh
+  from perceiver_ar_jax.sampling import write
 
 flags.adopt_module_key_flags(command_line)
 _MODES = ["train", "eval", "sample", "score", "attention", "report", "data", "plan"]
@@ -30,25 +41,16 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: the i
 
 
 def main(config: Config) -> int:
-  # Each mode imports its own modules, so that a mistake is reported before JAX and TensorFlow are imported.
   mode, workdir = _MODE.value, command_line.WORKDIR.value
   if mode in ("eval", "sample", "score", "attention", "report"):
     config_from_run.load_config(workdir, config)  # raises InputError if the workdir contains no run
   if mode == "data":
-    from perceiver_ar_jax.data import inspect
-
     inspect.inspect(config, workdir)
   elif mode == "report":
-    from perceiver_ar_jax.experiments import report
-
     print(f"Written to {report.write(workdir)}")
   elif mode == "plan":
-    from perceiver_ar_jax import plan
-
     return plan.plan(config, workdir)
   else:
-    from perceiver_ar_jax.parallel import distributed, mesh
-
     distributed.cache_compiled(config.compilation_cache)
     if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in ("train", "eval"):
       train_rows = config.train.batch_size // config.train.microbatches
@@ -60,24 +62,14 @@ def main(config: Config) -> int:
 
 
 def _on_devices(mode: str, config: Config, workdir: str) -> int:
-  from perceiver_ar_jax.models import architectures
-
   architectures.check(config.model)  # before the seconds that importing TensorFlow takes
   if mode == "train":
-    from perceiver_ar_jax import loop
-
     return loop.train(config, workdir)
   if mode == "eval":
-    from perceiver_ar_jax.evaluation import evaluate
-
     evaluate.evaluate(config, workdir)
   elif mode == "attention":
-    from perceiver_ar_jax.experiments import attention_pictures
-
     attention_pictures.write(config, workdir)
   else:
-    from perceiver_ar_jax.sampling import write
-
     write.sample(config, workdir, _STREAM.value) if mode == "sample" else write.score(config, workdir)
   return 0
 
