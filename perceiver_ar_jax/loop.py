@@ -26,7 +26,7 @@ from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import architectures, flops
 from perceiver_ar_jax.parallel import chips, distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
-from perceiver_ar_jax.sampling import write
+from perceiver_ar_jax.sampling import sampler, write
 from perceiver_ar_jax.training import checkpoint, memory, metrics, pretrained, signals
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import step as step_lib
@@ -38,12 +38,10 @@ _PROFILED_STEPS = 3
 def train(config: Config, workdir: epath.PathLike) -> int:
   """Trains to `config.train.steps`, resuming from the newest good checkpoint; returns the exit code.
 
-  0: done. 128 + signal number: a signal of training/signals.py arrived, and everything is saved.
-
-  Raises:
-    InputError: the config does not fit the data, the devices, their memory or the workdir; another run uses the
-      workdir; the loss became infinite or NaN; or the final evaluation failed. Checkpoints are left unchanged.
-    TransientError: the disk is full or storage out of reach; the same command resumes once the cause is gone.
+  That is 0, or 128 + signal number after a signal of training/signals.py, with everything saved. Raises InputError if
+  the config does not fit the data, the devices, their memory or the workdir, another run uses the workdir, the loss
+  became infinite or NaN, or the final evaluation failed: checkpoints are left unchanged. Raises TransientError if the
+  disk is full or storage out of reach: the same command resumes once the cause is gone.
   """
   workdir, settings = epath.Path(workdir), config.train
   warn_once.reset()  # count the files that this run skips
@@ -61,7 +59,10 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   if num_samples is None:
     on_cpu = mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1  # virtual devices share the memory
     num_samples = 2 if mesh.size == 1 or on_cpu else 0
-  preview = write.PreviewSampler(config, mesh, num_samples) if num_samples else None
+  preview = None
+  if num_samples:
+    sample = dataclasses.replace(config.sample, num_samples=num_samples, batch_size=num_samples)
+    preview = sampler.Sampler(dataclasses.replace(config, sample=sample), mesh=mesh)
   data = TrainLoader(config, rows_of_processes(mesh, settings.batch_size), jax.process_index())
   splits.check_held_out(config)
   optimizer = optimizer_lib.make_optimizer(settings.optimizer, settings.steps)
@@ -73,19 +74,18 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     stack.enter_context(jax.set_mesh(mesh))
     train_step = memory.compile_step(config, optimizer, abstract, data.spec, mesh)
     if preview:
-      memory.check_samples(num_samples, abstract, preview.compile)
+      memory.check_samples(num_samples, abstract, preview.bytes_per_device)
     track = stack.enter_context(metrics.track(tracker, workdir, config))  # closed after the last save
     checkpointer = checkpoint.Checkpointer(workdir, keep=settings.keep_checkpoints, before_save=check_owner)
     stack.enter_context(checkpointer)
-    state = checkpointer.restore(abstract, data)
-    if state is None:
-      params = None
-      if starts_from:
-        step, params = pretrained.restore(config.model, starts_from, abstract.params)
-        distributed.log(f"Starting from the weights of step {step} in {starts_from}.")
+    if state := checkpointer.restore(abstract, data):
+      distributed.log(f"Resuming from the checkpoint of step {int(state.step)}.")
+    elif starts_from:
+      step, params = pretrained.restore(config.model, starts_from, abstract.params)
+      distributed.log(f"Starting from the weights of step {step} in {starts_from}.")
       state = step_lib.init_state(config, optimizer, mesh, params)
     else:
-      distributed.log(f"Resuming from the checkpoint of step {int(state.step)}.")
+      state = step_lib.init_state(config, optimizer, mesh)
     jax.block_until_ready(state)
     distributed.log(f"Started in {time.time() - psutil.Process().create_time():.1f} s.")
     stop_signals.agree(wait=True)  # with those that arrived before the first update
@@ -115,17 +115,13 @@ class _Run:
   mesh: jax.sharding.Mesh
   train_step: Callable
   evaluator: evaluate.Evaluator
-  preview: write.PreviewSampler | None
+  preview: sampler.Sampler | None
   checkpointer: checkpoint.Checkpointer
   signals: signals.Signals
   log: metrics.MetricsLog
 
   def __call__(self, state: step_lib.TrainState, data: TrainLoader, profile: contextlib.ExitStack):
-    """Returns (the last state, the result of the evaluation at the last step, None after a signal).
-
-    Raises:
-      InputError: the loss is not finite, or the evaluation at the last step, which is saved, failed.
-    """
+    """Returns (the last state, the result of the evaluation at the last step, None after a signal)."""
     train, first = self.config.train, int(state.step) + 1
     dropout_key = jax.random.fold_in(jax.random.key(self.config.seed), 1)  # the key of the seed initialises the weights
     result, pending = None, None
@@ -194,10 +190,7 @@ class _Run:
   def _evaluate(self, params, step: int) -> dict | None:
     """Scores the saved `step`, logs the metrics, and draws samples; returns None after a signal or a failure.
 
-    After a failure, training continues: a run that ended here would end here again after every restart.
-
-    Raises:
-      InputError, TransientError: the evaluation of the last step failed.
+    A failure is raised at the last step alone: a run that ended here would end here again after every restart.
     """
     result, is_last = None, step >= self.config.train.steps
     try:
@@ -230,7 +223,7 @@ class _Run:
   def _draw_samples(self, params, step: int) -> None:
     self.log.print("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
     try:
-      self.log.write_samples(step, self.preview(params, self.signals.agree))
+      self.log.write_samples(step, write.preview(self.preview, params, self.signals.agree))
     except Exception as error:
       _warn(f"No samples of step {step} were drawn: {_explain(error)}")
 

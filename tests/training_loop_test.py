@@ -17,7 +17,7 @@ from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data.loader import TrainLoader
 from perceiver_ar_jax.models import flops
-from perceiver_ar_jax.sampling import write
+from perceiver_ar_jax.sampling import sampler
 from perceiver_ar_jax.training import optimizer
 from tests import batches, tiny
 
@@ -102,7 +102,7 @@ def test_tensorboard_compares_settings(trained):
 
 @pytest.mark.slow
 def test_samples_that_exceed_the_memory_are_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(write.PreviewSampler, "compile", lambda self, params: 2**60)
+  monkeypatch.setattr(sampler.Sampler, "bytes_per_device", lambda self, params: 2**60)
   with pytest.raises(InputError, match="memory on each device .*3 samples 1073741824.00 GiB.*eval.num_samples=0"):
     loop.train(tiny.config(eval__num_samples=3), tmp_path)
   assert not (tmp_path / "checkpoints").exists()

@@ -89,15 +89,15 @@ def test_a_failing_evaluation_costs_no_step_and_no_restart(trained, tmp_path, mo
 @pytest.mark.slow
 def test_failing_samples_cost_no_step(tmp_path, monkeypatch, capfd):
   """Samples of step 4 fail; those of the last step, two by default, are in TensorBoard."""
-  draw = write.PreviewSampler.__call__
+  draw = write.preview
 
-  def fail_at_first(self, params, should_stop):
+  def fail_at_first(sampler, params, should_stop):
     assert (tmp_path / "checkpoints" / "4" / "metrics").is_dir(), "the step and its metrics must be saved first"
     if (tmp_path / "checkpoints" / "8").is_dir():
-      return draw(self, params, should_stop)
+      return draw(sampler, params, should_stop)
     raise ValueError("a bug in sampling")
 
-  monkeypatch.setattr(write.PreviewSampler, "__call__", fail_at_first)
+  monkeypatch.setattr(write, "preview", fail_at_first)
   assert loop.train(tiny.config(eval__every=4, train__steps=8, eval__num_samples=None), tmp_path) == 0
   messages = capfd.readouterr().err
   assert "No samples of step 4 were drawn: ValueError: a bug in sampling" in messages and "Traceback" in messages

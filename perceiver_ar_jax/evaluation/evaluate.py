@@ -6,7 +6,6 @@ the sums over each batch, and metrics.py the metrics of a split.
 
 import functools
 import json
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -121,7 +120,8 @@ class Evaluator:
       documents = splits.eval_documents(config)
     else:
       num_documents = len(documents)
-    with jax.set_mesh(self._mesh), _progress_bar() as bar:
+    bar_settings = {"desc": "Evaluating", "unit": "token", "unit_scale": True, "leave": False}
+    with jax.set_mesh(self._mesh), distributed.progress_bar(delay=_SILENT_SECONDS, **bar_settings) as bar:
       batches, pending = splits.eval_batches(config, _extend_total(bar, documents, num_documents), rows), None
       while (batch := _next_on_all(batches)) is not None:
         if should_stop():
@@ -171,19 +171,6 @@ class Evaluator:
     with writing(path, "free it, or copy the run"):
       path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"Written to {path}", flush=True)
-
-
-def _progress_bar() -> tqdm.tqdm:
-  return tqdm.tqdm(
-    desc="Evaluating",
-    unit="token",
-    unit_scale=True,
-    delay=_SILENT_SECONDS,
-    mininterval=0.5 if sys.stderr.isatty() else _SILENT_SECONDS,
-    dynamic_ncols=True,
-    leave=False,
-    disable=jax.process_index() > 0,
-  )
 
 
 def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], count: int | None):

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
@@ -81,6 +82,12 @@ def log(message: str) -> None:
   """Prints a message, on process 0 only."""
   if jax.process_index() == 0:
     print(message, flush=True)
+
+
+def progress_bar(**settings) -> tqdm.tqdm:
+  """A bar on process 0, with these settings of tqdm; where standard error is a file, it gets a line every 5 s."""
+  interval, is_silent = 0.5 if sys.stderr.isatty() else 5.0, jax.process_index() > 0
+  return tqdm.tqdm(**{"disable": is_silent, "dynamic_ncols": True, "mininterval": interval} | settings)
 
 
 def maximum(value: int) -> int:

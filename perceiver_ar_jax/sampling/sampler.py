@@ -210,11 +210,11 @@ class Sampler:
         row.add(tokens_T)
       yield
 
-  def bytes_per_device(self, params, num_samples: int) -> int:
-    """Compiles a batch of `num_samples` rows; returns its bytes on each device beside `params` (abstract or not)."""
+  def bytes_per_device(self, params) -> int:
+    """Compiles for a batch of the config; returns its bytes on each device beside `params` (abstract or not)."""
     chosen = self.config.sample
     (prompt, *_) = prompts.find(self.config, self.task, chosen.prompt, 1, chosen.prompt_tokens)
-    rows = self._padded([_Row(prompt, None, self.config.model.max_context)], num_samples)
+    rows = self._padded([_Row(prompt, None, self.config.model.max_context)], chosen.batch_size)
     with jax.set_mesh(self.mesh):
       lowered = self._begin.lower(params, *self._to_global(self._begin_arguments(rows, 1, 0)))
       begin = lowered.compile()

@@ -4,16 +4,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from etils import epath
-from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import NUM_SPECIAL, codes, music, render
@@ -77,8 +74,7 @@ def _progress(stream: bool, is_first: bool) -> Iterator[Callable[[list[Sample]],
       print(text[len(shown) :], end="", flush=True)
       shown = text
 
-  settings = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 5.0, "delay": 0.1}
-  with tqdm.tqdm(unit="token", disable=stream or not is_first, **settings) as bar:
+  with distributed.progress_bar(unit="token", delay=0.1, disable=stream or not is_first) as bar:
     yield show
   print("\n" if shown else "", end="", flush=True)
 
@@ -172,29 +168,19 @@ def grid(samples: list[Sample]) -> np.ndarray | None:
   return render.grid([cell for row in rows.values() for cell in row], columns=columns)
 
 
-class PreviewSampler:
-  """Draws a few samples of a model during training: pictures, or texts for modalities without pictures."""
-
-  def __init__(self, config: Config, mesh: Mesh, num_samples: int):
-    self._sampler, self._num_samples = Sampler(config, mesh=mesh), num_samples
-
-  def compile(self, params) -> int:
-    """Compiles for weights of these shapes; returns the bytes that sampling needs on each device beside them."""
-    return self._sampler.bytes_per_device(params, self._num_samples)
-
-  def __call__(self, params, should_stop: Callable[[], bool]) -> list[str | np.ndarray]:
-    self._sampler.params = params
-    try:
-      growing = self._sampler.stream(num_samples=self._num_samples, batch_size=self._num_samples)
-      for samples in growing:  # noqa: B007, since the newest are used below
-        if should_stop():
-          break
-    finally:
-      self._sampler.params = None  # the next update reuses their memory
-    pictures = [picture(sample) for sample in samples]
-    return [
-      render.text(sample.task, sample.events) if pixels is None else pixels for sample, pixels in zip(samples, pictures)
-    ]
+def preview(sampler: Sampler, params, should_stop: Callable[[], bool]) -> list[str | np.ndarray]:
+  """Returns samples of a model in training: pictures, or texts for modalities without pictures."""
+  sampler.params = params
+  try:
+    for samples in sampler.stream():  # noqa: B007, since the newest are used below
+      if should_stop():
+        break
+  finally:
+    sampler.params = None  # the next update reuses their memory
+  pictures = [picture(sample) for sample in samples]
+  return [
+    render.text(sample.task, sample.events) if pixels is None else pixels for sample, pixels in zip(samples, pictures)
+  ]
 
 
 def score(config: Config, workdir: epath.PathLike) -> dict:

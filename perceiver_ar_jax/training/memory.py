@@ -43,10 +43,7 @@ def compile_step(
 
 
 def check_samples(num_samples: int, abstract: TrainState, compile_sampler: Callable[[dict], int]) -> None:
-  """Raises InputError if drawing samples exceeds the memory beside the state.
-
-  `compile_sampler` returns, for shapes of the weights, the bytes on each device in addition to the weights.
-  """
+  """Raises InputError if drawing samples exceeds the memory beside the state; see Sampler.bytes_per_device."""
   with _compiling("the sampler", _FEWER_SAMPLES):
     sampler_bytes = compile_sampler(abstract.params)
   parts = {"weights and optimizer state": sharding.bytes_per_device(abstract), f"{num_samples} samples": sampler_bytes}

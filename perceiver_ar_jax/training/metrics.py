@@ -23,6 +23,7 @@ from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, checks, writing
 from perceiver_ar_jax.config.config_from_run import flatten
+from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training.workdir import is_object_store, write_atomically
 
 
@@ -82,15 +83,9 @@ def track(package: types.ModuleType | None, workdir: epath.Path, config: Config)
 class MetricsLog(contextlib.AbstractContextManager):
   """A context that writes the metrics of one run, from process 0; other processes write nothing.
 
-  Args:
-    workdir: for metrics.jsonl and TensorBoard event files.
-    config: TensorBoard's HParams tab compares runs by its model and train settings.
-    first_step: the step of the checkpoint that the run resumes from; lines of later steps are dropped.
-    bits_name: the name of nats / ln 2, such as "bits/dim".
-    track: is called with the arguments of `write`; see the function.
-
-  Raises:
-    InputError, TransientError: metrics.jsonl cannot be written; so do its methods.
+  Lines of metrics.jsonl after `first_step`, that of the checkpoint that the run resumes from, are dropped. `bits_name`
+  is the name of nats / ln 2, such as bits/dim; `track` is called with the arguments of `write`. It and its methods
+  raise InputError or TransientError if metrics.jsonl cannot be written.
   """
 
   def __init__(self, workdir: epath.Path, config: Config, first_step: int, bits_name: str, track: Callable):
@@ -104,15 +99,8 @@ class MetricsLog(contextlib.AbstractContextManager):
       settings = {name: value for name, value in flatten(config).items() if name.startswith(("model.", "train."))}
       plain = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
       self._tensorboard.write_hparams(plain)
-    self._bar = tqdm.tqdm(
-      total=config.train.steps,
-      initial=first_step,
-      unit="step",
-      dynamic_ncols=True,
-      mininterval=0.5 if sys.stderr.isatty() else 5.0,
-      smoothing=0.05,
-      disable=not self._writes,
-    )
+    steps = config.train.steps
+    self._bar = distributed.progress_bar(total=steps, initial=first_step, unit="step", smoothing=0.05)
 
   def progress(self, loss: float, tokens_per_second: float) -> None:
     """Advances the progress bar by one step."""

@@ -26,11 +26,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Chains clipping by global norm, the update rule, and scaling by the schedule.
-
-  Raises:
-    InputError: the name of the rule or the schedule is unknown.
-  """
+  """Chains clipping by global norm, the update rule and scaling by the schedule; InputError for an unknown name."""
   schedule = make_schedule(config, steps)
   rule = lookup("train.optimizer.name", config.name, OPTIMIZERS)(config)
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
@@ -58,8 +54,7 @@ def _steps(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.piecewise_constant_schedule(config.learning_rate, factors)
 
 
-def _t5(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  del steps
+def _t5(config: OptimizerConfig, unused_steps: int) -> optax.Schedule:
   warmup = max(config.warmup_steps, 1)
   return lambda count: config.learning_rate * jnp.sqrt(warmup / jnp.maximum(count + warmup, warmup))
 
@@ -81,8 +76,7 @@ def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformati
   """Applies `rule` to every weight separately and, below "layers...", to every layer of a stacked weight separately.
 
   nn.scan stacks the weights of equal layers on a new first axis; a rule that uses the shape or the norm of a weight
-  would treat all layers as one. The state is a tree of the rule's states, one per weight; a rule without state keeps
-  its empty one.
+  would treat all layers as one. The state is a tree of the rule's states, one per weight, or its empty one.
   """
 
   def over_layers(path, function):
@@ -118,10 +112,8 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
   matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
   def dimensions(params):
-    def of_weight(path, _):
-      return matrix if path[-1].key == "kernel" and path[0].key != "to_logits" else None
-
-    return jax.tree.map_with_path(of_weight, params)
+    hidden = jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel" and path[0].key != "to_logits", params)
+    return jax.tree.map(lambda is_hidden: matrix if is_hidden else None, hidden)
 
   # The learning rate of -1 cancels the change of sign: make_optimizer applies the schedule and the sign.
   return optax.contrib.muon(

@@ -59,8 +59,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 def abstract_params(config: Config, mesh: Mesh) -> dict:
   """Returns the weights of `abstract_state`."""
   boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-  shapes, layout = nn.meta.unbox(boxed), shardings(boxed, mesh)
-  return jax.tree.map(lambda leaf, sharded: leaf.update(sharding=sharded), shapes, layout)
+  return jax.tree.map(lambda leaf, layout: leaf.update(sharding=layout), nn.meta.unbox(boxed), shardings(boxed, mesh))
 
 
 def init_state(
@@ -68,8 +67,7 @@ def init_state(
 ) -> TrainState:
   """Returns the initial state, the same on every mesh; each device creates only its own shard.
 
-  `params` are weights to start from, in the layout of `abstract_params`, which are donated; None: random ones, by the
-  config's seed.
+  `params` are weights to start from, in the layout of `abstract_params`, and donated; None: random ones, by the seed.
   """
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
 
