@@ -18,7 +18,7 @@ from absl import flags
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import chips, sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -57,7 +57,7 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
       if time.perf_counter() - begin > seconds:
         break
   timed = times[1:] or times
-  flops_per_second = flops.train_step(config) / statistics.median(timed)
+  flops_per_second = architectures.train_flops(config) / statistics.median(timed)
   peak_flops = chips.peak_flops(jax.devices()[0].device_kind)
   return {
     "implementation": "perceiver_ar_jax",

@@ -23,7 +23,7 @@ from perceiver_ar_jax.config import Config, InputError, TransientError, checks, 
 from perceiver_ar_jax.data import splits, units, warn_once
 from perceiver_ar_jax.data.loader import TrainLoader, to_global
 from perceiver_ar_jax.evaluation import evaluate
-from perceiver_ar_jax.models import architectures, flops
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import chips, distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.sampling import sampler, write
@@ -181,7 +181,7 @@ class _Run:
     speed = {"tokens_per_second": values["num_tokens"] / seconds}
     self.log.progress(values["loss"], speed["tokens_per_second"])
     if step % train.log_every == 0:
-      speed["model_flops_per_second"] = flops.train_step(self.config) / seconds
+      speed["model_flops_per_second"] = architectures.train_flops(self.config) / seconds
       if peak_flops := chips.peak_flops(self.mesh.devices.flat[0].device_kind):
         speed["model_flops_utilization"] = speed["model_flops_per_second"] / (self.mesh.size * peak_flops)
       skipped = {"skipped_files": warn_once.count("skipped")}

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from perceiver_ar_jax.config import Config, InputError, writing
 from perceiver_ar_jax.data import windows
-from perceiver_ar_jax.models import architectures, flops
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.chips import Topology, parse_topology
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
@@ -86,7 +86,7 @@ def compile_plan(config: Config, topology: Topology) -> dict:
 def assemble(config: Config, topology: Topology, measured: dict) -> dict:
   """Returns the content of plan.json, given the result of `measure`."""
   peak_bytes = sum(measured[f"{name}_bytes"] for name in ("argument", "temp", "output", "code"))
-  step_flops = flops.train_step(config)
+  step_flops = architectures.train_flops(config)
   return {
     "task": config.data.task,
     "topology": str(topology),

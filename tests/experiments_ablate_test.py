@@ -10,7 +10,7 @@ from etils import epath
 from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError, resolve
 from perceiver_ar_jax.experiments import ablate
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures
 
 _FILE = '''"""Are two layers better than one?
 
@@ -95,6 +95,6 @@ def test_every_variant_of_the_shipped_ablations_is_a_config(name):
   module = runpy.run_path(f"configs/ablations/{name}.py")
   configs = {variant: resolve(module["get_config"](variant)) for variant in module["VARIANTS"]}
   assert len({config.to_json() for config in configs.values()}) == len(configs), "two variants are the same"
-  totals = [flops.train_step(config) * config.train.steps for config in configs.values()]
+  totals = [architectures.train_flops(config) * config.train.steps for config in configs.values()]
   if name.startswith("baselines"):
     assert min(totals) > 0.97 * max(totals), "variants must have the same training FLOPs"

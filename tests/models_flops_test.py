@@ -6,7 +6,7 @@ import pytest
 
 from perceiver_ar_jax import ModelConfig
 from perceiver_ar_jax.evaluation.evaluate import make_eval_step
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import step as step_lib
@@ -39,11 +39,11 @@ XL_SHAPE = {"architecture": "transformer_xl", "position_encoding": "relative", "
 
 def test_a_step_counted_by_hand():
   config = tiny.config(**SMALL)
-  assert flops.eval_step(config) == 7 * BY_HAND
-  assert flops.train_step(config) == 3 * 3 * BY_HAND
+  assert architectures.eval_flops(config) == 7 * BY_HAND
+  assert architectures.train_flops(config) == 3 * 3 * BY_HAND
   # What the backward pass recomputes, or does in parts, does not count.
   for changes in ({"model__remat": "full"}, {"model__attention": "streamed"}, {"model__logits_chunk": 1}):
-    assert flops.train_step(tiny.config(**SMALL | changes)) == 3 * 3 * BY_HAND
+    assert architectures.train_flops(tiny.config(**SMALL | changes)) == 3 * 3 * BY_HAND
 
 
 # S 2, C 3, D 4, E 3, F 8, V 5, one layer: 6 inputs in three segments.
@@ -61,19 +61,19 @@ XL_ROW, XL_MEMORY, XL_DISTANCES, XL_LOGITS = 24 + 128 + 96 + 120 + 128, 96, 80, 
 
 def test_a_step_of_transformer_xl_counted_by_hand():
   config = tiny.config(**XL)
-  assert flops.eval_step(config) == 2 * (3 * (7 * XL_ROW + XL_DISTANCES) + 7 * XL_LOGITS)
+  assert architectures.eval_flops(config) == 2 * (3 * (7 * XL_ROW + XL_DISTANCES) + 7 * XL_LOGITS)
   segment = 3 * (3 * XL_ROW - XL_MEMORY) + 2 * XL_DISTANCES
-  assert flops.train_step(config) == 2 * (3 * segment + 3 * 3 * XL_LOGITS)
+  assert architectures.train_flops(config) == 2 * (3 * segment + 3 * 3 * XL_LOGITS)
 
 
 def test_cross_attend_dropout_and_ids_looked_up_cost_less():
-  whole = flops.train_step(tiny.config(**SMALL))
+  whole = architectures.train_flops(tiny.config(**SMALL))
   # Half of the four inputs before the latents are left out: keys and values 4*48 for 6*48, scores and values likewise.
-  dropped = flops.train_step(tiny.config(**SMALL, model__cross_attend_dropout=0.5))
+  dropped = architectures.train_flops(tiny.config(**SMALL, model__cross_attend_dropout=0.5))
   assert whole - dropped == 3 * 3 * 2 * (2 * 48 + 2 * 2 * 16)
   # Rotary and more inputs than ids: keys and values of 5 ids once, not of 3 * 6 inputs.
   rotary = {"model__position_encoding": "rotary", "model__position_sizes": ()}
-  assert whole - flops.train_step(tiny.config(**SMALL | rotary)) == 3 * 2 * (18 - 5) * 48
+  assert whole - architectures.train_flops(tiny.config(**SMALL | rotary)) == 3 * 2 * (18 - 5) * 48
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_a_step_costs_what_xla_counts(changes):
   state = step_lib.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
   key = jax.eval_shape(lambda: jax.random.key(0))
   compiled = jax.jit(step_lib.make_train_step(config, optimizer)).lower(state, batch, key).compile()
-  assert flops.train_step(config) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
+  assert architectures.train_flops(config) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
   rows = config.eval.batch_size
   indices = {name: jax.ShapeDtypeStruct((rows,), jnp.int32) for name in ("document", "end")}
   scored = jax.jit(make_eval_step(config)).lower(params, _batch(config, rows) | indices).compile()
-  assert flops.eval_step(config) == pytest.approx(scored.cost_analysis()["flops"], rel=0.05)
+  assert architectures.eval_flops(config) == pytest.approx(scored.cost_analysis()["flops"], rel=0.05)
 
 
 def _init(model: ModelConfig):

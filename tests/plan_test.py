@@ -11,7 +11,7 @@ from benchmarks import plans
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax import plan
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.models import architectures, flops
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel.chips import CHIPS, parse_topology, peak_flops
 from tests import tiny
 
@@ -104,8 +104,8 @@ def test_a_plan_adds_up_bytes_and_states_the_compute_bound_limit():
   config, topology = _config(), parse_topology("v5e:16x16")
   result = plan.assemble(config, topology, _measured())
   assert (result["peak_bytes"], result["fits"]) == (7 * GIB, True)
-  assert result["step_flops"] == flops.train_step(config)
-  assert result["compute_bound_seconds"] == pytest.approx(flops.train_step(config) / (256 * 197e12))
+  assert result["step_flops"] == architectures.train_flops(config)
+  assert result["compute_bound_seconds"] == pytest.approx(architectures.train_flops(config) / (256 * 197e12))
   assert "fits: 7.00 GiB of 15.75 GiB per chip" in plan.describe(result)
   assert not plan.assemble(config, topology, _measured(temp_bytes=12 * GIB))["fits"]
 
@@ -123,7 +123,7 @@ def test_the_page_shows_the_stored_plans_and_they_match_the_configs():
     config = _config(experiment, **{path.replace(".", "__"): _value(value) for path, value in overrides.items()})
     topology = parse_topology(topology_name)
     assert planned["num_devices"] == topology.num_chips
-    assert planned["step_flops"] == flops.train_step(config), f"{name} is out of date: plan it again"
+    assert planned["step_flops"] == architectures.train_flops(config), f"{name} is out of date: plan it again"
     peak_flops = topology.num_chips * topology.chip.peak_flops
     assert planned["compute_bound_seconds"] == pytest.approx(planned["step_flops"] / peak_flops)
 

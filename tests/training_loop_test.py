@@ -16,7 +16,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data.loader import TrainLoader
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.sampling import sampler
 from perceiver_ar_jax.training import optimizer
 from tests import batches, tiny
@@ -28,7 +28,7 @@ def test_a_run_logs_every_step_and_its_settings(trained):
   assert len(set(losses.values())) >= 11, "only the first update, at rate 0, changes nothing"
   assert (trained / "config.json").read_text() == tiny.config().to_json()
   line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[3])
-  step_flops = flops.train_step(tiny.config())
+  step_flops = architectures.train_flops(tiny.config())
   assert line["model_flops_per_second"] == pytest.approx(step_flops / line["seconds"])
   assert "model_flops_utilization" not in line, "the peak of a CPU is unknown"
   assert line["data_wait_seconds"] in (0, line["data_seconds"])

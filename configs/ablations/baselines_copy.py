@@ -11,7 +11,7 @@ Result: Perceiver AR copies; the others have not started to at these FLOPs.
 """
 
 from configs import copy
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures
 
 VARIANTS = {
   "perceiver-ar": "64 latents of 128 inputs",
@@ -31,7 +31,7 @@ def get_config(variant="perceiver-ar"):
   elif variant == "transformer-xl":
     config.model.update(architecture="transformer_xl", position_encoding="relative", position_sizes=(), segment=32)
     config.model.num_latents = 128
-  flops.spend(config, 3e12)
+  architectures.spend_flops(config, 3e12)
   config.eval.update(every=max(config.train.steps // 8, 1), batch_size=64, max_sequences=256, num_samples=0, stride=16)
   config.train.checkpoint_every = config.eval.every
   return config

@@ -9,7 +9,7 @@ the same training FLOPs allow, and a constant learning rate, so that the curves 
 """
 
 from configs.ablations import context
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures
 
 VARIANTS = {
   "perceiver-ar": "256 latents of 2,048 inputs",
@@ -31,7 +31,7 @@ def get_config(variant="perceiver-ar"):
     config.model.update(architecture="transformer_xl", position_encoding="relative", segment=256)
     config.model.update(max_context=1024, num_latents=1024, rotary_max_wavelength=None)
     config.train.batch_size = 2
-  flops.spend(config, 8e12)
+  architectures.spend_flops(config, 8e12)
   config.eval.every = max(config.train.steps // 4, 1)
   config.train.checkpoint_every = config.eval.every
   return config

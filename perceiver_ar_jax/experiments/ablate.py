@@ -30,7 +30,7 @@ from ml_collections import config_flags
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError
 from perceiver_ar_jax.experiments import plots
-from perceiver_ar_jax.models import architectures, flops
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.training import metrics
 
 flags.adopt_module_key_flags(command_line)
@@ -111,7 +111,7 @@ def _summary(folder: epath.Path) -> dict | None:
     "num_latents": config.model.num_latents,
     "batch_size": config.train.batch_size,
     "steps": config.train.steps,
-    "step_flops": flops.train_step(config),
+    "step_flops": architectures.train_flops(config),
     "step_seconds": statistics.median(line["seconds"] for line in lines if "seconds" in line),
     "unit": unit,
     "result": result,

@@ -26,7 +26,7 @@ from perceiver_ar_jax.config import Config, InputError, ModelConfig
 from perceiver_ar_jax.data import splits
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.experiments import plots
-from perceiver_ar_jax.models import flops
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import architecture_of
 from perceiver_ar_jax.models.perceiver_ar import group_depths
 from perceiver_ar_jax.parallel import distributed
@@ -123,7 +123,7 @@ def _score(config: Config, mesh, params, step: int) -> dict:
   start = time.monotonic()
   result = evaluator(params, step)
   seconds = time.monotonic() - start
-  window_flops = flops.eval_step(config) / config.eval.batch_size
+  window_flops = architectures.eval_flops(config) / config.eval.batch_size
   return {name: value for name, value in result.items() if not name.startswith("by_")} | {
     "flops_per_token": window_flops * result["num_windows"] / result["num_tokens"],
     "seconds": seconds,

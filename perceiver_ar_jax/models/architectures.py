@@ -1,6 +1,12 @@
-"""The model architectures, in one table. All have the interface of perceiver_ar.PerceiverAR.
+"""The model architectures, in one table, and their size and floating-point operations, counted from the config alone.
 
-Nothing outside this module and those of the entries asks which architecture a config names.
+All have the interface of perceiver_ar.PerceiverAR. Nothing outside this module and those of the entries asks which
+architecture a config names.
+
+FLOPs are those of matrix products, 2 per multiply-add, as the mathematics requires them: what the backward pass
+recomputes to save memory is excluded, as usual for model FLOPs utilization. Norms, softmax, dropout and the optimizer
+are excluded too; in models of practical size they add a few per cent. XLA's own count visits the body of a loop once,
+and layers and chunks of the context are loops, so it cannot be used here.
 """
 
 from collections.abc import Callable
@@ -10,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
+from ml_collections import config_dict
 
-from perceiver_ar_jax.config import ModelConfig, lookup, require
+from perceiver_ar_jax.config import Config, ModelConfig, lookup, require, resolve
 from perceiver_ar_jax.models import attention, layers, perceiver_ar, transformer_xl
 
 
@@ -20,7 +27,7 @@ class Architecture(NamedTuple):
 
   module: type[nn.Module]
   check: Callable[[ModelConfig], None]  # raises InputError for settings that it does not support
-  flops: Callable[..., int]  # (config, rows, num_latents, training=) -> FLOPs of a step; see flops.py
+  flops: Callable[..., int]  # (config, rows, num_latents, training=) -> FLOPs of a step
   has_cross_attention: bool = True  # needed by the KV cache, context sharding and attention pictures
 
 
@@ -70,3 +77,21 @@ def num_params(config: ModelConfig) -> int:
   """Number of parameters; nothing is allocated."""
   shapes = nn.meta.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def train_flops(config: Config) -> int:
+  """FLOPs of one update over all devices: the forward and the backward pass."""
+  rows = config.train.batch_size // config.train.microbatches
+  step = architecture_of(config.model).flops(config.model, rows, config.model.num_latents, training=True)
+  return config.train.microbatches * step
+
+
+def eval_flops(config: Config) -> int:
+  """FLOPs of scoring one batch of windows over all devices."""
+  num_latents = config.eval.num_latents or config.model.num_latents
+  return architecture_of(config.model).flops(config.model, config.eval.batch_size, num_latents, training=False)
+
+
+def spend_flops(config: config_dict.ConfigDict, total: float) -> None:
+  """Sets `train.steps` to the number of updates that `total` FLOPs pay for, at least one."""
+  config.train.steps = max(int(total / train_flops(resolve(config))), 1)

@@ -114,7 +114,7 @@ def check(config: ModelConfig) -> None:
 def flops(config: ModelConfig, rows: int, num_latents: int, *, training: bool) -> int:
   """FLOPs of a step over `rows` sequences: forward, and in training a backward pass at twice the forward cost.
 
-  See flops.py. Shape letters as above, and C for the width of the cross-attention.
+  See architectures.py. Shape letters as above, and C for the width of the cross-attention.
   """
   num_before = config.max_context - num_latents
   length = num_latents + round((1 - config.cross_attend_dropout) * num_before) if training else config.max_context

@@ -53,7 +53,7 @@ def memory_size(config: ModelConfig) -> int:
 
 
 def flops(config: ModelConfig, rows: int, num_latents: int, *, training: bool) -> int:
-  """FLOPs of a step over `rows` sequences; see flops.py. Memory and distances have no backward pass."""
+  """FLOPs of a step over `rows` sequences; see architectures.py. Memory and distances have no backward pass."""
   d, n, size, memory = config.latent_width, config.num_layers, config.segment, memory_size(config)
   assert size
   constant = n * rows * memory * 2 * 2 * d * d + n * (memory + size) * 2 * d * d  # memory's keys, values; distances
