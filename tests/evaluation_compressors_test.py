@@ -9,7 +9,7 @@ import pytest
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import images, splits, texts
 from perceiver_ar_jax.data.tasks import get_tasks
-from perceiver_ar_jax.evaluation import compressors
+from perceiver_ar_jax.evaluation import evaluate
 from tests import tiny
 
 
@@ -18,7 +18,7 @@ def test_pictures_cost_the_bytes_of_their_files(tmp_path):
   ((task, _),) = get_tasks(config.data, 3073)
   pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
   flat = np.full((32, 32, 3), 7, np.uint8)
-  result = compressors.compress([(task, images.document(x, "pixel_raster")) for x in (pixels, flat)])
+  result = evaluate.compress([(task, images.document(x, "pixel_raster")) for x in (pixels, flat)])
   for name, settings in (("PNG", {"optimize": True}), ("WebP", {"lossless": True, "quality": 100, "method": 6})):
     files = []
     for index, x in enumerate((pixels, flat)):
@@ -35,7 +35,7 @@ def test_texts_are_compressed_as_one(tmp_path):
   documents = [(task, texts.ByteTokenizer().document(texts.Text(content.encode()))) for content in contents]
   joined = "".join(contents).encode()
   expected = len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME))
-  assert compressors.compress(documents) == {"xz": 8 * expected / len(joined)}
+  assert evaluate.compress(documents) == {"xz": 8 * expected / len(joined)}
 
 
 def test_the_bytes_of_a_text_are_those_of_its_file(tmp_path):
@@ -44,7 +44,7 @@ def test_the_bytes_of_a_text_are_those_of_its_file(tmp_path):
   content = b"caf\xe9 " * 20  # Latin-1: each \xe9 is decoded as U+FFFD, which has three bytes in UTF-8
   compressed = len(lzma.compress(content.decode(errors="replace").encode(), preset=9 | lzma.PRESET_EXTREME))
   document = texts.ByteTokenizer().document(texts.Text(content))
-  assert compressors.compress([(task, document)]) == {"xz": 8 * compressed / len(content)}
+  assert evaluate.compress([(task, document)]) == {"xz": 8 * compressed / len(content)}
 
 
 def test_several_processes_do_not_compress(monkeypatch):
@@ -55,11 +55,11 @@ def test_several_processes_do_not_compress(monkeypatch):
     yield
 
   with pytest.raises(InputError):
-    compressors.compress(unreadable())
-  monkeypatch.setattr(compressors.jax, "process_count", lambda: 2)
-  assert compressors.compress(unreadable()) == {}
+    evaluate.compress(unreadable())
+  monkeypatch.setattr(evaluate.jax, "process_count", lambda: 2)
+  assert evaluate.compress(unreadable()) == {}
 
 
 def test_other_data_has_no_compressor():
   config = tiny.config(eval__max_sequences=2)
-  assert compressors.compress(splits.eval_documents(config)) == {}
+  assert evaluate.compress(splits.eval_documents(config)) == {}

@@ -5,13 +5,16 @@ the sums over each batch, and metrics.py the metrics of a split.
 """
 
 import functools
+import io
 import json
+import lzma
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import PIL.Image
 import tqdm
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -23,7 +26,7 @@ from perceiver_ar_jax.data.loader import to_global
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.windows import Batch
-from perceiver_ar_jax.evaluation import compressors, metrics
+from perceiver_ar_jax.evaluation import metrics
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import distributed, sharding
@@ -34,6 +37,9 @@ from perceiver_ar_jax.training import workdir as workdir_lib
 
 _SILENT_SECONDS = 5
 """A shorter evaluation shows no progress bar."""
+_MAX_COMPRESSED_BYTES = 2**23
+"""Only the first documents, up to this many bytes, are compressed, so that a large split costs seconds."""
+_PICTURES = {"PNG": {"optimize": True}, "WebP": {"lossless": True, "quality": 100, "method": 6}}
 
 
 def make_eval_step(config: Config):
@@ -115,7 +121,7 @@ class Evaluator:
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
     if documents is None:
       if self._compressors is None:
-        self._compressors = compressors.compress(splits.eval_documents(config))
+        self._compressors = compress(splits.eval_documents(config))
       num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
       documents = splits.eval_documents(config)
     else:
@@ -171,6 +177,35 @@ class Evaluator:
     with writing(path, "free it, or copy the run"):
       path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"Written to {path}", flush=True)
+
+
+def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
+  """Returns the bits per byte (sub-pixel) of general compressors, to compare a model's with.
+
+  PNG and lossless WebP compress each picture to a file, headers included; xz -9 the texts as one, as they are decoded.
+  {} for other data, and with several processes: one that cannot read a document would leave the others waiting.
+  """
+  if jax.process_count() > 1:
+    return {}
+  totals, num_bytes, texts = dict.fromkeys(_PICTURES, 0), 0, []
+  for task, document in documents:
+    if task.modality not in ("image", "text"):
+      return {}
+    decoded = task.decode(document.read(0, len(document)))
+    if task.modality == "text":
+      texts.append(decoded.encode())
+      num_bytes += document.counts()["bytes"]  # of the original text, as the model's bits per byte
+    else:
+      num_bytes += decoded.size
+      for name, settings in _PICTURES.items():
+        file = io.BytesIO()
+        PIL.Image.fromarray(decoded).save(file, name, **settings)
+        totals[name] += 8 * file.tell()
+    if num_bytes > _MAX_COMPRESSED_BYTES:
+      break
+  if texts:
+    totals = {"xz": 8 * len(lzma.compress(b"".join(texts), preset=9 | lzma.PRESET_EXTREME))}
+  return {name: total / num_bytes for name, total in totals.items() if total}
 
 
 def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], count: int | None):
