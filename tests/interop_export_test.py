@@ -175,7 +175,7 @@ def test_a_folder_with_content_is_refused_and_an_empty_one_is_used(trained, tmp_
   assert (tmp_path / "full" / "notes").read_text() == "mine"
   (tmp_path / "empty").mkdir()
   export.export_params(CONFIG, _params(CONFIG), tmp_path / "empty")
-  assert pretrained.exists(tmp_path / "empty")
+  assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
 def test_a_failure_leaves_no_files(tmp_path):

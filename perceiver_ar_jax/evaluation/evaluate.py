@@ -230,7 +230,7 @@ def restore(config: Config, workdir: epath.PathLike, step: int | None = None) ->
   mesh = make_mesh(config.mesh)
   architectures.check(config.model, mesh)
   abstract_params = step_lib.abstract_params(config, mesh)
-  if pretrained.exists(workdir) and not workdir_lib.has_checkpoints(workdir):
+  if (workdir / config_from_run.WEIGHTS).exists() and not workdir_lib.has_checkpoints(workdir):
     return mesh, *pretrained.restore(config.model, workdir, abstract_params)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
     restored = checkpointer.restore_params(abstract_params, step, "ema" if config.train.ema_decay else "params")

@@ -1,7 +1,6 @@
 """Exports trained weights to a folder that other programs read.
 
-  python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N]
-      [--noema]
+  python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N] [--noema]
 
 With train.ema_decay, the averaged weights are exported; --noema exports the last ones.
 
@@ -49,15 +48,13 @@ def export_params(
   """Writes a model to `folder`, whose config.json has the model's settings alone.
 
   Args:
-    config: of the model.
-    params: its parameters, as `PerceiverAR(config).init` or `load_checkpoint` returns them; boxed or not.
+    params: as `PerceiverAR(config).init` or `load_checkpoint` returns them; boxed or not.
     folder: new or empty; its parents are created.
     dtype: of the values in the file, float32 or bfloat16.
     step: of training, for the record.
 
-  Raises:
-    InputError: `params` are not those of `config`, or `folder` is not empty or cannot be written.
-    TransientError: it cannot be written now, such as on a full disk.
+  Raises InputError if `params` are not those of `config`, or `folder` is not empty or cannot be written, TransientError
+  if it cannot be written now, such as on a full disk.
   """
   text = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
   _write(epath.Path(folder), config, params, dtype, step, {"config.json": text.encode()})
@@ -170,12 +167,7 @@ def _card(
   if config:
     lines += ["## Data", "", *_settings(config.data), "## Training", "", *_settings(config.train)]
   if results:
-    lines += [
-      "## Metrics",
-      "",
-      "| split | step | metric | bits per token | accuracy | tokens |",
-      "|---|---|---|---|---|---|",
-    ]
+    lines += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
     for result in results:
       summary = units.UNITS[result["unit"]].summary.format_map(result)
       lines.append(
@@ -184,12 +176,8 @@ def _card(
       )
     lines.append("")
   lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of perceiver_ar_jax/interop/torch:", ""]
-  lines += [
-    '    model = perceiver_ar_torch.load("FOLDER")',
-    "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)",
-    "",
-  ]
-  lines += ["In JAX:", ""]
+  lines += ['    model = perceiver_ar_torch.load("FOLDER")', "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)"]
+  lines += ["", "In JAX:", ""]
   if config:
     lines += ["    from perceiver_ar_jax import Sampler", '    sampler = Sampler.from_pretrained("FOLDER")', ""]
     lines += ["On the command line, where paths of the data may have to be set (--config.data.files=...):", ""]

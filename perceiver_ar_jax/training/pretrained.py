@@ -60,11 +60,6 @@ def parameters(config: ModelConfig) -> list[Parameter]:
   return result
 
 
-def exists(folder: epath.PathLike) -> bool:
-  """Returns whether the folder contains exported weights."""
-  return (epath.Path(folder) / config_from_run.WEIGHTS).exists()
-
-
 def check(config: ModelConfig, folder: epath.PathLike) -> None:
   """Raises InputError unless the folder contains the parameters of `config`; reads no values."""
   with _open(config, epath.Path(folder)):
