@@ -101,8 +101,7 @@ def convert(
     haiku_params: {module path: {name: array}} as in an official checkpoint; Dense weights `w` are [in, out].
     model_kwargs: arguments of the official constructor, including num_classes, input_idx_size and max_context_length.
 
-  Raises:
-    InputError: an option is not supported, or a parameter is missing.
+  Raises InputError if an option is not supported, or a parameter is missing.
   """
   config = _config(model_kwargs)
   return config, convert_params(haiku_params, config)[0]
@@ -112,10 +111,7 @@ def convert_params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config:
   """Returns (the parameters of `config`, names of official parameters that are not used).
 
   Self-attention layers are stacked for nn.scan. Constant position tables, which official checkpoints contain as well,
-  are ignored if they equal those of `config`.
-
-  Raises:
-    InputError: a parameter is missing.
+  are ignored if they equal those of `config`. Raises InputError if a parameter is missing.
   """
   unused: dict[str, np.ndarray] = {}
   params: dict = {}
@@ -202,11 +198,6 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
 
 
 def _run(config: Config) -> int:
-  """Writes the weights of --checkpoint as step 0 of a run of `config`, or exports them to --output.
-
-  Raises:
-    InputError: they do not fit the model of `config`, or the folder is not empty.
-  """
   workdir, output = flags.FLAGS.workdir, flags.FLAGS.output
   if (workdir is None) == (output is None):
     raise InputError("Give either --workdir, for a run that can be trained, or --output, for a folder of weights.")

@@ -23,8 +23,7 @@ _MAX_PARAMETERS = 100_000
 def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
   """Returns (parameters by module path, training step) of an official checkpoint.dill without running code from it.
 
-  Raises:
-    InputError: the file cannot be read, or is not such a checkpoint.
+  Raises InputError if the file cannot be read, or is not such a checkpoint.
   """
   try:
     # An mmap allocates no more than it contains, whatever length the pickle announces.

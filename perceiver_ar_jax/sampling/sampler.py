@@ -61,12 +61,9 @@ class Sampler:
   """Generates with the weights `params` (None: assigned later); compiled at the first call for each batch size.
 
   In one process, threads may call it at the same time; several processes make the same calls in the same order.
-
   `config.sample` has the defaults of a call. Rows of a batch are sharded over the mesh axes data and fsdp, the keys and
-  values of the context over context.
-
-  Raises:
-    InputError: an unknown task, or a model that cannot be cached (`sample.cache`).
+  values of the context over context. Raises InputError for an unknown task, or a model that cannot be cached
+  (`sample.cache`).
   """
 
   def __init__(self, config: Config, params=None, mesh: Mesh | None = None, step: int = 0):
@@ -94,8 +91,7 @@ class Sampler:
   def from_workdir(cls, workdir: epath.PathLike, config: Config | None = None) -> "Sampler":
     """Returns a sampler with the newest good checkpoint of a run, by default with the config of the run.
 
-    Raises:
-      InputError: no run or no readable checkpoint, or the checkpoint is of another model than that of `config`.
+    Raises InputError without a readable checkpoint, or if it is of another model than that of `config`.
     """
     workdir = epath.Path(workdir).expanduser()
     config = config or config_from_run.load_config(workdir)
@@ -104,12 +100,9 @@ class Sampler:
 
   @classmethod
   def from_pretrained(cls, folder: epath.PathLike, config: Config | None = None) -> "Sampler":
-    """Returns a sampler with exported weights (interop/export.py).
+    """Returns a sampler with exported weights (interop/export.py); where they lack all other settings, with `config`.
 
-    `config` is needed where the folder has only the model's settings.
-
-    Raises:
-      InputError: the folder has no weights, or they are damaged or not those of the model of its config.json.
+    Raises InputError if the weights are missing, damaged, or not those of the model of the folder's config.json.
     """
     folder = epath.Path(folder).expanduser()
     pretrained.check(config_from_run.load_model_config(folder), folder)
@@ -125,8 +118,7 @@ class Sampler:
       **settings: other values of config.SampleConfig for this call: num_samples (of a list, by default one of each
         prompt), length, temperature, top_k, top_p, seed, batch_size, prompt_tokens.
 
-    Raises:
-      InputError: a wrong setting or prompt.
+    Raises InputError for a wrong setting or prompt.
     """
     *_, samples = self.stream(prompt, **settings)
     return samples
@@ -179,8 +171,7 @@ class Sampler:
   def score(self, prompt: str | os.PathLike) -> dict:
     """Returns the likelihood of a text (a str) or a file (a pathlib.Path), as the metrics of --mode=eval.
 
-    Raises:
-      InputError: an empty text, or a file that cannot be read.
+    Raises InputError for an empty text, or a file that cannot be read.
     """
     documents = [(self.task, document) for document in prompts.read(self.task, prompt)]
     result = self._evaluator(self.params, self.step, documents=documents)
