@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.training import fingerprint
+from perceiver_ar_jax.training import checkpoint
 
 VALUES = np.random.default_rng(0).standard_normal((6, 4, 8)).astype(np.float32)
 
 
 def _differ(old, new) -> bool:
   """Whether the fingerprint of `old` differs from that of `new`."""
-  saved = fingerprint.compute({"params": {"w": jnp.asarray(old)}})
-  assert not fingerprint.differences(saved, {"params": {"w": jnp.asarray(old)}})
-  return fingerprint.differences(saved, {"params": {"w": jnp.asarray(new)}}) == ["params['w']"]
+  saved = checkpoint.fingerprint({"params": {"w": jnp.asarray(old)}})
+  assert not checkpoint.differences(saved, {"params": {"w": jnp.asarray(old)}})
+  return checkpoint.differences(saved, {"params": {"w": jnp.asarray(new)}}) == ["params['w']"]
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -54,12 +54,12 @@ def _sharded_checksums() -> list[str]:
   mesh, arrays = jax.make_mesh((4, 2), ("a", "b")), [VALUES]
   for spec in [(None, "a"), ("b", "a"), (None, "b", "a"), (None, None, ("a", "b"))]:
     arrays.append(jax.device_put(VALUES, NamedSharding(mesh, PartitionSpec(*spec))))
-    program = fingerprint._sums.lower([arrays[-1]]).compile().as_text()
+    program = checkpoint._sums.lower([arrays[-1]]).compile().as_text()
     assert "all-reduce" in program and "all-gather" not in program and "all-to-all" not in program
-  return [str(fingerprint.compute({"params": {"w": array}})["params['w']"]) for array in arrays]
+  return [str(checkpoint.fingerprint({"params": {"w": array}})["params['w']"]) for array in arrays]
 
 
 @pytest.mark.slow
 def test_it_is_the_same_on_every_mesh_and_no_values_are_exchanged(eight_devices):
-  expected = fingerprint.compute({"params": {"w": jnp.asarray(VALUES)}})["params['w']"]
+  expected = checkpoint.fingerprint({"params": {"w": jnp.asarray(VALUES)}})["params['w']"]
   assert eight_devices(_sharded_checksums) == [str(expected)] * 5

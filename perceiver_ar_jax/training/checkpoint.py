@@ -1,11 +1,10 @@
 """Checkpoints: weights, optimizer state, step and data position in one atomic Orbax step.
 
-A step exists as a whole or not at all, whenever the process dies. Each contains a fingerprint of its values
-(training/fingerprint.py), so that damaged files are noticed even where they still parse. `restore` separates two kinds
-of failure. A *damaged* checkpoint (values that differ, undecodable or missing files) is moved aside, and the one before
-it is used; nothing is deleted, and nothing moves where no checkpoint is good. A checkpoint that *could not be read*
-(no permission, storage that does not answer, no memory, any unknown error) may be good: nothing moves, and the error
-is raised.
+A step exists as a whole or not at all, whenever the process dies. Each contains a fingerprint of its values, so that
+damaged files are noticed even where they still parse. `restore` separates two kinds of failure. A *damaged* checkpoint
+(values that differ, undecodable or missing files) is moved aside, and the one before it is used; nothing is deleted,
+and nothing moves where no checkpoint is good. A checkpoint that *could not be read* (no permission, storage that does
+not answer, no memory, any unknown error) may be good: nothing moves, and the error is raised.
 """
 
 import contextlib
@@ -19,17 +18,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
 from perceiver_ar_jax.config import InputError, TransientError, checks, reading, writing
 from perceiver_ar_jax.parallel import distributed
-from perceiver_ar_jax.training import fingerprint
 from perceiver_ar_jax.training.step import TrainState
 from perceiver_ar_jax.training.workdir import write_atomically
 
 Value = TypeVar("Value")
 
+_VERSION = {"fingerprint_version": 2}
 _HAS_DATA = "has_data"  # key next to the checksums: whether the step contains a data position
 _DAMAGED, _UNREAD, _UNFIT = 1, 2, 3
 """Severity of an error at restore: damage, could not be read, and valid but not for this config (InputError).
@@ -115,9 +115,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       return
     self._before_save()
     trees = _trees(state)
-    checksums = fingerprint.compute(_fingerprinted(trees))
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    items["fingerprint"] = ocp.args.JsonSave(checksums | {_HAS_DATA: int(data is not None)})
+    items["fingerprint"] = ocp.args.JsonSave(fingerprint(trees) | {_HAS_DATA: int(data is not None)})
     if data is not None:
       items["data"] = _Position(data)
     with self._writing():
@@ -206,7 +205,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   def _restore_step(self, step: int, trees: dict[str, Any], data) -> dict[str, Any]:
     folder, restored = self._directory / str(step), {}
     saved = self._read_on_all(step, lambda: self._json.restore(folder / "fingerprint"))
-    if missing := fingerprint.missing(saved, _fingerprinted(trees)):
+    if missing := [path for path in _leaves(trees) if path not in saved]:
       raise InputError(
         f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config: it lacks"
         f" {', '.join(missing[:3])}. Resume with the version that saved it, or start over with another --workdir."
@@ -214,7 +213,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     for name, tree in trees.items():
       args = (folder / name, None, ocp.args.StandardRestore(tree))
       restored[name] = self._read_on_all(step, functools.partial(self._arrays.restore, *args))
-    if differing := fingerprint.differences(saved, _fingerprinted(restored)):
+    if differing := differences(saved, restored):
       raise _Damaged(f"the values of {', '.join(differing[:3])} are not those that were saved")
     if "optimizer" in trees and int(restored["optimizer"]["step"]) != step:
       raise _Damaged(f"its optimizer state is of step {restored['optimizer']['step']}")
@@ -278,13 +277,62 @@ def _trees(state: TrainState) -> dict[str, Any]:
   return trees if state.ema is None else trees | {"ema": state.ema}
 
 
-def _fingerprinted(trees: Mapping[str, Any]) -> dict[str, Any]:
-  """The part of the trees that a fingerprint covers."""
-  return {name: tree["opt_state"] if name == "optimizer" else tree for name, tree in trees.items()}
-
-
 def _root(error: BaseException) -> BaseException:
   """Returns the error at the start of the chain of explicit causes, which says the most."""
   while error.__cause__ is not None:
     error = error.__cause__
   return error
+
+
+def fingerprint(trees: Mapping[str, Any]) -> dict[str, int]:
+  """Returns {path of an array: its checksum} of items of a checkpoint but for the step, and the version.
+
+  The checksum of an array is the uint32 sum, over its elements, of a hash of the element's bits and its index in the
+  whole array, so it is the same on every mesh, and swapped rows, columns or shards change it. Each device sums its
+  shard, and only sums travel.
+  """
+  leaves = _leaves(trees)
+  sums = jax.device_get(_sums(list(leaves.values())))
+  return {path: int(value) for path, value in zip(leaves, sums)} | _VERSION
+
+
+def differences(saved: Mapping[str, int], trees: Mapping[str, Any]) -> list[str]:
+  """Returns the paths of arrays in `trees` whose checksum is not that of a `saved` fingerprint of this version."""
+  if not _VERSION.items() <= saved.items():
+    return []
+  return [path for path, value in fingerprint(trees).items() if saved.get(path) != value]
+
+
+def _leaves(trees: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the arrays that a fingerprint covers, by path."""
+  covered = {name: tree["opt_state"] if name == "optimizer" else tree for name, tree in trees.items()}
+  return {
+    name + jax.tree_util.keystr(path): leaf
+    for name, tree in covered.items()
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+  return list(map(_ordered_sum, leaves))
+
+
+def _ordered_sum(leaf: jax.Array) -> jax.Array:
+  if leaf.dtype == bool:
+    bits = leaf.astype(jnp.uint32)
+  else:  # types of 64 bits get a last axis of two
+    unsigned = {8: jnp.uint32, 4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+  # One axis after the other, so that arrays of more than 2^32 elements need no wider index.
+  index = jnp.zeros(bits.shape, jnp.uint32)
+  for axis in range(bits.ndim):
+    index = _mix(index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + jnp.uint32(0x9E3779B9))
+  return _mix(bits + index).sum(dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """A bijection of uint32 in which each input bit affects all output bits (the finalizer of MurmurHash3)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
