@@ -8,6 +8,8 @@ before samples are drawn, so that neither can cost a step.
 import contextlib
 import dataclasses
 import math
+import os
+import signal
 import sys
 import time
 import traceback
@@ -27,18 +29,20 @@ from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import chips, distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.sampling import sampler, write
-from perceiver_ar_jax.training import checkpoint, memory, metrics, pretrained, signals
+from perceiver_ar_jax.training import checkpoint, memory, metrics, pretrained
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 _PROFILED_STEPS = 3
+_STDOUT, _STDERR = 1, 2
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def train(config: Config, workdir: epath.PathLike) -> int:
   """Trains to `config.train.steps`, resuming from the newest good checkpoint; returns the exit code.
 
-  That is 0, or 128 + signal number after a signal of training/signals.py, with everything saved. Raises InputError if
+  That is 0, or 128 + signal number after a signal of `Signals`, with everything saved. Raises InputError if
   the config does not fit the data, the devices, their memory or the workdir, another run uses the workdir, the loss
   became infinite or NaN, or the final evaluation failed: checkpoints are left unchanged. Raises TransientError if the
   disk is full or storage out of reach: the same command resumes once the cause is gone.
@@ -70,7 +74,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   distributed.log(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
   with contextlib.ExitStack() as stack:
     check_owner = stack.enter_context(workdir_lib.own(config, workdir))
-    stop_signals = stack.enter_context(signals.Signals())
+    stop_signals = stack.enter_context(Signals())
     stack.enter_context(jax.set_mesh(mesh))
     train_step = memory.compile_step(config, optimizer, abstract, data.spec, mesh)
     if preview:
@@ -117,7 +121,7 @@ class _Run:
   evaluator: evaluate.Evaluator
   preview: sampler.Sampler | None
   checkpointer: checkpoint.Checkpointer
-  signals: signals.Signals
+  signals: "Signals"
   log: metrics.MetricsLog
 
   def __call__(self, state: step_lib.TrainState, data: TrainLoader, profile: contextlib.ExitStack):
@@ -255,3 +259,55 @@ def _trace(folder: epath.Path) -> Iterator[None]:
   finally:
     with writing(folder, "free some space, or train without --config.train.profile_at"):
       jax.profiler.stop_trace()
+
+
+class Signals(contextlib.AbstractContextManager):
+  """A context that remembers the first signal that ends a run; a second one has its usual effect.
+
+  SIGTERM and SIGINT (Ctrl-C) come from people and preemption, SIGUSR1 from batch schedulers that announce a time limit,
+  SIGHUP from a terminal that closes. A second SIGHUP is ignored: a shell whose terminal closes sends one in addition to
+  the kernel's. SIGHUP remains ignored where the run was started with it ignored (nohup).
+  """
+
+  def __init__(self):
+    self.received = 0
+    """The signal that this process received."""
+    self.agreed = 0
+    """The signal that any process received, as of the last call of `agree`."""
+    self._maximum = distributed.DelayedMaximum()
+
+  def agree(self, wait: bool = False) -> int:
+    """Updates and returns `agreed`; all processes call it at the same steps, so they stop at the same step.
+
+    Without `wait`, it includes the signals received before the previous call.
+    """
+    self.agreed = self.agreed or (distributed.maximum if wait else self._maximum)(self.received)
+    return self.agreed
+
+  @property
+  def name(self) -> str:
+    """Name of the signal, such as SIGTERM."""
+    return signal.Signals(self.agreed or self.received).name
+
+  def __enter__(self) -> "Signals":
+    self._handlers_before = {
+      number: signal.signal(number, self._remember)
+      for number in _HANDLED
+      if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    }
+    return self
+
+  def __exit__(self, *unused) -> None:
+    for number, handler in self._handlers_before.items():
+      signal.signal(number, handler)
+
+  def _remember(self, number: int, frame) -> None:
+    self.received, is_hangup = number, number == signal.SIGHUP
+    signal.signal(number, signal.SIG_IGN if is_hangup else self._handlers_before[number])
+    again = "" if is_hangup else " A second one ends the run at once, without saving."
+    messages = {_STDERR: f"\n{self.name}: stopping after this step.{again}\n"} | ({_STDOUT: "\n"} if is_hangup else {})
+    for stream, message in messages.items():
+      try:
+        os.write(stream, message.encode())  # print is not reentrant, and a handler runs anywhere
+      except OSError:  # the terminal has closed: an error in print would end the run unsaved
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -229,8 +229,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(trained, tmp_path, monkeypa
 
 _WAITS_FOR_A_SIGNAL = """
 import os, sys, time
-from perceiver_ar_jax.training import signals
-with signals.Signals() as stop_signals:
+from perceiver_ar_jax import loop
+with loop.Signals() as stop_signals:
   os.write(3, b"ready")
   while not stop_signals.received:
     time.sleep(0.01)
