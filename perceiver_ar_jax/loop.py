@@ -216,20 +216,17 @@ class _Run:
         self.log.flush()
         self.checkpointer.add_metrics(step, {"nats_per_token": result["nats_per_token"]})
         if self.preview and not self.signals.agreed:
-          self._draw_samples(params, step)
+          self.log.print("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
+          try:
+            self.log.write_samples(step, write.preview(self.preview, params, self.signals.agree))
+          except Exception as error:
+            _warn(f"No samples of step {step} were drawn: {_explain(error)}")
     self._last_report = time.monotonic()
     return result
 
   def _has_metrics(self, step: int) -> bool:
     """Whether the saved `step` was evaluated; agreed on, since another process may write its metrics any moment."""
     return bool(distributed.maximum(self.checkpointer.has_metrics(step)))
-
-  def _draw_samples(self, params, step: int) -> None:
-    self.log.print("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
-    try:
-      self.log.write_samples(step, write.preview(self.preview, params, self.signals.agree))
-    except Exception as error:
-      _warn(f"No samples of step {step} were drawn: {_explain(error)}")
 
 
 def _warn(message: str) -> None:

@@ -1,24 +1,19 @@
 """TPU chips and the slices that they form: peak FLOP/s, usable memory, names of topologies. Needs no chip."""
 
-import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 from perceiver_ar_jax.config import InputError, nearest
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
+class Chip(NamedTuple):
   """One chip, which a program sees as one device."""
 
-  peak_flops: float
-  """bfloat16 FLOP/s of its matrix units."""
-  hbm_bytes: int
-  """Memory available to a program, which is less than what is built in."""
-  dims: int
-  """Dimensions of the torus or grid in which a slice's chips are linked."""
-  cores_per_chip: int = 1
-  """Cores by which the usual names of slices count: v4-128 has 64 chips."""
+  peak_flops: float  # bfloat16 FLOP/s of its matrix units
+  hbm_bytes: int  # available to a program, which is less than what is built in
+  dims: int  # of the torus or grid in which a slice's chips are linked
+  cores_per_chip: int = 1  # by which the usual names of slices count: v4-128 has 64 chips
 
 
 # Peak FLOP/s: the pages of each version in Google Cloud's TPU documentation. Available memory: what libtpu 0.0.52
@@ -47,14 +42,11 @@ _SHAPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
+class Topology(NamedTuple):
   """Slices of TPU chips."""
 
-  version: str
-  """A key of CHIPS."""
-  shape: tuple[int, ...]
-  """Chips along each dimension of a slice."""
+  version: str  # a key of CHIPS
+  shape: tuple[int, ...]  # chips along each dimension of a slice
   slices: int = 1
 
   @property
