@@ -185,7 +185,6 @@ class Sampler:
   def _fill(self, rows: list["_Row"], settings: SampleConfig, first: int) -> Iterator[None]:
     """Adds events to the rows, numbers `first`, `first` + 1, ...; yields at the start and after each block."""
     context, new, padded = self.config.model.max_context, self._block_tokens, self._padded(rows, settings.batch_size)
-    drawing = _draw_arguments(settings, first, len(padded))
     state, used, done = None, 0, 0  # slots of the context in use, tokens generated
     yield
     while needed := max(row.num_missing for row in rows):
@@ -194,8 +193,8 @@ class Sampler:
           used = max(len(row.events) for row in rows)
           if used + min(new, needed) - 1 > context:
             used = min(used, max(context - max(context // 8, new - 1), 1))
-          state = self._begin(self.params, *self._to_global(self._begin_arguments(padded, used, done)))
-        state, tokens_BxT = self._draw(self.params, state, *self._to_global((self._plan(padded), *drawing)))
+          state = self._begin(self.params, *self._begin_arguments(padded, used, done))
+        state, tokens_BxT = self._draw(self.params, state, *self._draw_arguments(padded, settings, first))
       used, done = used + new, done + new
       for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
         row.add(tokens_T)
@@ -207,18 +206,10 @@ class Sampler:
     (prompt, *_) = prompts.find(self.config, self.task, chosen.prompt, 1, chosen.prompt_tokens)
     rows = self._padded([_Row(prompt, None, self.config.model.max_context)], chosen.batch_size)
     with jax.set_mesh(self.mesh):
-      lowered = self._begin.lower(params, *self._to_global(self._begin_arguments(rows, 1, 0)))
-      begin = lowered.compile()
-      state = jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-        lowered.out_info,
-        begin.output_shardings,
-      )
-      arguments = self._to_global((self._plan(rows), *_draw_arguments(chosen, 0, len(rows))))
-      draw = self._draw.lower(params, state, *arguments).compile()
-    return max(
-      memory.bytes_beside_arguments(begin), sharding.bytes_per_device(state) + memory.bytes_beside_arguments(draw)
-    )
+      begin = self._begin.lower(params, *self._begin_arguments(rows, 1, 0)).compile()
+      draw = self._draw.lower(params, begin.out_info, *self._draw_arguments(rows, chosen, 0)).compile()
+    begin_bytes, draw_bytes = map(memory.bytes_beside_arguments, (begin, draw))
+    return max(begin_bytes, sharding.bytes_per_device(begin.out_info) + draw_bytes)
 
   def _padded(self, rows: list["_Row"], batch_size: int) -> list["_Row"]:
     """Returns the rows, filled up to a batch that the mesh divides with rows that have ended."""
@@ -226,15 +217,18 @@ class Sampler:
     size = -(-max(batch_size, len(rows)) // mesh_rows) * mesh_rows
     return rows + [_Row(rows[0].prompt, 1, 1, is_ended=True) for _ in range(size - len(rows))]
 
-  def _plan(self, rows: list["_Row"]) -> generate.BlockPlan:
-    """Returns positions and allowed events of the next block."""
+  def _draw_arguments(self, rows: list["_Row"], chosen: SampleConfig, first: int) -> tuple:
+    """Returns the plan of the next block, settings, seed, and the numbers of the rows, from `first` on."""
     new = self._block_tokens
     unused_ids = self.config.model.vocab_size - self.task.vocab_size
-    return generate.BlockPlan(
+    plan = generate.BlockPlan(
       np.stack([self._positions(row, len(row.events), len(row.events) + new) for row in rows]),
       np.stack([row.prompt.task.group(len(row.events) + np.arange(new)) for row in rows]).astype(np.int32),
       np.pad(self.task.allowed(), ((0, 0), (0, unused_ids))),
     )
+    settings = (np.float32(chosen.temperature), np.int32(chosen.top_k), np.float32(chosen.top_p))
+    numbers_B = np.arange(first, first + len(rows), dtype=np.int32)
+    return self._to_global((plan, generate.SamplingSettings(*settings), np.uint32(chosen.seed), numbers_B))
 
   def _begin_arguments(self, rows: list["_Row"], window: int, done: int) -> tuple:
     """Returns the arguments of generate.begin for rows whose newest `window` events are the context."""
@@ -247,7 +241,8 @@ class Sampler:
       row.start = max(end - window, 0)
       tokens_L[context - (end - row.start) :] = row.events[row.start :]
       positions_LxP[context - (end - row.start) :] = self._positions(row, row.start, end)
-    return tokens_BxL, positions_BxLxP, np.array([row.is_ended for row in rows]), np.int32(done)
+    ended_B = np.array([row.is_ended for row in rows])
+    return self._to_global((tokens_BxL, positions_BxLxP, ended_B, np.int32(done)))
 
   def _positions(self, row: "_Row", start: int, end: int) -> np.ndarray:
     """Returns positions int32[end - start, P] of existing or future events in the row's window."""
@@ -266,12 +261,6 @@ class Sampler:
     return jax.tree.map(
       lambda leaf: jax.make_array_from_callback(leaf.shape, replicated, lambda index: np.asarray(leaf)[index]), tree
     )
-
-
-def _draw_arguments(chosen: SampleConfig, first: int, size: int) -> tuple:
-  """Returns how tokens are drawn: settings, seed, and the numbers of `size` samples from `first` on."""
-  settings = generate.SamplingSettings(np.float32(chosen.temperature), np.int32(chosen.top_k), np.float32(chosen.top_p))
-  return settings, np.uint32(chosen.seed), np.arange(first, first + size, dtype=np.int32)
 
 
 class _Row:
