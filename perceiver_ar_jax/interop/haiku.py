@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 from flax import traverse_util
 
-from perceiver_ar_jax.config import Config, InputError, ModelConfig, nearest
+from perceiver_ar_jax.config import Config, InputError, ModelConfig, nearest, require
 from perceiver_ar_jax.interop import export
 from perceiver_ar_jax.interop.unpickle import load
 from perceiver_ar_jax.models import perceiver_ar, positions
@@ -120,8 +120,7 @@ def convert_params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config:
     unused |= {f"{path}/{name}": value for name, value in module.items()}
 
   def take(name: str) -> np.ndarray:
-    if name not in unused:
-      raise InputError(f"The checkpoint lacks the parameter {name}: give the config of its model.")
+    require(name in unused, f"The checkpoint lacks the parameter {name}: give the config of its model.")
     return np.asarray(unused.pop(name))
 
   def add(target: str, table: Mapping[str, str], sources: Sequence[str]) -> None:
@@ -160,21 +159,15 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
   defaults = _CONVERTED | {name: default for name, (_, default) in _FIELDS.items()}
   options = {*defaults, *_UNSUPPORTED, *_IGNORED}
   for name, value in model_kwargs.items():
-    if name not in options:
-      raise InputError(f"The official option {name}={value!r} is unknown. {nearest(name, options)}")
-    if name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
-      raise InputError(
-        f"The official option {name}={value!r} is not supported; only {_UNSUPPORTED[name]!r} can be converted."
-      )
+    require(name in options, f"The official option {name}={value!r} is unknown. {nearest(name, options)}")
+    if name in _UNSUPPORTED and value != (only := _UNSUPPORTED[name]):
+      raise InputError(f"The official option {name}={value!r} is not supported; only {only!r} can be converted.")
   kwargs = defaults | dict(model_kwargs)
   for name, value in kwargs.items():
-    if value is _REQUIRED:
-      raise InputError(f"The official argument {name} is missing: add it to model_kwargs.")
-  if kwargs["cross_attend_widening_factor"] != kwargs["transformer_widening_factor"]:
-    raise InputError(
-      f"cross_attend_widening_factor={kwargs['cross_attend_widening_factor']} and transformer_widening_factor="
-      f"{kwargs['transformer_widening_factor']} differ; only equal ones can be converted."
-    )
+    require(value is not _REQUIRED, f"The official argument {name} is missing: add it to model_kwargs.")
+  cross, layers = kwargs["cross_attend_widening_factor"], kwargs["transformer_widening_factor"]
+  problem = f"cross_attend_widening_factor={cross} and transformer_widening_factor={layers} differ"
+  require(cross == layers, f"{problem}; only equal ones can be converted.")
 
   def look_up(name: str, known: Mapping[str, Any]) -> Any:
     if kwargs[name] not in known:
@@ -229,8 +222,7 @@ def _run(config: Config) -> int:
     print(f"Wrote the weights of step {trained_steps:,} to {output}.")
     return 0
   folder = epath.Path(workdir)
-  if (folder / "checkpoints").exists():
-    raise InputError(f"--workdir={folder} already contains a run: give a new folder.")
+  require(not (folder / "checkpoints").exists(), f"--workdir={folder} already contains a run: give a new folder.")
   with workdir_lib.own(config, folder), jax.set_mesh(mesh), checkpoint.Checkpointer(folder) as checkpointer:
     params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
     checkpointer.save(step_lib.init_state(config, optimizer, mesh, params), data=None)

@@ -125,8 +125,7 @@ def _read_file(task: Task, path: epath.Path) -> Document:
     return task.read(os.fspath(path))
   with reading(path, "check its permissions"):
     content = path.read_bytes()
-  if not content:
-    raise InputError(f"The prompt {path} is empty: give a file that contains text.")
+  require(bool(content), f"The prompt {path} is empty: give a file that contains text.")
   return task.read(content)
 
 

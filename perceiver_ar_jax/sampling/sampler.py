@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config, InputError, SampleConfig, config_from_run, nearest
+from perceiver_ar_jax.config import Config, InputError, SampleConfig, config_from_run, nearest, require
 from perceiver_ar_jax.data import EOS
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.tasks import get_tasks
@@ -131,12 +131,10 @@ class Sampler:
     """
     known = {field.name for field in dataclasses.fields(SampleConfig)} - {"cache", "kept_latents", "prompt"}
     for name in settings:
-      if name not in known:
-        raise InputError(f"Unknown setting {name!r} of a sample. {nearest(name, known)}")
+      require(name in known, f"Unknown setting {name!r} of a sample. {nearest(name, known)}")
     chosen = dataclasses.replace(self.config.sample, **settings)
     given, context = self._find(prompt, chosen), self.config.model.max_context
-    if not given:
-      raise InputError("The list of prompts is empty: give at least one, or None to sample without a prompt.")
+    require(bool(given), "The list of prompts is empty: give at least one, or None to sample without a prompt.")
     if isinstance(prompt, list) and "num_samples" not in settings:
       chosen = dataclasses.replace(chosen, num_samples=len(given))
     if (longest := max(len(each.events) for each in given)) > context:

@@ -14,7 +14,7 @@ import optax
 import psutil
 from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, require
 from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.training.step import Batch, TrainState, lower
 
@@ -62,8 +62,7 @@ def _check(program: str, parts: dict[str, int], fix: str) -> str:
   # CPU devices share the available memory of the machine.
   available = stats.get("bytes_limit") or psutil.virtual_memory().available // jax.local_device_count()
   sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in {**parts, "available": available}.items())
-  if sum(parts.values()) > available:
-    raise InputError(f"{program} exceeds the memory on each device ({sizes}). {fix}")
+  require(sum(parts.values()) <= available, f"{program} exceeds the memory on each device ({sizes}). {fix}")
   return f"Memory on each device: {sizes}."
 
 

@@ -24,7 +24,7 @@ from etils import epath
 from flax import linen as nn
 from flax import traverse_util
 
-from perceiver_ar_jax.config import InputError, ModelConfig, checks, config_from_run, reading
+from perceiver_ar_jax.config import InputError, ModelConfig, checks, config_from_run, reading, require
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.perceiver_ar import group_depths
 from perceiver_ar_jax.training.workdir import is_object_store
@@ -116,8 +116,7 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
     except (safetensors.SafetensorError, ValueError) as error:
       raise InputError(f"{path} is damaged, or not a safetensors file ({checks.one_line(error)}): {_AGAIN}.") from error
     try:
-      if not re.fullmatch(r"\d{1,15}", step):
-        raise InputError(f"its step {step[:40]!r} is not a number")
+      require(bool(re.fullmatch(r"\d{1,15}", step)), f"its step {step[:40]!r} is not a number")
       _check_sizes(config, types)
       expected = parameters(config)
       _compare(expected, types)
@@ -134,8 +133,7 @@ def _check_sizes(config: ModelConfig, types: dict[str, tuple[str, tuple[int, ...
       raise InputError(f"its largest parameter has {largest:,} values, and model.{name} is {value}")
   number = len(set(config.cross_attend_after))
   for count, most, kind in ((config.num_layers, len(types) + 1000, "layers"), (number, len(types), "cross-attentions")):
-    if count > most:
-      raise InputError(f"it has {len(types):,} parameters for {count:,} {kind}")
+    require(count <= most, f"it has {len(types):,} parameters for {count:,} {kind}")
 
 
 def _compare(expected: list[Parameter], actual: dict[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -146,7 +144,6 @@ def _compare(expected: list[Parameter], actual: dict[str, tuple[str, tuple[int, 
       shown = ", ".join(repr(name[:80])[1:-1] for name in sorted(names)[:3])  # without line ends
       raise InputError(f"it {problem} parameters {shown}{f' and {len(names) - 3} others' if len(names) > 3 else ''}")
   for name, (dtype, shape) in actual.items():
-    if shape != shapes[name]:
-      raise InputError(f"its parameter {name} has shape {shape}, and the model's has {shapes[name]}")
+    require(shape == shapes[name], f"its parameter {name} has shape {shape}, and the model's has {shapes[name]}")
     if dtype not in DTYPES.values():
       raise InputError(f"its parameter {name} is of type {dtype}, which is not one of {', '.join(DTYPES)}")
