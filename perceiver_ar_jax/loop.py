@@ -42,10 +42,10 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 def train(config: Config, workdir: epath.PathLike) -> int:
   """Trains to `config.train.steps`, resuming from the newest good checkpoint; returns the exit code.
 
-  That is 0, or 128 + signal number after a signal of `Signals`, with everything saved. Raises InputError if
-  the config does not fit the data, the devices, their memory or the workdir, another run uses the workdir, the loss
-  became infinite or NaN, or the final evaluation failed: checkpoints are left unchanged. Raises TransientError if the
-  disk is full or storage out of reach: the same command resumes once the cause is gone.
+  That is 0, or 128 + signal number after a signal of `Signals`, with everything saved. Raises InputError if the config
+  does not fit the data, the devices, their memory or the workdir, another run uses the workdir, the loss became
+  infinite or NaN, or the final evaluation failed: checkpoints are left unchanged. Raises TransientError if the disk is
+  full or storage out of reach: the same command resumes once the cause is gone.
   """
   workdir, settings = epath.Path(workdir), config.train
   warn_once.reset()  # count the files that this run skips

@@ -222,8 +222,7 @@ def restore(config: Config, workdir: epath.PathLike, step: int | None = None) ->
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
   With train.ema_decay, these are the averaged weights. Without checkpoints, the workdir may be a folder of exported
-  weights (interop/export.py). It is only read. Raises InputError if it has no readable checkpoint, or one
-  of another model, or if the devices do not fit the config.
+  weights. It is only read. Raises InputError without a readable checkpoint of this model, or if devices do not fit.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)

@@ -20,8 +20,7 @@ _MAX_COPIES_BYTES = 2**30
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """A mesh over `devices` (default: all); an axis of -1 gets all devices that the other axes leave.
 
-  Only mesh.across_slices spans several slices. Raises InputError if the product of the sizes is not the number of
-  devices, or that axis cannot span their slices.
+  Only mesh.across_slices spans several slices. Raises InputError if the sizes do not fit the devices or their slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [getattr(config, axis) for axis in AXES]
@@ -76,10 +75,7 @@ def check_batch(batch_size: int, field: str, mesh: Mesh) -> None:
 
 
 def rows_of_processes(mesh: Mesh, batch_size: int) -> list[list[int]]:
-  """The rows of a batch on the devices of each process, in order.
-
-  Processes whose devices differ only along tensor or context have the same rows.
-  """
+  """The rows of a batch on the devices of each process; the same where these differ only along tensor or context."""
   parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
   size = batch_size // len(parts)
   rows = [set() for _ in range(1 + max(device.process_index for device in mesh.devices.flat))]

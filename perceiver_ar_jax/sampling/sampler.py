@@ -4,8 +4,8 @@
     print(sample("Once upon a time", length=500, temperature=0.8)[0].value)
     print(sample.score("Once upon a time")["bits_per_byte"])
 
-docs/serving.md documents the use in servers. This module owns the loop on the host: batches, blocks, and when a context
-is computed again. The computations on the device are in generate.py.
+This module owns the loop on the host: batches, blocks, and when a context is computed again. The computations on the
+device are in generate.py. docs/serving.md documents the use in servers.
 """
 
 import dataclasses

@@ -140,10 +140,7 @@ def write_files(folder: epath.Path, sample: Sample, name: str) -> None:
 
 
 def picture(sample: Sample, events: np.ndarray | None = None) -> np.ndarray | None:
-  """Returns a picture uint8[height, width, 3] of a sample, or of other events of its document, missing pixels in grey.
-
-  None: the modality has no pictures.
-  """
+  """Returns a picture uint8[height, width, 3] of a sample, or of these events of it; None without pictures."""
   events = sample.events if events is None else events
   if sample.task.modality == "image":
     missing = sample.task.length - len(events)

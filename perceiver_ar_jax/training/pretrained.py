@@ -1,10 +1,8 @@
 """Reads a folder of exported weights; interop/export.py writes it, and its files are listed there.
 
 The file model.safetensors may come from anyone. Its header is checked against the model of config.json before any value
-is read: names, shapes and types must be exactly those of the model.
-
-Parameters have flat names, such as layers.0.mlp.up.kernel. Layers, which training stacks, are separate and numbered
-through all groups between cross-attentions.
+is read: names, shapes and types must be exactly those of the model. Layers, which training stacks, are separate in the
+file and numbered through all groups between cross-attentions.
 """
 
 import contextlib
@@ -69,8 +67,7 @@ def check(config: ModelConfig, folder: epath.PathLike) -> None:
 def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
   """Returns (step, parameters as a tree of float32 NumPy arrays).
 
-  Raises InputError if the weights are missing, damaged or not those of `config`, TransientError if they may be read
-  later.
+  Raises InputError if they are missing, damaged or not those of `config`, TransientError if they may be read later.
   """
   arrays = {}
   with _open(config, epath.Path(folder)) as (file, step, expected):
