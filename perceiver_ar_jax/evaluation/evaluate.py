@@ -4,7 +4,6 @@ A smaller stride gives each token more context and needs more windows. data/spli
 the sums over each batch, and metrics.py the metrics of a split.
 """
 
-import functools
 import io
 import json
 import lzma
@@ -31,7 +30,7 @@ from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
-from perceiver_ar_jax.training import checkpoint, loss, pretrained
+from perceiver_ar_jax.training import checkpoint, pretrained
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
@@ -54,14 +53,9 @@ def make_eval_step(config: Config):
 
   def eval_step(params, batch):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]
-    num_latents = targets_BxM.shape[1]
-    latents_BxMxD = model.apply(
-      {"params": params}, batch["inputs"], batch.get("positions"), num_latents=num_latents, method="latents"
-    )
-    to_logits = functools.partial(model.apply, {"params": params}, method="logits")
-    losses = loss.score(to_logits, latents_BxMxD, targets_BxM, chunk=config.model.logits_chunk)
+    losses = step_lib.score(model, params, batch)
     nats_BxM = losses.cross_entropy * weights_BxM
-    before_last_1xM = jnp.arange(num_latents - 1, -1, -1)[None]
+    before_last_1xM = jnp.arange(targets_BxM.shape[1] - 1, -1, -1)[None]
     sums = {
       "document": batch["document"],
       "nats": nats_BxM.sum(axis=1),

@@ -81,6 +81,21 @@ def init_state(
     return jax.jit(init, out_shardings=layout, donate_argnums=1)(jax.random.key(config.seed), params)
 
 
+def score(model: nn.Module, params, batch: Batch, dropout_key=None, **terms: float) -> loss_lib.TokenLosses:
+  """Returns the losses of a batch's targets, with dropout if a key is given; `terms` as in loss.token_losses."""
+  latents_BxMxD = model.apply(
+    {"params": params},
+    batch["inputs"],
+    batch.get("positions"),
+    num_latents=batch["targets"].shape[1],
+    deterministic=dropout_key is None,
+    rngs=None if dropout_key is None else {"dropout": dropout_key},
+    method="latents",
+  )
+  to_logits = functools.partial(model.apply, {"params": params}, method="logits")
+  return loss_lib.score(to_logits, latents_BxMxD, batch["targets"], chunk=model.config.logits_chunk, **terms)
+
+
 def make_train_step(
   config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
@@ -95,26 +110,11 @@ def make_train_step(
   """
   schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
   model = make_model(config.model)
-  deterministic = not (config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout)
+  has_dropout = config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout
 
   def sum_of_losses(params, batch: Batch, key: jax.Array):
-    latents_BxMxD = model.apply(
-      {"params": params},
-      batch["inputs"],
-      batch.get("positions"),
-      num_latents=batch["targets"].shape[1],
-      deterministic=deterministic,
-      rngs=None if deterministic else {"dropout": key},
-      method="latents",
-    )
-    losses = loss_lib.score(
-      lambda latents: model.apply({"params": params}, latents, method="logits"),
-      latents_BxMxD,
-      batch["targets"],
-      z_loss=config.train.z_loss,
-      label_smoothing=config.train.label_smoothing,
-      chunk=config.model.logits_chunk,
-    )
+    terms = {"z_loss": config.train.z_loss, "label_smoothing": config.train.label_smoothing}
+    losses = score(model, params, batch, key if has_dropout else None, **terms)
     sums = loss_lib.weighted_sums(losses, batch["weights"])
     return sums["loss"] + sums["z_loss"], sums
 
