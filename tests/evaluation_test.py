@@ -1,5 +1,6 @@
 """Evaluation against the reference's, and its independence of how windows are batched."""
 
+import functools
 import json
 import math
 import pathlib
@@ -280,6 +281,7 @@ def test_a_bound_below_the_first_document_is_explained():
 
 def test_progress_has_a_total(tmp_path, capfd, monkeypatch):
   monkeypatch.setattr(evaluate, "_SILENT_SECONDS", 0)
+  monkeypatch.setattr(distributed, "progress_bar", functools.partial(distributed.progress_bar, mininterval=0))
   _fresh_result(_texts(tmp_path, ["x" * 999], eval__batch_size=1, eval__max_tokens=100))
   assert re.search(r"Evaluating: +\d+%.* \d+\.?\d*/100 ", capfd.readouterr().err)
 

@@ -15,7 +15,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,6 @@ from perceiver_ar_jax.config import InputError, TransientError, checks, reading,
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training.step import TrainState
 from perceiver_ar_jax.training.workdir import write_atomically
-
-Value = TypeVar("Value")
 
 _VERSION = {"fingerprint_version": 2}
 _HAS_DATA = "has_data"  # key next to the checksums: whether the step contains a data position
@@ -221,7 +219,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._read_on_all(step, lambda: data.restore(folder / "data"))
     return restored
 
-  def _read_on_all(self, step: int, read: Callable[[], Value]) -> Value:
+  def _read_on_all(self, step: int, read: Callable[[], Any]) -> Any:
     """Returns `read()`; raises on all processes the most severe error of one: what follows needs all of them."""
     value = error = None
     try:
