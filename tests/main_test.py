@@ -8,8 +8,10 @@ import sys
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from etils import epath
 
 from perceiver_ar_jax import command_line
+from perceiver_ar_jax.training import workdir as workdir_lib
 from tests import tiny
 
 SHRUNK = [
@@ -192,6 +194,15 @@ def test_a_missing_dataset_reports_where_it_was_searched_and_what_needs_no_downl
 def test_a_workdir_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
   tiny.expect_error(tiny.run(tmp_path / "file" / "run"), "cannot be written", str(tmp_path / "file" / "run"))
+
+
+def test_a_run_with_a_constant_rate_may_decay_earlier(copy_of_trained):
+  """With wsd, the settings of its end are chosen when the end is near."""
+  constant = {"train__optimizer__schedule": "wsd", "train__steps": 100, "train__optimizer__decay_steps": 50}
+  saved, earlier = (tiny.config(**constant | changes) for changes in ({}, {"train__optimizer__decay_steps": 5}))
+  (copy_of_trained / "config.json").write_text(saved.to_json())
+  with workdir_lib.own(earlier, epath.Path(copy_of_trained)):
+    assert json.loads((copy_of_trained / "config.json").read_text())["train"]["optimizer"]["decay_steps"] == 5
 
 
 def test_a_workdir_of_another_config_is_left_alone(copy_of_trained):
