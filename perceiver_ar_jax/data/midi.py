@@ -7,6 +7,7 @@ second for a piano performance. Here a regular expression finds the runs of ordi
 NumPy decodes them; other events are read one by one.
 """
 
+import array
 import re
 import struct
 from collections.abc import Iterable
@@ -27,9 +28,9 @@ _DEFAULT_TEMPO = 500_000
 _MAX_SECONDS = 24 * 3600
 """A longer file has damaged times, which would become millions of time shifts."""
 
-_RUN = re.compile(rb"(?:[\x80-\xff]{0,3}[\x00-\x7f][\x80-\xbf\xe0-\xef]?[\x00-\x7f]{2})++")
-"""Messages of two data bytes, each after its time and, unless it is that of the message before, its status."""
-_MAX_TIME_BYTES = 4
+_RUN = re.compile(rb"(?:[\x80-\xff]{0,3}[\x00-\x7f][\x80-\xbf\xe0-\xef]?[\x00-\x7f]{2}){32,}+")
+"""Messages of two data bytes, each after its time and, unless it is that of the message before, its status. Fewer than
+32 are read faster one by one."""
 _NOT_READ = 255
 """The number of an event that is not read."""
 
@@ -41,43 +42,34 @@ def read(content: bytes) -> tuple[np.ndarray, np.ndarray, float]:
   tempo is read, and a tempo of 0 is ignored. A RIFF container (.rmi) is unwrapped.
 
   Returns:
-    Times float64[N] in seconds; messages int32[3, N]: status (kind | channel), number (pitch or controller), velocity
+    Times float64[N] in seconds; messages int64[3, N]: status (kind | channel), number (pitch or controller), velocity
     or value; the end in seconds.
 
   Raises:
     ValueError: it is not a complete MIDI file of type 0 or 1 whose times are in ticks per beat, one of these messages
       has a data byte above 127, or it lasts more than a day.
   """
-  ticks_per_beat, content, tracks = _split(content)
-  runs, events = [], []
-  for number, (start, end) in enumerate(tracks, 1):
+  ticks_per_beat, tracks = _split(content)
+  parts = []
+  for number, track in enumerate(tracks, 1):
     try:
-      _scan(content[start:end], start, runs, events)
+      parts.append(_read_track(track))
     except IndexError as error:
       raise ValueError(f"track {number} ends in the middle of an event") from error
     except ValueError as error:
       raise ValueError(f"in track {number}, {error}") from error
-  events_6xN = np.concatenate([np.array(events, np.int32).reshape(-1, 6).T, _parse_runs(content, runs)], axis=1)
-  events_6xN = events_6xN.take(np.argsort(events_6xN[0], kind="stable"), axis=1)
-  starts_N, waits_N, statuses_N = events_6xN[:3]
-  statuses_N[:] = statuses_N[_last(statuses_N > 0)]
-  ticks = np.concatenate([[0], np.cumsum(waits_N, dtype=np.int64)])
-  firsts = np.searchsorted(starts_N, [start for start, _ in tracks])
-  ticks_N = ticks[1:] - np.repeat(ticks[firsts], np.diff(firsts, append=len(starts_N)))  # each track begins at 0
-
-  order_N = np.argsort(ticks_N, kind="stable")
-  ticks_N, messages_3xN, tempos_N = ticks_N[order_N], events_6xN[2:5].take(order_N, axis=1), events_6xN[5, order_N]
+  events_5xN = np.concatenate(parts, axis=1)
+  ticks_N, *messages, tempos_N = events_5xN.take(np.argsort(events_5xN[0], kind="stable"), axis=1)
   # Microseconds are whole numbers, exact up to 2**53, so that errors do not add up; more of them exceed the limit.
-  tempos = np.concatenate([[_DEFAULT_TEMPO], tempos_N]).astype(np.float64)
-  microseconds_N = np.cumsum(np.diff(ticks_N, prepend=0) * tempos[_last(tempos > 0)][:-1])
-  seconds_N = microseconds_N / (1_000_000 * ticks_per_beat)
+  tempos = _fill_forward(np.append(_DEFAULT_TEMPO, tempos_N)[:-1]).astype(np.float64)
+  seconds_N = np.cumsum(np.diff(ticks_N, prepend=0) * tempos) / (1_000_000 * ticks_per_beat)
   end = float(seconds_N.max(initial=0))
   if end > _MAX_SECONDS:
     raise ValueError(f"it lasts more than {_MAX_SECONDS // 3600} hours, so its times are damaged")
-  kinds_N, numbers_N = messages_3xN[0] & 0xF0, messages_3xN[1]
+  kinds_N, numbers_N = messages[0] & 0xF0, messages[1]
   is_note_N = (kinds_N < NOTE_ON + 16) & (numbers_N != _NOT_READ)
   is_read_N = is_note_N | (kinds_N == CONTROL_CHANGE) & np.isin(numbers_N, _CONTROLLERS)
-  return seconds_N[is_read_N], messages_3xN.compress(is_read_N, axis=1), end
+  return seconds_N[is_read_N], np.compress(is_read_N, messages, axis=1), end
 
 
 def write(messages: Iterable[tuple[int, int, int, int]]) -> bytes:
@@ -94,8 +86,8 @@ def write(messages: Iterable[tuple[int, int, int, int]]) -> bytes:
   return header + struct.pack(">4sI", b"MTrk", len(track)) + track
 
 
-def _split(content: bytes) -> tuple[int, bytes, list[tuple[int, int]]]:
-  """Returns the ticks per beat, the content without its container, and the start and end of each track in it.
+def _split(content: bytes) -> tuple[int, list[bytes]]:
+  """Returns the ticks per beat and the tracks.
 
   Other chunks are skipped. Fewer tracks than the header announces are accepted if the file ends after a whole chunk.
   """
@@ -122,33 +114,25 @@ def _split(content: bytes) -> tuple[int, bytes, list[tuple[int, int]]]:
     if start + size > len(content):
       raise ValueError(f"it is truncated: a chunk announces {size:,} bytes, and {len(content[start:]):,} follow")
     if name == b"MTrk":
-      tracks.append((start, start + size))
+      tracks.append(content[start : start + size])
     start += size
   if not tracks:
     raise ValueError("it has no tracks")
-  return division, content, tracks
+  return division, tracks
 
 
-def _last(is_set_N: np.ndarray) -> np.ndarray:
-  """Returns int64[N]: the last index up to each one at which `is_set_N` is true, or 0."""
-  return np.maximum.accumulate(np.where(is_set_N, np.arange(len(is_set_N)), 0))
+def _read_track(track: bytes) -> np.ndarray:
+  """Returns int64[5, N] of the events of a track: tick, status, two data bytes (_NOT_READ, 0: others), tempo (0: none).
 
-
-def _scan(track: bytes, offset: int, runs: list[tuple[int, int]], events: list[tuple[int, ...]]) -> None:
-  """Adds the runs of a track, (start, end), to `runs`, and its other events, columns as of `_parse_runs`, to `events`.
-
-  `offset` is the track's first byte in the file. Raises IndexError if the track ends in the middle of an event,
-  ValueError for other damage.
+  Raises IndexError if the track ends in the middle of an event, ValueError for other damage.
   """
-  position, running_status = 0, 0
+  events, position, running_status = array.array("i"), 0, 0
   while position < len(track):
-    start = position
-    if _NUM_DATA_BYTES[running_status] == 2 and (run := _RUN.match(track, start)):
-      position = run.end()
-      running_status = _last_status(track, start, position) or running_status
-      runs.append((offset + start, offset + position))
+    if _NUM_DATA_BYTES[running_status] == 2 and (run := _RUN.match(track, position)):
+      events.frombytes(_parse_run(run[0], running_status).tobytes())
+      position, running_status = run.end(), events[-4]
       continue
-    wait, position = _variable_length(track, start)
+    wait, position = _variable_length(track, position)
     status, number, value, tempo = track[position], _NOT_READ, 0, 0
     if status >= 128:
       position += 1
@@ -176,45 +160,33 @@ def _scan(track: bytes, offset: int, runs: list[tuple[int, int]], events: list[t
       position += _SYSTEM_DATA_BYTES[status]
     else:
       raise ValueError(f"the status byte {status:#x} is not defined")
-    events.append((offset + start, wait, running_status, number, value, tempo))
+    events.extend((wait, running_status, number, value, tempo))
   if position > len(track):
     raise IndexError
+  waits_N, *others = np.array(events, np.int32).reshape(-1, 5).T
+  return np.stack([np.cumsum(waits_N, dtype=np.int64), *others])
 
 
-def _last_status(track: bytes, start: int, end: int) -> int:
-  """Returns the last status in a run; 0 if it has none."""
-  while end > start:
-    if track[end - 3] >= 128:
-      return track[end - 3]
-    end -= 3
-    while end > start and track[end - 1] >= 128:  # the first bytes of the message's time
-      end -= 1
-  return 0
-
-
-def _parse_runs(content: bytes, runs: list[tuple[int, int]]) -> np.ndarray:
-  """Returns int32[6, N] of the messages in runs: start, ticks to wait, status (0: as before), data bytes, tempo (0).
+def _parse_run(run: bytes, running_status: int) -> np.ndarray:
+  """Returns int32[N, 5] of the messages of a run: ticks to wait, and the rest as `_read_track`.
 
   Of each message three bytes are below 128: the last one of its time, and both data bytes.
   """
-  data = np.frombuffer(content, np.uint8)
-  lows = np.flatnonzero(data < 128)
-  bounds_Rx2 = np.array(runs, np.int64).reshape(-1, 2)
-  firsts_R, ends_R = np.searchsorted(lows, bounds_Rx2).T
-  counts_R = (ends_R - firsts_R) // 3
-  of_runs_R = np.cumsum(counts_R) - counts_R  # the number of each run's first message
-  waited_N, first_N, second_N = (
-    lows[np.arange(3 * counts_R.sum()) + np.repeat(firsts_R - 3 * of_runs_R, 3 * counts_R)].reshape(-1, 3).T
-  )
-  starts_N = np.concatenate([[0], second_N + 1])[:-1]
-  starts_N[of_runs_R] = bounds_Rx2[:, 0]
-  waits_N = data[waited_N].astype(np.int64)
-  for index in range(1, _MAX_TIME_BYTES):
-    earlier_N = waited_N - index
-    waits_N += np.where(earlier_N >= starts_N, (data[earlier_N] & 0x7F).astype(np.int64) << 7 * index, 0)
+  data = np.frombuffer(run, np.uint8)
+  waited_N, first_N, second_N = np.flatnonzero(data < 128).reshape(-1, 3).T
+  starts_N = np.append(0, second_N[:-1] + 1)
+  waits_N = data[waited_N].astype(np.int32)
+  for index in range(1, 4):  # bytes of the time before its last one
+    waits_N += np.where(waited_N - index >= starts_N, (data[waited_N - index] & np.int32(0x7F)) << 7 * index, 0)
   statuses_N = np.where(first_N - waited_N > 1, data[waited_N + 1], 0)
-  columns = starts_N, waits_N, statuses_N, data[first_N], data[second_N], np.zeros_like(starts_N)
-  return np.stack(columns, dtype=np.int32, casting="unsafe")
+  statuses_N = _fill_forward(np.append(running_status, statuses_N))[1:]
+  columns = waits_N, statuses_N, data[first_N], data[second_N], np.zeros_like(waits_N)
+  return np.stack(columns, axis=1, dtype=np.int32, casting="unsafe")
+
+
+def _fill_forward(values_N: np.ndarray) -> np.ndarray:
+  """Replaces each 0 by the last value before it that is not 0."""
+  return values_N[np.maximum.accumulate(np.where(values_N > 0, np.arange(len(values_N)), 0))]
 
 
 def _variable_length(track: bytes, position: int) -> tuple[int, int]:
