@@ -1,6 +1,7 @@
 """Codes of audio and video: small arrays written out, round trips of random ones, and files without codes."""
 
 import concurrent.futures
+import functools
 import gc
 import io
 import re
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import DataConfig
-from perceiver_ar_jax.data import EOS, PAD, SOS, codes, tasks
-from perceiver_ar_jax.data.documents import Unreadable
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, codes, tasks
+from perceiver_ar_jax.data.documents import Document, Unreadable
 
 AUDIO = np.array([[1, 2], [3, 4], [5, 6], [7, 8]])
 """4 frames of 2 levels; with a codebook of 10 the second level's codes are 10 higher, and ids 3 higher than that."""
@@ -24,7 +25,8 @@ def whole(document):
 
 
 def audio_document(codes_FxQ, codebook_size):
-  return codes.AudioDocument(codes.flatten_audio(codes_FxQ, codebook_size), codes_FxQ.shape[1])
+  positions = functools.partial(codes.audio_positions, codes_FxQ.shape[1])
+  return Document(codes.flatten_audio(codes_FxQ, codebook_size), positions)
 
 
 def npy(array, **more):
@@ -46,7 +48,7 @@ def test_audio_goes_frame_by_frame_and_each_level_has_ids_of_its_own():
   assert len(document) == 9
   assert document.read(0, 9).tolist() == AUDIO_EVENTS, "no EOS: the recording does not end with its file"
   assert document.read(3, 6).tolist() == [6, 17, 8]
-  assert codes.audio_vocab_size(2, 10) == 23, "the largest id, of code 9 of the second level, is 22"
+  assert codes.audio_groups(2, 10).shape == (2, 23), "the largest id, of code 9 of the second level, is 22"
   assert codes.to_audio(AUDIO_EVENTS, 2, 10).tolist() == AUDIO.tolist()
 
 
@@ -84,7 +86,7 @@ def test_random_audio_comes_back(levels, codebook_size):
   for frames in (1, 2, 50):
     given = random.integers(0, codebook_size, (frames, levels))
     events, _ = whole(audio_document(given, codebook_size))
-    assert events.dtype == np.int32 and events.max() < codes.audio_vocab_size(levels, codebook_size)
+    assert events.dtype == np.int32 and events.max() < levels * codebook_size + NUM_SPECIAL
     np.testing.assert_array_equal(codes.to_audio(events, levels, codebook_size), given)
 
 
@@ -118,7 +120,7 @@ def test_specials_amid_sampled_codes_are_left_out():
 def test_whatever_a_model_samples_can_be_turned_into_codes():
   random = np.random.default_rng(0)
   for length in [*range(12), 100, 1000]:
-    events = random.integers(-5, 3 * codes.audio_vocab_size(4, 10), length)
+    events = random.integers(-5, 3 * 43, length)
     sound = codes.to_audio(events, 4, 10)
     assert sound.shape[1:] == (4,) and sound.size <= length
     assert not sound.size or 0 <= sound.min() <= sound.max() < 10

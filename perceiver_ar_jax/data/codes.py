@@ -26,17 +26,6 @@ HEADERS = threading.Lock()
 """For NumPy's headers, which it parses with `ast`: in several threads, CPython 3.11 fails at random there."""
 
 
-def audio_vocab_size(levels: int, codebook_size: int) -> int:
-  """Returns the number of ids, PAD, EOS and SOS included."""
-  return levels * codebook_size + NUM_SPECIAL
-
-
-def audio_groups(levels: int, codebook_size: int) -> np.ndarray:
-  """Returns bool[levels, vocabulary]: the ids of each level."""
-  ids = np.arange(audio_vocab_size(levels, codebook_size)) - NUM_SPECIAL
-  return (ids >= 0) & (ids // codebook_size == np.arange(levels)[:, None])
-
-
 def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
   """Returns the codes in a .npy file, or in a .npz file with one array or with one called "codes".
 
@@ -83,19 +72,18 @@ def _array(content: bytes) -> np.ndarray:
   return values.reshape(shape, order="F" if is_fortran else "C")
 
 
-class AudioDocument(Document):
-  """The events of `flatten_audio` as a document."""
+def audio_groups(levels: int, codebook_size: int) -> np.ndarray:
+  """Returns bool[levels, vocabulary]: the ids of each level."""
+  ids = np.arange(levels * codebook_size + NUM_SPECIAL) - NUM_SPECIAL
+  return (ids >= 0) & (ids // codebook_size == np.arange(levels)[:, None])
 
-  def __init__(self, events: np.ndarray, levels: int):
-    super().__init__(events)
-    self._levels = levels
 
-  def positions(self, start: int, end: int) -> np.ndarray:
-    first_frame = max(start - 1, 0) // self._levels
-    indices = np.arange(start, end) - 1
-    positions = np.stack([indices // self._levels - first_frame, indices % self._levels], axis=-1) + 2
-    positions[indices < 0] = 1
-    return positions.astype(np.int32)
+def audio_positions(levels: int, start: int, end: int) -> np.ndarray:
+  """Returns the positions int32[end - start, 2] of events start..end-1 of `flatten_audio`."""
+  indices = np.arange(start, end) - 1
+  positions = np.stack([indices // levels - max(start - 1, 0) // levels, indices % levels], axis=-1) + 2
+  positions[indices < 0] = 1
+  return positions.astype(np.int32)
 
 
 def flatten_audio(codes_FxQ: np.ndarray, codebook_size: int) -> np.ndarray:
@@ -110,7 +98,7 @@ def to_audio(events: np.ndarray, levels: int, codebook_size: int) -> np.ndarray:
   Special ids are ignored; codes before the first whole frame and after the last are dropped. An id of the wrong level,
   which a model may sample, is read as the same code of the right level.
   """
-  values = _values(events)
+  values = to_values(events)
   starts = np.flatnonzero(values // codebook_size == 0)
   values = values[starts[0] if len(starts) else len(values) :]
   values = values[: len(values) // levels * levels]
@@ -131,14 +119,14 @@ def audio_frames(codes: np.ndarray, levels: int, layout: str, name: str) -> np.n
   if layout == "levels_frames":
     codes = codes.T
   num_frames, num_levels = codes.shape
-  fix = f"set data.code_layout={'frames_levels' if layout == 'levels_frames' else 'levels_frames'}"
   if num_levels < levels:
-    problem = f"is {num_levels:,} levels, fewer than data.code_levels={levels}: lower it, or {fix}"
-    raise Unreadable(f"{name} has the shape {shape}, which as {axes} {problem}")
-  if num_levels > num_frames >= levels:
-    problem = f"would be {num_levels:,} levels of only {num_frames:,} frames: {fix}"
-    raise Unreadable(f"{name} has the shape {shape}, which as {axes} {problem}")
-  return codes[:, :levels]
+    problem = f"is {num_levels:,} levels, fewer than data.code_levels={levels}: lower it, or"
+  elif num_levels > num_frames >= levels:
+    problem = f"would be {num_levels:,} levels of only {num_frames:,} frames:"
+  else:
+    return codes[:, :levels]
+  fix = f"set data.code_layout={'frames_levels' if layout == 'levels_frames' else 'levels_frames'}"
+  raise Unreadable(f"{name} has the shape {shape}, which as {axes} {problem} {fix}")
 
 
 def video_document(codes: np.ndarray, name: str) -> Document:
@@ -152,12 +140,12 @@ def video_document(codes: np.ndarray, name: str) -> Document:
 
 def to_video(events: np.ndarray, height: int, width: int) -> np.ndarray:
   """Returns the codes int32[time, height, width] of a video's first events; an unfinished last frame is dropped."""
-  values = _values(events)
+  values = to_values(events)
   frames = len(values) // (height * width)
   return values[: frames * height * width].reshape(frames, height, width).astype(np.int32)
 
 
-def _values(events: np.ndarray) -> np.ndarray:
-  """Returns the values of events, without special ids."""
+def to_values(events: np.ndarray) -> np.ndarray:
+  """Returns the values of events without special ids: of video the codes, flat."""
   values = np.asarray(events)
   return values[values >= NUM_SPECIAL] - NUM_SPECIAL

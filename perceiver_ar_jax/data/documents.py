@@ -16,8 +16,8 @@ class Document:
 
   Args:
     events: int32[N].
-    positions: int32[N, P], 1-based; None: they count from the first event of the range that is read, so that the
-      positions of a text stay within the context however long the text is.
+    positions: int32[N, P], 1-based; or a function (start, end) -> those of a range; None: they count from the first
+      event of the range that is read, so that the positions of a text stay within the context however long it is.
     counts: counts of the whole document by which evaluation divides its likelihood, such as {"words": 3}.
     scored: bool[N]: the events that are scored in evaluation; None: all of them.
   """
@@ -27,7 +27,7 @@ class Document:
   continues: bool = False
   """Whether another record contains the document's beginning: evaluation reads the whole document there."""
 
-  def __init__(self, events: np.ndarray, positions: np.ndarray | None = None, counts=None, scored=None):
+  def __init__(self, events: np.ndarray, positions=None, counts=None, scored=None):
     self._events, self._positions, self._scored, self._counts = events, positions, scored, counts or {}
 
   def __len__(self) -> int:
@@ -42,6 +42,8 @@ class Document:
 
   def positions(self, start: int, end: int) -> np.ndarray:
     """Positions of events start..end-1: int32[end - start, P]."""
+    if callable(self._positions):
+      return self._positions(start, end)
     return count_positions(end - start) if self._positions is None else self._positions[start:end]
 
   def scored(self, start: int, end: int) -> np.ndarray:

@@ -256,10 +256,11 @@ def _piano_rolls(data: DataConfig, max_events: int) -> Task:
 
 def _audio_codes(data: DataConfig, max_events: int) -> Task:
   levels, size = data.code_levels, data.codebook_size
+  positions = functools.partial(codes.audio_positions, levels)
 
   def document(path):
     frames = codes.audio_frames(codes.load(read_bytes(path), path, size), levels, data.code_layout, path)
-    return codes.AudioDocument(codes.flatten_audio(frames, size), levels)
+    return Document(codes.flatten_audio(frames, size), positions)
 
   return _file_task(
     data,
@@ -267,14 +268,14 @@ def _audio_codes(data: DataConfig, max_events: int) -> Task:
     (".npy", ".npz"),
     modality="audio",
     unit="nats_per_token",
-    vocab_size=codes.audio_vocab_size(levels, size),
+    vocab_size=levels * size + NUM_SPECIAL,
     encoding={"code_levels": levels, "codebook_size": size},
     position_dims=2,
-    place=codes.AudioDocument(np.zeros(0, np.int32), levels).positions,
+    place=positions,
     groups=lambda: codes.audio_groups(levels, size),
     group=lambda places: np.maximum(places - 1, 0) % levels,
     decode=lambda events: codes.to_audio(events, levels, size),
-    stored=lambda events, positions, counts: codes.AudioDocument(events, levels),
+    stored=lambda events, _, counts: Document(events, positions),
   )
 
 
@@ -291,7 +292,7 @@ def _video_codes(data: DataConfig, max_events: int) -> Task:
     position_dims=3,
     place=None,  # the position of a code depends on the document's grid
     groups=lambda: allow(vocab_size, range(NUM_SPECIAL, vocab_size)),
-    decode=lambda events: events[events >= NUM_SPECIAL] - NUM_SPECIAL,
+    decode=codes.to_values,
   )
 
 
