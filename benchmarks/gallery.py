@@ -103,8 +103,7 @@ def _photographs(sampler: Sampler, output: pathlib.Path, name: str, settings: di
   samples = sampler("data", num_samples=_NUM_PICTURES, batch_size=_NUM_PICTURES, **settings)
   rows = [(sample.prompt.events, sample.events, sample.prompt.original) for sample in samples]
   cells = [write.picture(sample, events) for row in zip(*rows) for sample, events in zip(samples, row)]
-  with (output / f"{name}.png").open("wb") as file:
-    render.save_png(render.grid(cells, columns=_NUM_PICTURES), file)
+  render.save_png(render.grid(cells, columns=_NUM_PICTURES), output / f"{name}.png")
   caption = f"The first {_NUM_PICTURES} held-out pictures: the given halves, their completions, the originals."
   return [{"caption": caption, "picture": f"{name}.png"}]
 

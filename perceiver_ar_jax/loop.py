@@ -68,7 +68,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     sample = dataclasses.replace(config.sample, num_samples=num_samples, batch_size=num_samples)
     preview = sampler.Sampler(dataclasses.replace(config, sample=sample), mesh=mesh)
   data = TrainLoader(config, rows_of_processes(mesh, settings.batch_size), jax.process_index())
-  splits.check_held_out(config)
+  next(splits.eval_documents(config))  # raises InputError if no document can be read
   optimizer = optimizer_lib.make_optimizer(settings.optimizer, settings.steps)
   abstract = step_lib.abstract_state(config, optimizer, mesh)
   distributed.log(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))

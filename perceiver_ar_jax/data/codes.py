@@ -20,8 +20,7 @@ import numpy as np
 from perceiver_ar_jax.data import NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Unreadable
 
-_MAX_BYTES = 2**31
-"""The largest array read from a compressed file, which may be a thousandth of this."""
+_MAX_BYTES = 2**31  # the largest array read from a compressed file, which may be a thousandth of this
 HEADERS = threading.Lock()
 """For NumPy's headers, which it parses with `ast`: in several threads, CPython 3.11 fails at random there."""
 

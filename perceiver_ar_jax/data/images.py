@@ -25,8 +25,7 @@ SUFFIXES = tuple(
 """Endings of the pictures in a folder."""
 _FORMATS = "PNG JPEG WEBP AVIF JPEG2000 BMP DIB GIF TIFF PPM TGA DDS QOI PCX SGI PSD".split()
 """Pillow's names of the formats above. Others are not tried: some start programs, such as Ghostscript for EPS."""
-_BACKGROUND = "white"
-"""Background of transparent pixels, whose own colors are not meant to be visible."""
+_BACKGROUND = "white"  # background of transparent pixels, whose own colors are not meant to be visible
 
 
 def num_events(size: int) -> int:

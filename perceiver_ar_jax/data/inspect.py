@@ -16,8 +16,7 @@ _MAX_DOCUMENTS = 1000
 _MAX_EXAMPLES = 16
 _RATE_SECONDS = 3.0
 _EXCERPT_EVENTS = 600
-_MAX_EVENTS = 2**20
-"""Only the beginning of a longer document is counted."""
+_MAX_EVENTS = 2**20  # only the beginning of a longer document is counted
 _PROGRESS_DELAY_SECONDS = 5.0
 
 
@@ -55,8 +54,7 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
   if shown := [picture for picture in pictures if picture is not None]:
     height, width, _ = shown[0].shape
     sheet = render.grid(shown, columns=1 if width > min(4 * height, 400) else 8)
-    with (folder / "examples.png").open("wb") as file:
-      render.save_png(sheet, file)
+    render.save_png(sheet, folder / "examples.png")
   print(f"Examples: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
   return report
 
@@ -85,8 +83,6 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
       sizes, unknown = sizes + collections.Counter(document.counts()), task.unknown
     if len(examples) < _MAX_EXAMPLES:
       examples.append((task, events))
-  if not lengths:
-    raise splits.none_readable(config, split)
   shares = histogram / histogram.sum()
   stats = {
     "documents": len(lengths),

@@ -34,8 +34,7 @@ from perceiver_ar_jax.data.tf_cpu import seqio, tf
 from perceiver_ar_jax.data.warn_once import skip_reasons
 from perceiver_ar_jax.data.windows import Batch
 
-_SHUFFLE_BYTES = 32 * 2**20
-"""Average size limit of a shuffle buffer, which checkpoints contain."""
+_SHUFFLE_BYTES = 32 * 2**20  # average size limit of a shuffle buffer, which checkpoints contain
 _pool = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
 

@@ -23,16 +23,13 @@ _SYSTEM, _META, _END_OF_TRACK, _TEMPO = 0xF0, 0xFF, 0x2F, 0x51
 _NUM_DATA_BYTES = [0] * 128 + [2] * 64 + [1] * 32 + [2] * 16 + [0] * 16
 """Of a message by its status, 0 where the status has no fixed number of them."""
 _SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1, 0xF6: 0, 0xF8: 0, 0xFA: 0, 0xFB: 0, 0xFC: 0, 0xFE: 0}
-_DEFAULT_TEMPO = 500_000
-"""Microseconds per beat, until a file sets another tempo."""
-_MAX_SECONDS = 24 * 3600
-"""A longer file has damaged times, which would become millions of time shifts."""
+_DEFAULT_TEMPO = 500_000  # microseconds per beat, until a file sets another tempo
+_MAX_SECONDS = 24 * 3600  # a longer file has damaged times, which would become millions of time shifts
 
 _RUN = re.compile(rb"(?:[\x80-\xff]{0,3}[\x00-\x7f][\x80-\xbf\xe0-\xef]?[\x00-\x7f]{2}){32,}+")
 """Messages of two data bytes, each after its time and, unless it is that of the message before, its status. Fewer than
 32 are read faster one by one."""
-_NOT_READ = 255
-"""The number of an event that is not read."""
+_NOT_READ = 255  # the number of an event that is not read
 
 
 def read(content: bytes) -> tuple[np.ndarray, np.ndarray, float]:

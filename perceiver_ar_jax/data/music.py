@@ -36,8 +36,7 @@ _UNKNOWN_VELOCITY = 64  # for notes that begin before the first velocity event o
 VOCAB_SIZE = _NUM_VALUES + NUM_SPECIAL
 
 _PEDAL_DOWN, _PERCUSSION_CHANNEL = 64, 9
-_NUM_KEYS = 16 * NUM_PITCHES
-"""Pitches of all channels."""
+_NUM_KEYS = 16 * NUM_PITCHES  # pitches of all channels
 
 
 class Note(NamedTuple):

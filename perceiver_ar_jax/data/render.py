@@ -1,10 +1,10 @@
 """Renders events for people: pictures, piano rolls, text."""
 
 from collections.abc import Sequence
-from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
+from etils import epath
 
 from perceiver_ar_jax.data import NUM_SPECIAL, music
 from perceiver_ar_jax.data.registry import Task
@@ -12,8 +12,7 @@ from perceiver_ar_jax.data.registry import Task
 _GAP = 2
 _GREY = 128
 _MIN_PIXELS = 128
-_MAX_STEPS = 1000
-"""Columns of a piano roll: 10 s."""
+_MAX_STEPS = 1000  # columns of a piano roll: 10 s
 
 
 def text(task: Task, events: np.ndarray) -> str:
@@ -65,6 +64,7 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
   return sheet
 
 
-def save_png(pixels: np.ndarray, file: BinaryIO) -> None:
-  """Writes a picture uint8[height, width, 3] to an open file."""
-  PIL.Image.fromarray(pixels).save(file, format="PNG")
+def save_png(pixels: np.ndarray, path: epath.Path) -> None:
+  """Writes a picture uint8[height, width, 3]."""
+  with path.open("wb") as file:
+    PIL.Image.fromarray(pixels).save(file, format="PNG")

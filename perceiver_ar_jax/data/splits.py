@@ -22,8 +22,9 @@ def documents(
   """Yields the documents of a split in order, one task of a mixture after the other; unreadable ones are left out.
 
   Of each task, it yields at most the first `max_sequences` documents and `max_tokens` scored events, the last document
-  cut. Raises InputError as loader.TrainLoader, and where these limits do not suit the split.
+  cut. Raises InputError as loader.TrainLoader, where these limits do not suit the split, and if it yields nothing.
   """
+  is_empty = True
   for task, _ in get_tasks(config.data, windows.longest_crop(config)):
     task.num_records(config, split)
     records = task.source.get_dataset(split=split, shuffle=False)
@@ -32,7 +33,10 @@ def documents(
     opened = (task.open(record) for batch in task.preprocess(records).batch(1) for record in to_records(batch))
     whole = (document for document in opened if document is not None and not document.continues)
     for document in _bounded(itertools.islice(whole, max_sequences), max_tokens):
+      is_empty = False
       yield task, document
+  if is_empty:
+    raise none_readable(config, split)
 
 
 def num_documents(config: Config, split: str, max_sequences: int | None = None) -> int | None:
@@ -54,14 +58,8 @@ def eval_documents(config: Config) -> Iterator[tuple[Task, Document]]:
   return documents(config, settings.split, settings.max_sequences, settings.max_tokens)
 
 
-def check_held_out(config: Config) -> None:
-  """Raises InputError if `eval_documents` fails or yields nothing; stops at the first readable document."""
-  if next(eval_documents(config), None) is None:
-    raise none_readable(config, config.eval.split)
-
-
 def none_readable(config: Config, split: str) -> InputError:
-  """Returns the error to raise where `documents` yields nothing."""
+  """Returns the error of a split of which no document can be read, or nothing is scored."""
   return InputError(
     f"The split {split!r} of {config.data.task} contains no document that can be read: {skip_reasons()}. Remove such"
     " files, or hold out others (data.validation_fraction, data.validation_files)."

@@ -23,8 +23,7 @@ from perceiver_ar_jax.data import splits, tasks, texts, windows
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Subword tokens, all 256 bytes included.", lower_bound=300)
 
-_MAX_LINES = 2_000_000
-"""Longer texts are sampled at random."""
+_MAX_LINES = 2_000_000  # longer texts are sampled at random
 _STRETCH_BYTES = 2**16
 _LINES = re.compile(rb"[^\n]{1,4000}\n?|\n")  # SentencePiece leaves lines of over 4,192 bytes out
 

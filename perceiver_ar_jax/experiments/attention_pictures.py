@@ -107,9 +107,7 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
 def _document(config: Config) -> tuple[Task, Document]:
   prompt = config.attention_map.prompt
   if prompt == "data":
-    for task, document in splits.documents(config, config.eval.split, 1):
-      return task, document
-    raise splits.none_readable(config, config.eval.split)
+    return next(splits.documents(config, config.eval.split, 1))
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
   document = prompts.read(task, prompts.parse(task, prompt))[0]
   if not document.has_targets():

@@ -56,8 +56,6 @@ def find(
   if prompt is None and task.place is not None:
     return [Prompt(task, np.array([SOS], np.int32), task.place, task.length)]
   documents = list(itertools.islice(splits.documents(config, config.eval.split, count), count))
-  if not documents:
-    raise splits.none_readable(config, config.eval.split)
   if prompt is None:  # the document provides only the grid, of a video for example
     prompt_tokens = 1
   return [_beginning(config, task, document, prompt_tokens) for task, document in documents]

@@ -94,8 +94,7 @@ def _write_all(folder: epath.Path, samples: list[Sample], sampler: Sampler, seco
   for index, each in enumerate(samples):
     write_files(folder, each, f"sample-{index}")
   if (pixels := grid(samples)) is not None:
-    with (folder / "grid.png").open("wb") as file:
-      render.save_png(pixels, file)
+    render.save_png(pixels, folder / "grid.png")
   names = sorted(path.name for path in folder.iterdir())
   report: dict[str, Any] = {
     "folder": folder.name,
@@ -124,8 +123,7 @@ def write_files(folder: epath.Path, sample: Sample, name: str) -> None:
   """Writes a sample in the formats of its modality, as folder/<name>.*."""
   modality, path = sample.task.modality, folder / name
   if (pixels := picture(sample)) is not None:
-    with path.with_suffix(".png").open("wb") as file:
-      render.save_png(pixels, file)
+    render.save_png(pixels, path.with_suffix(".png"))
   if modality == "text":
     path.with_suffix(".txt").write_bytes(sample.value.encode())
   elif modality in ("music", "rolls"):
