@@ -79,7 +79,7 @@ def test_every_event_of_a_picture_has_a_position_of_its_own_in_tables_of_size_pl
   for order in images.ORDERS:
     positions = images.positions(5, order)
     assert tuple(positions.max(axis=0) + 1) == (7, 7, 5)
-    assert len(positions) == images.num_events(5)
+    assert len(positions) == 1 + 5 * 5 * 3
     assert len(np.unique(positions, axis=0)) == len(positions)
 
 
@@ -115,7 +115,7 @@ def test_copy_validation_is_finite_and_shares_nothing_with_training():
 @pytest.mark.parametrize("size", [32, 64])
 def test_photographs_are_varied_real_pixels(size):
   document, *_ = documents(f"photos{size}", "validation", count=1)
-  assert document["events"].shape == (images.num_events(size),)
+  assert document["events"].shape == (1 + size * size * 3,)
   crops = [
     images.to_image(row["events"], size, "pixel_raster") for row in documents(f"photos{size}", "validation", count=99)
   ]

@@ -48,9 +48,8 @@ class Config:
     rows, shards = self.train.batch_size, self.data.shards
     require(rows % shards == 0, f"data.shards={shards} does not divide train.batch_size={rows}: change either.")
     kept, num_latents = self.sample.kept_latents, self.model.num_latents
-    require(
-      kept is None or 1 <= kept <= num_latents, f"sample.kept_latents={kept} must be in 1..{num_latents}, the latents."
-    )
+    is_valid = kept is None or 1 <= kept <= num_latents
+    require(is_valid, f"sample.kept_latents={kept} must be in 1..{num_latents}, the latents.")
     index, last = self.attention_map.cross_attend, self.model.num_cross_attends - 1
     require(0 <= index <= last, f"attention_map.cross_attend={index} must be in 0..{last}, the cross-attentions.")
     latents, context = self.eval.num_latents or num_latents, self.model.max_context

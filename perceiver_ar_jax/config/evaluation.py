@@ -84,7 +84,5 @@ class AttentionMapConfig:
 
   def __post_init__(self):
     require(bool(self.prompt), 'attention_map.prompt is empty: give a file or a text, or leave it out for "data".')
-    require(
-      all(isinstance(output, int) and output >= 1 for output in self.outputs),
-      f"attention_map.outputs={self.outputs} must be integers from 1 on, such as (100,2000).",
-    )
+    is_valid = all(isinstance(output, int) and output >= 1 for output in self.outputs)
+    require(is_valid, f"attention_map.outputs={self.outputs} must be integers from 1 on, such as (100,2000).")

@@ -85,18 +85,15 @@ class ModelConfig:
     require_at_least(1, "model", self, *counts, "attention_chunk", *optional_counts)
     require_at_least(0, "model", self, "num_layers", "conv_taps", "value_features")
     require(self.vocab_size > 3, f"model.vocab_size={self.vocab_size} must exceed 3: ids 0, 1, 2 are PAD, EOS, SOS.")
-    require(
-      self.num_latents <= self.max_context,
-      f"model.num_latents={self.num_latents} exceeds model.max_context={self.max_context}: change either.",
-    )
+    latents, context = self.num_latents, self.max_context
+    require(latents <= context, f"model.num_latents={latents} exceeds model.max_context={context}: change either.")
     cross = "cross_attend_width" if self.cross_attend_width else "latent_width"
     for width, heads in ((cross, "num_cross_heads"), ("latent_width", "num_self_heads")):
       size, count = getattr(self, width), getattr(self, heads)
       require(size % count == 0, f"model.{width}={size} is not divisible by model.{heads}={count}: change either.")
-    require(
-      all(isinstance(size, int) and size >= 1 for size in self.position_sizes),
-      f"model.position_sizes={self.position_sizes} must be integers of at least 1, one for each dimension.",
-    )
+    sizes = self.position_sizes
+    is_valid = all(isinstance(size, int) and size >= 1 for size in sizes)
+    require(is_valid, f"model.position_sizes={sizes} must be integers of at least 1, one for each dimension.")
     require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
     for name in ("dropout", "latent_dropout", "cross_attend_dropout"):
       require(0 <= getattr(self, name) < 1, f"model.{name}={getattr(self, name)} must be in [0, 1).")
@@ -107,17 +104,12 @@ class ModelConfig:
       f"model.rotary_axes={self.rotary_axes} must have (fraction of a head, shortest, longest wavelength) for each"
       " position dimension, with 0 < shortest <= longest and fractions that sum to at most 1.",
     )
-    require(
-      self.value_features % 2 == 0, f"model.value_features={self.value_features} must be even: sines and cosines."
-    )
-    require(
-      not (self.conv_taps and self.cross_attend_dropout),
-      f"model.conv_taps={self.conv_taps} needs all inputs: set model.cross_attend_dropout to 0.",
-    )
-    require(
-      all(layer in range(self.num_layers) for layer in self.cross_attend_after),
-      f"model.cross_attend_after={self.cross_attend_after} names a layer outside 0..{self.num_layers - 1}.",
-    )
+    features, taps, layers = self.value_features, self.conv_taps, self.cross_attend_after
+    require(features % 2 == 0, f"model.value_features={features} must be even: sines and cosines.")
+    is_valid = not (taps and self.cross_attend_dropout)
+    require(is_valid, f"model.conv_taps={taps} needs all inputs: set model.cross_attend_dropout to 0.")
+    is_known = all(layer in range(self.num_layers) for layer in layers)
+    require(is_known, f"model.cross_attend_after={layers} names a layer outside 0..{self.num_layers - 1}.")
 
   @property
   def input_width(self) -> int:

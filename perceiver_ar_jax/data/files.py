@@ -67,19 +67,13 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
     paths = _list_folder(path) if is_folder else _expand(path)
   except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError, tf.errors.PermissionDeniedError) as error:
     raise InputError(f"{pattern!r} cannot be listed: {error.message}") from error
-  if is_folder:
-    is_known = {name: name.lower().endswith(tuple(suffixes)) for name in paths}
-    paths = [name for name, known in is_known.items() if known]
-    endings = collections.Counter(
-      pathlib.PurePath(name).suffix.lower() or "no ending" for name, known in is_known.items() if not known
-    )
-    if endings:
-      described = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
-      warn_once(
-        None,
-        f"Not read in {pattern!r} because of their endings: {endings.total():,} files ({described}). A glob takes any"
-        " ending.",
-      )
+  others = [name for name in paths if is_folder and not name.lower().endswith(tuple(suffixes))]
+  if others:
+    paths = set(paths).difference(others)
+    endings = collections.Counter(pathlib.PurePath(name).suffix.lower() or "no ending" for name in others)
+    described = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
+    notice = f"Not read in {pattern!r} because of their endings: {len(others):,} files ({described})."
+    warn_once(None, f"{notice} A glob takes any ending.")
   paths = _once_each(filter(_is_usable, paths), _base_folder(path))
   if not paths:
     exists = is_folder or glob.has_magic(path) or os.path.lexists(path)

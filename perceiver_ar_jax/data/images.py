@@ -28,17 +28,12 @@ _FORMATS = "PNG JPEG WEBP AVIF JPEG2000 BMP DIB GIF TIFF PPM TGA DDS QOI PCX SGI
 _BACKGROUND = "white"  # background of transparent pixels, whose own colors are not meant to be visible
 
 
-def num_events(size: int) -> int:
-  """Returns the number of events of a picture of `size` x `size` pixels, SOS included."""
-  return 1 + size * size * 3
-
-
 def document(image_SxSxC: np.ndarray, order: str) -> Document:
   """Returns the document of a picture uint8[size, size, 3]."""
   size = len(image_SxSxC)
   if order == "rgb_planes":
     image_SxSxC = np.transpose(image_SxSxC, (2, 0, 1))
-  events_N = np.empty(num_events(size), np.int32)
+  events_N = np.empty(1 + image_SxSxC.size, np.int32)
   events_N[0] = SOS
   np.add(image_SxSxC.reshape(-1), NUM_SPECIAL, out=events_N[1:], dtype=np.int32)
   return Document(events_N, positions=positions(size, order))

@@ -10,7 +10,7 @@ import tqdm
 from etils import epath
 
 from perceiver_ar_jax.config import Config, writing
-from perceiver_ar_jax.data import NUM_SPECIAL, loader, render, splits, warn_once, windows
+from perceiver_ar_jax.data import NUM_SPECIAL, loader, render, splits, warn_once
 
 _MAX_DOCUMENTS = 1000
 _MAX_EXAMPLES = 16
@@ -63,7 +63,7 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
   """Returns statistics of the first documents of a split, and the first examples (task, events)."""
   histogram = np.zeros(config.model.vocab_size, np.int64)
   lengths, largest, sizes, examples, unknown = [], 0, collections.Counter(), [], None
-  num_skipped, longest_crop = warn_once.count("skipped"), windows.longest_crop(config)
+  num_skipped, longest_crop = warn_once.count("skipped"), config.model.max_context + 1
   documents = tqdm.tqdm(
     splits.documents(config, split, _MAX_DOCUMENTS),
     f"Reading {split}",

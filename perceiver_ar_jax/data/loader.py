@@ -66,7 +66,7 @@ class TrainLoader(Iterator[Batch]):
   def __init__(self, config: Config, rows_of_hosts: Sequence[Sequence[int]] | None = None, host: int = 0):
     self._config, self._split, self._num_shards = config, config.data.train_split, config.data.shards
     self._shard_rows = config.train.batch_size // self._num_shards
-    self._tasks, self._shares = zip(*get_tasks(config.data, windows.longest_crop(config)))
+    self._tasks, self._shares = zip(*get_tasks(config.data, config.model.max_context + 1))
     self._num_records = [task.num_records(config, self._split) for task in self._tasks]
     for task, count in zip(self._tasks, self._num_records):
       if count is not None and count < self._num_shards:
@@ -76,13 +76,10 @@ class TrainLoader(Iterator[Batch]):
     rows_of_hosts = [range(config.train.batch_size)] if rows_of_hosts is None else rows_of_hosts
     self.rows, self._shards = rows_of_hosts[host], []
     for index in range(self._num_shards):
-      first = index * self._shard_rows
-      rows, *rows_of_earlier_hosts = (
-        [row - first for row in rows if 0 <= row - first < self._shard_rows]
-        for rows in (self.rows, *rows_of_hosts[:host])
-      )
-      if rows:
-        self._shards.append(_Shard(index, rows, is_saved_here=not any(rows_of_earlier_hosts)))
+      rows_of_shard = range(index * self._shard_rows, (index + 1) * self._shard_rows)
+      if rows := [row - rows_of_shard.start for row in self.rows if row in rows_of_shard]:
+        is_read_before = any(row in rows_of_shard for row in itertools.chain(*rows_of_hosts[:host]))
+        self._shards.append(_Shard(index, rows, is_saved_here=not is_read_before))
         self._start(self._shards[-1])
 
   @property
@@ -112,21 +109,19 @@ class TrainLoader(Iterator[Batch]):
       records = source.get_dataset(split=split, shuffle=True, seed=seed, shard_info=shard)
     else:
       records = source.get_dataset(split=split, shuffle=False).shard(self._num_shards, index)
-    record_bytes = getattr(source, "bytes_per_record", lambda split: 0)(split)
-    buffer = min(
-      -(-self._config.data.shuffle_buffer // self._num_shards),
-      max(1, int(_SHUFFLE_BYTES / self._num_shards / max(record_bytes, 1))),
-    )
+    record_bytes = max(source.bytes_per_record(split), 1) if hasattr(source, "bytes_per_record") else 1
+    most = max(1, int(_SHUFFLE_BYTES / self._num_shards / record_bytes))
+    buffer = min(-(-self._config.data.shuffle_buffer // self._num_shards), most)
     records = task.preprocess(records.shuffle(buffer, seed=seed, reshuffle_each_iteration=True).repeat())
     # Records of a fixed shape are drawn a batch at a time, which saves a call for each; a mixture draws one by one.
     fixed = all(spec.shape.is_fully_defined() for spec in records.element_spec.values())
     return records.batch(self._shard_rows if fixed and len(self._tasks) == 1 else 1)
 
   def __next__(self) -> Batch:
-    batch, start = self._empty(len(self.rows)), 0
+    batch = self._empty(len(self.rows))
+    rows = (windows.row_of(batch, index) for index in range(len(self.rows)))
     for shard in self._shards:
-      self._fill(shard, [windows.row_of(batch, start + index) for index in range(len(shard.rows))])
-      start += len(shard.rows)
+      self._fill(shard, list(itertools.islice(rows, len(shard.rows))))
     windows.check_positions(batch, self._config)
     return batch
 
@@ -156,15 +151,9 @@ class TrainLoader(Iterator[Batch]):
       document = task.open(record)
       if document is not None:
         augment = task.augment and functools.partial(task.augment, random=np.random.default_rng(seeds[number]))
+        min_crop, scored_only = self._config.data.min_crop, task.train_scored_only
         try:
-          windows.train_window(
-            row,
-            document,
-            draws[number],
-            self._config.data.min_crop,
-            scored_only=task.train_scored_only,
-            augment=augment,
-          )
+          windows.train_window(row, document, draws[number], min_crop, scored_only=scored_only, augment=augment)
           return True
         except Unreadable as error:  # a file that vanished or shrank since it was listed
           task.skip(record, error)
@@ -233,13 +222,12 @@ class TrainLoader(Iterator[Batch]):
   @functools.cached_property
   def _stream(self) -> dict:
     """Everything that determines the batches: a state restored under other settings would silently give others."""
-    config = self._config
-    sources = [task.source for task in self._tasks if isinstance(task.source, ListSource)]
+    config, sources = self._config, [task.source for task in self._tasks]
     return {
       "task": config.data.task,
       "split": self._split,
       "num_records": self._num_records,
-      "files": [source.fingerprint(self._split) for source in sources],
+      "files": [source.fingerprint(self._split) for source in sources if isinstance(source, ListSource)],
       "cached": config.data.cache_dir is not None,
       "seed": config.seed,
       "min_crop": config.data.min_crop,

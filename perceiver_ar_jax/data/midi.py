@@ -20,9 +20,9 @@ _CONTROLLERS = (SUSTAIN_PEDAL, ALL_SOUND_OFF, RESET_ALL_CONTROLLERS, *range(ALL_
 """124 to 127 switch between omni, mono and poly mode, which implies All Notes Off."""
 
 _SYSTEM, _META, _END_OF_TRACK, _TEMPO = 0xF0, 0xFF, 0x2F, 0x51
-_NUM_DATA_BYTES = [0] * 128 + [2] * 64 + [1] * 32 + [2] * 16 + [0] * 16
-"""Of a message by its status, 0 where the status has no fixed number of them."""
-_SYSTEM_DATA_BYTES = {0xF1: 1, 0xF2: 2, 0xF3: 1, 0xF6: 0, 0xF8: 0, 0xFA: 0, 0xFB: 0, 0xFC: 0, 0xFE: 0}
+_NUM_DATA_BYTES = dict.fromkeys(range(0x80, 0xF0), 2) | dict.fromkeys(range(0xC0, 0xE0), 1)
+_NUM_DATA_BYTES |= {0xF1: 1, 0xF2: 2, 0xF3: 1, 0xF6: 0, 0xF8: 0, 0xFA: 0, 0xFB: 0, 0xFC: 0, 0xFE: 0}
+"""Of each status that has a fixed number of them."""
 _DEFAULT_TEMPO = 500_000  # microseconds per beat, until a file sets another tempo
 _MAX_SECONDS = 24 * 3600  # a longer file has damaged times, which would become millions of time shifts
 
@@ -125,7 +125,7 @@ def _read_track(track: bytes) -> np.ndarray:
   """
   events, position, running_status = array.array("i"), 0, 0
   while position < len(track):
-    if _NUM_DATA_BYTES[running_status] == 2 and (run := _RUN.match(track, position)):
+    if _NUM_DATA_BYTES.get(running_status) == 2 and (run := _RUN.match(track, position)):
       events.frombytes(_parse_run(run[0], running_status).tobytes())
       position, running_status = run.end(), events[-4]
       continue
@@ -153,8 +153,8 @@ def _read_track(track: bytes) -> np.ndarray:
     elif status in (0xF0, 0xF7):  # system exclusive
       size, position = _variable_length(track, position)
       position += size
-    elif status in _SYSTEM_DATA_BYTES:
-      position += _SYSTEM_DATA_BYTES[status]
+    elif status in _NUM_DATA_BYTES:
+      position += _NUM_DATA_BYTES[status]
     else:
       raise ValueError(f"the status byte {status:#x} is not defined")
     events.extend((wait, running_status, number, value, tempo))

@@ -48,9 +48,6 @@ class Note(NamedTuple):
   offset: float
 
 
-_BY_TIME = operator.attrgetter("onset", "pitch", "offset")
-
-
 def read_notes(content: bytes) -> np.ndarray:
   """Returns the notes of a MIDI file sorted by onset, pitch and offset: float64[N, 4], rows with the fields of `Note`.
 
@@ -124,10 +121,8 @@ def encode(notes: Sequence[Note] | np.ndarray) -> np.ndarray:
   values_M = np.where(begins_M, _NOTE_ON, _NOTE_OFF) + pitches_M
   begin_N = np.flatnonzero(begins_M)
   changed = begin_N[np.diff(bins_M[begin_N], prepend=-1) != 0]  # note-ons that need a velocity event
-  values_M, steps_M = (
-    np.insert(values_M, changed, _VELOCITY + bins_M[changed]),
-    np.insert(steps_M, changed, steps_M[changed]),
-  )
+  values_M = np.insert(values_M, changed, _VELOCITY + bins_M[changed])
+  steps_M = np.insert(steps_M, changed, steps_M[changed])
   return _with_time_shifts(values_M, steps_M, end_step=steps_M.max(initial=0))
 
 
@@ -146,10 +141,10 @@ def decode(ids_N: Sequence[int]) -> list[Note]:
   velocities_N = np.where(last_set_N >= 0, middles_N, _UNKNOWN_VELOCITY)
   notes = []
   for pitch, on, off in notes_of_events(ids_N):
-    onset, offset = int(steps_N[on]), int(steps_N[min(off, steps_N.size - 1)])
-    offset = max(offset, onset + 1)
+    onset = int(steps_N[on])
+    offset = max(int(steps_N[min(off, steps_N.size - 1)]), onset + 1)
     notes.append(Note(pitch, int(velocities_N[on]), onset / STEPS_PER_SECOND, offset / STEPS_PER_SECOND))
-  return sorted(notes, key=_BY_TIME)
+  return sorted(notes, key=operator.attrgetter("onset", "pitch", "offset"))
 
 
 def notes_of_events(ids_N: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -25,7 +25,7 @@ def documents(
   cut. Raises InputError as loader.TrainLoader, where these limits do not suit the split, and if it yields nothing.
   """
   is_empty = True
-  for task, _ in get_tasks(config.data, windows.longest_crop(config)):
+  for task, _ in get_tasks(config.data, config.model.max_context + 1):
     task.num_records(config, split)
     records = task.source.get_dataset(split=split, shuffle=False)
     if max_sequences is None and max_tokens is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
@@ -42,7 +42,7 @@ def documents(
 def num_documents(config: Config, split: str, max_sequences: int | None = None) -> int | None:
   """Returns how many documents `documents` yields at most; None where that is unknown."""
   total = 0
-  for task, _ in get_tasks(config.data, windows.longest_crop(config)):
+  for task, _ in get_tasks(config.data, config.model.max_context + 1):
     count = task.num_records(config, split)
     if isinstance(task.source, ListSource):
       count = task.source.num_documents(split)
@@ -101,7 +101,7 @@ def eval_batches(
   as `words` and `bytes` of the original text: those of each document in its first row and 0 in the others.
   """
   settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
-  task, _ = get_tasks(config.data, windows.longest_crop(config))[0]
+  task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
   rows = range(settings.batch_size) if rows is None else rows
   blocks = (
     (number, document, end, num_new)
@@ -110,13 +110,11 @@ def eval_batches(
   )
   while batch_blocks := list(itertools.islice(blocks, settings.batch_size)):
     dims = task.position_dims if config.model.positions_from_data else 0
-    shape = {"context": config.model.max_context, "latents": num_latents, "position_dims": dims}
-    batch = windows.empty_batch(len(rows), **shape)
+    context = config.model.max_context
+    batch = windows.empty_batch(len(rows), context=context, latents=num_latents, position_dims=dims)
     batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *task.counts)}
     batch["document"] = np.full(len(rows), -1, np.int32)
-    for index, row in enumerate(rows):
-      if row >= len(batch_blocks):
-        break
+    for index, row in enumerate(row for row in rows if row < len(batch_blocks)):
       number, document, end, num_new = batch_blocks[row]
       batch["document"][index], batch["end"][index] = number, end
       windows.eval_window(windows.row_of(batch, index), document, end, num_new)

@@ -33,10 +33,7 @@ def _file_task(data: DataConfig, read: Callable[[str], Document], suffixes: Sequ
   def records(split: str) -> list[Record]:
     return [{"path": path} for path in split_files(data, split, suffixes)]
 
-  defaults = {
-    "source": ListSource(records, _OWN_SPLITS),
-    "document": lambda record: read(os.fsdecode(record["path"])),
-  }
+  defaults = {"source": ListSource(records, _OWN_SPLITS), "document": lambda record: read(os.fsdecode(record["path"]))}
   return Task(name=data.task, read=read, **defaults | fields)
 
 
@@ -70,15 +67,11 @@ def _image_task(data: DataConfig, size: int, order: str, source=None, decode: Ca
     position_dims=3,
     encoding={"image_size": size, "image_order": order},
     decode=lambda events: images.to_image(events, size, order),
-    length=images.num_events(size),
+    length=1 + size * size * 3,
     place=lambda start, end: images.positions(size, order)[start:end],
     groups=lambda: allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
     **(prepared if source else {}),
   )
-
-
-def _image_files(data: DataConfig, max_events: int) -> Task:
-  return _image_task(data, data.image_size, data.image_order)
 
 
 def _imagenet(size: int, order: str, data: DataConfig, max_events: int) -> Task:
@@ -364,7 +357,7 @@ for _size in (32, 64):
     add(f"photos{_size}{_suffix}", functools.partial(_photos, _size, _order))
 for _version in ("v1", "v3"):
   add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
-add("image_files", _image_files)
+add("image_files", lambda data, max_events: _image_task(data, data.image_size, data.image_order))
 add("pg19", _pg19)
 add("wikitext103", _wikitext103)
 add("enwik8", _enwik8)

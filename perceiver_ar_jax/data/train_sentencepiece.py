@@ -18,7 +18,7 @@ from etils import epath
 
 from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config, InputError, writing
-from perceiver_ar_jax.data import splits, tasks, texts, windows
+from perceiver_ar_jax.data import splits, tasks, texts
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Subword tokens, all 256 bytes included.", lower_bound=300)
@@ -32,7 +32,7 @@ def main(config: Config) -> int:
   import sentencepiece
 
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece=None, cache_dir=None))
-  task, _ = tasks.get_tasks(config.data, windows.longest_crop(config))[0]
+  task, _ = tasks.get_tasks(config.data, config.model.max_context + 1)[0]
   if task.modality != "text":
     raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")
   path, model = epath.Path(_OUTPUT.value), io.BytesIO()

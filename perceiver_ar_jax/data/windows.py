@@ -23,11 +23,6 @@ Batch = dict[str, np.ndarray]
 Positions are left out where the model does not read them."""
 
 
-def longest_crop(config: Config) -> int:
-  """In events: the context's inputs and the target of the last one."""
-  return config.model.max_context + 1
-
-
 def check_positions(batch: Batch, config: Config) -> None:
   """Raises InputError if a position is outside the model's tables."""
   sizes, positions_BxLxP = config.model.position_sizes, batch.get("positions")
