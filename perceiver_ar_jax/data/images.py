@@ -91,22 +91,19 @@ def _to_8_bits(values_HxW: np.ndarray, name: str) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def positions(size: int, order: str) -> np.ndarray:
   """Returns the positions (x, y, channel) of every event, SOS first: int32[1 + size*size*3, 3]."""
-  y, x, channel = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
-  positions_SxSxCxP = np.stack([x, y, channel], axis=-1) + 2
   if order == "rgb_planes":
-    positions_SxSxCxP = np.transpose(positions_SxSxCxP, (2, 0, 1, 3))
-  return np.concatenate([np.ones((1, 3)), positions_SxSxCxP.reshape(-1, 3)]).astype(np.int32)
+    indices_Nx3 = np.argwhere(np.ones((3, size, size)))[:, ::-1]
+  else:
+    indices_Nx3 = np.argwhere(np.ones((size, size, 3)))[:, [1, 0, 2]]
+  return np.concatenate([np.ones((1, 3)), indices_Nx3 + 2]).astype(np.int32)
 
 
 def to_image(events_N: np.ndarray, size: int, order: str) -> np.ndarray:
-  """Returns the picture uint8[size, size, 3] of size*size*3 sub-pixel events (else ValueError), with or without SOS.
-
-  Ids that are not colors (a sampled PAD, EOS or SOS) become black.
-  """
+  """Returns the picture uint8[size, size, 3] of size*size*3 sub-pixel events (else ValueError), with or without SOS."""
   values_N = np.asarray(events_N)[-(size * size * 3) :] - NUM_SPECIAL
   if values_N.size != size * size * 3:
     raise ValueError(f"{values_N.size} sub-pixels do not make a picture of {size}x{size}x3.")
-  values_N = np.clip(values_N, 0, 255).astype(np.uint8)
+  values_N = np.clip(values_N, 0, 255).astype(np.uint8)  # a sampled PAD, EOS or SOS becomes black
   if order == "rgb_planes":
     return np.transpose(values_N.reshape(3, size, size), (1, 2, 0))
   return values_N.reshape(size, size, 3)

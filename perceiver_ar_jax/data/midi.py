@@ -2,9 +2,8 @@
 
 The parser is our own because the fast library (symusic) drops what the meaning of a note depends on: notes that are
 never released, and the channel and the order of messages at one tick, without which neither the sustain pedal nor All
-Notes Off can be applied. It also loses its place after a system exclusive message. mido takes a third of a
-second for a piano performance. Here a regular expression finds the runs of ordinary messages, nearly all of a file, and
-NumPy decodes them; other events are read one by one.
+Notes Off can be applied. mido takes a third of a second for a piano performance. Here a regular expression finds the
+runs of ordinary messages, nearly all of a file, and NumPy decodes them; other events are read one by one.
 """
 
 import array
@@ -35,16 +34,10 @@ _NOT_READ = 255  # the number of an event that is not read
 def read(content: bytes) -> tuple[np.ndarray, np.ndarray, float]:
   """Returns the note-ons, note-offs and changes of _CONTROLLERS of a MIDI file, and its end.
 
-  Messages of all tracks are in order of time; those at one tick keep the order of the file. Of everything else only the
-  tempo is read, and a tempo of 0 is ignored. A RIFF container (.rmi) is unwrapped.
-
-  Returns:
-    Times float64[N] in seconds; messages int64[3, N]: status (kind | channel), number (pitch or controller), velocity
-    or value; the end in seconds.
-
-  Raises:
-    ValueError: it is not a complete MIDI file of type 0 or 1 whose times are in ticks per beat, one of these messages
-      has a data byte above 127, or it lasts more than a day.
+  Times are float64[N] in seconds, in order; messages int64[3, N]: status (kind | channel), number (pitch or
+  controller), velocity or value, those at one tick in the order of the file. Of everything else only the tempo is read,
+  and a tempo of 0 is ignored. A RIFF container (.rmi) is unwrapped. Raises ValueError if it is not a complete MIDI file
+  of type 0 or 1 whose times are in ticks per beat, a message has a data byte above 127, or it lasts more than a day.
   """
   ticks_per_beat, tracks = _split(content)
   parts = []
@@ -165,11 +158,9 @@ def _read_track(track: bytes) -> np.ndarray:
 
 
 def _parse_run(run: bytes, running_status: int) -> np.ndarray:
-  """Returns int32[N, 5] of the messages of a run: ticks to wait, and the rest as `_read_track`.
-
-  Of each message three bytes are below 128: the last one of its time, and both data bytes.
-  """
+  """Returns int32[N, 5] of the messages of a run: ticks to wait, and the rest as `_read_track`."""
   data = np.frombuffer(run, np.uint8)
+  # Of each message three bytes are below 128: the last one of its time, and both data bytes.
   waited_N, first_N, second_N = np.flatnonzero(data < 128).reshape(-1, 3).T
   starts_N = np.append(0, second_N[:-1] + 1)
   waits_N = data[waited_N].astype(np.int32)

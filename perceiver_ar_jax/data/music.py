@@ -148,10 +148,7 @@ def decode(ids_N: Sequence[int]) -> list[Note]:
 
 
 def notes_of_events(ids_N: Sequence[int]) -> list[tuple[int, int, int]]:
-  """Returns (pitch, on, off) of the notes of `decode`: the numbers of the events that begin and end each one.
-
-  `off` is N for a note that no event ends.
-  """
+  """Returns (pitch, on, off) of the notes of `decode`: the numbers of the events that begin and end each one, or N."""
   pitches_N, begins_N = pitches(ids_N), _values(ids_N) < _NOTE_OFF
   events = np.flatnonzero(pitches_N >= 0)
   ons, offs = _pair(pitches_N[events], begins_N[events])
@@ -202,9 +199,8 @@ def stretch(ids_N: Sequence[int], factor: float) -> np.ndarray:
   """Returns the event ids int32[M] of the same music at `factor` times its duration; above 1 is slower.
 
   Times since the start are multiplied and then rounded, so that errors do not add up. Only time shifts change; all
-  other events, SOS and EOS included, keep their order, even where two times become one. With a factor below 1 a
-  note-off may therefore follow its own note-on at once, which `decode` reads as a note of one step. Raises ValueError
-  if the factor is not a positive finite number.
+  other events, SOS and EOS included, keep their order: a note-off may follow its own note-on at once, which `decode`
+  reads as a note of one step. Raises ValueError if the factor is not a positive finite number.
   """
   if not (math.isfinite(factor) and factor > 0):
     raise ValueError(f"factor={factor} must be a positive finite number.")
@@ -215,10 +211,7 @@ def stretch(ids_N: Sequence[int], factor: float) -> np.ndarray:
 
 
 def piano_roll(ids_N: Sequence[int]) -> np.ndarray:
-  """Returns uint8[128, T]: the velocity of each pitch in each step of 10 ms, 0 where the pitch is silent.
-
-  Of two overlapping notes of one pitch the later one is shown.
-  """
+  """Returns uint8[128, T]: the velocity of each pitch in each step of 10 ms, of the newest note; 0: silence."""
   notes = decode(ids_N)
   spans = [(round(note.onset * STEPS_PER_SECOND), round(note.offset * STEPS_PER_SECOND)) for note in notes]
   num_steps = max([*steps(ids_N)[-1:], *(end for _, end in spans)], default=0)
@@ -250,12 +243,9 @@ def _shift_steps(values_N: np.ndarray) -> np.ndarray:
 
 
 def _with_time_shifts(values_N: np.ndarray, steps_N: np.ndarray, end_step: int) -> np.ndarray:
-  """Returns ids int32[M]: the values with time shifts inserted, so that each is at its step and the end at `end_step`.
-
-  A wait is as many shifts of 100 steps as fit, then one for the rest.
-  """
+  """Returns ids int32[M]: the values and time shifts, so that each value is at its step and the end at `end_step`."""
   waits = np.diff(steps_N, prepend=0, append=end_step)
-  num_shifts = -(-waits // _MAX_SHIFT_STEPS)
+  num_shifts = -(-waits // _MAX_SHIFT_STEPS)  # of 100 steps, but for the last one
   ends = np.cumsum(num_shifts) + np.arange(waits.size)  # the index of the value after each wait
   values_M = np.full(ends[-1], _TIME_SHIFT + _MAX_SHIFT_STEPS - 1, np.int32)
   values_M[ends[:-1]] = values_N

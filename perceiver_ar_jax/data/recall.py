@@ -10,8 +10,7 @@ from perceiver_ar_jax.data import NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, count_positions
 
 NUM_VALUES = 64
-_FILLER = NUM_SPECIAL
-_FIRST_KEY = NUM_SPECIAL + 1
+_FILLER, _FIRST_KEY = NUM_SPECIAL, NUM_SPECIAL + 1
 
 
 def vocab_size(pairs: int) -> int:

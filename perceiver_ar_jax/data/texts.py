@@ -205,10 +205,7 @@ class SubwordDocument(_TextDocument):
       num_bytes = min(num_bytes * num_scored // num_subwords, num_bytes - 1)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As Document.crop, but drawn in bytes and cut between words, so that only the crop of a long text is encoded.
-
-    `shortest` is converted at `_TYPICAL_BYTES_PER_SUBWORD`.
-    """
+    """As Document.crop, but drawn in bytes and cut between words, so that only the crop of a long text is encoded."""
     first, last = self._part
     first = max(first, 1, min(shortest * _TYPICAL_BYTES_PER_SUBWORD, last))
     end = first + int(draw * (last - first + 1))

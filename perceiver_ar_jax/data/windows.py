@@ -61,14 +61,11 @@ def train_window(
   scored_only: bool = False,
   augment: Callable | None = None,
 ) -> None:
-  """Fills an empty row with a random window of a document. A target has weight 1, with `scored_only` if it is scored.
+  """Fills an empty row with the crop of a document (at least 2 events) that `draw` in [0, 1) determines: Document.crop.
 
-  Args:
-    row: see `row_of`.
-    document: at least 2 events.
-    draw: a random number in [0, 1) that determines the crop, see Document.crop.
-    min_crop: shortest crop in events, so that the first events, which all short crops contain, are not over-sampled.
-    augment: events of the crop -> other events; positions must be those that count from the crop's start.
+  It has at least `min_crop` events, so that the first ones, which all short crops contain, are not over-sampled. Its
+  targets have weight 1, with `scored_only` those that are scored. `augment` returns other events for those of the crop,
+  whose positions must be those that count from its start.
   """
   longest = len(row["inputs"]) + 1
   events, positions, scored = document.crop(draw, longest, max(min_crop, 2))  # an input and its target
