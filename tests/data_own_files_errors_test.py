@@ -209,7 +209,8 @@ def test_a_split_of_which_nothing_can_be_read_is_an_error(bad, hosts, file_cases
   with pytest.raises(InputError, match=f"'train' of {name} has 4 records, and none can be read: .*bad"):
     next(batches.train_loader(settings(case), 3, hosts - 1, hosts))
   assert skipped(capsys), "no reason is reported"
-  assert rows(settings(case), hosts) == []
+  with pytest.raises(InputError, match=f"'validation' of {name} contains no document that can be read: .*bad"):
+    rows(settings(case), hosts)
 
 
 def test_a_text_that_disappears_while_training_is_named_and_left_out(file_cases, tmp_path, capsys):
