@@ -6,6 +6,9 @@ no dropout (all steps together see the training split less than twice). For comp
 after a million steps have 1.90 nats per event on the validation split, and the frequencies of events alone 4.90.
 Evaluations in training score the first 65,536 events of the validation split. All 1.6M of them, afterwards:
 --mode=eval --config.eval.max_tokens=None
+Measured: half of the steps here, --config.train.steps=3000 --config.train.optimizer.decay_steps=1500. On the first
+  65,536 events 3.10, 2.89, 2.80, 2.71, 2.62, 2.57 nats after 500, 1,000, ..., 3,000 steps.
+Cost: 2.4M parameters; 3,000 steps took 1.9 hours on one core, with 2.1 seconds for a step of 2,048 targets.
 Data: the unpacked release (maestro-v3.0.0.csv and its folders) in --config.data.data_dir.
 """
 
@@ -26,9 +29,10 @@ def get_config():
     conv_taps=2,
     qk_norm=True,
     zero_init=True,
+    remat="none",
   )
   config.data.update(task="maestro_v3", min_crop=513)
-  config.train.update(steps=9000, batch_size=4, log_every=10, checkpoint_every=200)
+  config.train.update(steps=6000, batch_size=4, log_every=10, checkpoint_every=200)
   config.train.optimizer.update(
     name="muon", learning_rate=3e-3, warmup_steps=100, schedule="wsd", decay_steps=3000, b2=0.98
   )
