@@ -148,12 +148,15 @@ def test_averaged_weights_are_resumed_evaluated_and_exported(tmp_path):
     json.loads((folders[name] / "eval-validation-12.json").read_text()) for name in ("whole", "resumed")
   )
   assert resumed["nats_per_token"] == result["nats_per_token"]
+  assert tiny.run(folders["resumed"], "--mode=eval").returncode == 0, "the run decides, not the settings of the command"
+  again = json.loads((folders["resumed"] / "eval-validation-12.json").read_text())
+  assert again["nats_per_token"] == result["nats_per_token"]
   for name, flag in (("averaged", "--ema"), ("last", "--noema")):
     exported = tiny.run_module(EXPORT, f"--workdir={folders['whole']}", f"--output={folders[name]}", flag)
     assert exported.returncode == 0, exported.stderr
   scores = {}
   for name in ("averaged", "last"):
-    assert tiny.run(folders[name], "--mode=eval", train__ema_decay=0.5).returncode == 0
+    assert tiny.run(folders[name], "--mode=eval").returncode == 0
     scores[name] = json.loads((folders[name] / "eval-validation-12.json").read_text())["nats_per_token"]
   assert scores["averaged"] == result["nats_per_token"] != scores["last"]
   assert "## Metrics" in (folders["averaged"] / "README.md").read_text()
@@ -164,6 +167,8 @@ def test_averages_that_do_not_exist_are_not_exported(trained, tmp_path):
   result = tiny.run_module(EXPORT, f"--workdir={trained}", f"--output={tmp_path / 'new'}", "--ema")
   tiny.expect_error(result, "train.ema_decay=0", "leave out --ema")
   assert not (tmp_path / "new").exists()
+  result = tiny.run_module(EXPORT, f"--workdir={trained}", f"--output={tmp_path / 'new'}", "--noema")
+  assert result.returncode == 0 and "## Metrics" in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_a_folder_with_content_is_refused_and_an_empty_one_is_used(trained, tmp_path):

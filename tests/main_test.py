@@ -196,7 +196,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
   tiny.expect_error(tiny.run(tmp_path / "file" / "run"), "cannot be written", str(tmp_path / "file" / "run"))
 
 
-def test_a_run_with_a_constant_rate_may_decay_earlier(copy_of_trained):
+def test_a_run_with_a_constant_rate_may_choose_its_decay_late(copy_of_trained):
   """With wsd, the settings of its end are chosen when the end is near."""
   constant = {"train__optimizer__schedule": "wsd", "train__steps": 100, "train__optimizer__decay_steps": 50}
   saved, earlier = (tiny.config(**constant | changes) for changes in ({}, {"train__optimizer__decay_steps": 5}))

@@ -137,6 +137,8 @@ def test_wsd_is_constant_and_then_linear_to_its_end():
   np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 1.0, 0.6, 0.2], atol=1e-6)
   fifth = optimizer_lib.make_schedule(dataclasses.replace(config, decay_steps=None), steps=110)
   np.testing.assert_allclose([fifth(90), fifth(100), fifth(110)], [1.0, 0.6, 0.2], atol=1e-6)
+  shorter = optimizer_lib.make_schedule(config, steps=30)  # than its decay
+  np.testing.assert_allclose([shorter(10), shorter(20), shorter(30)], [1.0, 0.6, 0.2], atol=1e-6)
 
 
 def test_muon_orthogonalises_hidden_kernels_of_each_layer_and_leaves_the_rest_to_nadam():
@@ -279,7 +281,7 @@ def test_microbatches_equal_one_batch():
 
 @pytest.mark.slow
 def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_would_be():
-  config = tiny.config(model__dropout=0.0, model__num_layers=1, train__on_nonfinite="skip")
+  config = tiny.config(model__dropout=0.0, model__num_layers=1, train__on_nonfinite="skip", train__ema_decay=0.9)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   step = jax.jit(step_lib.make_train_step(config, optimizer))
@@ -287,7 +289,8 @@ def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_
   state, _ = step(step_lib.init_state(config, optimizer, mesh), good, jax.random.key(0))
   skipped, metrics = step(state, good | {"weights": good["weights"] * np.inf}, jax.random.key(0))
   assert not np.isfinite(metrics["loss"]) and skipped.step == state.step + 1
-  jax.tree.map(np.testing.assert_array_equal, (skipped.params, skipped.opt_state), (state.params, state.opt_state))
+  before, after = (jax.tree.leaves((each.params, each.opt_state, each.ema)) for each in (state, skipped))
+  jax.tree.map(np.testing.assert_array_equal, after, before)
   assert np.isfinite(step(skipped, good, jax.random.key(0))[1]["loss"])
 
 
@@ -295,9 +298,12 @@ def test_the_average_of_the_weights_follows_its_definition_and_changes_nothing_e
   settings = {"model__dropout": 0.0, "model__num_layers": 1}
   config, without = tiny.config(**settings, train__ema_decay=0.85), tiny.config(**settings)
   optimizer, mesh = optimizer_lib.make_optimizer(config.train.optimizer, 12), make_mesh(MeshConfig(), jax.devices()[:1])
-  state, plain = (step_lib.init_state(each, optimizer, mesh) for each in (config, without))
-  step, plain_step = (jax.jit(step_lib.make_train_step(each, optimizer)) for each in (config, without))
-  loader, expected = TrainLoader(config), state.params
+  given = (tiny.random_params(config.model) for _ in range(2))  # which are donated
+  state, plain = (step_lib.init_state(each, optimizer, mesh, next(given)) for each in (config, without))
+  step, plain_step = (
+    jax.jit(step_lib.make_train_step(each, optimizer), donate_argnums=0) for each in (config, without)
+  )
+  loader, expected = TrainLoader(config), jax.tree.map(np.array, state.params)
   for decay in (2 / 11, 3 / 12, 4 / 13):  # (1 + n) / (10 + n) while this is below 0.85
     batch = next(loader)
     state, plain = step(state, batch, jax.random.key(0))[0], plain_step(plain, batch, jax.random.key(0))[0]

@@ -23,7 +23,7 @@ class OptimizerConfig:
   end_learning_rate: float = 0.0
   """Cosine and wsd: the rate at the last step."""
   decay_steps: int | None = None
-  """Wsd: length of the final decay; None: a fifth of the steps after the warm-up."""
+  """Wsd: length of the final decay, at most the steps after the warm-up; None: a fifth of these."""
   cosine_steps: int | None = None
   """Cosine: decay over only this many final steps, constant before; None: from the end of the warm-up."""
   step_boundaries: tuple[float, ...] = (0.5, 0.8, 0.95)

@@ -212,11 +212,14 @@ def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], co
     yield task, document
 
 
-def restore(config: Config, workdir: epath.PathLike, step: int | None = None) -> tuple[Mesh, int, dict]:
+def restore(
+  config: Config, workdir: epath.PathLike, step: int | None = None, *, averaged: bool = True
+) -> tuple[Mesh, int, dict]:
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
-  With train.ema_decay, these are the averaged weights. Without checkpoints, the workdir may be a folder of exported
-  weights. It is only read. Raises InputError without a readable checkpoint of this model, or if devices do not fit.
+  Of a run with train.ema_decay, these are the averaged weights unless `averaged` is False. Without checkpoints, the
+  workdir may be a folder of exported weights. It is only read. Raises InputError without a readable checkpoint of this
+  model, or if devices do not fit.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)
@@ -226,7 +229,7 @@ def restore(config: Config, workdir: epath.PathLike, step: int | None = None) ->
   if (workdir / config_from_run.WEIGHTS).exists() and not workdir_lib.has_checkpoints(workdir):
     return mesh, *pretrained.restore(config.model, workdir, abstract_params)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
-    restored = checkpointer.restore_params(abstract_params, step, "ema" if config.train.ema_decay else "params")
+    restored = checkpointer.restore_params(abstract_params, step, averaged=averaged)
   if restored is None:
     raise InputError(f"--workdir={workdir} contains no checkpoint: train first, with the same --workdir.")
   return mesh, *restored

@@ -207,15 +207,17 @@ def _results(workdir: epath.Path, step: int) -> list[dict]:
 
 def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
-  config_from_run.load_config(workdir, config)  # raises InputError if it contains no run
+  train = config_from_run.load_config(workdir, config).train  # raises InputError if it contains no run
   check_output(folder)
-  if flags.FLAGS.ema and not config.train.ema_decay:
+  if flags.FLAGS.ema and not train.ema_decay:
     raise InputError(f"The run in {workdir} has no averaged weights (train.ema_decay=0): leave out --ema.")
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
-  train = dataclasses.replace(config.train, ema_decay=0.0) if flags.FLAGS.ema is False else config.train
-  here = dataclasses.replace(config, model=model, train=train, mesh=MeshConfig())
-  _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step)
-  results = _results(workdir, step) if train is config.train else []  # evaluations are of the averaged weights
+  here = dataclasses.replace(config, model=model, mesh=MeshConfig())
+  averaged = flags.FLAGS.ema is not False
+  _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step, averaged=averaged)
+  results = _results(workdir, step) if averaged or not train.ema_decay else []  # evaluations are of the average
+  ema_decay = train.ema_decay if averaged else 0.0  # without averaging, training has the same last weights
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=ema_decay))
   export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, results=results)
   print(f"Wrote the weights of step {step} in {flags.FLAGS.dtype} to {folder}.")
   return 0

@@ -162,12 +162,12 @@ class Checkpointer(contextlib.AbstractContextManager):
     return None
 
   def restore_params(
-    self, abstract_params: dict, step: int | None = None, name: str = "params"
+    self, abstract_params: dict, step: int | None = None, *, averaged: bool = True
   ) -> tuple[int, dict] | None:
     """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
 
-    `name` is params, or ema for their average. Raises as `restore`, also if it is damaged (an older one is never used
-    instead) or is not one of those kept.
+    If it has averaged weights, returns these unless `averaged` is False. Raises as `restore`, also if it is damaged (an
+    older one is never used instead) or is not one of those kept.
     """
     steps = self._steps()
     if not steps:
@@ -176,6 +176,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     if step not in steps:
       raise InputError(f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     try:
+      has_average = self._read_on_all(step, (self._directory / str(step) / "ema").exists)
+      name = "ema" if averaged and has_average else "params"
       return step, self._restore_step(step, {name: abstract_params}, None)[name]
     except _Damaged as error:
       raise InputError(

@@ -99,7 +99,7 @@ def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformati
 
 def _wsd(config: OptimizerConfig, steps: int) -> optax.Schedule:
   after_warmup, peak = steps - config.warmup_steps, config.learning_rate
-  decay = config.decay_steps or after_warmup // 5
+  decay = min(config.decay_steps or after_warmup // 5, after_warmup)
   linear = optax.linear_schedule(peak, config.end_learning_rate, decay)
   return optax.join_schedules([optax.constant_schedule(peak), linear], [after_warmup - decay])
 

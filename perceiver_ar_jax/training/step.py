@@ -132,16 +132,15 @@ def make_train_step(
     metrics = {name: sums[name] / num_tokens for name in ("loss", "z_loss", "accuracy")}
     metrics |= {"num_tokens": sums["num_tokens"], "grad_norm": optax.global_norm(gradients)}
     metrics["learning_rate"] = schedule(optimizer_lib.num_updates(state.opt_state))
-    params = optax.apply_updates(state.params, updates)
-    if config.train.on_nonfinite == "skip":
-      finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-      select = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-      params, opt_state = select(params, state.params), select(opt_state, state.opt_state)
-      metrics["skipped_steps"] = state.step + 1 - optimizer_lib.num_updates(opt_state)
-    ema = state.ema
+    params, ema = optax.apply_updates(state.params, updates), state.ema
     if ema is not None:
       weight = _ema_weight(config.train.ema_decay, optimizer_lib.num_updates(opt_state))
       ema = jax.tree.map(lambda average, new: average + weight * (new - average), ema, params)
+    if config.train.on_nonfinite == "skip":
+      finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+      select = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+      params, ema, opt_state = map(select, (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+      metrics["skipped_steps"] = state.step + 1 - optimizer_lib.num_updates(opt_state)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
   return train_step
