@@ -28,6 +28,7 @@ _SEEDS = {
   "order": "0",
   "positions": "0",
   "dropout": "0",
+  "maestro": "0",
 }
 _SWEEPS = {
   "one_model": (
@@ -55,15 +56,19 @@ written by `python -m benchmarks.results`."""
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("names", nargs="*", help=", ".join([*_SEEDS, *_SWEEPS, "attention", "published"]))
+  parser.add_argument("--maestro", help="folder of MAESTRO v3; without it, the experiment maestro is left out")
   parser.add_argument("--workdir", type=pathlib.Path, default=_ROOT / "runs" / "results", help="all runs")
   arguments = parser.parse_args()
   _FOLDER.mkdir(exist_ok=True)
   names = arguments.names or [*_SEEDS, *_SWEEPS, "attention"]
+  if not arguments.maestro:
+    names = [name for name in names if name != "maestro"]
   for name in names:
     if name in _SEEDS:
+      data = [f"--config.data.data_dir={arguments.maestro}"] if name == "maestro" else []
       workdir = arguments.workdir / name
       config = f"--config=configs/ablations/{name}.py"
-      _run("experiments.ablate", config, f"--seeds={_SEEDS[name]}", f"--workdir={workdir}")
+      _run("experiments.ablate", config, f"--seeds={_SEEDS[name]}", f"--workdir={workdir}", *data)
       for ending in (".json", ".png"):
         shutil.copy(workdir / f"README{ending}", _FOLDER / f"{name}{ending}")
     elif name in _SWEEPS:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import data, step
+from benchmarks import compressors, data, step
 from tests import batches, tiny
 
 _REFUSE = """
@@ -45,6 +46,16 @@ def test_the_pipeline_is_measured_over_an_epoch(tmp_path):
   result = data.measure(config, 2)
   assert result.pop("task") == "text_files" and result["records"] < 20
   assert min(result.values()) > 0
+
+
+def test_compressors_know_the_training_split():
+  noise = random.Random(0).randbytes(100_000)
+  known, unknown = (
+    compressors.measure(noise, text) for text in (noise[40_000:60_000], random.Random(1).randbytes(20_000))
+  )
+  for name in {"xz", "zstd"} & known.keys():
+    assert known[name] < 0.1 and 7.9 < unknown[name] < 8.2, name
+  assert "xz" in known
 
 
 def test_a_step_is_measured_at_any_context():

@@ -90,7 +90,9 @@ def test_the_unit_is_interpolated_between_evaluations():
   assert [ablate._interpolate(curve, cost) for cost in (5, 10, 15, 20)] == ["-", "4.0000", "3.5000", "3.0000"]
 
 
-@pytest.mark.parametrize("name", ["context", "order", "dropout", "positions", "baselines_text", "baselines_copy"])
+@pytest.mark.parametrize(
+  "name", ["context", "order", "dropout", "positions", "baselines_text", "baselines_copy", "maestro"]
+)
 def test_every_variant_of_the_shipped_ablations_is_a_config(name):
   module = runpy.run_path(f"configs/ablations/{name}.py")
   configs = {variant: resolve(module["get_config"](variant)) for variant in module["VARIANTS"]}
