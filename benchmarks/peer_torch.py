@@ -1,7 +1,7 @@
 """Measures the training step of the package perceiver-ar-pytorch, and prints the same fields as step.py.
 
-Runs in an environment of its own, which run.py --peer creates. Sizes and optimizer are those of point_a.py. Its blocks
-differ in details (GELU, learned and rotary positions together, no z-loss), but its matrix products are the same.
+Runs in an environment of its own, which run.py --peers torch creates. Sizes and optimizer are those of point_a.py. Its
+blocks differ in details (GELU, learned and rotary positions together, no z-loss), but its matrix products are the same.
 """
 
 import argparse
@@ -19,6 +19,7 @@ def main():
   parser.add_argument("--context", type=int, required=True)
   parser.add_argument("--steps", type=int, default=7)
   parser.add_argument("--seconds", type=float, default=60.0)
+  parser.add_argument("--compile", action="store_true", help="with torch.compile")
   arguments = parser.parse_args()
   batch, latents, width, heads, layers = 2, 256, 256, 8, 4
   torch.manual_seed(0)
@@ -32,6 +33,8 @@ def main():
     max_seq_len=arguments.context,
     cross_attn_seq_len=arguments.context - latents,
   )
+  if arguments.compile:
+    model = torch.compile(model)
   optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
   tokens = torch.randint(3, 259, (batch, arguments.context))
   labels = torch.randint(3, 259, (batch, arguments.context))
@@ -50,7 +53,7 @@ def main():
   metrics = {
     "implementation": "perceiver-ar-pytorch",
     "version": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
-    "attention": "its own",
+    "attention": "torch.compile" if arguments.compile else "its own",
     "context": arguments.context,
     "seconds": statistics.median(timed),
     "all_seconds": timed,

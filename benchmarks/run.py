@@ -1,6 +1,6 @@
 """Measures training steps over contexts and attention kernels, prints a table and stores all metrics as JSON.
 
-  python -m benchmarks.run --contexts 2048 8192 32768 --attention auto reference --peer --out=results.json
+  python -m benchmarks.run --contexts 2048 8192 32768 --attention auto reference --peers torch --out=results.json
 
 Every measurement runs in a process of its own, so that its peak memory includes nothing else. The processes take turns
 for --rounds rounds, so that a temporarily slow machine affects all of them; the results are medians over the rounds.
@@ -17,8 +17,11 @@ import subprocess
 import sys
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_PEER_ENVIRONMENT = _ROOT / ".venv-peer"
-_PEER_PACKAGES = ("torch", "perceiver-ar-pytorch==0.0.10")
+_PEERS = {
+  "torch": ("torch", "perceiver-ar-pytorch==0.0.10"),
+  "official": ("jax[cpu]", "dm-haiku", "flax", "chex", "optax", "tensorflow-probability"),
+}
+"""What the environment of each peer contains; peer_<name>.py measures it."""
 _MEDIANS = ("seconds", "targets_per_second", "compile_seconds", "peak_rss_bytes")
 
 
@@ -28,15 +31,25 @@ def main():
   parser.add_argument("--contexts", type=int, nargs="+", required=True)
   parser.add_argument("--attention", nargs="+", default=["auto"])
   parser.add_argument(
-    "--peer", action="store_true", help="also measure perceiver-ar-pytorch, in an environment of its own"
+    "--peers", nargs="+", default=[], choices=_PEERS, help="also measure these, each in an environment of its own"
   )
+  parser.add_argument("--official", metavar="CHECKOUT", help="of github.com/google-research/perceiver-ar, for its peer")
+  parser.add_argument("--compile", action="store_true", help="also measure the peer torch with torch.compile")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--steps", type=int, default=7)
   parser.add_argument("--seconds", type=float, default=60.0, help="maximum time for the steps of one measurement")
   parser.add_argument("--out", required=True, help="JSON file; results are appended to its content")
   arguments, overrides = parser.parse_known_args()
-  if arguments.peer and (overrides or arguments.config != parser.get_default("config")):
-    parser.error("--peer measures its own copy of point A: leave --config and other settings as they are")
+  if arguments.peers and (overrides or arguments.config != parser.get_default("config")):
+    parser.error("--peers measure their own copy of point A: leave --config and other settings as they are")
+  if "official" in arguments.peers and not arguments.official:
+    parser.error("--peers official needs --official=CHECKOUT, the folder of the cloned release")
+  peers = [[str(_python(name)), f"benchmarks/peer_{name}.py"] for name in arguments.peers]
+  for peer in peers[:]:
+    if "official" in peer[1]:
+      peer.append(f"--path={arguments.official}")
+    elif arguments.compile:
+      peers.append([*peer, "--compile"])
   limits = [f"--steps={arguments.steps}", f"--seconds={arguments.seconds}"]
   commands = []
   for context in arguments.contexts:
@@ -51,8 +64,7 @@ def main():
         ]
         + [f"--context={context}", *limits, *overrides]
       )
-    if arguments.peer:
-      commands.append([str(_peer_python()), "benchmarks/peer_torch.py", f"--context={context}", *limits])
+    commands += [[*peer, f"--context={context}", *limits] for peer in peers]
   out = pathlib.Path(arguments.out)
   stored = json.loads(out.read_text()) if out.exists() else []
   rows = [[] for _ in commands]
@@ -88,13 +100,14 @@ def _line(row: dict) -> str:
   )
 
 
-def _peer_python() -> pathlib.Path:
-  python = _PEER_ENVIRONMENT / "bin" / "python"
-  if not python.exists():
-    print(f"Installing {' and '.join(_PEER_PACKAGES)} into {_PEER_ENVIRONMENT}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(_PEER_ENVIRONMENT)], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *_PEER_PACKAGES], check=True)
-  return python
+def _python(peer: str) -> pathlib.Path:
+  """Returns the interpreter of a peer's environment, which is created the first time."""
+  folder = _ROOT / f".venv-{peer}"
+  if not folder.exists():
+    print(f"Installing {', '.join(_PEERS[peer])} into {folder}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *_PEERS[peer]], check=True)
+  return folder / "bin" / "python"
 
 
 if __name__ == "__main__":
