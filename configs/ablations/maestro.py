@@ -3,7 +3,7 @@
 Paper (section 5.4): on MAESTRO, 1,024 latents of 4,096 events have 1.82 (v1) and 1.90 (v3) nats per event on the
 validation split, where a Music Transformer with 2,048 events had 1.84 on v1.
 
-Here: configs/maestro_v3_small.py for 300 steps of 2,048 targets, scored on the first 65,536 events of the validation
+Here: configs/maestro_v3_small.py for 200 steps of 2,048 targets, scored on the first 65,536 events of the validation
 split in windows that advance by 256 events, so that a short context is never empty. Needs your copy of MAESTRO v3:
 --config.data.data_dir=FOLDER
 """
@@ -22,8 +22,8 @@ VARIANTS = {
 
 def get_config(variant="perceiver-ar"):
   config = maestro_v3_small.get_config()
-  config.train.update(steps=300, checkpoint_every=150)
-  config.train.optimizer.update(warmup_steps=50, decay_steps=150)
+  config.train.update(steps=200, checkpoint_every=100)
+  config.train.optimizer.update(warmup_steps=50, decay_steps=100)
   config.eval.update(stride=256)
   if variant == "context-1024":
     config.model.max_context = 1024
@@ -34,7 +34,7 @@ def get_config(variant="perceiver-ar"):
   elif variant == "no-taps":
     config.model.conv_taps = 0
   if variant == "transformer-longer":
-    config.train.steps = 450
-    config.train.optimizer.decay_steps = 225
+    config.train.steps = 300
+    config.train.optimizer.decay_steps = 150
   config.eval.every = config.train.steps
   return config
