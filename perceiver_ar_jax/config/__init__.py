@@ -20,8 +20,8 @@ from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, S
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"), ("mesh", "cpu_devices"))
-"""Ignored in the config.json of older runs, which they did not affect."""
+_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"), ("mesh", "cpu_devices"), ("data", "cache_dir"))
+"""Ignored in the config.json of older runs."""
 _IMPLICIT_DATA = {"split_rule": "name"}
 """Data settings of a config.json that lacks them, where these are not the defaults."""
 

@@ -5,7 +5,7 @@ import os
 
 from perceiver_ar_jax.config.checks import require, require_at_least, require_choice
 
-DATA_PATHS = ("data_dir", "cache_dir", "files", "validation_files", "sentencepiece")
+DATA_PATHS = ("data_dir", "files", "validation_files", "sentencepiece")
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
 
 
@@ -17,8 +17,6 @@ class DataConfig:
   """A task or mixture: perceiver_ar_jax/data/tasks.py lists them; "pg19:3+text_files:1" mixes two by weight."""
   data_dir: str | None = None
   """Folder of prepared TFDS datasets (None: TFDS's own default), or of the unpacked release that the task reads."""
-  cache_dir: str | None = None
-  """Folder that launch/cache_tasks.sh filled: its events are read instead of being computed from the dataset."""
   files: str | None = None
   """Your own files, for text_files, midi_files, image_files, audio_codes, video_codes: a folder, or a glob with **."""
   validation_files: str | None = None

@@ -36,7 +36,7 @@ _RESUMABLE = tuple(
   " train.optimizer.learning_rate train.init_from train.profile_at train.steps train.tracker"
   # Paths of the data, which the pipeline compares with the data before, and of the SentencePiece model, whose
   # fingerprint is compared instead.
-  " data.cache_dir data.data_dir data.files data.sentencepiece data.validation_files".split()
+  " data.data_dir data.files data.sentencepiece data.validation_files".split()
 )
 """Beginnings of the settings that may change when a run resumes; any other change would make it another experiment."""
 _SAME_WEIGHTS = tuple(
