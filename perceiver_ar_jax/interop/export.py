@@ -6,7 +6,7 @@ With train.ema_decay, the averaged weights are exported; --noema exports the las
 model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate, kernels [in, out];
 its metadata have the step), config.json (all settings of the run, or the model's alone), the SentencePiece model if the
 run has one, and a model card. It appears as a whole or not at all; on an object store, model.safetensors is written
-last. training/pretrained.py reads the folder, and interop/torch/perceiver_ar_torch.py computes the model in PyTorch.
+last. training/pretrained.py reads the folder, and examples/perceiver_ar_torch.py computes the model in PyTorch.
 """
 
 import contextlib
@@ -169,7 +169,7 @@ def _card(
         f" {result['accuracy']:.4f} | {result['num_tokens']:,} |"
       )
     lines.append("")
-  lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of perceiver_ar_jax/interop/torch:", ""]
+  lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of the examples of perceiver_ar_jax:", ""]
   lines += ['    model = perceiver_ar_torch.load("FOLDER")', "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)"]
   lines += ["", "In JAX:", ""]
   if config:
