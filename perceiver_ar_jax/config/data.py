@@ -6,6 +6,8 @@ import os
 from perceiver_ar_jax.config.checks import require, require_at_least, require_choice
 
 DATA_PATHS = ("data_dir", "files", "validation_files", "sentencepiece")
+HELD_OUT_BY_NAME = "(files held out by a hash of their names)"
+"""`validation_files` of older runs, which cannot be found any more."""
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
 
 
@@ -23,8 +25,6 @@ class DataConfig:
   """The files held out for validation, likewise; None: `validation_fraction` of them."""
   validation_fraction: float = 0.05
   """Fraction of the files held out, at least one of them; or of each text, with split_by=position."""
-  split_rule: str = "path"
-  """Files to hold out are chosen by a hash of their paths below `files` (path) or, in older runs, names (name)."""
   split_by: str = "file"
   """text_files: hold out whole files (file), or the last part of each (position)."""
   sentencepiece: str | None = None
@@ -69,6 +69,5 @@ class DataConfig:
     require(0 <= self.max_transposition < 128, f"data.max_transposition={self.max_transposition} must be in 0..127.")
     require(0 <= self.max_stretch < 1, f"data.max_stretch={self.max_stretch} must be in [0, 1).")
     require_choice("data.split_by", self.split_by, ("file", "position"))
-    require_choice("data.split_rule", self.split_rule, ("path", "name"))
     require_choice("data.image_order", self.image_order, IMAGE_ORDERS)
     require_choice("data.code_layout", self.code_layout, ("frames_levels", "levels_frames"))

@@ -47,7 +47,7 @@ _SAME_WEIGHTS = tuple(
 """Beginnings of the settings under other values of which trained weights keep their meaning."""
 _SAME_INITIAL_WEIGHTS = (*_SAME_WEIGHTS, "model.max_context", "model.zero_init")
 """Likewise for weights that training starts from; the longest wavelength, which depends on max_context, is compared."""
-_DATA = tuple(f"data.{name}" for name in "task files split_by split_rule validation_files validation_fraction".split())
+_DATA = tuple(f"data.{name}" for name in "task files split_by validation_files validation_fraction".split())
 """Settings that choose the data."""
 _FINGERPRINT = "data.sentencepiece_fingerprint"
 """Compared whatever else may change: it decides what token ids mean."""
