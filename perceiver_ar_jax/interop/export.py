@@ -137,16 +137,14 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
   """The arrays of model.safetensors by name; raises InputError unless `params` are those of `model`."""
   leaves = traverse_util.flatten_dict(nn.meta.unbox(params), sep="/")
   expected = pretrained.parameters(model)
-  if differing := leaves.keys() ^ {each.path for each in expected}:
-    raise InputError(f"The parameters are not those of the model: {', '.join(sorted(differing)[:3])} differ.")
+  shapes = {each.path: (len(each.names), *each.shape) if each.is_stacked else each.shape for each in expected}
+  if differing := shapes.items() ^ {path: np.shape(leaf) for path, leaf in leaves.items()}.items():
+    shown = ", ".join(f"{path} {shape}" for path, shape in sorted(differing)[:4])
+    raise InputError(f"The parameters are not those of the model: {shown} differ.")
   arrays: dict[str, np.ndarray] = {}
   for each in expected:
-    value = np.asarray(jax.device_get(leaves[each.path]))
-    shape = (len(each.names), *each.shape) if each.is_stacked else each.shape
-    if value.shape != shape:
-      raise InputError(f"The parameter {each.path} has shape {value.shape}, and the model's has {shape}.")
-    value = value.astype(dtype, copy=False)
-    arrays |= zip(each.names, np.ascontiguousarray(value) if each.is_stacked else [np.ascontiguousarray(value)])
+    value = np.ascontiguousarray(jax.device_get(leaves[each.path])).astype(dtype, copy=False)
+    arrays |= zip(each.names, value if each.is_stacked else [value])
   return arrays
 
 
