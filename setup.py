@@ -46,7 +46,7 @@ setuptools.setup(
     "cuda13": ["jax[cuda13]>=0.10,<0.13"],
     # The TPU's compiler, for --mode=plan on machines without a TPU; jax[tpu] brings it too.
     "plan": ["libtpu>=0.0.42,<0.1"],
-    # For interop/torch, whose tests are skipped without it.
+    # For examples/perceiver_ar_torch.py, whose tests are skipped without it.
     "torch": ["torch>=2.4,<3"],
     # For examples/server.py.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],

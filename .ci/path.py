@@ -18,7 +18,7 @@ TABLES = {
   "optimizer": ("muon", ()),
   "schedule": ("cosine", ()),
   "kernel": ("splash", ()),
-  "position encoding": ("fourier", ("interop/haiku.py", "interop/torch/perceiver_ar_torch.py")),  # other code bases
+  "position encoding": ("fourier", ("interop/haiku.py",)),  # of another code base
   "unit": ("bits_per_byte", ("data/tasks.py",)),  # tasks choose units, as configs choose the others
   "task": ("copy", ()),
 }

@@ -7,9 +7,8 @@ Published: word perplexity 45.9 on the validation and 28.9 on the test split, at
 Not published: the rate of cross-attention dropout (only a range, 0.875 to 0.97), the schedule, and the width of the
   cross-attention; the values here are our choice.
 Cost: 974M parameters; days on a pod of accelerators.
-Data: the TFDS builder pg19, prepared in --config.data.data_dir, and a SentencePiece model trained on it (docs/data.md);
-  launch/cache_tasks.sh stores the encoded text. To read bytes: --config.data.sentencepiece=None
-  --config.model.vocab_size=259.
+Data: the TFDS builder pg19, prepared in --config.data.data_dir, and a SentencePiece model trained on it (docs/data.md).
+  To read bytes: --config.data.sentencepiece=None --config.model.vocab_size=259.
 """
 
 from perceiver_ar_jax import config as config_lib

@@ -110,11 +110,10 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
       if not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
         raise config_lib.InputError(f"--config.{name}={value} does not exist: give an existing file or folder.")
   try:
-    config = config_lib.resolve(_CONFIG.value)
+    return config_lib.resolve(_CONFIG.value)
   except _UNLOADABLE as error:  # raised when the config is first read
     problem = f"The file given as --config cannot be loaded: {error}."
     raise config_lib.InputError(f"{problem} Run from the folder that contains configs/.") from error
-  return config_from_run.keep_split_rule(config, WORKDIR.value) if WORKDIR.value else config
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -7,7 +7,6 @@ TOPOLOGY RESULT.json < config.json`: libtpu would affect all else that JAX does 
 
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import re
@@ -27,7 +26,7 @@ from perceiver_ar_jax.parallel.chips import Topology, parse_topology
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import step as step_lib
-from perceiver_ar_jax.training.memory import LESS_MEMORY, format_bytes
+from perceiver_ar_jax.training.memory import LESS_MEMORY, bytes_beside_arguments, format_bytes
 
 
 def plan(config: Config, workdir: str | os.PathLike) -> int:
@@ -85,20 +84,15 @@ def compile_plan(config: Config, topology: Topology) -> dict:
 
 def assemble(config: Config, topology: Topology, measured: dict) -> dict:
   """Returns the content of plan.json, given the result of `measure`."""
-  peak_bytes = sum(measured[f"{name}_bytes"] for name in ("argument", "temp", "output", "code"))
   step_flops = architectures.train_flops(config)
   return {
     "task": config.data.task,
     "topology": str(topology),
     "num_devices": topology.num_chips,
-    **measured,
-    "batch_size": config.train.batch_size,
     "microbatches": config.train.microbatches,
-    "remat": config.model.remat,
-    "attention": config.model.attention,
-    "peak_bytes": peak_bytes,
+    **measured,
     "hbm_bytes": topology.chip.hbm_bytes,
-    "fits": "refused" not in measured and peak_bytes <= topology.chip.hbm_bytes,
+    "fits": "refused" not in measured and measured["peak_bytes"] <= topology.chip.hbm_bytes,
     "step_flops": step_flops,
     "compute_bound_seconds": step_flops / (topology.num_chips * topology.chip.peak_flops),
   }
@@ -108,12 +102,11 @@ def describe(plan: dict) -> str:
   """Returns the report that is printed."""
   mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
   size = {name: format_bytes(value) for name, value in plan.items() if name.endswith("_bytes")}
-  parts = ", ".join(f"{name} {size[f'{name}_bytes']}" for name in ("weight", "optimizer", "temp", "code"))
   return (
     f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {mesh}\n"
-    f"  {plan['num_params'] / 1e6:,.1f}M parameters, batch {plan['batch_size']:,}, microbatches {plan['microbatches']},"
-    f" remat {plan['remat']}, attention {plan['attention']}\n"
-    f"  {'fits' if plan['fits'] else 'DOES NOT FIT'}: {size['peak_bytes']} of {size['hbm_bytes']} per chip ({parts})\n"
+    f"  {plan['num_params'] / 1e6:,.1f}M parameters, microbatches {plan['microbatches']}\n"
+    f"  {'fits' if plan['fits'] else 'DOES NOT FIT'}: {size['peak_bytes']} of {size['hbm_bytes']} per chip (state and"
+    f" batch {size['argument_bytes']}, temporary {size['temp_bytes']})\n"
     f"  {plan['step_flops']:.3g} FLOPs per step; compute-bound lower limit (FLOPs over peak):"
     f" {plan['compute_bound_seconds']:.3g} seconds per step; compiled in {plan['compile_seconds']:.0f} s"
   )
@@ -138,32 +131,26 @@ def measure(config: Config, topology: Topology) -> dict:
   state = step_lib.abstract_state(config, optimizer, mesh)
   model = config.model
   dims = (len(model.position_sizes) or 1) if model.positions_from_data else 0
-  row = windows.empty_batch(1, context=model.max_context, latents=model.num_latents, position_dims=dims)
-  rows = config.train.batch_size
-  batch = {name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for name, array in row.items()}
-  result = {
-    "mesh": dict(mesh.shape),
-    "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
-    "weight_bytes": sharding.bytes_per_device(state.params),
-    "optimizer_bytes": sharding.bytes_per_device((state.opt_state, state.ema)),
-  }
+  sizes = {"context": model.max_context, "latents": model.num_latents, "position_dims": dims}
+  batch = jax.eval_shape(lambda: windows.empty_batch(config.train.batch_size, **sizes))
+  result = {"mesh": dict(mesh.shape), "num_params": architectures.num_params(model)}
   start = time.monotonic()
   with jax.set_mesh(mesh):
     lowered = step_lib.lower(config, optimizer, state, batch, mesh)
     try:
-      memory = lowered.compile().memory_analysis()
-      result |= {"argument_bytes": memory.argument_size_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
-      result["output_bytes"] = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-      result["code_bytes"] = memory.generated_code_size_in_bytes
+      compiled = lowered.compile()
+      memory = compiled.memory_analysis()
+      argument_bytes, temp_bytes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+      peak_bytes = argument_bytes + bytes_beside_arguments(compiled) + memory.generated_code_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      refused = str(error).split("\n")[0]
+      result["refused"] = refused = str(error).split("\n")[0]
       match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", refused)  # "... temporaries (41.23G) exceeds ..."
       temp_bytes = int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))) if match else 0
-      argument_bytes = result["weight_bytes"] + result["optimizer_bytes"]
-      result |= {"argument_bytes": argument_bytes, "temp_bytes": temp_bytes, "output_bytes": 0, "code_bytes": 0}
-      result["refused"] = refused
+      argument_bytes = sharding.bytes_per_device(state)
+      peak_bytes = argument_bytes + temp_bytes
+  result |= {"argument_bytes": argument_bytes, "temp_bytes": temp_bytes, "peak_bytes": peak_bytes}
   return result | {"compile_seconds": round(time.monotonic() - start, 1)}
 
 

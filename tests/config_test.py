@@ -11,11 +11,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from etils import epath
 
-from perceiver_ar_jax import PerceiverAR, command_line
+from perceiver_ar_jax import PerceiverAR
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError, config_from_run
 from perceiver_ar_jax.data import tasks
@@ -53,6 +51,7 @@ def test_config_json_of_an_older_version_may_contain_removed_settings():
   config = tiny.config()
   old = json.loads(config.to_json())
   old["plan"] |= {"search": False, "max_compiles": 8}
+  old["data"] |= {"cache_dir": "/removed"}
   assert config_lib.Config.from_json(json.dumps(old)) == config
 
 
@@ -154,12 +153,3 @@ with _without_start_up_lines():
   result = tiny.python("-c", program)
   assert result.returncode == -signal.SIGABRT
   assert result.stderr == "Shown\nF0000 00:00:1.2 1 a.cc:1] Last words\n"
-
-
-def test_the_command_line_keeps_the_split_rule_of_the_run(tmp_path):
-  older = tiny.config().to_json().replace('    "split_rule": "path",\n', "")
-  (tmp_path / "config.json").write_text(older)
-  with flagsaver.flagsaver():
-    for workdir_of_run, rule in ((tmp_path, "name"), (tmp_path / "new", "path")):
-      flags.FLAGS(["main", f"--config={CONFIG_FOLDER}/copy.py", f"--workdir={workdir_of_run}"])
-      assert command_line._resolve(["main"], ("workdir",)).data.split_rule == rule

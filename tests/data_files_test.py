@@ -1,6 +1,6 @@
 """The user's own files: which are listed, which are skipped and why, and which are held out."""
 
-import dataclasses
+import json
 import os
 import pathlib
 import socket
@@ -8,11 +8,10 @@ import socket
 import numpy as np
 import pytest
 
-from perceiver_ar_jax.config import Config, DataConfig, InputError, config_from_run
+from perceiver_ar_jax.config import Config, DataConfig, InputError
 from perceiver_ar_jax.data import files, splits, tasks, texts, warn_once
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
-from perceiver_ar_jax.training import workdir as workdir_lib
 from tests import batches, tiny
 from tests.batches import write
 
@@ -190,36 +189,27 @@ def test_files_of_one_name_are_split_by_their_paths(tmp_path, capsys):
   assert line == f"Held out for validation: {len(held_out(tmp_path))} of 400 files (data.validation_fraction=0.05)."
 
 
-def test_the_rule_of_older_runs_hashes_names(tmp_path):
-  write(tmp_path, {f"{name}.txt": b"x" for name in "abcdefghij"} | {"deep/d.txt": b"x"})
-  # Held out by versions that had no other rule: crc32 of the name below 0.2 * 2**32.
-  assert held_out(tmp_path, split_rule="name", validation_fraction=0.2) == ["d.txt", "deep/d.txt"]
+def test_older_runs_whose_files_were_held_out_by_name_ask_for_them(tmp_path):
+  folder = write(tmp_path / "files", {f"{name}.txt": b"x" for name in "abcd"})
+  saved = json.loads(tiny.config(data__task="text_files", data__files=str(folder)).to_json())
+  assert Config.from_json(json.dumps(saved)).data.validation_files is None
+  explicit = saved | {"data": saved["data"] | {"split_rule": "path"}}
+  assert Config.from_json(json.dumps(explicit)).data.validation_files is None
+  implicit = {name: value for name, value in saved["data"].items() if name != "sentencepiece_fingerprint"}  # of 0.1.0
+  for data in (implicit, saved["data"] | {"split_rule": "name"}):
+    older = Config.from_json(json.dumps(saved | {"data": data}))
+    assert Config.from_json(older.to_json()) == older
+    for split in ("train", "validation"):
+      with pytest.raises(InputError, match="held out files by a hash of their names.*--config.data.validation_files="):
+        files.split_files(older.data, split, (".txt",))
+    named = Config.from_json(json.dumps(saved | {"data": data | {"validation_files": f"{folder}/c.txt"}}))
+    assert files.split_files(named.data, "validation", (".txt",)) == [f"{folder}/c.txt"]
+    data = {name: value for name, value in data.items() if name != "files"}
+    assert Config.from_json(json.dumps(saved | {"data": data})).data.validation_files is None
 
 
-def test_a_config_without_a_rule_keeps_that_of_older_runs():
-  config = tiny.config()
-  assert config.data.split_rule == "path"
-  assert Config.from_json(config.to_json()) == config
-  older = config.to_json().replace('    "split_rule": "path",\n', "")
-  assert Config.from_json(older).data.split_rule == "name"
-
-
-def test_a_run_keeps_the_rule_it_was_begun_with(tmp_path, capsys):
-  config = tiny.config()
-  assert config_from_run.keep_split_rule(config, tmp_path) == config, "there is no run yet"
-  (tmp_path / "config.json").write_text(config.to_json().replace('    "split_rule": "path",\n', ""))
-  kept = config_from_run.keep_split_rule(config, tmp_path)
-  assert kept == dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule="name"))
-  assert "data.split_rule=name, and keeps it" in capsys.readouterr().err
-  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-  with workdir_lib.own(kept, tmp_path):
-    pass
-  assert config_from_run.load_config(tmp_path).data.split_rule == "name"
-
-
-@pytest.mark.parametrize("split_rule", ["path", "name"])
-def test_files_that_join_later_move_no_other(split_rule, tmp_path):
-  settings = {"validation_fraction": 0.3, "split_rule": split_rule}
+def test_files_that_join_later_move_no_other(tmp_path):
+  settings = {"validation_fraction": 0.3}
   write(tmp_path, {f"{number}.txt": b"old" for number in range(60)})
   train, validation = (split_names(tmp_path, split, **settings) for split in ("train", "validation"))
   assert 8 <= len(validation) <= 28 and len(train) + len(validation) == 60 and not set(train) & set(validation)

@@ -40,6 +40,15 @@ def test_a_frame_is_its_keys_in_order_and_an_end():
   assert document.counts() == {"frames": 2}
 
 
+def test_the_head_of_a_roll_has_the_frames_that_end_in_it():
+  document = rolls.document(_roll(20, density=0.3))
+  events = document.read(0, len(document))
+  for num_scored in (1, 20, 200):
+    head = document.head(num_scored)
+    first, *later = np.flatnonzero(events[: len(head)] == END)
+    assert head.num_scored == num_scored == len(head) - 1 - first and head.counts() == {"frames": len(later)}
+
+
 def test_decoded_notes_are_the_roll():
   roll = _roll(50, density=0.3)
   document = rolls.document(roll)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, tasks, texts
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, splits, tasks, texts
 from perceiver_ar_jax.data.texts import SubwordDocument, SubwordTokenizer, Text
 from tests import tiny
 from tests.texts import LONG_TEXT, CountingText, parts, prefixes, stretches, words
@@ -138,6 +138,14 @@ def test_the_head_of_a_document_has_whole_words_and_their_counts(num_scored, sub
     assert head.num_scored >= 0.9 * num_scored - 30, "more words would fit"
     assert text.num_read < 30 * (num_scored + 10), "more than the head was read"
     assert num_scored < 100 or LONG_TEXT[len(shown)].isspace()
+
+
+def test_a_bound_below_the_first_character_is_explained(subwords):
+  document = SubwordDocument(Text("€uro".encode()), subwords.tokens)  # three tokens, one for each byte
+  with pytest.raises(InputError, match="eval.max_tokens=2 is less than the subword tokens of one character"):
+    next(splits._bounded([document], 2))
+  (head,) = splits._bounded([document], 3)
+  assert subwords.tokens.decode(head.read(0, len(head))) == "€"
 
 
 def test_a_crop_fills_its_length_and_ends_with_a_word(subwords):

@@ -263,20 +263,13 @@ def test_a_bound_in_tokens_counts_scored_events_alone():
   assert (result["num_tokens"], result["num_documents"]) == (20, 2)  # 16 of each copy are scored
 
 
-def test_parts_of_documents_with_unknown_counts_are_not_scored():
+def test_the_head_of_a_document_counts_scored_events():
   events = np.arange(3, 13, dtype=np.int32)
-  whole = Document(events, counts={"words": 2, "bytes": 9})
-  assert whole.head(9) is whole and whole.head(8) is None
+  whole = Document(events)
+  assert whole.head(9) is whole and len(whole.head(8)) == 9
   masked = Document(events, scored=np.arange(10) % 2 == 0)  # events 2, 4, 6 and 8
   head = masked.head(3)
   assert (len(head), head.num_scored, head.read(5, 7).tolist()) == (7, 3, [8, 9]) and masked.head(4) is masked
-
-
-def test_a_bound_below_the_first_document_is_explained():
-  stored = Document(np.arange(3, 13, dtype=np.int32), counts={"words": 2, "bytes": 9})
-  with pytest.raises(InputError, match="eval.max_tokens=3 ends within the first document"):
-    next(splits._bounded([stored], 3))
-  assert list(splits._bounded([stored, stored], 12)) == [stored]
 
 
 def test_progress_has_a_total(tmp_path, capfd, monkeypatch):

@@ -94,42 +94,12 @@ def test_a_checkpoint_file_is_read_and_nothing_in_it_is_run(protocol, tmp_path):
     np.testing.assert_array_equal(np.asarray(params["a/b"][name], np.float32), np.asarray(value, np.float32))
 
 
-class ForgedArray:
-  """An array of object pointers whose addresses are the file's bytes, if NumPy's own constructor made it."""
-
-  def __reduce__(self):
-    return np.ndarray, ((2,), np.dtype("O"), b"0123456789abcdef")
-
-
-@pytest.mark.parametrize(
-  ("content", "words"),
-  [
-    (b"not a pickle", "is not an official checkpoint.dill"),
-    (b"", "is not an official checkpoint.dill"),
-    (pickle.dumps({"params": 3}), "a int at the wrong place"),
-    (pickle.dumps({"params": {"a": {"b": ForgedArray()}}}), "a NoneType at the wrong place"),
-    (pickle.dumps({"params": {"a": {"b": np.array([{}])}}}), "arrays of type 'O8' are not numbers"),
-    (pickle.dumps({"params": {"a": {"b": np.ones(1)}}, "global_step": "x"}), "a str at the wrong place"),
-  ],
-)
-def test_other_files_are_refused(content, words, tmp_path):
-  (tmp_path / "file").write_bytes(content)
-  with pytest.raises(InputError, match=words):
-    haiku.load(str(tmp_path / "file"))
-
-
 def _string(text: bytes) -> bytes:
   return b"X" + len(text).to_bytes(4, "little") + text
 
 
-def _nested(innermost: bytes, depth: int) -> bytes:
-  """A tuple of twice the same tuple of twice the same ..., `depth` times: 2^depth visits without a memo."""
-  return innermost + b"".join(b"q%ch%c\x86" % (index, index) for index in range(depth))
-
-
 FROM_BYTES, DTYPE = b"cnumpy\n_frombuffer\n", b"cnumpy\ndtype\n" + _string(b"f4") + b"\x85R"
 ARRAY = FROM_BYTES + b"(C\x04abcd" + DTYPE + b"K\x01\x85" + _string(b"C") + b"tR"
-DEEP = _nested(b")", 60)
 
 
 def _load(folder: pathlib.Path, program: bytes = b"N", parameter: bytes = ARRAY) -> np.ndarray:
@@ -139,83 +109,75 @@ def _load(folder: pathlib.Path, program: bytes = b"N", parameter: bytes = ARRAY)
   return haiku.load(str(folder / "file"))[0]["module"]["name"]
 
 
+@pytest.mark.parametrize("module", [b"os", b"posix", b"builtins", b"numpy", b"perceiver_ar_jax.interop.haiku"])
+@pytest.mark.parametrize("name", [b"system", b"eval", b"ndarray", b"load", b"_Unpickler", b"__builtins__.eval"])
+def test_no_name_is_looked_up(module, name, tmp_path):
+  harm = _string(f"touch {tmp_path}/harm".encode())
+  calls = {
+    "GLOBAL, REDUCE": b"c%b\n%b\n%b\x85R" % (module, name, harm),
+    "STACK_GLOBAL, NEWOBJ": _string(module) + _string(name) + b"\x93" + harm + b"\x85\x81",
+    "NEWOBJ_EX": b"c%b\n%b\n%b\x85}\x92" % (module, name, harm),
+    "INST": b"(%bi%b\n%b\n" % (harm, module, name),
+    "OBJ": b"(c%b\n%b\n%bo" % (module, name, harm),
+  }
+  for call in calls.values():
+    assert _load(tmp_path, call) == np.frombuffer(b"abcd", np.float32)
+  assert not (tmp_path / "harm").exists()
+
+
+ATTRIBUTES = b"}" + b"".join(_string(name) + b"N" + b"s" for name in (b"find_class", b"_create", b"__new__"))
+TARGETS = (FROM_BYTES, b"cnumpy\n_reconstruct\n", b"cx\nFlatMapping\n", b"cx\ny\n", b"}", b"]", b"K\x01")
+
+
+@pytest.mark.parametrize("state", [ATTRIBUTES, b"N" + ATTRIBUTES + b"\x86"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_attribute_of_a_class_or_value_can_be_set(target, state, tmp_path):
+  with pytest.raises(InputError, match="is damaged"):
+    _load(tmp_path, target + state + b"b")
+  assert _load(tmp_path) == np.frombuffer(b"abcd", np.float32)
+
+
+class ForgedArray:
+  """An array of object pointers whose addresses are the file's bytes, if NumPy's own constructor made it."""
+
+  def __init__(self, build):
+    self._build = build
+
+  def __reduce__(self):
+    arguments = ((2,), np.dtype("O"), b"0123456789abcdef")
+    if self._build == "ndarray":
+      return np.ndarray, arguments
+    reconstruct = np.zeros(1).__reduce__()[0]
+    return reconstruct, (np.ndarray, (0,), b"b"), (1, (2,), np.dtype("O"), False, arguments[2])
+
+
 @pytest.mark.parametrize(
-  "program",
+  "content",
   [
-    _nested(b"]", 40),
-    b"]q\0h\0a",  # a list that contains itself
-    b"}" + DEEP + b"Ns",  # the key of a dictionary
-    b"}(" + DEEP + b"N" + _string(b"a") + b"K\x01u",
-    b"\x8f(" + DEEP + b"\x90",  # a set
-    b"(" + DEEP + b"\x91",  # a frozenset
-    b"cnumpy\ndtype\n" + DEEP + b"\x85R",
-    DTYPE + b"K\x03" + DEEP + b"\x86b",  # the byte order of a type
-    b"cbuiltins\neval\n" + _string(b"1+1") + b"\x85R",
-    b"cbuiltins\neval\n" + DEEP + b"}\x92",
+    b"not a pickle",
+    b"",
+    pickle.dumps(3),
+    pickle.dumps({"params": 3}),
+    pickle.dumps({"params": {"a": {"b": 3}}}),
+    pickle.dumps({"params": {"a": {3: np.ones(1)}}}),
+    pickle.dumps({"params": {"a": {"b": ForgedArray("ndarray")}}}),
+    pickle.dumps({"params": {"a": {"b": ForgedArray("reconstruct")}}}),
+    pickle.dumps({"params": {"a": {"b": np.array([{}])}}}),
+    pickle.dumps({"params": {"a": {"b": np.ones(1)}}, "global_step": "x"}),
+    pickle.dumps({"params": {"a": {"b": np.ones(100)}}})[:-200],
+    b"P1\n.",
   ],
 )
-def test_nothing_nested_is_hashed_or_visited_and_no_name_is_looked_up(program, tmp_path):
-  assert _load(tmp_path, program) == np.frombuffer(b"abcd", np.float32)
-
-
-ATTRIBUTES = b"}" + _string(b"a") + b"K\x01s"
-TARGETS = (FROM_BYTES, b"cnumpy\n_reconstruct\n", b"cx\nFlatMapping\n", b"}", b"]", b"K\x01")
-
-
-@pytest.mark.parametrize(
-  ("program", "words"),
-  [
-    *(
-      (target + state + b"b", "sets the state of a")
-      for target in TARGETS
-      for state in (ATTRIBUTES, b"N" + ATTRIBUTES + b"\x86")
-    ),
-    (b"cnumpy\nscalar\ncnumpy\ndtype\n" + DEEP + b"\x85RC\x04abcd\x86R", "arrays of type '' are not numbers"),
-    (DEEP + b"Nb", "sets the state of a tuple"),
-    (DEEP + _string(b"a") + b"\x93", "requires str"),  # the module of a name
-    (b"(" + DEEP + b"Nd", "KeyError"),
-    (b"\x96" + (2**40).to_bytes(8, "little"), "EOFError"),  # the length of a bytearray
-    (b"]NNs", "list indices"),
-    (b"K\x01Na", "no attribute 'append'"),
-    (b"P1\n", "persistent"),
-    (b"R", "pop from empty list"),
-  ],
-)
-def test_other_programs_are_refused(program, words, tmp_path):
-  with pytest.raises(InputError, match=words):
-    _load(tmp_path, program)
+def test_other_files_and_damaged_ones_are_refused(content, tmp_path):
+  (tmp_path / "file").write_bytes(content)
+  with pytest.raises(InputError, match=r"is not an official checkpoint.dill, or is damaged \(\w+: "):
+    haiku.load(str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("name", [b"cnumpy\n_frombuffer\n", b"cbuiltins\neval\n", b"cx\nbfloat16\n"])
 def test_a_name_is_not_a_parameter(name, tmp_path):
-  with pytest.raises(InputError, match="at the wrong place"):
+  with pytest.raises(InputError, match="instead of ndarray"):
     _load(tmp_path, parameter=name)
-
-
-class View:
-  """Pickled as an array that is a view of the same bytes as others."""
-
-  shared = bytes(4000)
-
-  def __reduce__(self):
-    return np.frombuffer(b"", np.uint8).__reduce_ex__(5)[0], (self.shared, np.dtype(np.float32), (1000,), "C")
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_arrays_take_no_more_bytes_than_the_file(count, tmp_path):
-  file = _write(tmp_path / "file", params={"a": {str(index): View() for index in range(count)}})
-  if count == 1:
-    np.testing.assert_array_equal(haiku.load(str(file))[0]["a"]["0"], np.zeros(1000, np.float32))
-  else:
-    with pytest.raises(InputError, match="larger than the file"):
-      haiku.load(str(file))
-
-
-def test_a_small_file_cannot_name_many_parameters(tmp_path):
-  shared = {str(index): np.ones(1, np.float32) for index in range(1000)}
-  file = _write(tmp_path / "file", params={str(index): shared for index in range(1000)})
-  with pytest.raises(InputError, match="more than 100,000 parameters"):
-    haiku.load(str(file))
 
 
 def test_a_missing_file_is_named():

@@ -1,6 +1,7 @@
 """perceiver_ar_torch.py computes the logits of the JAX model for every option; its cache changes no token."""
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import re
@@ -18,7 +19,9 @@ from tests import tiny
 
 torch = pytest.importorskip("torch")
 
-from perceiver_ar_jax.interop.torch import perceiver_ar_torch  # noqa: E402
+_SPEC = importlib.util.spec_from_file_location("perceiver_ar_torch", tiny.ROOT / "examples" / "perceiver_ar_torch.py")
+perceiver_ar_torch = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(perceiver_ar_torch)
 
 torch.set_num_threads(1)  # more threads only wait for each other in models of this size
 

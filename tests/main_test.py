@@ -138,7 +138,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
   config, workdir = _config(monkeypatch, "--workdir=~/run")
   assert workdir == str(tmp_path / "run") and config.train.steps == 77
   (tmp_path / "copy.py").write_text("from configs.copy import get_config")
-  names = ("data_dir", "cache_dir", "files", "validation_files", "sentencepiece")
+  names = ("data_dir", "files", "validation_files", "sentencepiece")
   arguments = ["--config", "~/copy.py", "--workdir", "~/new", *(f"--config.data.{name}=~/run" for name in names)]
   config, workdir = _config(monkeypatch, *arguments)
   assert workdir == str(tmp_path / "new") and not (tmp_path / "new").exists()

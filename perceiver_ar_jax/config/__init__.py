@@ -15,15 +15,13 @@ from typing import Any
 from ml_collections import config_dict
 
 from perceiver_ar_jax.config.checks import InputError, TransientError, lookup, nearest, reading, require, writing
-from perceiver_ar_jax.config.data import DATA_PATHS, IMAGE_ORDERS, DataConfig
+from perceiver_ar_jax.config.data import DATA_PATHS, HELD_OUT_BY_NAME, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"), ("mesh", "cpu_devices"))
-"""Ignored in the config.json of older runs, which they did not affect."""
-_IMPLICIT_DATA = {"split_rule": "name"}
-"""Data settings of a config.json that lacks them, where these are not the defaults."""
+_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"), ("mesh", "cpu_devices"), ("data", "cache_dir"))
+"""Ignored in the config.json of older runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,11 @@ class Config:
   def from_json(cls, text: str) -> "Config":
     """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
     values = _parse(text)
-    return _build(cls, values | {"data": _IMPLICIT_DATA | values.get("data", {})})
+    data = values.get("data", {})
+    rule = data.pop("split_rule", "path" if "sentencepiece_fingerprint" in data else "name")  # 0.1.0 has neither
+    if rule == "name" and data.get("files") and not data.get("validation_files"):
+      data["validation_files"] = HELD_OUT_BY_NAME
+    return _build(cls, values)
 
 
 def model_from_json(text: str) -> ModelConfig:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 from typing import Any
 
 from perceiver_ar_jax.config import Config, InputError, ModelConfig, defaults, model_from_json, reading
@@ -70,16 +69,6 @@ def _opened(workdir: str | os.PathLike):
     yield path, content.decode()
   except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
     raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
-
-
-def keep_split_rule(config: Config, workdir: str | os.PathLike) -> Config:
-  """Returns `config` with the data.split_rule of the run in `workdir`, if any: its split must not change."""
-  with contextlib.suppress(InputError):  # commands that need the run report it
-    rule = load_config(workdir).data.split_rule
-    if rule != config.data.split_rule:
-      print(f"{workdir} was started with data.split_rule={rule}, and keeps it.", file=sys.stderr)
-      return dataclasses.replace(config, data=dataclasses.replace(config.data, split_rule=rule))
-  return config
 
 
 def flatten(config: Config) -> dict[str, Any]:

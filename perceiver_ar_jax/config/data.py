@@ -5,7 +5,9 @@ import os
 
 from perceiver_ar_jax.config.checks import require, require_at_least, require_choice
 
-DATA_PATHS = ("data_dir", "cache_dir", "files", "validation_files", "sentencepiece")
+DATA_PATHS = ("data_dir", "files", "validation_files", "sentencepiece")
+HELD_OUT_BY_NAME = "(files held out by a hash of their names)"
+"""`validation_files` of older runs, which cannot be found any more."""
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
 
 
@@ -17,16 +19,12 @@ class DataConfig:
   """A task or mixture: perceiver_ar_jax/data/tasks.py lists them; "pg19:3+text_files:1" mixes two by weight."""
   data_dir: str | None = None
   """Folder of prepared TFDS datasets (None: TFDS's own default), or of the unpacked release that the task reads."""
-  cache_dir: str | None = None
-  """Folder that launch/cache_tasks.sh filled: its events are read instead of being computed from the dataset."""
   files: str | None = None
   """Your own files, for text_files, midi_files, image_files, audio_codes, video_codes: a folder, or a glob with **."""
   validation_files: str | None = None
   """The files held out for validation, likewise; None: `validation_fraction` of them."""
   validation_fraction: float = 0.05
   """Fraction of the files held out, at least one of them; or of each text, with split_by=position."""
-  split_rule: str = "path"
-  """Files to hold out are chosen by a hash of their paths below `files` (path) or, in older runs, names (name)."""
   split_by: str = "file"
   """text_files: hold out whole files (file), or the last part of each (position)."""
   sentencepiece: str | None = None
@@ -71,6 +69,5 @@ class DataConfig:
     require(0 <= self.max_transposition < 128, f"data.max_transposition={self.max_transposition} must be in 0..127.")
     require(0 <= self.max_stretch < 1, f"data.max_stretch={self.max_stretch} must be in [0, 1).")
     require_choice("data.split_by", self.split_by, ("file", "position"))
-    require_choice("data.split_rule", self.split_rule, ("path", "name"))
     require_choice("data.image_order", self.image_order, IMAGE_ORDERS)
     require_choice("data.code_layout", self.code_layout, ("frames_levels", "levels_frames"))

@@ -18,7 +18,7 @@ class Document:
     events: int32[N].
     positions: int32[N, P], 1-based; or a function (start, end) -> those of a range; None: they count from the first
       event of the range that is read, so that the positions of a text stay within the context however long it is.
-    counts: counts of the whole document by which evaluation divides its likelihood, such as {"words": 3}.
+    count: events -> the counts by which evaluation divides their likelihood, such as {"frames": 3}.
     scored: bool[N]: the events that are scored in evaluation; None: all of them.
   """
 
@@ -27,8 +27,8 @@ class Document:
   continues: bool = False
   """Whether another record contains the document's beginning: evaluation reads the whole document there."""
 
-  def __init__(self, events: np.ndarray, positions=None, counts=None, scored=None):
-    self._events, self._positions, self._scored, self._counts = events, positions, scored, counts or {}
+  def __init__(self, events: np.ndarray, positions=None, count=lambda events: {}, scored=None):
+    self._events, self._positions, self._scored, self._count = events, positions, scored, count
 
   def __len__(self) -> int:
     return len(self._events)
@@ -50,28 +50,21 @@ class Document:
     """Which of the events start..end-1 count in evaluation: bool[end - start]."""
     return np.ones(end - start, bool) if self._scored is None else self._scored[start:end]
 
-  def counts(self) -> Mapping[str, int]:
-    """What evaluation divides by beside tokens, for the whole document: Task.counts, such as words and bytes."""
-    return self._counts
+  def counts(self, end: int | None = None) -> Mapping[str, int]:
+    """What evaluation divides by beside tokens, for the events before `end`: Task.counts, such as words and bytes."""
+    return self._count(self._events[:end])
 
   @property
   def num_scored(self) -> int:
     """Events that are predicted and count in evaluation."""
     return max(len(self) - 1, 0) if self._scored is None else int(self._scored[1:].sum())
 
-  def head(self, num_scored: int) -> "Document | None":
-    """Returns the document up to its `num_scored`-th scored event, with the counts of that part.
-
-    Returns None where these are unknown: the words of a part of a text that is stored as subword tokens.
-    """
+  def head(self, num_scored: int) -> "Document":
+    """Returns the document up to its `num_scored`-th scored event, with the counts of that part."""
     if self.num_scored <= num_scored:
       return self
-    counts = self._counts_of_head(num_scored)
     last = num_scored if self._scored is None else np.flatnonzero(self._scored[1:])[num_scored - 1] + 1
-    return None if counts is None else Head(self, int(last) + 1, counts)
-
-  def _counts_of_head(self, num_scored: int) -> Mapping[str, int] | None:
-    return None if self._counts else {}
+    return Head(self, int(last) + 1)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A training crop: (events int32[n], positions int32[n, P], scored bool[n]), n <= `longest`.
@@ -89,13 +82,16 @@ class Document:
 class Head(Document):
   """The first `length` events of a document, with the counts of that part."""
 
-  def __init__(self, document: Document, length: int, counts: Mapping[str, int]):
-    self._length, self._counts = length, counts
+  def __init__(self, document: Document, length: int):
+    self._length, self._document = length, document
     self._scored = None if document._scored is None else document._scored[:length]
     self.read, self.positions = document.read, document.positions
 
   def __len__(self) -> int:
     return self._length
+
+  def counts(self, end: int | None = None) -> Mapping[str, int]:
+    return self._document.counts(self._length if end is None else end)
 
 
 def count_positions(length: int) -> np.ndarray:

@@ -13,10 +13,9 @@ import os
 import pathlib
 import re
 import stat
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from perceiver_ar_jax.config import DataConfig, InputError
+from perceiver_ar_jax.config import HELD_OUT_BY_NAME, DataConfig, InputError
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
 from perceiver_ar_jax.data.warn_once import warn_once
@@ -103,6 +102,11 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
   no empty one. Raises InputError if none is left to train on.
   """
   files = own_files(data, suffixes)
+  if data.validation_files == HELD_OUT_BY_NAME:
+    raise InputError(
+      "This run is of an older version, which held out files by a hash of their names: to evaluate it or to resume its"
+      " training, give a folder of those files (or of links to them) as --config.data.validation_files=FOLDER."
+    )
   if data.validation_files:
     validation, setting = find_files(data.validation_files, suffixes), "validation_files"
   else:
@@ -122,9 +126,6 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
 def _hold_out(data: DataConfig, files: Sequence[str]) -> list[str]:
   """The files to hold out by `data.validation_fraction`, at least one, sorted."""
   folder = _base_folder(os.path.expanduser(data.files))
-  if data.split_rule == "name":  # of older runs, empty files included
-    ranks = {path: zlib.crc32(os.path.basename(path).encode()) / 2**32 for path in files}
-    return [path for path in files if ranks[path] < data.validation_fraction] or [min(files, key=ranks.get)]
   ranks = {}
   for path in files:
     digest = hashlib.blake2b(_relative(path, folder).encode(), digest_size=4).digest()

@@ -10,7 +10,7 @@ import tqdm
 from etils import epath
 
 from perceiver_ar_jax.config import Config, writing
-from perceiver_ar_jax.data import NUM_SPECIAL, loader, render, splits, warn_once
+from perceiver_ar_jax.data import loader, render, splits, warn_once
 
 _MAX_DOCUMENTS = 1000
 _MAX_EXAMPLES = 16
@@ -62,7 +62,7 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
 def _describe(config: Config, split: str) -> tuple[dict, list]:
   """Returns statistics of the first documents of a split, and the first examples (task, events)."""
   histogram = np.zeros(config.model.vocab_size, np.int64)
-  lengths, largest, sizes, examples, unknown = [], 0, collections.Counter(), [], None
+  lengths, largest, sizes, examples, num_unknown = [], 0, collections.Counter(), [], 0
   num_skipped, longest_crop = warn_once.count("skipped"), config.model.max_context + 1
   documents = tqdm.tqdm(
     splits.documents(config, split, _MAX_DOCUMENTS),
@@ -80,7 +80,8 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     histogram += np.bincount(events, minlength=len(histogram))
     lengths.append(length)
     if task.modality == "text":
-      sizes, unknown = sizes + collections.Counter(document.counts()), task.unknown
+      sizes.update(document.counts())
+      num_unknown += int((events == task.unknown).sum())
     if len(examples) < _MAX_EXAMPLES:
       examples.append((task, events))
   shares = histogram / histogram.sum()
@@ -95,23 +96,20 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     "largest_position": largest.tolist(),
     "different_tokens": int((histogram > 0).sum()),
     "histogram_entropy_bits": float(-(shares * np.log2(shares, where=shares > 0, out=np.zeros_like(shares))).sum()),
-    "most_frequent": [[int(token), float(shares[token])] for token in np.argsort(-histogram)[:8]],
-    "unknown_rate": 0.0 if unknown is None else float(shares[unknown]),
   }
   if sizes:
-    stats |= {"words": sizes["words"], "bytes": sizes["bytes"], "bytes_per_token": sizes["bytes"] / sum(lengths)}
+    stats |= sizes | {"bytes_per_token": sizes["bytes"] / sum(lengths), "unknown_rate": num_unknown / sum(lengths)}
   return stats, examples
 
 
 def _print(split: str, stats: dict) -> None:
-  common = ", ".join(f"{token} {share:.1%}" for token, share in stats["most_frequent"])
   print(
     f"{split}: {stats['documents']:,} documents{'' if stats['all_documents'] else ' (the first ones)'},"
     f" {stats['skipped']} skipped, {stats['events']:,} events;"
     f" lengths {stats['shortest']:,} to {stats['longest']:,}, median {stats['median']:,}; largest position"
     f" {tuple(stats['largest_position'])}\n"
-    f"  {stats['different_tokens']:,} different tokens, entropy {stats['histogram_entropy_bits']:.3f} bits, unknown"
-    f" {stats['unknown_rate']:.3%}; most frequent: {common} (0 PAD, 1 EOS, 2 SOS, value v is v + {NUM_SPECIAL})"
+    f"  {stats['different_tokens']:,} different tokens, entropy {stats['histogram_entropy_bits']:.3f} bits"
   )
   if "words" in stats:
-    print(f"  {stats['words']:,} words, {stats['bytes']:,} bytes, {stats['bytes_per_token']:.2f} bytes per token")
+    text = f"{stats['words']:,} words, {stats['bytes']:,} bytes, {stats['bytes_per_token']:.2f} bytes per token"
+    print(f"  {text}, {stats['unknown_rate']:.3%} unknown tokens")

@@ -171,10 +171,7 @@ class TrainLoader(Iterator[Batch]):
     records = [(self._tasks[index], next(shard.records[index], None)) for index in chosen]
     for task, record in records:
       if record is None:
-        raise InputError(
-          f"Shard {shard.index} of {self._num_shards} has no record of {task.name}: lower data.shards, or cache with"
-          " fewer --shards."
-        )
+        raise InputError(f"Shard {shard.index} of {self._num_shards} has no record of {task.name}: lower data.shards.")
     return records, draws, seeds
 
   def save(self, directory: os.PathLike | str) -> None:
@@ -203,7 +200,7 @@ class TrainLoader(Iterator[Batch]):
           " set data.shards back to what it was."
         )
       state = json.loads((directory / f"{self._name(shard)}.json").read_text())
-      names = {"num_records": "number of records", "files": "checksum of the files' names"}
+      names = {"num_records": "number of records", "files": "checksum of the files' names", "cached": "data.cache_dir"}
       changed = [
         f"{names.get(name, name)} was {state['stream'].get(name)!r} and is {value!r}"
         for name, value in self._stream.items()
@@ -228,7 +225,7 @@ class TrainLoader(Iterator[Batch]):
       "split": self._split,
       "num_records": self._num_records,
       "files": [source.fingerprint(self._split) for source in sources if isinstance(source, ListSource)],
-      "cached": config.data.cache_dir is not None,
+      "cached": False,  # older versions could read documents from data.cache_dir
       "seed": config.seed,
       "min_crop": config.data.min_crop,
       "shuffle_buffer": config.data.shuffle_buffer,

@@ -1,7 +1,7 @@
 """Tasks and their registry: a task defines a source, converts its records to documents, and names their unit.
 
 A builder makes the task for the data settings of a config, and `add` registers it: docs/extending.md has an example.
-Each task is also a seqio task of the same name (`to_seqio`), by which seqio's tools cache it offline and inspect it.
+Each task is also a seqio task of the same name (`to_seqio`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import wrapt
 from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
-from perceiver_ar_jax.data.sources import CachedSource, TfdsSource
+from perceiver_ar_jax.data.sources import TfdsSource
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
 from perceiver_ar_jax.data.warn_once import warn_once
 
@@ -53,8 +53,6 @@ class Task:
   """Functions from dataset to dataset between source and `document`, such as decoding PNG in TensorFlow."""
   augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
   """Changes the events of a training crop at random."""
-  stored: Callable[[np.ndarray, np.ndarray | None, Mapping[str, int]], Document] = Document
-  """(events, positions or None for 1, 2, ..., counts) -> the document as it was before it was cached."""
   train_scored_only: bool = False
   """Whether training, too, leaves out what evaluation does not score: ids that nothing predicts."""
   unknown: int | None = None
@@ -181,7 +179,7 @@ def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
   for an unknown name, a wrong rate, or tasks of different vocabularies.
   """
   rates = _mixture_rates(data.task)
-  tasks = [_build(dataclasses.replace(data, task=name), max_events) for name in rates]
+  tasks = [_BUILDERS[name](dataclasses.replace(data, task=name), max_events) for name in rates]
   if len({(task.modality, task.vocab_size, task.position_dims) for task in tasks}) > 1:
     described = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
     raise InputError(
@@ -208,25 +206,13 @@ def _mixture_rates(name: str) -> dict[str, float]:
   return rates
 
 
-def _build(data: DataConfig, max_events: int) -> Task:
-  task = _BUILDERS[data.task](data, max_events)
-  if data.cache_dir is None:
-    return task
-
-  def stored_document(record):
-    counts = {name: int(record[name]) for name in task.counts}
-    return task.stored(record["events"], record["positions"] if task.position_dims > 1 else None, counts)
-
-  source = CachedSource(to_seqio(task), data)
-  return dataclasses.replace(task, source=source, document=stored_document, preprocessors=())
-
-
 def to_seqio(task: Task) -> seqio.Task:
-  """The seqio task that yields the documents of `task` whole: events, positions, and words and bytes of texts."""
-  specs = {"events": tf.TensorSpec([None], tf.int32)}
-  if task.position_dims > 1:  # otherwise they only count, and need not be stored
-    specs["positions"] = tf.TensorSpec([None, task.position_dims], tf.int32)
-  specs |= {name: tf.TensorSpec([], tf.int64) for name in task.counts}
+  """The seqio task that yields the documents of `task` whole: events, positions, and the counts of `task.counts`."""
+  specs = {
+    "events": tf.TensorSpec([None], tf.int32),
+    "positions": tf.TensorSpec([None, task.position_dims], tf.int32),
+    **{name: tf.TensorSpec([], tf.int64) for name in task.counts},
+  }
 
   def whole(names: Sequence[str], *values: np.ndarray) -> list[np.ndarray]:
     document = task.open(dict(zip(names, values)))
@@ -241,9 +227,6 @@ def to_seqio(task: Task) -> seqio.Task:
     values = tf.numpy_function(functools.partial(whole, list(record)), list(record.values()), types, stateful=False)
     return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in zip(specs.items(), values)}
 
-  def add_positions(document):
-    return {"positions": tf.range(1, tf.size(document["events"]) + 1)[:, None], **document}
-
   def feature(ids: int, **settings):
     return seqio.Feature(seqio.PassThroughVocabulary(ids, eos_id=EOS), add_eos=False, dtype=tf.int32, **settings)
 
@@ -253,8 +236,6 @@ def to_seqio(task: Task) -> seqio.Task:
     preprocessors=[
       *task.preprocessors,
       lambda dataset: dataset.map(to_document).filter(lambda document: tf.size(document["events"]) > 1),
-      *([seqio.CacheDatasetPlaceholder()] if task.source.caching_permitted else []),
-      seqio.map_over_dataset(add_positions),
     ],
     output_features={"events": feature(task.vocab_size), "positions": feature(0, rank=2)},
   )

@@ -59,7 +59,7 @@ def document(roll_TxK: np.ndarray) -> Document:
   frames_N, keys_N = np.nonzero(np.pad(roll_TxK, ((0, 0), (0, 1)), constant_values=1))
   return Document(
     np.concatenate([[SOS], keys_N + NUM_SPECIAL]).astype(np.int32),
-    counts={"frames": max(len(roll_TxK) - 1, 0)},
+    count=lambda events: {"frames": max(int((events == _END_OF_FRAME).sum()) - 1, 0)},
     scored=np.concatenate([[False], frames_N > 0]),
   )
 

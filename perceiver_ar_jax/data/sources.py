@@ -1,4 +1,4 @@
-"""Sources of records: prepared TFDS datasets, cached documents, lists of files, and numbers.
+"""Sources of records: prepared TFDS datasets, lists of files, and numbers.
 
 All keep the saved state of a pipeline small: it contains encoded records, file names, or numbers.
 """
@@ -15,18 +15,18 @@ import numpy as np
 
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data.files import read_bytes
-from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
+from perceiver_ar_jax.data.tf_cpu import tf, tfds
 
 
 class _Source:
   """A seqio.DataSourceInterface, implemented without importing seqio before records are read.
 
-  `get_dataset` returns the records of a split in order, or one host's part of them; `num_input_examples` their number,
-  None if there is no end; `list_shards` the names of the parts into which offline caching may divide its work.
+  `get_dataset` returns the records of a split in order, or one shard of them; `num_input_examples` their number, None
+  if there is no end.
   """
 
-  caching_permitted = supports_arbitrary_sharding = True
-  performs_internal_shuffling = False
+  supports_arbitrary_sharding = True
+  caching_permitted = performs_internal_shuffling = False
   splits: Collection[str] = ()
 
 
@@ -56,9 +56,6 @@ class TfdsSource(_Source):
   @property
   def splits(self) -> Collection[str]:
     return self._builder.info.splits
-
-  def list_shards(self, split: str) -> Sequence[str]:
-    return self._builder.info.splits[split].filenames
 
   def num_input_examples(self, split: str) -> int:
     try:
@@ -109,75 +106,11 @@ class ListSource(_Source):
     records = [{**record, "path": os.path.basename(record["path"])} for record in self._list(split)]
     return f"{zlib.crc32(json.dumps(records).encode()):08x}"
 
-  def list_shards(self, split: str) -> list[str]:
-    return [f"{split}-{index}" for index in range(min(len(self._list(split)), 64))]
-
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     records = self._list(split)
     columns = {name: np.array([record[name] for record in records]) for name in records[0]}
     dataset = tf.data.Dataset.from_tensor_slices(columns)
     return dataset if shard_info is None else dataset.shard(shard_info.num_shards, shard_info.index)
-
-
-class CachedSource(_Source):
-  """The documents of a task that data/cache.py stored in `data.cache_dir` under the same `cache_settings`."""
-
-  caching_permitted = False
-
-  def __init__(self, task: seqio.Task, data: DataConfig):
-    self._task, self._data = task, data
-    self._folder = os.path.join(data.cache_dir, task.name)
-
-  @property
-  def splits(self) -> tuple[str, ...]:
-    self._check()
-    return tuple(sorted(path.split(".")[-2] for path in tf.io.gfile.glob(os.path.join(self._folder, "stats.*.json"))))
-
-  def num_input_examples(self, split: str) -> int:
-    return self._stats(split)["examples"]
-
-  def bytes_per_record(self, split: str) -> float:
-    """Returns the average size of a document in memory."""
-    stats = self._stats(split)
-    return 4 * (stats["events_tokens"] + stats.get("positions_tokens", 0)) / stats["examples"]
-
-  def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    """Records are stored documents: events, positions, and counts if any; `shuffle` shuffles files in each epoch."""
-    seqio.set_global_cache_dirs([self._data.cache_dir])  # seqio keeps them, and takes the first that has the task
-    options = {"seed": seed, "shard_info": shard_info, "num_epochs": 1}
-    return self._task.get_dataset(None, split, use_cached=True, shuffle=shuffle, shuffle_buffer_size=1, **options)
-
-  def _stats(self, split: str) -> dict[str, int]:
-    return json.loads(read_bytes(os.path.join(self._folder, f"stats.{split}.json")))
-
-  def _check(self) -> None:
-    """Raises InputError if there is no finished cache of the task, or one made under other settings."""
-    name, folder, path = self._task.name, self._data.cache_dir, os.path.join(self._folder, CACHE_SETTINGS)
-    if not tf.io.gfile.exists(os.path.join(self._folder, "COMPLETED")) or not tf.io.gfile.exists(path):
-      raise InputError(
-        f"data.cache_dir={folder!r} contains no finished cache of the task {name}: make it with launch/cache_tasks.sh,"
-        " or read the data itself (--config.data.cache_dir=None)."
-      )
-    stored = json.loads(read_bytes(path))
-    changed = [
-      f"{setting} was {stored[setting]!r} and is {value!r}"
-      for setting, value in cache_settings(self._data).items()
-      if stored.get(setting, value) != value  # older caches lack newer settings
-    ]
-    if changed:
-      raise InputError(
-        f"The cache of {name} in data.cache_dir={folder!r} was made under other settings ({'; '.join(changed)}): use"
-        " these, or fill another folder."
-      )
-
-
-CACHE_SETTINGS = "settings.json"
-
-
-def cache_settings(data: DataConfig) -> dict[str, str | int | None]:
-  """Returns the settings that the stored documents of a task depend on."""
-  names = ("image_size", "image_order", "codebook_size", "code_levels", "code_layout")
-  return {name: getattr(data, name) for name in names} | {"sentencepiece": sentencepiece_fingerprint(data)}
 
 
 def sentencepiece_fingerprint(data: DataConfig) -> str | None:
@@ -191,7 +124,7 @@ class NumberSource(_Source):
   `counts` has the number of records of each split, None for an endless one.
   """
 
-  caching_permitted = supports_arbitrary_sharding = False
+  supports_arbitrary_sharding = False
 
   def __init__(self, counts: Mapping[str, int | None]):
     self._counts, self.splits = dict(counts), tuple(counts)

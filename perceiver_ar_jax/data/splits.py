@@ -74,12 +74,9 @@ def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[
   left = max_tokens
   for document in documents:
     head = document.head(left)
-    if head is None or not head.num_scored:
+    if not head.num_scored:
       if left == max_tokens:
-        raise InputError(
-          f"eval.max_tokens={max_tokens} ends within the first document, and the words of so small a part, or of cached"
-          " subword tokens, are unknown: raise it, or set eval.max_sequences instead."
-        )
+        raise InputError(f"eval.max_tokens={max_tokens} is less than the subword tokens of one character: raise it.")
       return
     yield head
     left -= head.num_scored

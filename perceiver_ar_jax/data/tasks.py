@@ -15,7 +15,7 @@ from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, recall, rolls, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.files import file_size, own_files, read_bytes, split_files
-from perceiver_ar_jax.data.registry import DEFAULT_MAX_EVENTS, Record, Task, add, allow, get_tasks, names, to_seqio
+from perceiver_ar_jax.data.registry import Record, Task, add, allow, get_tasks, names
 from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
@@ -268,7 +268,6 @@ def _audio_codes(data: DataConfig, max_events: int) -> Task:
     groups=lambda: codes.audio_groups(levels, size),
     group=lambda places: np.maximum(places - 1, 0) % levels,
     decode=lambda events: codes.to_audio(events, levels, size),
-    stored=lambda events, _, counts: Document(events, positions),
   )
 
 
@@ -340,14 +339,6 @@ def mirror(events_K: np.ndarray, length: int) -> Document:
     positions=count_positions(length),
     scored=np.arange(length) > num_random,
   )
-
-
-def register(data: DataConfig) -> seqio.Task:
-  """Registers `data.task` under these settings with seqio, in place of the default ones; Beam's workers call this."""
-  ((task, _),) = get_tasks(data, DEFAULT_MAX_EVENTS)
-  seqio.TaskRegistry.remove(data.task)
-  seqio.TaskRegistry.add_provider(data.task, to_seqio(task))
-  return seqio.TaskRegistry.get(data.task)
 
 
 for _size in (32, 64):

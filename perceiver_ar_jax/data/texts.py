@@ -141,7 +141,7 @@ class _TextDocument(Document):
     self.text, self._part = text, part or (0, len(text))
     self.continues = self._part[0] > 0
 
-  def counts(self) -> dict[str, int]:
+  def counts(self, end: int | None = None) -> dict[str, int]:
     return count(self.text)
 
 
@@ -164,8 +164,8 @@ class ByteDocument(_TextDocument):
     np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
     return events
 
-  def _counts_of_head(self, num_scored: int) -> dict[str, int]:
-    return count(self.text, num_scored)
+  def counts(self, end: int | None = None) -> dict[str, int]:
+    return count(self.text, None if end is None else end - 1)
 
 
 class SubwordDocument(_TextDocument):
@@ -201,7 +201,7 @@ class SubwordDocument(_TextDocument):
       part = SubwordDocument(Text(self.text.read(0, num_bytes), self.text.name), self._tokenizer)
       num_subwords = len(part) - 2
       if num_subwords <= num_scored:
-        return Head(part, 1 + num_subwords, part.counts())  # the part's EOS is not the text's
+        return Head(part, 1 + num_subwords)  # the part's EOS is not the text's
       num_bytes = min(num_bytes * num_scored // num_subwords, num_bytes - 1)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

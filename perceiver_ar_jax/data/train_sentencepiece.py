@@ -31,7 +31,7 @@ _LINES = re.compile(rb"[^\n]{1,4000}\n?|\n")  # SentencePiece leaves lines of ov
 def main(config: Config) -> int:
   import sentencepiece
 
-  config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece=None, cache_dir=None))
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, sentencepiece=None))
   task, _ = tasks.get_tasks(config.data, config.model.max_context + 1)[0]
   if task.modality != "text":
     raise InputError(f"The task {task.name} has no text to train on: give a config such as configs/text_files.py.")

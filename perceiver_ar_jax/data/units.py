@@ -57,7 +57,7 @@ UNITS: dict[str, Unit] = {
     applies=lambda sums: sums.bytes > 0,
   ),
   "nats_per_frame": Unit(
-    lambda sums: sums.nats / sums.frames,
+    lambda sums: sums.nats / max(sums.frames, 1),
     "{nats_per_frame:.3f} nats/frame, {bits_per_token:.3f} bits/token",
     applies=lambda sums: False,
   ),

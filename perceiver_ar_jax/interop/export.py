@@ -6,7 +6,7 @@ With train.ema_decay, the averaged weights are exported; --noema exports the las
 model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate, kernels [in, out];
 its metadata have the step), config.json (all settings of the run, or the model's alone), the SentencePiece model if the
 run has one, and a model card. It appears as a whole or not at all; on an object store, model.safetensors is written
-last. training/pretrained.py reads the folder, and interop/torch/perceiver_ar_torch.py computes the model in PyTorch.
+last. training/pretrained.py reads the folder, and examples/perceiver_ar_torch.py computes the model in PyTorch.
 """
 
 import contextlib
@@ -137,16 +137,14 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
   """The arrays of model.safetensors by name; raises InputError unless `params` are those of `model`."""
   leaves = traverse_util.flatten_dict(nn.meta.unbox(params), sep="/")
   expected = pretrained.parameters(model)
-  if differing := leaves.keys() ^ {each.path for each in expected}:
-    raise InputError(f"The parameters are not those of the model: {', '.join(sorted(differing)[:3])} differ.")
+  shapes = {each.path: (len(each.names), *each.shape) if each.is_stacked else each.shape for each in expected}
+  if differing := shapes.items() ^ {path: np.shape(leaf) for path, leaf in leaves.items()}.items():
+    shown = ", ".join(f"{path} {shape}" for path, shape in sorted(differing)[:4])
+    raise InputError(f"The parameters are not those of the model: {shown} differ.")
   arrays: dict[str, np.ndarray] = {}
   for each in expected:
-    value = np.asarray(jax.device_get(leaves[each.path]))
-    shape = (len(each.names), *each.shape) if each.is_stacked else each.shape
-    if value.shape != shape:
-      raise InputError(f"The parameter {each.path} has shape {value.shape}, and the model's has {shape}.")
-    value = value.astype(dtype, copy=False)
-    arrays |= zip(each.names, np.ascontiguousarray(value) if each.is_stacked else [np.ascontiguousarray(value)])
+    value = np.ascontiguousarray(jax.device_get(leaves[each.path])).astype(dtype, copy=False)
+    arrays |= zip(each.names, value if each.is_stacked else [value])
   return arrays
 
 
@@ -169,7 +167,7 @@ def _card(
         f" {result['accuracy']:.4f} | {result['num_tokens']:,} |"
       )
     lines.append("")
-  lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of perceiver_ar_jax/interop/torch:", ""]
+  lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of the examples of perceiver_ar_jax:", ""]
   lines += ['    model = perceiver_ar_torch.load("FOLDER")', "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)"]
   lines += ["", "In JAX:", ""]
   if config:

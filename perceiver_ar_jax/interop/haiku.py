@@ -6,14 +6,16 @@ writes the weights as step 0 of a run in DIR, which can be evaluated and trained
 --output=FOLDER instead of --workdir, it writes a folder of exported weights (interop/export.py). The file does not
 contain the architecture, so --config must describe the model it was trained with.
 
-A .dill file is a pickle, which dill would execute; unpickle.py reads its arrays without running code from it.
+A .dill file is a pickle, a program that may call anything. Here its names stand for classes of this module alone.
 """
 
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from absl import flags
 from etils import epath
@@ -21,7 +23,6 @@ from flax import traverse_util
 
 from perceiver_ar_jax.config import Config, InputError, ModelConfig, nearest, require
 from perceiver_ar_jax.interop import export
-from perceiver_ar_jax.interop.unpickle import load
 from perceiver_ar_jax.models import perceiver_ar, positions
 from perceiver_ar_jax.models.architectures import architecture_of
 from perceiver_ar_jax.parallel.mesh import make_mesh
@@ -90,6 +91,124 @@ _UNSUPPORTED = {
 _IGNORED = """cross_attention_head_group_size chunked_cross_attention chunked_cross_query_size chunked_cross_key_size
   final_layer_init_zeros z_pos_enc_init_scale share_learned_initial_query initial_query_embed_activation_name
   initial_query_embed_num_layers concat_pos name""".split()
+
+
+class _Object:
+  """An object of the pickle, which keeps a value only in subclasses; no attribute of it can be set."""
+
+  value: Any = None
+
+  def __new__(cls, *arguments, **unused):  # whichever instruction of the pickle creates it
+    self = super().__new__(cls)
+    self._create(*arguments)
+    return self
+
+  def _create(self, *unused) -> None:
+    pass
+
+  def __setstate__(self, unused) -> None:
+    pass
+
+  append = extend = add = __setstate__
+
+  def __setitem__(self, key, item) -> None:
+    pass
+
+
+class _Mapping(_Object):
+  """Haiku's immutable dictionary, in the forms that its versions pickled."""
+
+  def _create(self, mapping=None, *unused) -> None:
+    self.value = mapping
+
+  def __setstate__(self, state) -> None:
+    slots = state[1] if isinstance(state, tuple) else state
+    self.value = slots["_mapping"]
+
+
+class _BFloat16(_Object):
+  pass
+
+
+class _DType(_Object):
+  """The type of an array's elements, by its code such as f4; its state contains the byte order."""
+
+  def _create(self, code=None, *unused) -> None:
+    self.value = np.dtype(ml_dtypes.bfloat16 if code is _BFloat16 else code)
+
+  def __setstate__(self, state) -> None:
+    if state[1] in ("<", ">"):
+      self.value = self.value.newbyteorder(state[1])
+
+
+class _Array(_Object):
+  """NumPy pickles an empty array, then its state."""
+
+  def __setstate__(self, state) -> None:
+    _, shape, dtype, is_fortran, content = state
+    # np.frombuffer refuses types whose elements are references to objects.
+    self.value = np.frombuffer(content, dtype.value).reshape(shape, order="F" if is_fortran else "C")
+
+
+class _ArrayFromBuffer(_Array):
+  def _create(self, content, dtype, shape, order) -> None:
+    self.__setstate__((1, shape, dtype, order == "F", content))
+
+
+class _Scalar(_Array):
+  def _create(self, dtype, content) -> None:
+    self.__setstate__((1, (), dtype, False, content))
+
+
+class _ArrayOfJax(_Array):
+  """An array of JAX or dill: a function that creates an empty one, its arguments, its state."""
+
+  def _create(self, function, arguments, state, *unused) -> None:
+    self.__setstate__(state)
+
+
+_CLASSES: dict[str, type[_Object]] = {
+  "FlatMapping": _Mapping,
+  "bfloat16": _BFloat16,
+  "dtype": _DType,
+  "_reconstruct": _Array,
+  "_frombuffer": _ArrayFromBuffer,
+  "scalar": _Scalar,
+  **dict.fromkeys(("_reconstruct_array", "reconstruct_device_array", "_create_array"), _ArrayOfJax),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+  def find_class(self, module: str, name: str) -> type[_Object]:
+    return _CLASSES.get(name, _Object)
+
+
+def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+  """Returns (parameters by module path, training step) of an official checkpoint.dill without running code from it.
+
+  Raises InputError if the file cannot be read, or is not such a checkpoint.
+  """
+
+  def plain(value, *kinds: type):
+    value = value.value if isinstance(value, _Object) else value
+    if not isinstance(value, kinds):
+      raise pickle.UnpicklingError(f"{type(value).__name__} instead of {kinds[0].__name__}")
+    return value
+
+  try:
+    with open(path, "rb") as file:
+      state = plain(_Unpickler(file).load(), dict)
+    params = {
+      plain(module, str): {plain(name, str): plain(array, np.ndarray) for name, array in plain(arrays, dict).items()}
+      for module, arrays in plain(state["params"], dict).items()
+    }
+    return params, int(plain(state.get("global_step", 0), int, np.ndarray))
+  except OSError as error:
+    raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
+  except Exception as error:  # any error of a damaged or foreign file
+    raise InputError(
+      f"--checkpoint={path} is not an official checkpoint.dill, or is damaged ({type(error).__name__}: {error})."
+    ) from error
 
 
 def convert(

@@ -73,7 +73,7 @@ def parse_topology(name: str) -> Topology:
   """
   match = re.fullmatch(r"(?:([1-9]\d*)x(?=[a-z]))?([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", name.strip().lower())
   slices, version, spelled, cores = match.groups() if match else (None, name, None, None)
-  version = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e"}.get(version, version)
+  version = "v5e" if version == "v5litepod" else version
   if match is None or version not in CHIPS:
     raise InputError(
       f"plan.topology={name!r} is not a slice of TPUs: give version and shape, such as v5e:16x16 or v4:4x4x8, or the"
@@ -82,10 +82,9 @@ def parse_topology(name: str) -> Topology:
   chip = CHIPS[version]
   usual = {f"{version}-{math.prod(shape) * chip.cores_per_chip}": shape for shape in _SHAPES[chip.dims]}
   shape = tuple(map(int, spelled.split("x"))) if spelled else usual.get(f"{version}-{cores}", ())
-  whole_hosts = math.prod(shape) == 1 or all(size % 2 == 0 for size in shape[:2])  # a host has 2x2 chips
-  if len(shape) != chip.dims or min(shape) < 1 or not whole_hosts:
+  if len(shape) != chip.dims or min(shape) < 1:
     raise InputError(
       f"plan.topology={name!r} is not a size of {version}: give {version}:{'16x16' if chip.dims == 2 else '4x4x8'},"
-      f" {chip.dims} numbers, of which the first two are even since a host has 2x2 chips, or one of {', '.join(usual)}."
+      f" {chip.dims} numbers, or one of {', '.join(usual)}."
     )
   return Topology(version, shape, int(slices or 1))

@@ -17,7 +17,6 @@ from perceiver_ar_jax.config import Config, InputError, reading, require
 from perceiver_ar_jax.data import EOS, SOS, splits
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Task
-from perceiver_ar_jax.data.warn_once import warn_once
 
 DATA = "data"
 """The prompt that means documents of eval.split."""
@@ -97,11 +96,6 @@ def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
       documents = [task.read(prompt.encode())]
     except UnicodeEncodeError as error:
       raise InputError(f"The prompt is not a text in Unicode ({error}): give it in a file.") from error
-  for document in documents if task.unknown is not None else ():
-    num_unknown = int((document.read(0, len(document)) == task.unknown).sum())
-    if num_unknown:
-      problem = f"{num_unknown} tokens of the text are not in the vocabulary: the model sees a gap instead"
-      warn_once("unknown", problem, "text")
   return documents
 
 

@@ -36,7 +36,7 @@ _RESUMABLE = tuple(
   " train.optimizer.learning_rate train.init_from train.profile_at train.steps train.tracker"
   # Paths of the data, which the pipeline compares with the data before, and of the SentencePiece model, whose
   # fingerprint is compared instead.
-  " data.cache_dir data.data_dir data.files data.sentencepiece data.validation_files".split()
+  " data.data_dir data.files data.sentencepiece data.validation_files".split()
 )
 """Beginnings of the settings that may change when a run resumes; any other change would make it another experiment."""
 _SAME_WEIGHTS = tuple(
@@ -47,7 +47,7 @@ _SAME_WEIGHTS = tuple(
 """Beginnings of the settings under other values of which trained weights keep their meaning."""
 _SAME_INITIAL_WEIGHTS = (*_SAME_WEIGHTS, "model.max_context", "model.zero_init")
 """Likewise for weights that training starts from; the longest wavelength, which depends on max_context, is compared."""
-_DATA = tuple(f"data.{name}" for name in "task files split_by split_rule validation_files validation_fraction".split())
+_DATA = tuple(f"data.{name}" for name in "task files split_by validation_files validation_fraction".split())
 """Settings that choose the data."""
 _FINGERPRINT = "data.sentencepiece_fingerprint"
 """Compared whatever else may change: it decides what token ids mean."""
