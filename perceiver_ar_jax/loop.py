@@ -36,9 +36,8 @@ from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 _PROFILED_STEPS = 3
-# Steps that the host is ahead of the devices: more would store more batches there and delay the response to a signal.
-_MAX_AHEAD = 2
-_SHOW_SECONDS = 1.0  # after which metrics are fetched for the progress bar, before the next logged step
+_MAX_AHEAD = 2  # steps of the host before the devices: more would store more batches and delay the response to a signal
+_SHOW_SECONDS = 1.0  # between fetches for the progress bar; several processes fetch, and may fail, at the same steps
 _STDOUT, _STDERR = 1, 2
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -114,9 +113,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   return 0
 
 
-class _Step(NamedTuple):
-  """An update that the devices may still be computing."""
-
+class _Step(NamedTuple):  # an update that the devices may still be computing
   number: int
   metrics: dict[str, jax.Array]
   data_seconds: float  # to create its batch on the host
@@ -165,7 +162,8 @@ class _Run:
         profile.close()
       pending.append(_Step(step, step_metrics, data_seconds, data_seconds * waited))
       jax.block_until_ready(pending[-1 - ahead : -ahead])
-      if len(pending) > 1 and (pending[-2].number % train.log_every == 0 or self._is_bar_due()):
+      is_bar_due = jax.process_count() == 1 and time.monotonic() - self._last_fetch >= _SHOW_SECONDS
+      if len(pending) > 1 and (pending[-2].number % train.log_every == 0 or is_bar_due):
         self._report(pending[:-1])
         pending = pending[-1:]
       stop, evaluates = bool(self.signals.agree()), self._is_evaluated_at(step)
@@ -180,10 +178,6 @@ class _Run:
 
   def _is_evaluated_at(self, step: int) -> bool:
     return step > 0 and (step >= self.config.train.steps or step % self.config.eval.every == 0)
-
-  def _is_bar_due(self) -> bool:
-    """Whether to fetch metrics now; never with several processes, which have to fetch, and may fail, at one step."""
-    return jax.process_count() == 1 and time.monotonic() - self._last_fetch >= _SHOW_SECONDS
 
   def _report(self, steps: Sequence[_Step]) -> None:
     """Fetches, checks and shows the metrics of consecutive steps, and logs the last one every `log_every` steps.
@@ -204,8 +198,8 @@ class _Run:
       speed["model_flops_per_second"] = architectures.train_flops(self.config) / seconds
       if peak_flops := chips.peak_flops(self.mesh.devices.flat[0].device_kind):
         speed["model_flops_utilization"] = speed["model_flops_per_second"] / (self.mesh.size * peak_flops)
-      skipped = {"skipped_files": warn_once.count("skipped")}
-      self.log.write(last, {"seconds": seconds, **host, **values, **skipped, **speed})
+      host["skipped_files"] = warn_once.count("skipped")
+      self.log.write(last, {"seconds": seconds, **host, **values, **speed})
 
   def _check(self, step: int, loss: float, grad_norm: float) -> None:
     """Raises InputError if the loss or the gradient of `step` is not finite and the run has to stop."""
