@@ -42,6 +42,7 @@ PLANS: dict[str, tuple[str, str, list[str]]] = {
   "imagenet64-v5p-128": ("imagenet64", "v5p-128", _STREAMED),
   "copy131072-v5e-256": ("copy131072", "v5e:16x16", []),
   "copy131072-v5e-256-streamed": ("copy131072", "v5e:16x16", _STREAMED),
+  "copy131072-v5e-256-splash": ("copy131072", "v5e:16x16", ["model.attention=splash"]),
   "pg19-v4-256": ("pg19", "v4-256", _STREAMED),
   "books16k-v4-256": ("pg19", "v4-256", [*_BOOKS, *_STREAMED]),
   "million-v5e-256": ("copy131072", "v5e:16x16", _MILLION),
