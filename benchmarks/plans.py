@@ -24,23 +24,29 @@ _BOOKS += ["model.embed_width=1024", "model.cross_attend_width=1024", "model.num
 _MILLION = ["model.max_context=1048576", "model.position_sizes=(1048578,)", "train.batch_size=256"]
 _MILLION += ["train.microbatches=1"]
 
+_STREAMED = ["model.attention=streamed"]
+
 PLANS: dict[str, tuple[str, str, list[str]]] = {
   "imagenet64-v5e-256": ("imagenet64", "v5e:16x16", []),
+  "imagenet64-v5e-256-streamed": ("imagenet64", "v5e:16x16", _STREAMED),
   "imagenet64-v5e-256-splash": ("imagenet64", "v5e:16x16", ["model.attention=splash"]),
-  "imagenet64-2xv5e-256": ("imagenet64", "2xv5e:16x16", ["mesh.data=2"]),
-  "imagenet64-v5e-64": ("imagenet64", "v5e:8x8", []),
-  "imagenet64-v5e-64-microbatches": ("imagenet64", "v5e:8x8", ["train.microbatches=4"]),
+  "imagenet64-2xv5e-256": ("imagenet64", "2xv5e:16x16", ["mesh.data=2", *_STREAMED]),
+  "imagenet64-v5e-64": ("imagenet64", "v5e:8x8", _STREAMED),
+  "imagenet64-v5e-64-microbatches": ("imagenet64", "v5e:8x8", ["train.microbatches=4", *_STREAMED]),
   "imagenet64-v5e-64-reference": ("imagenet64", "v5e:8x8", ["model.attention=reference"]),
-  "imagenet64-v4-128": ("imagenet64", "v4-128", []),
-  "imagenet64-v4-256": ("imagenet64", "v4-256", []),
-  "imagenet64-v4-512": ("imagenet64", "v4-512", []),
-  "imagenet64-v4-1024": ("imagenet64", "v4-1024", ["mesh.data=8"]),
-  "imagenet64-v6e-256": ("imagenet64", "v6e:16x16", []),
-  "imagenet64-v5p-128": ("imagenet64", "v5p-128", []),
+  "imagenet64-v4-128": ("imagenet64", "v4-128", _STREAMED),
+  "imagenet64-v4-256": ("imagenet64", "v4-256", _STREAMED),
+  "imagenet64-v4-512": ("imagenet64", "v4-512", _STREAMED),
+  "imagenet64-v4-1024": ("imagenet64", "v4-1024", ["mesh.data=8", *_STREAMED]),
+  "imagenet64-v6e-256": ("imagenet64", "v6e:16x16", _STREAMED),
+  "imagenet64-v5p-128": ("imagenet64", "v5p-128", _STREAMED),
   "copy131072-v5e-256": ("copy131072", "v5e:16x16", []),
-  "pg19-v4-256": ("pg19", "v4-256", []),
-  "books16k-v4-256": ("pg19", "v4-256", _BOOKS),
+  "copy131072-v5e-256-streamed": ("copy131072", "v5e:16x16", _STREAMED),
+  "copy131072-v5e-256-splash": ("copy131072", "v5e:16x16", ["model.attention=splash"]),
+  "pg19-v4-256": ("pg19", "v4-256", _STREAMED),
+  "books16k-v4-256": ("pg19", "v4-256", [*_BOOKS, *_STREAMED]),
   "million-v5e-256": ("copy131072", "v5e:16x16", _MILLION),
+  "million-v5e-256-streamed": ("copy131072", "v5e:16x16", [*_MILLION, *_STREAMED]),
 }
 
 

@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import psutil
@@ -35,6 +36,8 @@ from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
 _PROFILED_STEPS = 3
+_MAX_AHEAD = 2  # steps of the host before the devices: more would store more batches and delay the response to a signal
+_SHOW_SECONDS = 1.0  # between fetches for the progress bar; several processes fetch, and may fail, at the same steps
 _STDOUT, _STDERR = 1, 2
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -110,6 +113,13 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   return 0
 
 
+class _Step(NamedTuple):  # an update that the devices may still be computing
+  number: int
+  metrics: dict[str, jax.Array]
+  data_seconds: float  # to create its batch on the host
+  data_wait_seconds: float  # the same if the devices may have waited for it, else 0
+
+
 @dataclasses.dataclass
 class _Run:
   """The loop over steps, with the objects that a step uses."""
@@ -128,8 +138,8 @@ class _Run:
     """Returns (the last state, the result of the evaluation at the last step, None after a signal)."""
     train, first = self.config.train, int(state.step) + 1
     dropout_key = jax.random.fold_in(jax.random.key(self.config.seed), 1)  # the key of the seed initialises the weights
-    result, pending = None, None
-    self._skipped_in_a_row, self._last_report = 0, time.monotonic()
+    result, pending, ahead = None, [], min(_MAX_AHEAD, train.log_every)
+    self._skipped_in_a_row, self._last_fetch = 0, time.monotonic()
     shardings = sharding.batch_shardings(self.mesh, {name: array.shape for name, array in data.spec.items()})
     is_owed = first > train.steps or not self._has_metrics(first - 1)
     if self._is_evaluated_at(first - 1) and is_owed and not self.signals.agreed:
@@ -138,24 +148,28 @@ class _Run:
       if self.signals.agreed:
         break
       # Dispatch is asynchronous: while the device computes a step, the host reads, checks and transfers the next
-      # batch. No batch is drawn before its step, so the position of `data` always matches `state`.
+      # batch. No batch is drawn before its step, so the position of `data` always matches `state`. Metrics stay on
+      # the devices until several steps are fetched together, without the newest: the devices never wait for the host.
       if step == train.profile_at:
         profile.enter_context(_trace(self.workdir / "profile"))
       begin = time.monotonic()
       batch = to_global(next(data), data.rows, train.batch_size, shardings)
       data_seconds = time.monotonic() - begin
-      waited = pending is None or all(value.is_ready() for value in pending[1].values())
+      waited = not pending or all(value.is_ready() for value in pending[-1].metrics.values())
       state, step_metrics = self.train_step(state, batch, dropout_key)
       if train.profile_at and step == train.profile_at + _PROFILED_STEPS - 1:
         jax.block_until_ready(step_metrics)
         profile.close()
-      if pending:
-        self._report(*pending)  # one step late: the device never waits for the host
-      pending = step, step_metrics, {"data_seconds": data_seconds, "data_wait_seconds": data_seconds * waited}
+      pending.append(_Step(step, step_metrics, data_seconds, data_seconds * waited))
+      jax.block_until_ready(pending[-1 - ahead : -ahead])
+      is_bar_due = jax.process_count() == 1 and time.monotonic() - self._last_fetch >= _SHOW_SECONDS
+      if len(pending) > 1 and (pending[-2].number % train.log_every == 0 or is_bar_due):
+        self._report(pending[:-1])
+        pending = pending[-1:]
       stop, evaluates = bool(self.signals.agree()), self._is_evaluated_at(step)
       if evaluates or stop or step % train.checkpoint_every == 0:
-        self._report(*pending)  # before saving: a loss that is not finite is never saved
-        pending = None
+        self._report(pending)  # before saving: a loss that is not finite is never saved
+        pending = []
         self.log.flush()
         self.checkpointer.save(state, data)
         if evaluates and not stop:
@@ -165,31 +179,42 @@ class _Run:
   def _is_evaluated_at(self, step: int) -> bool:
     return step > 0 and (step >= self.config.train.steps or step % self.config.eval.every == 0)
 
-  def _report(self, step: int, step_metrics: dict[str, jax.Array], host_seconds: dict[str, float]) -> None:
-    """Shows a finished step and logs it every `log_every` steps; raises InputError if its loss is not finite."""
-    values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
-    now = time.monotonic()
-    seconds, self._last_report, train = now - self._last_report, now, self.config.train
-    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-      self._skipped_in_a_row = 0
-    else:
-      self._skipped_in_a_row += 1
-      problem = f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}"
-      if train.on_nonfinite != "skip" or self._skipped_in_a_row >= train.max_skipped:
-        raise InputError(
-          f"{problem} ({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are"
-          " unchanged: resume from the newest with a lower --config.train.optimizer.learning_rate or"
-          " --config.train.optimizer.clip_norm (or start over with a longer warm-up, or in float32)."
-        )
-      self.log.print(f"{problem}: the update was skipped.")
-    speed = {"tokens_per_second": values["num_tokens"] / seconds}
-    self.log.progress(values["loss"], speed["tokens_per_second"])
-    if step % train.log_every == 0:
+  def _report(self, steps: Sequence[_Step]) -> None:
+    """Fetches, checks and shows the metrics of consecutive steps, and logs the last one every `log_every` steps.
+
+    Logged times are means over `steps`. Raises InputError if a loss is not finite.
+    """
+    fetched = jax.device_get([step.metrics for step in steps])
+    now, train, last = time.monotonic(), self.config.train, steps[-1].number
+    seconds, self._last_fetch = (now - self._last_fetch) / len(steps), now
+    speed = {"tokens_per_second": float(sum(values["num_tokens"] for values in fetched)) / len(steps) / seconds}
+    for step, values in zip(steps, fetched):
+      self._check(step.number, float(values["loss"]), float(values["grad_norm"]))
+      self.log.progress(float(values["loss"]), speed["tokens_per_second"])
+    if last % train.log_every == 0:
+      host = {"data_seconds": sum(step.data_seconds for step in steps) / len(steps)}
+      host["data_wait_seconds"] = sum(step.data_wait_seconds for step in steps) / len(steps)
+      values = {name: float(value) for name, value in fetched[-1].items()}
       speed["model_flops_per_second"] = architectures.train_flops(self.config) / seconds
       if peak_flops := chips.peak_flops(self.mesh.devices.flat[0].device_kind):
         speed["model_flops_utilization"] = speed["model_flops_per_second"] / (self.mesh.size * peak_flops)
-      skipped = {"skipped_files": warn_once.count("skipped")}
-      self.log.write(step, {"seconds": seconds, **host_seconds, **values, **skipped, **speed})
+      host["skipped_files"] = warn_once.count("skipped")
+      self.log.write(last, {"seconds": seconds, **host, **values, **speed})
+
+  def _check(self, step: int, loss: float, grad_norm: float) -> None:
+    """Raises InputError if the loss or the gradient of `step` is not finite and the run has to stop."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+      self._skipped_in_a_row = 0
+      return
+    self._skipped_in_a_row += 1
+    problem = f"At step {step} the loss is {loss} and the gradient norm {grad_norm}"
+    if self.config.train.on_nonfinite != "skip" or self._skipped_in_a_row >= self.config.train.max_skipped:
+      raise InputError(
+        f"{problem} ({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are"
+        " unchanged: resume from the newest with a lower --config.train.optimizer.learning_rate or"
+        " --config.train.optimizer.clip_norm (or start over with a longer warm-up, or in float32)."
+      )
+    self.log.print(f"{problem}: the update was skipped.")
 
   def _evaluate(self, params, step: int) -> dict | None:
     """Scores the saved `step`, logs the metrics, and draws samples; returns None after a signal or a failure.
@@ -221,7 +246,7 @@ class _Run:
             self.log.write_samples(step, write.preview(self.preview, params, self.signals.agree))
           except Exception as error:
             _warn(f"No samples of step {step} were drawn: {_explain(error)}")
-    self._last_report = time.monotonic()
+    self._last_fetch = time.monotonic()
     return result
 
   def _has_metrics(self, step: int) -> bool:

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from perceiver_ar_jax.config import InputError, MeshConfig
 from perceiver_ar_jax.models import attention, streamed
 from perceiver_ar_jax.models.keys import Keys
-from perceiver_ar_jax.parallel.mesh import make_mesh
+from perceiver_ar_jax.models.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.parallel.mesh import AXES, make_mesh
 from tests import tiny
 
 
@@ -101,8 +103,9 @@ def test_streamed_equals_reference_with_gradients_of_the_projection(chunk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(4, 13), (130, 130)])
-def test_splash_equals_reference(num_queries, num_keys):
+@pytest.mark.parametrize(("num_queries", "num_keys", "block"), [(4, 13, 512), (130, 130, 512), (130, 130, 128)])
+def test_splash_equals_reference(num_queries, num_keys, block, monkeypatch):
+  monkeypatch.setattr(attention, "_MAX_BLOCK", block)
   inputs = _inputs(num_queries, num_keys)
   ours = _values_and_gradients(functools.partial(attention.splash, interpret=True), *inputs)
   for array, expected in zip(ours, _values_and_gradients(attention.reference, *inputs)):
@@ -178,6 +181,53 @@ def test_chunked_keeps_nothing_of_the_size_of_all_scores():
   assert temp_bytes(streamed.chunked) < temp_bytes(attention.reference) / 3
 
 
-def test_auto_streams_over_large_contexts():
-  assert attention.choose("auto", 2**7, 2**8).attend is streamed.streamed
-  assert attention.choose("auto", 2**7 - 1, 2**8).attend is attention.reference
+_TPU, _H100 = "TPU v5 lite", "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+  ("kind", "dtype", "shape_MxHxK", "num_keys", "name"),
+  [
+    ("cpu", "float32", (2**7, 2, 8), 2**8, "streamed"),
+    ("cpu", "float32", (2**7 - 1, 2, 8), 2**8, "reference"),
+    ("cpu", "bfloat16", (1024, 16, 64), 1024, "streamed"),
+    ("", "bfloat16", (1024, 16, 64), 1024, "streamed"),  # no mesh
+    (_TPU, "bfloat16", (1024, 16, 64), 1024, "splash"),
+    ("TPU v6 lite", "float32", (300, 2, 8), 300, "splash"),
+    (_TPU, "bfloat16", (128, 16, 64), 128, "reference"),
+    (_TPU, "bfloat16", (1024, 16, 64), 12_416, "streamed"),  # a cross-attention
+    (_H100, "bfloat16", (1024, 16, 64), 1024, "cudnn"),
+    (_H100, "bfloat16", (1024, 16, 64), 8192, "cudnn"),  # keys, values and mask: as large as what streaming stores
+    (_H100, "bfloat16", (1024, 16, 64), 8194, "streamed"),
+    (_H100, "bfloat16", (1024, 16, 64), 2**20, "streamed"),
+    (_H100, "bfloat16", (32_768, 16, 64), 32_768, "streamed"),
+    (_H100, "float32", (1024, 16, 64), 1024, "streamed"),
+    (_H100, "bfloat16", (1024, 16, 136), 1024, "streamed"),
+    (_H100, "bfloat16", (1024, 16, 60), 1024, "streamed"),
+    (_H100, "bfloat16", (1024, 16, 64), 1025, "streamed"),
+    ("NVIDIA GeForce RTX 4090", "bfloat16", (1024, 16, 64), 1024, "cudnn"),
+    ("NVIDIA GeForce RTX 2080 Ti", "bfloat16", (1024, 16, 64), 1024, "streamed"),
+    ("Tesla V100-SXM2-16GB", "bfloat16", (1024, 16, 64), 1024, "streamed"),
+    ("AMD Instinct MI300X", "bfloat16", (1024, 16, 64), 1024, "streamed"),
+  ],
+)
+def test_auto_chooses_by_device_and_shape(kind, dtype, shape_MxHxK, num_keys, name):
+  def choose(keep_own=False, sharded=False):
+    return attention.choose(kind, jnp.dtype(dtype), shape_MxHxK, num_keys, keep_own, sharded, 512)
+
+  assert choose() == name
+  assert choose(keep_own=True) == ("streamed" if name == "splash" else name), "latent dropout"
+  assert choose(sharded=True) == ("streamed" if name in ("splash", "cudnn") else name), "mesh.context > 1"
+
+
+@pytest.mark.parametrize(("kind", "platform", "num_pallas"), [(_TPU, "tpu", 1), ("cpu", "cpu", 0)])
+def test_auto_reads_the_devices_of_the_mesh_and_not_those_of_the_process(kind, platform, num_pallas):
+  """Splash for the layers, one under a scan, and never for the cross-attention."""
+  device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+  model = PerceiverAR(tiny.config(model__max_context=512, model__num_latents=256, model__position_sizes=(514,)).model)
+  ids_1xL = jax.ShapeDtypeStruct((1, 512), "int32")
+
+  def apply(tokens_1xL):
+    return model.init_with_output(jax.random.key(0), tokens_1xL, tokens_1xL[..., None])[0]
+
+  with jax.sharding.use_abstract_mesh(AbstractMesh((1,) * 4, AXES, (AxisType.Auto,) * 4, abstract_device=device)):
+    assert str(jax.make_jaxpr(apply)(ids_1xL)).count("pallas_call[") == num_pallas

@@ -11,7 +11,7 @@ from benchmarks import plans
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax import plan
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.models import architectures
+from perceiver_ar_jax.models import architectures, attention
 from perceiver_ar_jax.parallel.chips import CHIPS, parse_topology, peak_flops
 from tests import tiny
 
@@ -181,9 +181,11 @@ def test_plan_json_is_written_whether_or_not_the_step_fits(fits, monkeypatch, tm
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
 def test_the_real_compiler_plans_and_refuses(tmp_path):
-  """One plan that fits; a mesh that does not; several slices; a step that exceeds the memory."""
+  """One plan that fits, with splash in its layers; a mesh that does not; several slices; too large a step."""
   mesh = {"mesh__data": 2, "mesh__fsdp": 2}
-  config = _planning("v5e:2x2", **mesh)
+  shapes = {"model__max_context": 512, "model__num_latents": 256, "model__position_sizes": (514,)}
+  config = _planning("v5e:2x2", **mesh, **shapes)
+  assert attention.choose("TPU v5 lite", config.model.dtype, (256, 2, 8), 256, False, False, 512) == "splash"
   assert plan.plan(config, tmp_path) == 0
   written = json.loads((tmp_path / "plan.json").read_text())
   assert (written["topology"], written["num_devices"], written["fits"]) == ("v5e:2x2", 4, True)

@@ -18,7 +18,7 @@ from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data.loader import TrainLoader
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.sampling import sampler
-from perceiver_ar_jax.training import optimizer
+from perceiver_ar_jax.training import memory, optimizer
 from tests import batches, tiny
 
 
@@ -71,6 +71,67 @@ def test_a_step_makes_no_implicit_transfer(tmp_path, monkeypatch):
   with guard:
     assert loop.train(tiny.config(train__steps=6, train__checkpoint_every=6), tmp_path) == 0
   assert num_batches == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("show_seconds", "fetched"),
+  [(1e9, [[1, 2, 3, 4], [5, 6], [7, 8], [9, 10, 11, 12]]), (0.0, [*([step] for step in range(1, 13))])],
+)
+def test_metrics_are_fetched_together_and_logged_alike(show_seconds, fetched, trained, tmp_path, monkeypatch):
+  """One step late, so that the devices never wait; at once before saving."""
+  report, reports = loop._Run._report, []
+  monkeypatch.setattr(loop, "_SHOW_SECONDS", show_seconds)
+  monkeypatch.setattr(
+    loop._Run, "_report", lambda self, steps: (reports.append([step.number for step in steps]), report(self, steps))
+  )
+  assert loop.train(tiny.config(train__log_every=4, train__checkpoint_every=6), tmp_path) == 0
+  assert reports == fetched
+  every_step = {line["step"]: line for line in _lines(trained) if "loss" in line}
+  lines = {line["step"]: line for line in _lines(tmp_path) if "loss" in line}
+  assert {step: line["loss"] for step, line in lines.items()} == {step: every_step[step]["loss"] for step in (4, 8, 12)}
+  for steps in fetched:
+    if line := lines.get(steps[-1]):
+      num_tokens = np.mean([every_step[step]["num_tokens"] for step in steps])
+      assert line["tokens_per_second"] * line["seconds"] == pytest.approx(num_tokens)
+      assert line.keys() == every_step[steps[-1]].keys()
+      assert 0 <= line["data_wait_seconds"] <= line["data_seconds"]
+
+
+@pytest.mark.slow
+def test_the_host_is_at_most_two_steps_ahead_of_the_devices(tmp_path, monkeypatch):
+  """However slow they are: here, a step is finished when the host has waited for it."""
+  finished, num_steps, compile_step = set(), 0, memory.compile_step
+
+  class Metric:
+    def __init__(self, value):
+      self.value, self.step = value, num_steps
+
+    def is_ready(self):
+      return self.step in finished
+
+    def block_until_ready(self):
+      finished.add(self.step)
+
+    def __array__(self, *arguments, **named):
+      return np.asarray(self.value)
+
+  def compile_slow_step(*arguments):
+    train_step = compile_step(*arguments)
+
+    def slow_step(*inputs):
+      nonlocal num_steps
+      num_steps += 1
+      assert {*range(1, num_steps - 2)} <= finished
+      state, metrics = train_step(*inputs)
+      return state, {name: Metric(value) for name, value in metrics.items()}
+
+    return slow_step
+
+  monkeypatch.setattr(memory, "compile_step", compile_slow_step)
+  monkeypatch.setattr(loop, "_SHOW_SECONDS", 1e9)
+  assert loop.train(tiny.config(train__steps=8, train__log_every=100, train__checkpoint_every=8), tmp_path) == 0
+  assert num_steps == 8
 
 
 @pytest.mark.slow
@@ -130,6 +191,34 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({}, "At step 6 the loss is nan"),
+    ({"train__on_nonfinite": "skip", "train__max_skipped": 2}, "At step 7 the loss is nan .*2 such steps in a row"),
+  ],
+)
+def test_a_loss_that_is_not_finite_between_two_lines_is_never_saved(settings, message, tmp_path, monkeypatch):
+  _spoil_batches(monkeypatch, (6, 7))
+  with pytest.raises(InputError, match=message):
+    loop.train(tiny.config(train__log_every=100, train__checkpoint_every=4, **settings), tmp_path)
+  assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4"}
+
+
+def _spoil_batches(monkeypatch, numbers):
+  """Weights of the batches of these numbers, counted from 1, are NaN."""
+  to_global, num_batches = loop.to_global, 0
+
+  def spoil(batch, *arguments):
+    nonlocal num_batches
+    num_batches += 1
+    factor = np.float32(np.nan if num_batches in numbers else 1)
+    return to_global(batch | {"weights": batch["weights"] * factor}, *arguments)
+
+  monkeypatch.setattr(loop, "to_global", spoil)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [3, 6])
 def test_a_profile_covers_three_steps_or_those_before_a_signal(killed_at, tmp_path, monkeypatch):
   draw, step = TrainLoader.__next__, 0
@@ -168,16 +257,7 @@ def _lines(workdir) -> list[dict]:
 @pytest.mark.slow
 def test_skipped_updates_are_counted_through_a_restart_and_leave_the_learning_rate(tmp_path, monkeypatch):
   """Batches 4 and 5 are not finite; the schedule does not advance there."""
-  from_array, num_batches = loop.to_global, 0
-
-  def spoil(batch, *arguments):
-    nonlocal num_batches
-    num_batches += 1
-    return from_array(
-      batch | {"weights": batch["weights"] * np.float32(np.nan if num_batches in (4, 5) else 1)}, *arguments
-    )
-
-  monkeypatch.setattr(loop, "to_global", spoil)
+  _spoil_batches(monkeypatch, (4, 5))
   settings = {"train__on_nonfinite": "skip", "train__optimizer__schedule": "t5"}
   loop.train(tiny.config(train__steps=6, **settings), tmp_path)
   loop.train(tiny.config(train__steps=8, **settings), tmp_path)

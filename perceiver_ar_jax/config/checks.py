@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -100,9 +100,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
   return (f"Did you mean {close[0]!r}? " if close else "") + "Known: " + ", ".join(known) + "."
 
 
-def lookup(field: str, name: str, table: Mapping[str, Value], also: Sequence[str] = ()) -> Value:
-  """Returns the entry `name` of a table of implementations; raises InputError listing its names and those in `also`."""
-  require(name in table, f"{field}={name!r} is unknown. {nearest(name, [*also, *table])}")
+def lookup(field: str, name: str, table: Mapping[str, Value]) -> Value:
+  """Returns the entry `name` of a table of implementations; raises InputError listing its names."""
+  require(name in table, f"{field}={name!r} is unknown. {nearest(name, table)}")
   return table[name]
 
 

@@ -68,7 +68,7 @@ class ModelConfig:
   """Fraction of the inputs before the latents that are left out of the context, in training; they cost nothing."""
   attention: str = "auto"
   """The attention kernel; all give the same result: reference (einsums), chunked (scores of one chunk of keys at a
-  time), streamed (the context too: constant memory), cudnn (NVIDIA GPUs), splash (TPUs), or auto: by shape."""
+  time), streamed (the context too: constant memory), cudnn (NVIDIA GPUs), splash (TPUs), auto: by device and shape."""
   attention_chunk: int = 512
   """Slots per chunk of chunked and streamed attention."""
   logits_chunk: int | None = None

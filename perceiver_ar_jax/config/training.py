@@ -70,7 +70,7 @@ class TrainConfig:
   ema_decay: float = 0.0
   """Decay per update of an average of the weights, which evaluation, samples and export then use; 0: none."""
   log_every: int = 10
-  """Steps between lines of metrics."""
+  """Steps between lines of metrics, whose times are means over the steps fetched from the devices with the line."""
   tracker: str = "none"
   """wandb or trackio also receive the metrics (extras of the same names); none: only metrics.jsonl and TensorBoard."""
   checkpoint_every: int = 1000

@@ -8,6 +8,8 @@ To add a kernel, add a function and an entry of KERNELS; `model.attention` then 
 """
 
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +25,9 @@ from perceiver_ar_jax.parallel import sharding
 # Scores of one head from which streaming over the context is at least as fast, and smaller; measured on CPUs.
 _LARGE = 2**15
 _LANES = 128  # the TPU's vector width: splash needs lengths that are multiples of it
+_MAX_BLOCK = 512  # queries and keys of a block of splash, whose default, 128, is for short sequences
+# NVIDIA GPUs with cuDNN's fused attention, Ampere and later: A100, L4, H200, GB200, RTX A6000, GeForce RTX 4090, ...
+_CUDNN_KINDS = re.compile("NVIDIA (A|L|H|B|GH|GB|RTX|GeForce RTX [3-9])")
 
 
 def reference(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
@@ -41,12 +46,47 @@ def probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own: bool = False):
   return jax.nn.softmax(jnp.where(visible_Bx1xMxL, scores_BxHxMxL, MASKED), axis=-1)
 
 
+def auto(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
+  """The kernel of `choose` for these shapes and the devices of the mesh in use (without one, of any platform)."""
+  device = jax.sharding.get_abstract_mesh().abstract_device  # not this process's own: it may compile for others
+  sharded = keys.sharded and sharding.current_axes(("slots",), valid_BxL.shape[1:]) != ((),)
+  kind, shape, num_keys = device.device_kind if device else "", q_BxMxHxK.shape[1:], valid_BxL.shape[1]
+  name = choose(kind, q_BxMxHxK.dtype, shape, num_keys, keep_own, sharded, chunk)
+  return KERNELS[name].attend(q_BxMxHxK, keys, valid_BxL, keep_own, chunk)
+
+
+def choose(kind: str, dtype, shape_MxHxK, num_keys: int, keep_own: bool, sharded: bool, chunk: int) -> str:
+  """The name of the kernel that `auto` stands for; `kind`: jax.Device.device_kind, or "" for any device."""
+  num_queries, heads, width = shape_MxHxK
+  if num_queries * num_keys < _LARGE:
+    return "reference"
+  if kind.startswith("TPU") and num_queries == num_keys and not keep_own and not sharded:
+    return "splash"
+  # Bytes per row: of keys, values, the mask and its unused gradient, and of the scores of a chunk and their gradients.
+  stored, streamed_bytes = 4 * num_keys * (heads * width + num_queries), 8 * num_queries * heads * chunk
+  fits = width <= 128 and width % 8 == num_queries % 2 == num_keys % 2 == 0 and stored <= streamed_bytes
+  return "cudnn" if _CUDNN_KINDS.match(kind) and dtype == jnp.bfloat16 and fits and not sharded else "streamed"
+
+
 def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
   """cuDNN's fused attention, for NVIDIA GPUs in bfloat16; `chunk` is ignored."""
   del chunk
-  num_keys = valid_BxL.shape[1]
-  mask_Bx1xMxL = visible(jnp.arange(num_keys), q_BxMxHxK.shape[1], num_keys, valid_BxL, keep_own)
-  return jax.nn.dot_product_attention(q_BxMxHxK, *keys.to_arrays(), mask=mask_Bx1xMxL, implementation="cudnn")
+
+  def attend(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL):
+    num_queries, num_keys = q_BxMxHxK.shape[1], valid_BxL.shape[1]
+    mask_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own)
+    return jax.nn.dot_product_attention(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, mask=mask_Bx1xMxL, implementation="cudnn")
+
+  return _on_each_device(attend, q_BxMxHxK, keys, valid_BxL)
+
+
+def _on_each_device(attend: Callable[..., jax.Array], q_BxMxHxK, keys: Keys, valid_BxL):
+  """`attend` (q, k, v, valid) for the rows and heads of each device: XLA does not partition kernels of vendors."""
+  layout, arrays = sharding.current_spec(("batch", None, "heads", None), q_BxMxHxK.shape), keys.to_arrays()
+  if layout is not None:
+    rows = sharding.current_spec(("batch", None), valid_BxL.shape)
+    attend = jax.shard_map(attend, in_specs=(layout, layout, layout, rows), out_specs=layout, check_vma=False)
+  return attend(q_BxMxHxK, *arrays, valid_BxL)
 
 
 def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None, interpret: bool = False):
@@ -56,13 +96,7 @@ def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int 
   """
   del chunk
   require(not keep_own, "model.attention=splash does not support model.latent_dropout: set that to 0.")
-  k_BxLxHxK, v_BxLxHxK = keys.to_arrays()
-  layout = sharding.current_spec(("batch", None, "heads", None), q_BxMxHxK.shape)
-  attend = functools.partial(_splash, interpret=interpret)
-  if layout is not None:  # XLA does not partition a Pallas kernel over devices
-    rows = sharding.current_spec(("batch", None), valid_BxL.shape)
-    attend = jax.shard_map(attend, in_specs=(layout, layout, layout, rows), out_specs=layout, check_vma=False)
-  return attend(scaled(q_BxMxHxK), k_BxLxHxK, v_BxLxHxK, valid_BxL)
+  return _on_each_device(functools.partial(_splash, interpret=interpret), scaled(q_BxMxHxK), keys, valid_BxL)
 
 
 def _splash(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, interpret: bool):
@@ -77,7 +111,10 @@ def _splash(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, interpret: bool):
   offset = (num_keys + extra_keys) - (num_queries + extra_queries)
   mask = splash_attention.CausalMask((num_queries + extra_queries, num_keys + extra_keys), offset=offset)
   heads = splash_attention.MultiHeadMask([mask] * q_BxMxHxK.shape[2])
-  kernel = splash_attention.make_splash_mha(heads, head_shards=1, q_seq_shards=1, interpret=interpret)
+  queries, slots = (math.gcd(length, _MAX_BLOCK) for length in mask.shape)
+  blocks = splash_attention.BlockSizes(queries, slots, None, queries, slots, None, queries, slots)
+  make = functools.partial(splash_attention.make_splash_mha, heads, head_shards=1, q_seq_shards=1, interpret=interpret)
+  kernel = make(block_sizes=blocks, residual_checkpoint_name=streamed.SAVED)
 
   def attend(q_MxHxK, k_LxHxK, v_LxHxK, valid_L):
     segments = splash_attention.SegmentIds(q=jnp.ones(q_MxHxK.shape[0], jnp.int32), kv=valid_L.astype(jnp.int32))
@@ -98,26 +135,24 @@ class Kernel(NamedTuple):
 
 
 KERNELS: dict[str, Kernel] = {
+  "auto": Kernel(auto),
   "reference": Kernel(reference),
   "chunked": Kernel(streamed.chunked),
   "streamed": Kernel(streamed.streamed),
   "cudnn": Kernel(cudnn, platform="gpu", dtype="bfloat16", shards_context=False),
   "splash": Kernel(splash, platform="tpu", shards_context=False),
 }
-AUTO = "auto"
 
 
-def choose(name: str, num_queries: int, num_keys: int) -> Kernel:
-  """The kernel of `model.attention` = `name` for these shapes; raises InputError for an unknown name."""
-  if name == AUTO:
-    name = "streamed" if num_queries * num_keys >= _LARGE else "reference"
-  return lookup("model.attention", name, KERNELS, also=(AUTO,))
+def kernel_of(config: ModelConfig) -> Kernel:
+  """The config's kernel; raises InputError for an unknown name."""
+  return lookup("model.attention", config.attention, KERNELS)
 
 
 def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   """Raises InputError if the config's kernel does not exist or does not run with its dtype or on the mesh."""
-  kernel = choose(config.attention, 1, 1)
-  general = ", ".join([AUTO, *(name for name, each in KERNELS.items() if each.platform is None)])
+  kernel = kernel_of(config)
+  general = ", ".join(name for name, each in KERNELS.items() if each.platform is None)
   setting, dtype = f"model.attention={config.attention}", kernel.dtype
   require(dtype in (None, config.dtype), f"{setting} computes in {dtype} only: set model.dtype={dtype}.")
   if mesh is None:

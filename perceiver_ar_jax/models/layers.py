@@ -207,8 +207,8 @@ class Attention(nn.Module):
     if isinstance(keys, CachedKeys):
       attended_BxMxHxK = keys.attend(q_BxMxHxK, valid_BxL)
     else:
-      kernel = attention.choose(config.attention, q_BxMxHxK.shape[1], valid_BxL.shape[1])
-      attended_BxMxHxK = kernel.attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
+      attend = attention.kernel_of(config).attend
+      attended_BxMxHxK = attend(q_BxMxHxK, keys, valid_BxL, keep_own, config.attention_chunk)
     out = dense(config, config.latent_width, "out", ("heads", "width"), zero=config.zero_init)
     return out(attended_BxMxHxK.reshape(query.shape))
 
@@ -293,7 +293,7 @@ class CrossAttention(nn.Module):
     def project(weights, inputs):
       return unbound.apply(weights[1], unmixed(weights[0], *inputs), *inputs, method="mix")
 
-    sharded = attention.choose(config.attention, 1, 1).shards_context
+    sharded = attention.kernel_of(config).shards_context
     slots = "slots" if sharded else None
     inputs = constrain(tokens_BxL, "batch", slots), constrain(positions_BxLxP, "batch", slots, None)
     return Keys(project, (weights, subset("conv", "norm_key")), inputs, config.conv_taps, sharded)
