@@ -101,6 +101,8 @@ def test_the_imagenet_model_has_the_papers_size():
     (XL | {"mesh.context": 2}, "mesh.context=2 shards the inputs of a cross-attention"),
     ({"model.cross_attend_after": (1,)}, "names a layer outside 0..0"),
     ({"model.cross_attend_after": ("a",)}, "model.cross_attend_after=('a',) names a layer outside 0..0"),
+    (XL | {"data.packing": 2}, "data.packing=2 is not supported by transformer_xl: set --config.data.packing=1"),
+    ({"data.packing": 0}, "data.packing=0 must be at least 1"),
     ({"model.logits_chunk": 0}, "model.logits_chunk=0 must be at least 1, or None"),
     ({"train.optimizer.cosine_steps": -1}, "train.optimizer.cosine_steps=-1 must be at least 1, or None"),
     ({"train.batch_size": 0}, "train.batch_size=0 must be at least 1"),

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import ModelConfig, lookup, require
 from perceiver_ar_jax.models import streamed
-from perceiver_ar_jax.models.keys import MASKED, Keys, product, scaled, visible
+from perceiver_ar_jax.models.keys import MASKED, Keys, product, query_segments, scaled, visible
 from perceiver_ar_jax.parallel import sharding
 
 # Scores of one head from which streaming over the context is at least as fast, and smaller; measured on CPUs.
@@ -36,7 +36,8 @@ def reference(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: i
 def probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own: bool = False):
   """float32 weights_BxHxMxL with which each query attends to each key: they sum to 1, and are 0 for invisible keys."""
   num_queries, num_keys = q_BxMxHxK.shape[1], valid_BxL.shape[1]
-  visible_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own)
+  segments_BxM = query_segments(valid_BxL, num_queries)
+  visible_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own, segments_BxM)
   scores_BxHxMxL = product("bmhk,blhk->bhml", scaled(q_BxMxHxK), k_BxLxHxK)
   return jax.nn.softmax(jnp.where(visible_Bx1xMxL, scores_BxHxMxL, MASKED), axis=-1)
 
@@ -44,15 +45,17 @@ def probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own: bool = False):
 def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
   """cuDNN's fused attention, for NVIDIA GPUs in bfloat16; `chunk` is ignored."""
   del chunk
-  num_keys = valid_BxL.shape[1]
-  mask_Bx1xMxL = visible(jnp.arange(num_keys), q_BxMxHxK.shape[1], num_keys, valid_BxL, keep_own)
+  num_queries, num_keys = q_BxMxHxK.shape[1], valid_BxL.shape[1]
+  segments_BxM = query_segments(valid_BxL, num_queries)
+  mask_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own, segments_BxM)
   return jax.nn.dot_product_attention(q_BxMxHxK, *keys.to_arrays(), mask=mask_Bx1xMxL, implementation="cudnn")
 
 
 def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None, interpret: bool = False):
   """The Pallas kernel that ships with JAX, for TPUs: blocks that no query attends to are skipped; `chunk` is ignored.
 
-  Padding is expressed by segment ids, so latent dropout is refused. `interpret` runs it on any platform, slowly.
+  Padding and documents are expressed by segment ids, so latent dropout is refused. `interpret` runs it on any platform,
+  slowly.
   """
   del chunk
   require(not keep_own, "model.attention=splash does not support model.latent_dropout: set that to 0.")
@@ -80,7 +83,9 @@ def _splash(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, interpret: bool):
   kernel = splash_attention.make_splash_mha(heads, head_shards=1, q_seq_shards=1, interpret=interpret)
 
   def attend(q_MxHxK, k_LxHxK, v_LxHxK, valid_L):
-    segments = splash_attention.SegmentIds(q=jnp.ones(q_MxHxK.shape[0], jnp.int32), kv=valid_L.astype(jnp.int32))
+    num_padded = q_MxHxK.shape[0]
+    own_M = jnp.ones(num_padded, jnp.int32) if valid_L.dtype == bool else valid_L[-num_padded:]
+    segments = splash_attention.SegmentIds(q=own_M, kv=valid_L.astype(jnp.int32))
     out_HxMxK = kernel(*(x.swapaxes(0, 1) for x in (q_MxHxK, k_LxHxK, v_LxHxK)), segment_ids=segments)
     return out_HxMxK.swapaxes(0, 1)
 

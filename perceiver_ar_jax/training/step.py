@@ -18,7 +18,7 @@ from perceiver_ar_jax.training import optimizer as optimizer_lib
 
 Batch = dict[str, jax.Array]
 """inputs int32[B, L], positions int32[B, L, P] unless the model ignores them, targets int32[B, M], weights
-float32[B, M]; or their shapes."""
+float32[B, M], segments int32[B, L] with data.packing; or their shapes."""
 
 
 @struct.dataclass
@@ -83,6 +83,7 @@ def init_state(
 
 def score(model: nn.Module, params, batch: Batch, dropout_key=None, **terms: float) -> loss_lib.TokenLosses:
   """Returns the losses of a batch's targets, with dropout if a key is given; `terms` as in loss.token_losses."""
+  packed = {"segments_BxL": batch["segments"]} if "segments" in batch else {}
   latents_BxMxD = model.apply(
     {"params": params},
     batch["inputs"],
@@ -91,6 +92,7 @@ def score(model: nn.Module, params, batch: Batch, dropout_key=None, **terms: flo
     deterministic=dropout_key is None,
     rngs=None if dropout_key is None else {"dropout": dropout_key},
     method="latents",
+    **packed,
   )
   to_logits = functools.partial(model.apply, {"params": params}, method="logits")
   return loss_lib.score(to_logits, latents_BxMxD, batch["targets"], chunk=model.config.logits_chunk, **terms)
