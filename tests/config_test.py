@@ -18,7 +18,7 @@ from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError, config_from_run
 from perceiver_ar_jax.data import tasks
 from perceiver_ar_jax.models import architectures
-from perceiver_ar_jax.training import optimizer, workdir
+from perceiver_ar_jax.training import optimizer, step, workdir
 from tests import tiny
 
 CONFIG_FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -132,7 +132,7 @@ def test_mistakes_are_named(changes, message):
     # The modules that own the tables of implementations check their names.
     mesh = types.SimpleNamespace(shape={"context": config.mesh.context}, devices=np.array(jax.devices()))
     architectures.check(config.model, mesh)
-    optimizer.make_optimizer(config.train.optimizer, config.train.steps)
+    step.make_train_step(config, optimizer.make_optimizer(config.train.optimizer, config.train.steps))
   assert message in str(error.value)
 
 

@@ -45,9 +45,6 @@ class Config:
     require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0..4294967295 (2^32-1).")
     rows, shards = self.train.batch_size, self.data.shards
     require(rows % shards == 0, f"data.shards={shards} does not divide train.batch_size={rows}: change either.")
-    packing, architecture = self.data.packing, self.model.architecture
-    is_valid = packing == 1 or architecture != "transformer_xl"
-    require(is_valid, f"data.packing={packing} is not supported by {architecture}: set --config.data.packing=1.")
     kept, num_latents = self.sample.kept_latents, self.model.num_latents
     is_valid = kept is None or 1 <= kept <= num_latents
     require(is_valid, f"sample.kept_latents={kept} must be in 1..{num_latents}, the latents.")

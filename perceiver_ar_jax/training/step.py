@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config
-from perceiver_ar_jax.models.architectures import init_params, make_model
+from perceiver_ar_jax.config import Config, require
+from perceiver_ar_jax.models.architectures import architecture_of, init_params, make_model
 from perceiver_ar_jax.parallel.sharding import batch_axes, batch_shardings, constrain, shardings
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -108,8 +108,12 @@ def make_train_step(
   Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`,
   the global norm of the gradients that the optimizer receives, before clipping, and `learning_rate`. With
   train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step, and
-  `skipped_steps` is the number of such updates since the start of the run.
+  `skipped_steps` is the number of such updates since the start of the run. Raises InputError for settings that the
+  model does not support.
   """
+  packing, architecture = config.data.packing, config.model.architecture
+  is_valid = packing == 1 or architecture_of(config.model).has_cross_attention
+  require(is_valid, f"data.packing={packing} is not supported by {architecture}: set --config.data.packing=1.")
   schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
   model = make_model(config.model)
   has_dropout = config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout
