@@ -4,7 +4,8 @@
 
 `cold_tokens_per_second` is the speed of the first batches, whose documents are decoded; `warm_tokens_per_second` that
 of as many batches after the rest of an epoch, when documents are in memory if they fit. Tokens are inputs of a batch,
-padding included, as in --mode=data.
+padding included, as in --mode=data. `scored_share` is the share of latents whose target is scored, and
+`scored_tokens_per_second` their number, in the last batches: data.packing raises both where documents are short.
 """
 
 import json
@@ -23,16 +24,18 @@ def measure(config: Config, num_batches: int) -> dict:
   """Returns the speeds, and the seconds of the first batch, in which TensorFlow starts and the shuffle buffer fills."""
   loader, batch_tokens = TrainLoader(config), config.train.batch_size * config.model.max_context
 
-  def seconds(count: int) -> float:
-    start = time.perf_counter()
+  def draw(count: int) -> tuple[float, float]:
+    """Draws batches; returns the seconds, and the number of scored targets."""
+    start, scored = time.perf_counter(), 0.0
     for _ in range(count):
-      next(loader)
-    return time.perf_counter() - start
+      scored += next(loader)["weights"].sum()
+    return time.perf_counter() - start, float(scored)
 
-  first, cold = seconds(1), seconds(num_batches)
+  (first, _), (cold, _) = draw(1), draw(num_batches)
   records = loader.task.num_records(config, config.data.train_split) or 0
-  epoch = seconds(max(-(-records // config.train.batch_size) - num_batches - 1, 0))
-  warm = seconds(num_batches)
+  records_per_batch = config.train.batch_size * config.data.packing
+  epoch, _ = draw(max(-(-records // records_per_batch) - num_batches - 1, 0))
+  warm, scored = draw(num_batches)
   return {
     "task": config.data.task,
     "records": records,
@@ -40,6 +43,8 @@ def measure(config: Config, num_batches: int) -> dict:
     "cold_tokens_per_second": num_batches * batch_tokens / cold,
     "first_epoch_seconds": first + cold + epoch,
     "warm_tokens_per_second": num_batches * batch_tokens / warm,
+    "scored_tokens_per_second": scored / warm,
+    "scored_share": scored / (num_batches * config.train.batch_size * config.model.num_latents),
   }
 
 

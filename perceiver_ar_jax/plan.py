@@ -132,7 +132,8 @@ def measure(config: Config, topology: Topology) -> dict:
   model = config.model
   dims = (len(model.position_sizes) or 1) if model.positions_from_data else 0
   sizes = {"context": model.max_context, "latents": model.num_latents, "position_dims": dims}
-  batch = jax.eval_shape(lambda: windows.empty_batch(config.train.batch_size, **sizes))
+  packed = config.data.packing > 1
+  batch = jax.eval_shape(lambda: windows.empty_batch(config.train.batch_size, **sizes, packed=packed))
   result = {"mesh": dict(mesh.shape), "num_params": architectures.num_params(model)}
   start = time.monotonic()
   with jax.set_mesh(mesh):

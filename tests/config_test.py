@@ -18,7 +18,7 @@ from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError, config_from_run
 from perceiver_ar_jax.data import tasks
 from perceiver_ar_jax.models import architectures
-from perceiver_ar_jax.training import optimizer, workdir
+from perceiver_ar_jax.training import optimizer, step, workdir
 from tests import tiny
 
 CONFIG_FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -101,6 +101,8 @@ def test_the_imagenet_model_has_the_papers_size():
     (XL | {"mesh.context": 2}, "mesh.context=2 shards the inputs of a cross-attention"),
     ({"model.cross_attend_after": (1,)}, "names a layer outside 0..0"),
     ({"model.cross_attend_after": ("a",)}, "model.cross_attend_after=('a',) names a layer outside 0..0"),
+    (XL | {"data.packing": 2}, "data.packing=2 is not supported by transformer_xl: set --config.data.packing=1"),
+    ({"data.packing": 0}, "data.packing=0 must be at least 1"),
     ({"model.logits_chunk": 0}, "model.logits_chunk=0 must be at least 1, or None"),
     ({"train.optimizer.cosine_steps": -1}, "train.optimizer.cosine_steps=-1 must be at least 1, or None"),
     ({"train.batch_size": 0}, "train.batch_size=0 must be at least 1"),
@@ -130,7 +132,7 @@ def test_mistakes_are_named(changes, message):
     # The modules that own the tables of implementations check their names.
     mesh = types.SimpleNamespace(shape={"context": config.mesh.context}, devices=np.array(jax.devices()))
     architectures.check(config.model, mesh)
-    optimizer.make_optimizer(config.train.optimizer, config.train.steps)
+    step.make_train_step(config, optimizer.make_optimizer(config.train.optimizer, config.train.steps))
   assert message in str(error.value)
 
 

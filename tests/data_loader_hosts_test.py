@@ -27,9 +27,9 @@ def _batch(hosts: list[TrainLoader]) -> np.ndarray:
   return inputs
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_batches_are_the_same_on_any_hosts_and_resume_on_others(shards, tmp_path):
-  config = tiny.config(data__shards=shards)
+@pytest.mark.parametrize(("shards", "packing"), [(1, 1), (2, 1), (4, 1), (2, 3)])
+def test_batches_are_the_same_on_any_hosts_and_resume_on_others(shards, packing, tmp_path):
+  config = tiny.config(data__shards=shards, data__packing=packing, data__min_crop=16 if packing == 1 else 2)
   loader = TrainLoader(config)
   expected = [next(loader)["inputs"] for _ in range(4)]
   assert len({tuple(row) for batch in expected for row in batch.tolist()}) == 32, "rows are repeated"

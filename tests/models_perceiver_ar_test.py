@@ -257,17 +257,17 @@ def test_dropout_acts_in_training_only():
 def test_context_dropout_keeps_a_random_part_of_the_inputs_in_order_and_all_latents():
   tokens = np.arange(1, 41).reshape(2, 20).astype(np.int32)
   positions = 100 * tokens[..., None]
-  kept, where = drop_context(jax.random.key(0), tokens, positions, num_latents=4, keep=6)
+  kept, where = drop_context(jax.random.key(0), (tokens, positions), num_latents=4, keep=6)
   np.testing.assert_array_equal(kept[:, 6:], tokens[:, 16:])
   np.testing.assert_array_equal(where, 100 * kept[..., None])
   for row, inputs in enumerate(np.asarray(kept)):
     assert (np.diff(inputs) > 0).all() and set(inputs) <= set(tokens[row])
   assert (np.asarray(kept[0]) + 20 != np.asarray(kept[1])).any(), "every row draws its own"
-  drawn = [drop_context(jax.random.key(seed), tokens, positions, 4, 6)[0][:, :6] for seed in range(200)]
+  drawn = [drop_context(jax.random.key(seed), (tokens, positions), 4, 6)[0][:, :6] for seed in range(200)]
   counts = np.bincount(np.concatenate(drawn, axis=None), minlength=41)
   np.testing.assert_allclose(counts[1:17], 200 * 6 / 16, atol=35)  # 4 standard deviations
   with pytest.raises(ValueError, match="keep=17 must be in 0..16"):
-    drop_context(jax.random.key(0), tokens, positions, num_latents=4, keep=17)
+    drop_context(jax.random.key(0), (tokens, positions), num_latents=4, keep=17)
 
 
 def test_cross_attend_dropout_is_the_model_on_the_inputs_that_stay():

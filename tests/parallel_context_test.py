@@ -37,6 +37,9 @@ def measure(kernel: str, num_devices: int, **overrides) -> dict:
     np.arange(CONTEXT)[None, :, None] < [[[3000]], [[0]], [[0]], [[8190]]], 0, batch["positions"]
   )
   batch["inputs"] *= batch["positions"][..., 0] > 0  # padding; in the last row even among the latents
+  if config.data.packing > 1:  # some begin among the latents
+    begins = np.isin(np.arange(CONTEXT), (4100, 8190, 8195))
+    batch["segments"] = np.where(batch["inputs"] > 0, np.cumsum(begins)[None] + 1, 0).astype(np.int32)
   layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
   batch, losses = jax.device_put(batch, layout), []
   with jax.set_mesh(mesh):
@@ -71,6 +74,8 @@ def measured(eight_devices):
     "context": eight_devices(measure, "chunked", 8, mesh__data=1, mesh__context=8),
     "convolved, one": eight_devices(measure, "chunked", 1, model__conv_taps=2),
     "convolved": eight_devices(measure, "streamed", 8, model__conv_taps=2, **every_axis),
+    "packed, one": eight_devices(measure, "reference", 1, model__conv_taps=2, data__packing=4),
+    "packed": eight_devices(measure, "streamed", 8, model__conv_taps=2, data__packing=4, **every_axis),
   }
 
 
@@ -83,7 +88,12 @@ def test_keys_mixed_across_the_borders_of_devices_equal_those_of_one_device(meas
   np.testing.assert_allclose(measured["convolved"]["losses"], measured["convolved, one"]["losses"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["context", "convolved"])
+def test_packed_documents_across_devices_equal_those_of_one_device(measured):
+  np.testing.assert_allclose(measured["packed"]["losses"], measured["packed, one"]["losses"], rtol=1e-5)
+  assert abs(measured["packed"]["losses"][-1] / measured["convolved"]["losses"][-1] - 1) > 1e-4, "nothing is hidden"
+
+
+@pytest.mark.parametrize("mesh", ["context", "convolved", "packed"])
 def test_nothing_as_long_as_the_context_is_exchanged(mesh, measured):
   largest = measured[mesh]["largest_exchange"]
   assert 0 < largest < CONTEXT / 8, f"devices exchange an array of {largest} elements"

@@ -324,3 +324,18 @@ def test_positions_that_the_model_ignores_are_neither_made_nor_needed():
   step = jax.jit(step_lib.make_train_step(config, optimizer))
   losses = [float(step(state, rows, jax.random.key(0))[1]["loss"]) for rows in (batch, with_positions)]
   assert losses[0] == losses[1]
+
+
+def test_targets_of_packed_batches_are_counted_and_split_into_microbatches():
+  results = []
+  for microbatches in (1, 2):
+    settings = {"data__packing": 3, "data__min_crop": 2, "train__microbatches": microbatches}
+    config = tiny.config(**settings, model__dropout=0.0)
+    batch, optimizer = next(TrainLoader(config)), optimizer_lib.make_optimizer(config.train.optimizer, 10)
+    params = tiny.random_params(config.model)
+    state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    _, metrics = jax.jit(step_lib.make_train_step(config, optimizer))(state, batch, jax.random.key(0))
+    assert batch["segments"].max() > 1 and metrics["num_tokens"] == (batch["targets"] > 0).sum()
+    results.append(metrics)
+  for name in ("loss", "grad_norm", "accuracy"):
+    np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-5)

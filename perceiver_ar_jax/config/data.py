@@ -53,6 +53,9 @@ class DataConfig:
   """Split that training reads."""
   min_crop: int = 1
   """Shortest training crop of a sequence, in events; longer ones keep first tokens from being over-sampled."""
+  packing: int = 1
+  """Records per training row: short documents fill a row from the right until every latent has a target, each attends
+  to itself only, and records left over are dropped. 1: one document per row."""
   shards: int = 1
   """Parts of the training records, each shuffled separately for its share of a batch; hosts read those they need."""
   shuffle_buffer: int = 2048
@@ -62,7 +65,7 @@ class DataConfig:
     for name in DATA_PATHS:
       if getattr(self, name) is not None:
         object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
-    counts = ("min_crop", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels")
+    counts = ("min_crop", "packing", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels")
     require_at_least(1, "data", self, *counts, "recall_pairs", "recall_queries")
     fraction = self.validation_fraction
     require(0 < fraction < 1, f"data.validation_fraction={fraction} must be between 0 and 1 (or set validation_files).")

@@ -65,7 +65,7 @@ class TrainLoader(Iterator[Batch]):
 
   def __init__(self, config: Config, rows_of_hosts: Sequence[Sequence[int]] | None = None, host: int = 0):
     self._config, self._split, self._num_shards = config, config.data.train_split, config.data.shards
-    self._shard_rows = config.train.batch_size // self._num_shards
+    self._shard_rows, self._packing = config.train.batch_size // self._num_shards, config.data.packing
     self._tasks, self._shares = zip(*get_tasks(config.data, config.model.max_context + 1))
     self._num_records = [task.num_records(config, self._split) for task in self._tasks]
     for task, count in zip(self._tasks, self._num_records):
@@ -95,7 +95,8 @@ class TrainLoader(Iterator[Batch]):
   def _empty(self, size: int) -> Batch:
     model = self._config.model
     dims = self.task.position_dims if model.positions_from_data else 0
-    return windows.empty_batch(size, context=model.max_context, latents=model.num_latents, position_dims=dims)
+    sizes = {"context": model.max_context, "latents": model.num_latents, "position_dims": dims}
+    return windows.empty_batch(size, **sizes, packed=self._packing > 1)
 
   def _start(self, shard: _Shard) -> None:
     shard.num_batches, shard.batches = 0, [iter(self._batches(task, shard.index)) for task in self._tasks]
@@ -140,9 +141,22 @@ class TrainLoader(Iterator[Batch]):
     )
 
   def _fill_row(self, records, draws, seeds, unreadable: set[int], number: int, row: Batch) -> bool:
-    """Fills a row, with the random numbers of row `number` of a shard; returns False if no record can be read.
+    """Fills row `number` of a shard from its records, from the right; returns False if no record can be read."""
+    for index in range(self._packing):
+      count = self._fill_window(records, draws, seeds, unreadable, number * self._packing + index, row)
+      if count is None:
+        return index > 0
+      if self._packing > 1:
+        row["segments"][len(row["segments"]) - count :] = index + 1
+      if count >= len(row["targets"]):
+        break
+      row = {name: values[: len(values) - count] for name, values in row.items()}  # the free slots
+    return True
 
-    If the row's record is unreadable, it is filled from the next readable one of the shard, whichever host's it is.
+  def _fill_window(self, records, draws, seeds, unreadable: set[int], number: int, row: Batch) -> int | None:
+    """Fills a row, with the random numbers of record `number` of a shard; returns the number of inputs.
+
+    An unreadable record is replaced by the next readable one of the shard, whichever host's it is; None: none is.
     """
     for candidate in (*range(number, len(records)), *range(number)):
       if candidate in unreadable:
@@ -153,17 +167,16 @@ class TrainLoader(Iterator[Batch]):
         augment = task.augment and functools.partial(task.augment, random=np.random.default_rng(seeds[number]))
         min_crop, scored_only = self._config.data.min_crop, task.train_scored_only
         try:
-          windows.train_window(row, document, draws[number], min_crop, scored_only=scored_only, augment=augment)
-          return True
+          return windows.train_window(row, document, draws[number], min_crop, scored_only=scored_only, augment=augment)
         except Unreadable as error:  # a file that vanished or shrank since it was listed
           task.skip(record, error)
       unreadable.add(candidate)
-    return False
+    return None
 
   def _draw(self, shard: _Shard) -> tuple[list[tuple[Task, Record]], np.ndarray, np.ndarray]:
-    """Returns the records, numbers in [0, 1) and seeds of all rows that the shard provides for the next batch."""
+    """Returns the records of all rows of the shard in the next batch, with a number in [0, 1) and a seed each."""
     # Numbering batches over all shards gives the crops of each shard their own random numbers.
-    number, size = shard.num_batches * self._num_shards + shard.index, self._shard_rows
+    number, size = shard.num_batches * self._num_shards + shard.index, self._shard_rows * self._packing
     random = np.random.Generator(np.random.Philox(key=[self._config.seed % 2**64, number]))
     shard.num_batches += 1
     draws, seeds = random.random(size), random.integers(2**63, size=size)
@@ -200,11 +213,12 @@ class TrainLoader(Iterator[Batch]):
           " set data.shards back to what it was."
         )
       state = json.loads((directory / f"{self._name(shard)}.json").read_text())
+      saved = {"packing": 1} | state["stream"]  # older states lack it
       names = {"num_records": "number of records", "files": "checksum of the files' names", "cached": "data.cache_dir"}
       changed = [
-        f"{names.get(name, name)} was {state['stream'].get(name)!r} and is {value!r}"
+        f"{names.get(name, name)} was {saved.get(name)!r} and is {value!r}"
         for name, value in self._stream.items()
-        if state["stream"].get(name) != value
+        if saved.get(name) != value
       ]
       if changed:
         raise InputError(
@@ -228,6 +242,7 @@ class TrainLoader(Iterator[Batch]):
       "cached": False,  # older versions could read documents from data.cache_dir
       "seed": config.seed,
       "min_crop": config.data.min_crop,
+      "packing": self._packing,
       "shuffle_buffer": config.data.shuffle_buffer,
       "sentencepiece": sentencepiece_fingerprint(config.data),
       "context": config.model.max_context,

@@ -7,7 +7,11 @@ event after its input. A window is the range of at most `context` inputs that en
     context 4, latents 2, events SOS a b c d e:   ending at e:   inputs   a   b   c   d   targets d e
                                                   ending at b:   inputs PAD PAD SOS   a   targets a b
 
-A batch is a dict of arrays that are initially padding, `empty_batch`; each row is filled with one window.
+A batch is a dict of arrays that are initially padding, `empty_batch`; each row is filled with one window, or in packed
+batches (data.packing) with several, from the right. Segments number them; one begins before the latents at most:
+
+    context 6, latents 4, SOS a b and SOS c d e:  inputs   PAD SOS   c   d SOS   a   targets d e a b
+                                                  segments   0   2   2   2   1   1
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +24,7 @@ from perceiver_ar_jax.data.documents import Document
 Batch = dict[str, np.ndarray]
 """inputs int32[B, L], positions int32[B, L, P], targets int32[B, M], weights float32[B, M]; a row has no B.
 
-Positions are left out where the model does not read them."""
+Positions are left out where the model does not read them. Packed batches also have segments int32[B, L]."""
 
 
 def check_positions(batch: Batch, config: Config) -> None:
@@ -37,14 +41,16 @@ def check_positions(batch: Batch, config: Config) -> None:
     )
 
 
-def empty_batch(size: int, *, context: int, latents: int, position_dims: int) -> Batch:
+def empty_batch(size: int, *, context: int, latents: int, position_dims: int, packed: bool = False) -> Batch:
   """B = `size` rows of padding with weight 0; L = `context`, M = `latents`, P = `position_dims`, 0: no positions."""
   batch = {
     "inputs": np.zeros((size, context), np.int32),
     "targets": np.zeros((size, latents), np.int32),
     "weights": np.zeros((size, latents), np.float32),
   }
-  return batch | ({"positions": np.zeros((size, context, position_dims), np.int32)} if position_dims else {})
+  if position_dims:
+    batch["positions"] = np.zeros((size, context, position_dims), np.int32)
+  return batch | ({"segments": np.zeros((size, context), np.int32)} if packed else {})
 
 
 def row_of(batch: Batch, index: int) -> Batch:
@@ -60,12 +66,12 @@ def train_window(
   *,
   scored_only: bool = False,
   augment: Callable | None = None,
-) -> None:
+) -> int:
   """Fills an empty row with the crop of a document (at least 2 events) that `draw` in [0, 1) determines: Document.crop.
 
   It has at least `min_crop` events, so that the first ones, which all short crops contain, are not over-sampled. Its
   targets have weight 1, with `scored_only` those that are scored. `augment` returns other events for those of the crop,
-  whose positions must be those that count from its start.
+  whose positions must be those that count from its start. Returns the number of inputs.
   """
   longest = len(row["inputs"]) + 1
   events, positions, scored = document.crop(draw, longest, max(min_crop, 2))  # an input and its target
@@ -73,7 +79,7 @@ def train_window(
     events = augment(events)[-longest:]
     positions = document.positions(0, len(events))
   scored = scored if scored_only else np.ones(len(events), bool)
-  _fill(row, events, positions, scored, len(row["targets"]))
+  return _fill(row, events, positions, scored, len(row["targets"]))
 
 
 def eval_window(row: Batch, document: Document, end: int, num_new: int) -> None:
@@ -94,11 +100,11 @@ def eval_blocks(num_events: int, stride: int) -> Iterator[tuple[int, int]]:
   return ((1 + end, min(stride, end)) for end in reversed(ends))
 
 
-def _fill(row: Batch, events: np.ndarray, positions: np.ndarray, scored: np.ndarray, num_new: int) -> None:
-  """Writes n inputs and the last of their n targets, from n + 1 events."""
+def _fill(row: Batch, events: np.ndarray, positions: np.ndarray, scored: np.ndarray, num_new: int) -> int:
+  """Writes n inputs and the last of their n targets, from n + 1 events; returns n."""
   count = len(events) - 1
   if count < 1:
-    return
+    return 0
   row["inputs"][-count:] = events[:-1]
   if "positions" in row:
     row["positions"][-count:] = positions[:-1]
@@ -106,3 +112,4 @@ def _fill(row: Batch, events: np.ndarray, positions: np.ndarray, scored: np.ndar
   row["targets"][-targets:] = events[-targets:]
   new = min(targets, num_new)
   row["weights"][-new:] = scored[-new:]
+  return count

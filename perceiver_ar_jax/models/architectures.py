@@ -28,7 +28,7 @@ class Architecture(NamedTuple):
   module: type[nn.Module]
   check: Callable[[ModelConfig], None]  # raises InputError for settings that it does not support
   flops: Callable[..., int]  # (config, rows, num_latents, training=) -> FLOPs of a step
-  has_cross_attention: bool = True  # needed by the KV cache, context sharding and attention pictures
+  has_cross_attention: bool = True  # needed by the KV cache, context sharding, packing, attention pictures
 
 
 ARCHITECTURES = {

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import ModelConfig, lookup, require
 from perceiver_ar_jax.models import streamed
-from perceiver_ar_jax.models.keys import MASKED, Keys, product, scaled, visible
+from perceiver_ar_jax.models.keys import MASKED, Keys, product, query_segments, scaled, visible
 from perceiver_ar_jax.parallel import sharding
 
 # Scores of one head from which streaming over the context is at least as fast, and smaller; measured on CPUs.
@@ -41,7 +41,8 @@ def reference(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: i
 def probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own: bool = False):
   """float32 weights_BxHxMxL with which each query attends to each key: they sum to 1, and are 0 for invisible keys."""
   num_queries, num_keys = q_BxMxHxK.shape[1], valid_BxL.shape[1]
-  visible_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own)
+  segments_BxM = query_segments(valid_BxL, num_queries)
+  visible_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own, segments_BxM)
   scores_BxHxMxL = product("bmhk,blhk->bhml", scaled(q_BxMxHxK), k_BxLxHxK)
   return jax.nn.softmax(jnp.where(visible_Bx1xMxL, scores_BxHxMxL, MASKED), axis=-1)
 
@@ -74,7 +75,8 @@ def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int |
 
   def attend(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL):
     num_queries, num_keys = q_BxMxHxK.shape[1], valid_BxL.shape[1]
-    mask_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own)
+    segments_BxM = query_segments(valid_BxL, num_queries)
+    mask_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own, segments_BxM)
     return jax.nn.dot_product_attention(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, mask=mask_Bx1xMxL, implementation="cudnn")
 
   return _on_each_device(attend, q_BxMxHxK, keys, valid_BxL)
@@ -92,7 +94,8 @@ def _on_each_device(attend: Callable[..., jax.Array], q_BxMxHxK, keys: Keys, val
 def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None, interpret: bool = False):
   """The Pallas kernel that ships with JAX, for TPUs: blocks that no query attends to are skipped; `chunk` is ignored.
 
-  Padding is expressed by segment ids, so latent dropout is refused. `interpret` runs it on any platform, slowly.
+  Padding and documents are expressed by segment ids, so latent dropout is refused. `interpret` runs it on any platform,
+  slowly.
   """
   del chunk
   require(not keep_own, "model.attention=splash does not support model.latent_dropout: set that to 0.")
@@ -117,7 +120,9 @@ def _splash(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL, interpret: bool):
   kernel = make(block_sizes=blocks, residual_checkpoint_name=streamed.SAVED)
 
   def attend(q_MxHxK, k_LxHxK, v_LxHxK, valid_L):
-    segments = splash_attention.SegmentIds(q=jnp.ones(q_MxHxK.shape[0], jnp.int32), kv=valid_L.astype(jnp.int32))
+    num_padded = q_MxHxK.shape[0]
+    own_M = jnp.ones(num_padded, jnp.int32) if valid_L.dtype == bool else valid_L[-num_padded:]
+    segments = splash_attention.SegmentIds(q=own_M, kv=valid_L.astype(jnp.int32))
     out_HxMxK = kernel(*(x.swapaxes(0, 1) for x in (q_MxHxK, k_LxHxK, v_LxHxK)), segment_ids=segments)
     return out_HxMxK.swapaxes(0, 1)
 

@@ -1,8 +1,9 @@
 """What attention reads: keys and values as a function of their inputs (`Keys`) or as a KV cache (`CachedKeys`).
 
 This module also owns the visibility rule that every kernel follows: query m is at slot L - M + m and attends to key l
-iff l <= L - M + m and valid_BxL[l]. Kernels are in attention.py and streamed.py. Shape letters:
-perceiver_ar.py.
+iff l <= L - M + m and valid_BxL[l]. In packed rows, valid_BxL is int32: the number of the document of each slot, 0 on
+padding, negative where the key is hidden from all others; then both must be of one document. Kernels are in
+attention.py and streamed.py. Shape letters: perceiver_ar.py.
 """
 
 import functools
@@ -87,13 +88,23 @@ def scaled(q_BxMxHxK):
   return q_BxMxHxK * q_BxMxHxK.shape[-1] ** -0.5
 
 
-def visible(slots_C, num_queries: int, num_keys: int, valid_BxC, keep_own: bool):
+def query_segments(valid_BxL, num_queries: int):
+  """int32[B, M]: the segments of the last M of L slots in packed rows; None where `valid_BxL` is boolean."""
+  if valid_BxL.dtype == bool:
+    return None
+  return jnp.abs(valid_BxL if num_queries == valid_BxL.shape[1] else sharding.last_slots(valid_BxL, num_queries))
+
+
+def visible(slots_C, num_queries: int, num_keys: int, valid_BxC, keep_own: bool, segments_BxM=None):
   """bool[B, 1, M, C]: which of the keys at `slots_C` each of the last M of L slots attends to.
 
-  With `keep_own`, a query also attends to its own slot, valid or not.
+  With `keep_own`, a query also attends to its own slot, valid or not. `segments_BxM`: see `query_segments`.
   """
   own_M = jnp.arange(num_keys - num_queries, num_keys)[:, None]
-  visible_BxMxC = (slots_C[None] <= own_M)[None] & valid_BxC[:, None, :]
+  causal_1xMxC, valid_BxMxC = (slots_C[None] <= own_M)[None], valid_BxC[:, None, :]
+  if segments_BxM is not None:
+    valid_BxMxC = valid_BxMxC == segments_BxM[:, :, None]
+  visible_BxMxC = causal_1xMxC & valid_BxMxC
   if keep_own:
     visible_BxMxC |= (slots_C[None] == own_M)[None]
   return visible_BxMxC[:, None]

@@ -171,15 +171,25 @@ class CausalConv(nn.Module):
 
   @nn.compact
   def __call__(self, k_BxCxHxK, v_BxCxHxK, valid_BxC):
-    """Returns keys and values without the first `conv_taps` slots, the halo; invalid slots contribute nothing."""
+    """Returns keys and values without the first `conv_taps` slots, the halo; invalid slots contribute nothing.
+
+    With the numbers of documents as `valid_BxC` (see keys.py), those of other documents contribute nothing either.
+    """
     taps, (_, slots, heads, width) = self.config.conv_taps, k_BxCxHxK.shape
+
+    def before(x_BxCxHxK, tap):
+      earlier = slice(taps - tap, slots - tap)
+      if valid_BxC.dtype == bool:
+        return x_BxCxHxK[:, earlier]
+      is_same_BxC = valid_BxC[:, earlier] == valid_BxC[:, taps:]
+      return jnp.where(is_same_BxC[..., None, None], x_BxCxHxK[:, earlier], 0)
 
     def convolve(name, x_BxCxHxK):
       newest_is_one = lambda *_: jnp.zeros((taps, heads, width)).at[0].set(1.0)  # noqa: E731
       init: Callable[..., Any] = nn.with_logical_partitioning(newest_is_one, (None, "norm", "norm"))
       weights = self.param(name, init)
       x_BxCxHxK = jnp.where(valid_BxC[..., None, None], x_BxCxHxK, 0)
-      shifted = (x_BxCxHxK[:, taps - tap : slots - tap] for tap in range(1, taps + 1))
+      shifted = (before(x_BxCxHxK, tap) for tap in range(1, taps + 1))
       return sum((x * w[None, None].astype(x.dtype) for x, w in zip(shifted, weights)), start=x_BxCxHxK[:, taps:])
 
     return convolve("key", k_BxCxHxK), convolve("value", v_BxCxHxK)
@@ -252,16 +262,17 @@ class CrossAttention(nn.Module):
     """Keys and values of embedded inputs, before the steps of `mix`."""
     return self.keys_values(self.norm_inputs(x_BxCxE))
 
-  def mix(self, keys_values, tokens_BxC, positions_BxCxP):
+  def mix(self, keys_values, tokens_BxC, positions_BxCxP, segments_BxC=None):
     """Convolved, normalised and rotated keys, and convolved values, without the halo of the first `conv_taps` slots."""
     k_BxCxHxK, v_BxCxHxK = keys_values
     if self.conv:
-      k_BxCxHxK, v_BxCxHxK = self.conv(k_BxCxHxK, v_BxCxHxK, tokens_BxC > 0)
+      valid_BxC = tokens_BxC > 0 if segments_BxC is None else segments_BxC
+      k_BxCxHxK, v_BxCxHxK = self.conv(k_BxCxHxK, v_BxCxHxK, valid_BxC)
     if self.norm_key:
       k_BxCxHxK = self.norm_key(k_BxCxHxK).astype(self.config.dtype)
     return rotate(self.config, k_BxCxHxK, positions_BxCxP[:, self.config.conv_taps :]), v_BxCxHxK
 
-  def keys(self, embed: Embed, tokens_BxL, positions_BxLxP) -> Keys:
+  def keys(self, embed: Embed, tokens_BxL, positions_BxLxP, segments_BxL=None) -> Keys:
     """Keys and values of the inputs: one pure function from token ids to rotated heads, for kernels that stream it."""
     config = self.config
     if self.is_initializing():
@@ -291,11 +302,12 @@ class CrossAttention(nn.Module):
       weights, unmixed = tuple(part_1xVxHxK[0].astype(jnp.float32) for part_1xVxHxK in projected), from_table
 
     def project(weights, inputs):
-      return unbound.apply(weights[1], unmixed(weights[0], *inputs), *inputs, method="mix")
+      return unbound.apply(weights[1], unmixed(weights[0], *inputs[:2]), *inputs, method="mix")
 
     sharded = attention.kernel_of(config).shards_context
     slots = "slots" if sharded else None
-    inputs = constrain(tokens_BxL, "batch", slots), constrain(positions_BxLxP, "batch", slots, None)
+    ids = tokens_BxL, positions_BxLxP, segments_BxL if config.conv_taps else None
+    inputs = tuple(constrain(x, *("batch", slots, None)[: x.ndim]) for x in ids if x is not None)
     return Keys(project, (weights, subset("conv", "norm_key")), inputs, config.conv_taps, sharded)
 
 

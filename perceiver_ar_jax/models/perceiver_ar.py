@@ -36,7 +36,15 @@ class PerceiverAR(nn.Module):
     self.to_logits = layers.logits_dense(config)
     self.value_logits = layers.ValueLogits(config) if config.value_features else None
 
-  def __call__(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
+  def __call__(
+    self,
+    tokens_BxL,
+    positions_BxLxP=None,
+    *,
+    num_latents: int | None = None,
+    deterministic: bool = True,
+    segments_BxL=None,
+  ):
     """Returns float32 logits_BxMxV for the token after each of the last M slots.
 
     Args:
@@ -45,13 +53,26 @@ class PerceiverAR(nn.Module):
         from the last token (P = 1).
       num_latents: M, at most L; None: the config's.
       deterministic: False applies dropout of every kind and needs the "dropout" random key.
+      segments_BxL: int32, the number of each token's document in a row of several, from 1 on, 0 on padding: tokens
+        attend to their own document only. None: one document per row.
 
     Raises:
       ValueError: more latents than inputs, or positions whose dimensions do not fit the config.
     """
-    return self.logits(self.latents(tokens_BxL, positions_BxLxP, num_latents=num_latents, deterministic=deterministic))
+    inputs = tokens_BxL, positions_BxLxP
+    return self.logits(
+      self.latents(*inputs, num_latents=num_latents, deterministic=deterministic, segments_BxL=segments_BxL)
+    )
 
-  def latents(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
+  def latents(
+    self,
+    tokens_BxL,
+    positions_BxLxP=None,
+    *,
+    num_latents: int | None = None,
+    deterministic: bool = True,
+    segments_BxL=None,
+  ):
     """latents_BxMxD after the last layer and the final norm: the input of `logits`. Arguments as for the call."""
     config = self.config
     length = tokens_BxL.shape[1]
@@ -59,23 +80,24 @@ class PerceiverAR(nn.Module):
     if num_latents > length:
       raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
     if positions_BxLxP is None or not config.positions_from_data:
-      positions_BxLxP = positions.terminal_relative(tokens_BxL)
+      positions_BxLxP = positions.terminal_relative(tokens_BxL, segments_BxL)
+    inputs = tokens_BxL, positions_BxLxP, segments_BxL
     if not deterministic and config.cross_attend_dropout:
       keep = round((1 - config.cross_attend_dropout) * (length - num_latents))
-      tokens_BxL, positions_BxLxP = drop_context(
-        self.make_rng("dropout"), tokens_BxL, positions_BxLxP, num_latents, keep
-      )
-    tokens_BxL, positions_BxLxP = sharding.pad_context(tokens_BxL), sharding.pad_context(positions_BxLxP)
-    tokens_BxM, positions_BxMxP = (sharding.last_slots(x, num_latents) for x in (tokens_BxL, positions_BxLxP))
-    valid_BxL = tokens_BxL > 0
-    valid_BxM, keep_own = tokens_BxM > 0, False
+      inputs = drop_context(self.make_rng("dropout"), inputs, num_latents, keep)
+    inputs = tokens_BxL, positions_BxLxP, segments_BxL = jax.tree.map(sharding.pad_context, inputs)
+    newest = jax.tree.map(lambda x: sharding.last_slots(x, num_latents), inputs)
+    tokens_BxM, positions_BxMxP, segments_BxM = newest
+    valid_BxL = tokens_BxL > 0 if segments_BxL is None else segments_BxL
+    valid_BxM, keep_own = tokens_BxM > 0 if segments_BxM is None else segments_BxM, False
     if not deterministic and config.latent_dropout:
       keep_own = True  # a dropped latent is hidden from the others, not from itself
-      valid_BxM &= jax.random.bernoulli(self.make_rng("dropout"), 1 - config.latent_dropout, valid_BxM.shape)
+      kept_BxM = jax.random.bernoulli(self.make_rng("dropout"), 1 - config.latent_dropout, valid_BxM.shape)
+      valid_BxM = valid_BxM & kept_BxM if segments_BxM is None else jnp.where(kept_BxM, segments_BxM, -segments_BxM)
 
     latents_BxMxD = self.initial_latents(tokens_BxM, positions_BxMxP)
     for cross_attend, layers_of_group in zip(self.cross_attend, self.layers, strict=True):
-      keys = cross_attend.keys(self.embed, tokens_BxL, positions_BxLxP)
+      keys = cross_attend.keys(self.embed, *inputs)
       latents_BxMxD = cross_attend(latents_BxMxD, keys, positions_BxMxP, valid_BxL, deterministic)
       if layers_of_group is not None:
         latents_BxMxD, _ = layers_of_group(latents_BxMxD, positions_BxMxP, valid_BxM, keep_own, deterministic)
@@ -148,8 +170,8 @@ def attention_map(
   return weights_BxHxL[..., -tokens_BxL.shape[1] :]  # without the padding that pad_context added
 
 
-def drop_context(key: jax.Array, tokens_BxL, positions_BxLxP, num_latents: int, keep: int):
-  """(tokens, positions) of a random `keep` of each row's inputs before the latents, in order, and of all latents.
+def drop_context(key: jax.Array, inputs, num_latents: int, keep: int):
+  """A tree of [B, L, ...]: a random `keep` of each row's slots before the latents, in order, and all latents.
 
   Cross-attention dropout (paper, section 4 and appendix): dropped inputs are never embedded, so they cost nothing.
   The kept ones are not scaled up.
@@ -157,14 +179,14 @@ def drop_context(key: jax.Array, tokens_BxL, positions_BxLxP, num_latents: int, 
   Raises:
     ValueError: `keep` exceeds the number of inputs before the latents.
   """
-  rows, length = tokens_BxL.shape
+  rows, length = jax.tree.leaves(inputs)[0].shape[:2]
   num_before = length - num_latents
   if not 0 <= keep <= num_before:
     raise ValueError(f"keep={keep} must be in 0..{num_before}, the number of inputs before the latents.")
   order_BxP = jnp.argsort(jax.random.bits(key, (rows, num_before)), axis=1)
   latents_M = jnp.broadcast_to(jnp.arange(num_before, length, dtype=order_BxP.dtype), (rows, num_latents))
   slots_BxK = jnp.concatenate([jnp.sort(order_BxP[:, :keep], axis=1), latents_M], axis=1)
-  return jnp.take_along_axis(tokens_BxL, slots_BxK, 1), jnp.take_along_axis(positions_BxLxP, slots_BxK[..., None], 1)
+  return jax.tree.map(lambda x: jnp.take_along_axis(x, jnp.expand_dims(slots_BxK, range(2, x.ndim)), 1), inputs)
 
 
 def group_depths(config: ModelConfig) -> list[int]:

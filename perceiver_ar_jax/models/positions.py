@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -64,11 +65,15 @@ def _sin_cos(positions_BxL, size: int, frequencies: np.ndarray, phases: np.ndarr
   return sin_high * cos_low + cos_high * sin_low, cos_high * cos_low - sin_high * sin_low
 
 
-def terminal_relative(tokens_BxL) -> jnp.ndarray:
-  """int32[B, L, 1]: distance from the last token, which is at 0; 0 on padding."""
+def terminal_relative(tokens_BxL, segments_BxL=None) -> jnp.ndarray:
+  """int32[B, L, 1]: distance from the last token (of the same segment, if given), which is at 0; 0 on padding."""
   length = tokens_BxL.shape[1]
   distance_L = jnp.arange(length - 1, -1, -1, dtype=jnp.int32)
-  return jnp.where(tokens_BxL > 0, distance_L[None], 0)[..., None]
+  valid_BxL, distance_BxL = tokens_BxL > 0, distance_L[None]
+  if segments_BxL is not None:
+    is_last_BxL = segments_BxL != jnp.pad(segments_BxL[:, 1:], ((0, 0), (0, 1)))
+    distance_BxL -= jax.lax.cummax(jnp.where(is_last_BxL, distance_BxL, 0), axis=1, reverse=True)
+  return jnp.where(valid_BxL, distance_BxL, 0)[..., None]
 
 
 def rotary(config: ModelConfig, x_BxLxHxK, positions_BxLxP):

@@ -15,7 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from perceiver_ar_jax.models.keys import MASKED, Keys, product, scaled, visible
+from perceiver_ar_jax.models.keys import MASKED, Keys, product, query_segments, scaled, visible
 from perceiver_ar_jax.parallel import sharding
 
 SAVED = "saved"
@@ -27,6 +27,7 @@ def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: in
   rows, slots = sharding.current_axes(("batch", "slots" if keys.sharded else None), valid_BxL.shape)
   layout = _Layout(valid_BxL.shape[1], slots, keys.halo)
   scan = functools.partial(_scan_context, keys.project, chunk, keep_own, layout)
+  segments_BxM = query_segments(valid_BxL, q_BxMxHxK.shape[1])  # before the slots are split over devices
   if rows or slots:
     # Each device scans its own slots for its own rows, and gradients of the weights are summed over devices once, at
     # the end: left to the compiler, they would be summed after every chunk.
@@ -35,12 +36,12 @@ def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: in
     latents, valid = PartitionSpec(rows or None), PartitionSpec(rows or None, slots or None)
     scan = jax.shard_map(
       scan,
-      in_specs=(latents, replicated, split, valid),
+      in_specs=(latents, replicated, split, valid, latents),
       out_specs=latents,
       axis_names={*rows, *slots},
       check_vma=False,
     )
-  return scan(q_BxMxHxK, keys.weights, keys.inputs, valid_BxL)
+  return scan(q_BxMxHxK, keys.weights, keys.inputs, valid_BxL, segments_BxM)
 
 
 def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
@@ -94,13 +95,13 @@ class _Layout(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _scan_context(project, chunk, keep_own, layout, q, weights, inputs, valid):
-  return _forward(project, chunk, keep_own, layout, q, weights, inputs, valid)[0]
+def _scan_context(project, chunk, keep_own, layout, *arrays):
+  return _forward(project, chunk, keep_own, layout, *arrays)[0]
 
 
-def _forward(project, chunk, keep_own, layout, q_BxMxHxK, weights, inputs, valid_BxL):
+def _forward(project, chunk, keep_own, layout, q_BxMxHxK, weights, inputs, valid_BxL, segments_BxM):
   q_BxHxMxK = scaled(q_BxMxHxK).swapaxes(1, 2)
-  bias = functools.partial(_bias, valid_BxL, layout, q_BxMxHxK.shape[1], keep_own)
+  bias = functools.partial(_bias, valid_BxL, segments_BxM, layout, q_BxMxHxK.shape[1], keep_own)
   chunk_of_inputs = layout.chunks(inputs)
 
   def attend(carry, first, size, causal):
@@ -123,14 +124,14 @@ def _forward(project, chunk, keep_own, layout, q_BxMxHxK, weights, inputs, valid
   top, total, out = layout.merge(*_for_each_chunk(attend, carry, layout, *sizes, chunk))
   out_BxMxHxK = checkpoint_name((out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype), SAVED)
   log_total_BxHxM = checkpoint_name(top + jnp.log(total), SAVED)
-  return out_BxMxHxK, (q_BxMxHxK, weights, inputs, valid_BxL, out_BxMxHxK, log_total_BxHxM)
+  return out_BxMxHxK, (q_BxMxHxK, weights, inputs, valid_BxL, segments_BxM, out_BxMxHxK, log_total_BxHxM)
 
 
 def _backward(project, chunk, keep_own, layout, residuals, grad_BxMxHxK):
-  q_BxMxHxK, weights, inputs, valid_BxL, out_BxMxHxK, log_total_BxHxM = residuals
+  q_BxMxHxK, weights, inputs, valid_BxL, segments_BxM, out_BxMxHxK, log_total_BxHxM = residuals
   if layout.axes:  # shard_map gives each device an equal part of the gradient of a replicated output
     grad_BxMxHxK = jax.lax.psum(grad_BxMxHxK, layout.axes)
-  bias = functools.partial(_bias, valid_BxL, layout, q_BxMxHxK.shape[1], keep_own)
+  bias = functools.partial(_bias, valid_BxL, segments_BxM, layout, q_BxMxHxK.shape[1], keep_own)
   q_BxHxMxK, grad_BxHxMxK = scaled(q_BxMxHxK).swapaxes(1, 2), grad_BxMxHxK.swapaxes(1, 2)
   inner_BxHxM = product("bmhk,bmhk->bhm", grad_BxMxHxK, out_BxMxHxK)
   dtype = q_BxMxHxK.dtype
@@ -161,7 +162,8 @@ def _backward(project, chunk, keep_own, layout, residuals, grad_BxMxHxK):
   sizes = valid_BxL.shape[1], q_BxMxHxK.shape[1]
   grad_q_BxHxKxM, grad_weights, grad_inputs = _for_each_chunk(attend, carry, layout, *sizes, chunk)
   grad_q_BxMxHxK = grad_q_BxHxKxM.transpose(0, 3, 1, 2)
-  return scaled(grad_q_BxMxHxK).astype(dtype), grad_weights, grad_inputs, _no_gradient(valid_BxL)
+  no_gradients = jax.tree.map(_no_gradient, (valid_BxL, segments_BxM))
+  return scaled(grad_q_BxMxHxK).astype(dtype), grad_weights, grad_inputs, *no_gradients
 
 
 _scan_context.defvjp(_forward, _backward)
@@ -203,12 +205,12 @@ def _write(tree, chunk_values, first):
   return jax.tree.map(write, tree, chunk_values)
 
 
-def _bias(valid_BxL, layout: _Layout, num_queries: int, keep_own: bool, first, size: int, causal: bool):
+def _bias(valid_BxL, segments_BxM, layout: _Layout, num_queries: int, keep_own: bool, first, size: int, causal: bool):
   """float32[B, 1, M or 1, C] to add to the scores of a chunk: 0 for visible keys, MASKED for others."""
   valid_BxC = _slice(valid_BxL, first, size)
-  if causal:
+  if causal or segments_BxM is not None:
     slots_C = layout.first_slot(valid_BxL.shape[1]) + first + jnp.arange(size)
-    visible_Bx1xMxC = visible(slots_C, num_queries, layout.num_keys, valid_BxC, keep_own)
+    visible_Bx1xMxC = visible(slots_C, num_queries, layout.num_keys, valid_BxC, keep_own, segments_BxM)
   else:
     visible_Bx1xMxC = valid_BxC[:, None, None, :]
   return jnp.where(visible_Bx1xMxC, 0.0, MASKED)

@@ -75,7 +75,7 @@ def bytes_per_device(tree) -> int:
 
 def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
   """The logical axes of the array `name` of a batch; only rows are sharded, and slots of what the context reads."""
-  return ("batch", "slots" if name in ("inputs", "positions") else None, None)[:ndim]
+  return ("batch", "slots" if name in ("inputs", "positions", "segments") else None, None)[:ndim]
 
 
 def batch_shardings(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSharding]:

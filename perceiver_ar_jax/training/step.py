@@ -10,15 +10,15 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config
-from perceiver_ar_jax.models.architectures import init_params, make_model
+from perceiver_ar_jax.config import Config, require
+from perceiver_ar_jax.models.architectures import architecture_of, init_params, make_model
 from perceiver_ar_jax.parallel.sharding import batch_axes, batch_shardings, constrain, shardings
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 
 Batch = dict[str, jax.Array]
 """inputs int32[B, L], positions int32[B, L, P] unless the model ignores them, targets int32[B, M], weights
-float32[B, M]; or their shapes."""
+float32[B, M], segments int32[B, L] with data.packing; or their shapes."""
 
 
 @struct.dataclass
@@ -83,6 +83,7 @@ def init_state(
 
 def score(model: nn.Module, params, batch: Batch, dropout_key=None, **terms: float) -> loss_lib.TokenLosses:
   """Returns the losses of a batch's targets, with dropout if a key is given; `terms` as in loss.token_losses."""
+  packed = {"segments_BxL": batch["segments"]} if "segments" in batch else {}
   latents_BxMxD = model.apply(
     {"params": params},
     batch["inputs"],
@@ -91,6 +92,7 @@ def score(model: nn.Module, params, batch: Batch, dropout_key=None, **terms: flo
     deterministic=dropout_key is None,
     rngs=None if dropout_key is None else {"dropout": dropout_key},
     method="latents",
+    **packed,
   )
   to_logits = functools.partial(model.apply, {"params": params}, method="logits")
   return loss_lib.score(to_logits, latents_BxMxD, batch["targets"], chunk=model.config.logits_chunk, **terms)
@@ -106,8 +108,12 @@ def make_train_step(
   Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`,
   the global norm of the gradients that the optimizer receives, before clipping, and `learning_rate`. With
   train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step, and
-  `skipped_steps` is the number of such updates since the start of the run.
+  `skipped_steps` is the number of such updates since the start of the run. Raises InputError for settings that the
+  model does not support.
   """
+  packing, architecture = config.data.packing, config.model.architecture
+  is_valid = packing == 1 or architecture_of(config.model).has_cross_attention
+  require(is_valid, f"data.packing={packing} is not supported by {architecture}: set --config.data.packing=1.")
   schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
   model = make_model(config.model)
   has_dropout = config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout
