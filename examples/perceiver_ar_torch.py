@@ -23,6 +23,7 @@ _SETTINGS = """architecture vocab_size max_context num_latents num_layers latent
   cross_attend_width num_self_heads mlp_widening activation position_encoding position_sizes positions_from_data
   rotary_fraction rotary_max_wavelength rotary_axes conv_taps qk_norm value_features cross_attend_after segment memory
   zero_init dropout latent_dropout cross_attend_dropout attention attention_chunk logits_chunk remat dtype""".split()
+_ENCODINGS = {"rotary", "sinusoidal", "fourier", "learned"}
 
 
 def load(folder: str) -> "PerceiverAR":
@@ -193,6 +194,8 @@ class PerceiverAR(nn.Module):
   def __init__(self, config: dict):
     super().__init__()
     unknown = {name: value for name, value in config.items() if value and name not in _SETTINGS}
+    if not _ENCODINGS.issuperset(config["position_encoding"].split("+")):
+      unknown["position_encoding"] = config["position_encoding"]
     if unknown or config["architecture"] != "perceiver_ar":
       raise ValueError(f"Settings of another model or a newer version: {config['architecture']}, {unknown}.")
     self.config, width = config, config["latent_width"]

@@ -229,6 +229,7 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
   for change, words in (
     ({"architecture": "transformer_xl"}, "transformer_xl"),
     ({"mixture": 2}, "mixture"),
+    ({"position_encoding": "alibi"}, "alibi"),
     ({"latent_width": 32}, "size mismatch"),
     ({"num_layers": 3}, "Missing key"),
     ({"num_layers": 1}, "Unexpected key"),
