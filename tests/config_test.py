@@ -47,6 +47,12 @@ def test_every_config_comes_back_from_its_run(name, tmp_path):
   assert config_lib.resolve(config_from_run.get_config(str(tmp_path))) == config
 
 
+def test_lists_in_a_config_file_are_tuples():
+  rotary = {"position_encoding": "rotary", "position_sizes": [], "rotary_axes": [[0.5, 4, 64]]}
+  model = tiny.config(**{f"model__{name}": value for name, value in rotary.items()}).model
+  assert (model.position_sizes, model.rotary_axes) == ((), ((0.5, 4, 64),))
+
+
 def test_config_json_of_an_older_version_may_contain_removed_settings():
   config = tiny.config()
   old = json.loads(config.to_json())

@@ -27,8 +27,9 @@ import pytest  # noqa: E402
 from tests import tiny  # noqa: E402
 
 _LONGEST = (
-  *("parallel_processes", "training_resume", "notebook", "training_devices", "sampling_sampler", "training_loop"),
-  *("main", "parallel_context", "plan", "models_golden", "training_step", "interop_export"),
+  *("parallel_processes", "notebook", "training_resume", "training_devices", "sampling_sampler", "training_step"),
+  *("interop_export", "training_loop", "parallel_context", "models_golden", "main", "plan", "pretrained"),
+  *("models_perceiver_ar", "parallel_mesh"),
 )
 _SLOW_FIXTURES = {"trained", "eight_devices"}
 

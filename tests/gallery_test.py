@@ -3,17 +3,14 @@
 import json
 import types
 
-import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 from PIL import Image
 
 from benchmarks import gallery
 from configs import copy, midi_files, text_files
 from perceiver_ar_jax.config import resolve
 from perceiver_ar_jax.data import music, rolls
-from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.sampling.prompts import Prompt
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 from tests import tiny
@@ -72,8 +69,7 @@ def sampler(monkeypatch):
     config.train.optimizer.update(warmup_steps=0)
     config.eval.update(stride=None)
     resolved = resolve(config)
-    tokens = np.ones((1, 48), np.int32)
-    params = nn.unbox(jax.jit(make_model(resolved.model).init)(jax.random.key(0), tokens, tokens[..., None]))["params"]
+    params = tiny.random_params(resolved.model)
     monkeypatch.setattr(Sampler, "from_workdir", lambda folder: Sampler(resolved, params))
 
   return use

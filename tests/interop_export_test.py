@@ -242,29 +242,20 @@ def test_weights_without_a_run_need_a_config(tmp_path):
   tiny.expect_error(result, "model.latent_width was 16 and is 32")
 
 
-def _texts(folder: pathlib.Path, text: str) -> str:
-  folder.mkdir()
-  for number in range(4):
-    (folder / f"{number}.txt").write_text(text * 40)
-  return str(folder)
-
-
 @pytest.mark.slow
-def test_fine_tuning_starts_from_the_weights_and_lowers_the_loss(tmp_path):
-  first, second = _texts(tmp_path / "first", "ab cab d "), _texts(tmp_path / "second", "ab cab e ")
-  settings = {"data__task": "text_files", "data__files": first, "model__dropout": 0.0, "data__min_crop": 16}
-  settings |= {"train__steps": 40, "train__checkpoint_every": 20}
-  assert tiny.run(tmp_path / "run", **settings).returncode == 0
-  weights = tmp_path / "weights"
-  assert tiny.run_module(EXPORT, f"--workdir={tmp_path / 'run'}", f"--output={weights}").returncode == 0
-  settings |= {"data__files": second, "train__init_from": weights, "seed": 3, "train__optimizer__learning_rate": 0.003}
-  result = tiny.run(tmp_path / "tuned", **settings)
-  assert result.returncode == 0 and "Starting from the weights of step 40" in result.stdout, result.stderr
-  before, after = tiny.losses(tmp_path / "run"), tiny.losses(tmp_path / "tuned")
-  assert after[40] < after[1] < before[1] - 1, (before, after)
-  again = tiny.run(tmp_path / "tuned", **(settings | {"train__init_from": "/nowhere", "train__steps": 41}))
-  assert again.returncode == 0 and "Resuming from the checkpoint of step 40" in again.stdout, again.stderr
-  assert set(tiny.losses(tmp_path / "tuned")) == set(range(1, 42))
+def test_fine_tuning_starts_from_the_weights_and_resumes_without_them(trained, exported, tmp_path):
+  """Updates with a learning rate of 0 leave every weight as it is, to the last bit."""
+  settings = {"train__init_from": exported, "seed": 3, "train__optimizer__learning_rate": 0.0}
+  result = tiny.run(tmp_path, **settings, train__steps=3)
+  assert result.returncode == 0 and "Starting from the weights of step 12" in result.stdout, result.stderr
+  saved, expected = load_checkpoint(tmp_path), load_checkpoint(trained)
+  assert saved.step == 3
+  jax.tree.map(np.testing.assert_array_equal, saved.params, expected.params)
+  settings |= {"train__init_from": "/nowhere", "train__optimizer__learning_rate": 0.01}
+  again = tiny.run(tmp_path, **settings, train__steps=6)
+  assert again.returncode == 0 and "Resuming from the checkpoint of step 3" in again.stdout, again.stderr
+  assert sorted(tiny.losses(tmp_path)) == list(range(1, 7))
+  assert not np.array_equal(load_checkpoint(tmp_path).params["embed"]["tokens"], expected.params["embed"]["tokens"])
 
 
 @pytest.mark.parametrize(

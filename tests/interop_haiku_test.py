@@ -224,7 +224,7 @@ def test_the_cross_attend_is_as_wide_as_the_option_says():
   assert case.kwargs["cross_attention_shape_for_attn"] == "q"
   assert haiku._config(case.kwargs).cross_width == 32
   config = haiku._config(case.kwargs | {"cross_attention_shape_for_attn": "kv"})
-  params = architectures.init_params(config, jax.random.key(0))["cross_attend_0"]
+  params = architectures.abstract_params(config)["cross_attend_0"]
   assert params["attention"]["query"]["kernel"].value.shape == (32, 24)
   assert params["keys_values"]["value"]["kernel"].value.shape == (24, 24)
   assert params["attention"]["out"]["kernel"].value.shape == (24, 32)

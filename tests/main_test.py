@@ -56,12 +56,10 @@ def _config(monkeypatch, *arguments):
 @pytest.mark.slow
 def test_the_papers_config_trains_and_evaluates_on_prepared_data(data_dir, tmp_path):
   flags = ["--config=configs/imagenet32.py", f"--workdir={tmp_path}", f"--config.data.data_dir={data_dir}", *SHRUNK]
-  result = tiny.main(*flags)
+  result = tiny.main(*flags, "--config.eval.stride=128")
   assert result.returncode == 0, result.stderr
   assert "bits/dim" in result.stdout and "Compiled the train step" in result.stdout
   assert sorted(tiny.losses(tmp_path)) == [1, 2]
-  result = tiny.main(*flags, "--mode=eval", "--config.eval.stride=128")
-  assert result.returncode == 0, result.stderr
   scores = json.loads((tmp_path / "eval-validation-2.json").read_text())
   assert (scores["task"], scores["stride"], scores["num_tokens"]) == ("imagenet32", 128, 3072)
   assert scores["bits_per_dim"] == scores["bits_per_token"] > 0
@@ -224,7 +222,7 @@ def test_without_a_config_that_of_the_run_is_used(copy_of_trained):
 
   result = tiny.main(workdir, "--config.train.steps=13")
   assert result.returncode == 0 and "Resuming from the checkpoint of step 12" in result.stdout, result.stderr
-  assert max(tiny.losses(copy_of_trained)) == 13
+  assert sorted(tiny.losses(copy_of_trained)) == list(range(1, 14))
 
   config = copy_of_trained / "config.json"
   config.write_text("{")
@@ -267,7 +265,7 @@ def test_the_package_offers_its_nouns_without_loading_tensorflow():
 import sys, perceiver_ar_jax
 assert {"PerceiverAR", "ModelConfig", "Sampler", "load_checkpoint", "tasks"} <= set(dir(perceiver_ar_jax))
 assert "tensorflow" not in sys.modules
-assert "copy" in perceiver_ar_jax.tasks.names() and perceiver_ar_jax.Sampler.from_workdir
+assert perceiver_ar_jax.Sampler.from_workdir and "tensorflow" not in sys.modules
 """
   result = tiny.python("-c", program)
   assert result.returncode == 0, result.stderr

@@ -4,10 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from perceiver_ar_jax import ModelConfig
 from perceiver_ar_jax.evaluation.evaluate import make_eval_step
 from perceiver_ar_jax.models import architectures
-from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import step as step_lib
 from tests import tiny
@@ -100,7 +98,7 @@ def test_a_step_costs_what_xla_counts(changes):
   )
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   batch = _batch(config, config.train.batch_size)
-  params = jax.eval_shape(lambda: _init(config.model))
+  params = architectures.abstract_params(config.model)
   state = step_lib.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
   key = jax.eval_shape(lambda: jax.random.key(0))
   compiled = jax.jit(step_lib.make_train_step(config, optimizer)).lower(state, batch, key).compile()
@@ -109,11 +107,6 @@ def test_a_step_costs_what_xla_counts(changes):
   indices = {name: jax.ShapeDtypeStruct((rows,), jnp.int32) for name in ("document", "end")}
   scored = jax.jit(make_eval_step(config)).lower(params, _batch(config, rows) | indices).compile()
   assert architectures.eval_flops(config) == pytest.approx(scored.cost_analysis()["flops"], rel=0.05)
-
-
-def _init(model: ModelConfig):
-  tokens = jnp.ones((1, model.num_latents), jnp.int32)
-  return make_model(model).init(jax.random.key(0), tokens, jnp.ones((*tokens.shape, 1), jnp.int32))["params"]
 
 
 def _batch(config, rows: int):

@@ -11,16 +11,20 @@ import pytest
 from tests import tiny
 
 NOTEBOOK = tiny.ROOT / "examples" / "quickstart.ipynb"
-FEWER_STEPS = """COPY_STEPS, PHOTO_STEPS, TEXT_STEPS = 1000, 10, 40
+FEWER_STEPS = """import functools
+
+COPY_STEPS, PHOTO_STEPS, TEXT_STEPS = 1000, 10, 40
 
 def small_photos(get_config=photos32.get_config):
   config = get_config()
-  config.model.update(num_latents=128, num_layers=1, latent_width=32)
+  config.model.update(num_latents=128, num_layers=1, latent_width=32, max_context=768, position_sizes=(18, 18, 5))
+  config.data.task = "photos16"
   return config
 
+tasks.add("photos16", functools.partial(tasks._photos, 16, "pixel_raster"))
 photos32.get_config = small_photos
 """
-"""Enough to learn copying, with a smaller model of photos, which only has to run."""
+"""Enough to learn copying, with a smaller model of smaller photos, which only has to run."""
 
 
 def test_it_is_kept_without_outputs():

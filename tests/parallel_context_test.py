@@ -43,7 +43,7 @@ def measure(kernel: str, num_devices: int, **overrides) -> dict:
   layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
   batch, losses = jax.device_put(batch, layout), []
   with jax.set_mesh(mesh):
-    state = init_state(config, optimizer, mesh)
+    state = init_state(config, optimizer, mesh, tiny.random_params(config.model))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None))
     step = step.lower(state, batch, jax.random.key(0)).compile()

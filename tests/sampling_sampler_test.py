@@ -7,19 +7,16 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 from etils import epath
-from flax import linen as nn
 
 from configs import image_files, midi_files, text_files
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, tasks
 from perceiver_ar_jax.evaluation import evaluate
-from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import prompts, write
 from perceiver_ar_jax.sampling.sampler import Sampler
@@ -45,12 +42,9 @@ def resolve(module, data=None, model=None, sample=None):
 
 
 def sampler(config) -> Sampler:
-  """Returns a sampler of random weights whose logits are not zero."""
-  tokens = np.ones((1, config.model.num_latents), np.int32)
-  positions = np.ones((*tokens.shape, len(config.model.position_sizes) or 1), np.int32)
-  params = nn.unbox(jax.jit(make_model(config.model).init)(jax.random.key(0), tokens, positions))["params"]
-  kernel = params["to_logits"]["kernel"]
-  params["to_logits"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape) * 0.5
+  """Returns a sampler of random weights whose logits differ by some nats."""
+  params = tiny.random_params(config.model)
+  params["to_logits"]["kernel"] *= 5
   return Sampler(config, params)
 
 
@@ -356,7 +350,8 @@ def sample_without_tensorflow(folder: pathlib.Path) -> None:
   notes = resolve(midi_files, model=dict(num_cross_heads=1, rotary_fraction=0.5), sample=dict(length=20))
   for name, config in {"text": text, "images": images, "music": notes}.items():
     workdir, mesh = folder / name, make_mesh(config.mesh)
-    initial = step_lib.init_state(config, optimizer.make_optimizer(config.train.optimizer, 1), mesh)
+    params, rule = tiny.random_params(config.model), optimizer.make_optimizer(config.train.optimizer, 1)
+    initial = step_lib.init_state(config, rule, mesh, params)
     with workdir_lib.own(config, epath.Path(workdir)), checkpoint.Checkpointer(epath.Path(workdir)) as checkpointer:
       checkpointer.save(initial, data=None)
     assert len(write.sample(config, workdir)) == 4

@@ -60,7 +60,7 @@ def random_params(model: config_lib.ModelConfig, seed: int = 0) -> dict:
 
   To compile their initialization takes longer than most tests need for all else.
   """
-  shapes = nn.meta.unbox(jax.eval_shape(lambda: architectures.init_params(model, jax.random.key(0))))
+  shapes = nn.meta.unbox(architectures.abstract_params(model))
   rng = np.random.default_rng(seed)
   return jax.tree.map(lambda leaf: jax.numpy.array(rng.normal(scale=0.3, size=leaf.shape), "float32"), shapes)
 

@@ -34,8 +34,8 @@ def _replace_evaluation(monkeypatch, evaluate_step):
 @pytest.mark.slow
 def test_signals_save_and_the_run_resumes_exactly(trained, tmp_path, monkeypatch):
   """One signal arrives during each evaluation, which the restart repeats."""
-  signals = {3: signal.SIGTERM, 6: signal.SIGINT, 9: signal.SIGHUP, 12: signal.SIGUSR1}
-  config = tiny.config(eval__every=3)
+  signals = {6: signal.SIGTERM, 12: signal.SIGINT}
+  config = tiny.config(eval__every=6)
   call = evaluate.Evaluator.__call__
 
   def kill(self, params, step, should_stop=lambda: False, **named):
@@ -52,7 +52,17 @@ def test_signals_save_and_the_run_resumes_exactly(trained, tmp_path, monkeypatch
   killed_at = None
   assert loop.train(config, tmp_path) == 0
   assert tiny.losses(tmp_path) == tiny.losses(trained)
-  assert _evaluated_steps(tmp_path) == [3, 6, 9, 12]
+  assert _evaluated_steps(tmp_path) == [6, 12]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_is_remembered_and_its_handler_is_restored(number):
+  before = signal.getsignal(number)
+  with loop.Signals() as stop_signals:
+    assert not stop_signals.agree(wait=True)
+    os.kill(os.getpid(), number)
+    assert stop_signals.agree(wait=True) == number and stop_signals.name == number.name
+  assert signal.getsignal(number) == before
 
 
 def _evaluated_steps(workdir) -> list[int]:
@@ -146,11 +156,6 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(copy
   assert (copy_of_trained / "metrics.jsonl").read_text() == logged
 
 
-def test_a_longer_run_continues_a_finished_one(copy_of_trained):
-  assert loop.train(tiny.config(train__steps=14), copy_of_trained) == 0
-  assert sorted(tiny.losses(copy_of_trained)) == list(range(1, 15))
-
-
 @pytest.mark.slow
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
   """The best evaluation is one that a restart repeated."""
@@ -182,20 +187,21 @@ def test_killed_at_a_random_moment_the_run_ends_with_the_same_losses(tmp_path):
   """
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
   del environment["XLA_FLAGS"]
+  settings = {"model__num_layers": 0, "train__checkpoint_every": 1}
 
-  def start(workdir):
-    command = tiny.command(workdir, model__num_layers=1, train__checkpoint_every=1)
+  def start(command):
     return subprocess.Popen(command, cwd=tiny.ROOT, env=environment, stdout=subprocess.DEVNULL)
 
-  assert start(tmp_path / "uninterrupted").wait() == 0
-  process = start(tmp_path / "killed")
+  process = start(tiny.command(tmp_path / "killed", **settings))
   while process.poll() is None and _num_logged(tmp_path / "killed") < 3:
     time.sleep(0.01)
   time.sleep(random.uniform(0, 0.3))
   assert process.poll() is None, "it finished before it was killed"
   process.kill()
   process.wait()
-  assert start(tmp_path / "killed").wait() == 0
+  workdirs = [str(tmp_path / name) for name in ("killed", "uninterrupted")]
+  both = f"from tests import tiny; assert not any(tiny.run(path, **{settings}).returncode for path in {workdirs})"
+  assert start([sys.executable, "-c", both]).wait() == 0
   assert tiny.losses(tmp_path / "killed") == tiny.losses(tmp_path / "uninterrupted")
 
 

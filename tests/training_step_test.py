@@ -256,20 +256,12 @@ def test_every_optimizer_lowers_a_quadratic(name):
 @pytest.mark.slow
 def test_microbatches_equal_one_batch():
   """Of means; sums over microbatches are compared with the reference above."""
-  case = golden.Case("train_and_eval")
-  model, params = haiku.convert(case.tree("params"), case.kwargs)
-  events, positions = (case[name][0].reshape(4, *case[name].shape[3:]) for name in ("events", "event_idxs"))
-  batch = _batch(events, positions, model.num_latents)
+  settings = {"model__dropout": 0.0, "train__loss_reduction": "mean", "train__optimizer__name": "sgd"}
+  config, results = tiny.config(**settings, train__optimizer__warmup_steps=0, train__optimizer__learning_rate=0.1), []
+  params, batch = tiny.random_params(config.model), next(TrainLoader(config))
   batch["weights"][1, :5] = 0  # unequal numbers of targets must not change the mean
-  results = []
   for microbatches in (1, 4):
-    config = _config(
-      model,
-      10,
-      microbatches=microbatches,
-      loss_reduction="mean",
-      optimizer=OptimizerConfig(name="sgd", learning_rate=0.1),
-    )
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=microbatches))
     optimizer = optimizer_lib.make_optimizer(config.train.optimizer, 10)
     state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     results.append(jax.jit(step_lib.make_train_step(config, optimizer))(state, batch, jax.random.key(0)))
@@ -286,7 +278,8 @@ def test_an_update_that_is_not_finite_leaves_the_state_and_the_next_one_as_they_
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   step = jax.jit(step_lib.make_train_step(config, optimizer))
   good = next(TrainLoader(config))
-  state, _ = step(step_lib.init_state(config, optimizer, mesh), good, jax.random.key(0))
+  state = step_lib.init_state(config, optimizer, mesh, tiny.random_params(config.model))
+  state, _ = step(state, good, jax.random.key(0))
   skipped, metrics = step(state, good | {"weights": good["weights"] * np.inf}, jax.random.key(0))
   assert not np.isfinite(metrics["loss"]) and skipped.step == state.step + 1
   before, after = (jax.tree.leaves((each.params, each.opt_state, each.ema)) for each in (state, skipped))
@@ -320,7 +313,7 @@ def test_positions_that_the_model_ignores_are_neither_made_nor_needed():
   batch, with_positions = next(TrainLoader(config)), next(TrainLoader(tiny.config(**settings)))
   assert "positions" not in batch and with_positions.keys() == {*batch, "positions"}
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  state = step_lib.init_state(config, optimizer, make_mesh(config.mesh))
+  state = step_lib.init_state(config, optimizer, make_mesh(config.mesh), tiny.random_params(config.model))
   step = jax.jit(step_lib.make_train_step(config, optimizer))
   losses = [float(step(state, rows, jax.random.key(0))[1]["loss"]) for rows in (batch, with_positions)]
   assert losses[0] == losses[1]

@@ -121,7 +121,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     if dataclasses.is_dataclass(kind):
       arguments[name] = _build(kind, values.get(name) or {}, f"{prefix}{name}.")
       continue
-    if isinstance(value, list) or value == (None,):  # read from JSON, or parsed from the flag --config...=None
+    if isinstance(value, list | tuple):  # lists are read from JSON, and (None,) is parsed from --config...=None
       value = tuple(tuple(x) if isinstance(x, list) else x for x in value) if value != (None,) else None
     elif kind is float and type(value) is int:
       value = float(value)

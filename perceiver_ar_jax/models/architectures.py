@@ -9,6 +9,7 @@ are excluded too; in models of practical size they add a few per cent. XLA's own
 and layers and chunks of the context are loops, so it cannot be used here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,10 +74,15 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
   return make_model(config).init(key, tokens_1xM, positions_1xMxP)["params"]
 
 
+@functools.lru_cache
+def abstract_params(config: ModelConfig) -> dict:
+  """The parameters as jax.ShapeDtypeStructs, boxed with their logical axes; cached, so do not change the dict."""
+  return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
 def num_params(config: ModelConfig) -> int:
   """Number of parameters; nothing is allocated."""
-  shapes = nn.meta.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def train_flops(config: Config) -> int:

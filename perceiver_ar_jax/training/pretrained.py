@@ -45,9 +45,8 @@ class Parameter(NamedTuple):
 
 def parameters(config: ModelConfig) -> list[Parameter]:
   """The parameters of a model; nothing is allocated."""
-  shapes = nn.meta.unbox(jax.eval_shape(lambda: architectures.init_params(config, jax.random.key(0))))
   starts, result = [0, *itertools.accumulate(group_depths(config))], []
-  for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+  for path, leaf in traverse_util.flatten_dict(nn.meta.unbox(architectures.abstract_params(config)), sep="/").items():
     if stacked := _STACKED.fullmatch(path):
       first, name = starts[int(stacked[1] or 0)], stacked[2].replace("/", ".")
       names = tuple(f"layers.{layer}.{name}" for layer in range(first, first + leaf.shape[0]))
@@ -80,11 +79,8 @@ def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
 def restore(config: ModelConfig, folder: epath.PathLike, abstract_params: dict) -> tuple[int, dict]:
   """Returns (step, parameters in the layout of `abstract_params`); raises as `read`."""
   step, params = read(config, folder)
-
-  def place(value: np.ndarray, leaf: jax.ShapeDtypeStruct):
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
-
-  return step, jax.tree.map(place, params, abstract_params)
+  make = jax.make_array_from_callback  # each device gets its own part
+  return step, jax.tree.map(lambda x, leaf: make(leaf.shape, leaf.sharding, x.__getitem__), params, abstract_params)
 
 
 def load(folder: epath.PathLike) -> tuple[ModelConfig, dict]:

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.config import Config, require
-from perceiver_ar_jax.models.architectures import architecture_of, init_params, make_model
+from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel.sharding import batch_axes, batch_shardings, constrain, shardings
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training import optimizer as optimizer_lib
@@ -58,7 +58,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 
 def abstract_params(config: Config, mesh: Mesh) -> dict:
   """Returns the weights of `abstract_state`."""
-  boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+  boxed = architectures.abstract_params(config.model)
   return jax.tree.map(lambda leaf, layout: leaf.update(sharding=layout), nn.meta.unbox(boxed), shardings(boxed, mesh))
 
 
@@ -73,7 +73,7 @@ def init_state(
 
   def init(key, params):
     if params is None:
-      params = nn.meta.unbox(init_params(config.model, key))
+      params = nn.meta.unbox(architectures.init_params(config.model, key))
     ema = params if config.train.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
@@ -112,10 +112,10 @@ def make_train_step(
   model does not support.
   """
   packing, architecture = config.data.packing, config.model.architecture
-  is_valid = packing == 1 or architecture_of(config.model).has_cross_attention
+  is_valid = packing == 1 or architectures.architecture_of(config.model).has_cross_attention
   require(is_valid, f"data.packing={packing} is not supported by {architecture}: set --config.data.packing=1.")
   schedule = optimizer_lib.make_schedule(config.train.optimizer, config.train.steps)
-  model = make_model(config.model)
+  model = architectures.make_model(config.model)
   has_dropout = config.model.dropout or config.model.latent_dropout or config.model.cross_attend_dropout
 
   def sum_of_losses(params, batch: Batch, key: jax.Array):
