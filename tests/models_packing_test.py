@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from itertools import starmap
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax import ModelConfig, PerceiverAR
+from perceiver_ar_jax.config import MeshConfig
 from perceiver_ar_jax.models import attention, keys, positions
+from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.training.loss import token_losses
 from tests import tiny
 
@@ -100,12 +103,28 @@ def _compare(config, gradients=False):
     np.testing.assert_allclose(ours, expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
+def _without_gpu():
+  """cuDNN's call with the same mask on any platform."""
+  plain = jax.nn.dot_product_attention
+  return mock.patch.object(
+    jax.nn, "dot_product_attention", lambda *args, implementation, **named: plain(*args, **named)
+  )
+
+
 @pytest.mark.parametrize("kernel", ["reference", "chunked", "streamed", "cudnn"])
-def test_losses_are_those_of_single_documents_with_every_kernel(kernel, monkeypatch):
-  if kernel == "cudnn":  # the same mask, without the GPU
-    plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **named: plain(*args, **named))
-  _compare(dataclasses.replace(CONFIG, attention=kernel))
+def test_losses_are_those_of_single_documents_with_every_kernel(kernel):
+  with _without_gpu():
+    _compare(dataclasses.replace(CONFIG, attention=kernel))
+
+
+def _compare_with_heads_on_two_devices():
+  mesh = make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
+  with _without_gpu(), jax.set_mesh(mesh):
+    _compare(dataclasses.replace(CONFIG, attention="cudnn"))
+
+
+def test_losses_are_those_of_single_documents_where_devices_have_different_heads(eight_devices):
+  eight_devices(_compare_with_heads_on_two_devices)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int |
 
   def attend(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL):
     num_queries, num_keys = q_BxMxHxK.shape[1], valid_BxL.shape[1]
-    segments_BxM = query_segments(valid_BxL, num_queries)
+    segments_BxM = query_segments(valid_BxL[:, -num_queries:], num_queries)  # here, no device has a part of the slots
     mask_Bx1xMxL = visible(jnp.arange(num_keys), num_queries, num_keys, valid_BxL, keep_own, segments_BxM)
     return jax.nn.dot_product_attention(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, mask=mask_Bx1xMxL, implementation="cudnn")
 
