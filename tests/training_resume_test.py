@@ -57,12 +57,15 @@ def test_signals_save_and_the_run_resumes_exactly(trained, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_is_remembered_and_its_handler_is_restored(number):
-  before = signal.getsignal(number)
-  with loop.Signals() as stop_signals:
-    assert not stop_signals.agree(wait=True)
-    os.kill(os.getpid(), number)
-    assert stop_signals.agree(wait=True) == number and stop_signals.name == number.name
-  assert signal.getsignal(number) == before
+  before = signal.signal(number, signal.SIG_DFL)  # SIGHUP may be ignored, as by nohup
+  try:
+    with loop.Signals() as stop_signals:
+      assert not stop_signals.agree(wait=True)
+      os.kill(os.getpid(), number)
+      assert stop_signals.agree(wait=True) == number and stop_signals.name == number.name
+    assert signal.getsignal(number) == signal.SIG_DFL
+  finally:
+    signal.signal(number, before)
 
 
 def _evaluated_steps(workdir) -> list[int]:
@@ -234,8 +237,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(trained, tmp_path, monkeypa
 
 
 _WAITS_FOR_A_SIGNAL = """
-import os, sys, time
+import os, signal, sys, time
 from perceiver_ar_jax import loop
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, ignores it
 with loop.Signals() as stop_signals:
   os.write(3, b"ready")
   while not stop_signals.received:
