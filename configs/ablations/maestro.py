@@ -16,7 +16,6 @@ VARIANTS = {
   "transformer": "as many latents as inputs, 512: a plain Transformer, the same number of steps",
   "transformer-longer": "the same, for as many seconds as 512 latents of 2,048 inputs",
   "adam": "Adam at a third of the learning rate instead of Muon",
-  "no-taps": "without convolutions of keys and values",
 }
 
 
@@ -31,8 +30,6 @@ def get_config(variant="perceiver-ar"):
     config.model.max_context = 512
   elif variant == "adam":
     config.train.optimizer.update(name="adam", learning_rate=1e-3)
-  elif variant == "no-taps":
-    config.model.conv_taps = 0
   if variant == "transformer-longer":
     config.train.steps = 300
     config.train.optimizer.decay_steps = 150
