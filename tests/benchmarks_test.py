@@ -54,7 +54,7 @@ def test_compressors_know_the_training_split():
     compressors.measure(noise, text) for text in (noise[40_000:60_000], random.Random(1).randbytes(20_000))
   )
   for name in {"xz", "zstd"} & known.keys():
-    assert known[name] < 0.1 and 7.9 < unknown[name] < 8.2, name
+    assert known[name] < 0.5 and 7.9 < unknown[name] < 8.2, name
   assert "xz" in known
 
 
