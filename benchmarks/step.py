@@ -20,7 +20,7 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import chips, sharding
-from perceiver_ar_jax.parallel.mesh import make_mesh
+from perceiver_ar_jax.parallel.mesh import keep_host_memory, make_mesh
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training.step import init_state, make_train_step
 
@@ -37,6 +37,7 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
   peak_rss_bytes is that of the whole process, compiler included; state_bytes that of weights and optimizer state;
   model_flops_utilization the share of the devices' bfloat16 peak, None where it is unknown.
   """
+  keep_host_memory()
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   batch = random_batch(config)

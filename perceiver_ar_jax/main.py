@@ -52,6 +52,7 @@ def main(config: Config) -> int:
     return plan.plan(config, workdir)
   else:
     distributed.cache_compiled(config.compilation_cache)
+    mesh.keep_host_memory()
     if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in ("train", "eval"):
       train_rows = config.train.batch_size // config.train.microbatches
       mesh.use_cpu_cores(config, [config.eval.batch_size, *([train_rows] if mode == "train" else [])])

@@ -1,5 +1,6 @@
 """Meshes of devices that are not here, and which process holds which rows."""
 
+import platform
 import types
 
 import jax
@@ -121,6 +122,20 @@ def test_settings_of_jax_take_precedence(monkeypatch, name, value):
   monkeypatch.setattr(mesh_lib.jax.config, "update", lambda *arguments: pytest.fail("changed"))
   monkeypatch.setenv(name, value)
   mesh_lib.use_cpu_cores(tiny.config(), [8])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is a function of glibc")
+def test_freed_buffers_are_reused_without_page_faults():
+  code = """
+import resource
+from perceiver_ar_jax.parallel.mesh import keep_host_memory
+keep_host_memory()
+for _ in range(9):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  b"x" * 2**26  # 64 MiB: 16,384 pages
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+  assert int(tiny.python("-c", code).stdout) < 1000
 
 
 @pytest.mark.parametrize("axes", sharding.RULES.values(), ids=sharding.RULES)
