@@ -47,6 +47,8 @@ def main():
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     times.append(time.perf_counter() - start)
+    if arguments.compile and len(times) == 1:
+      begin = time.perf_counter()  # without the minutes of compilation
     if time.perf_counter() - begin > arguments.seconds:
       break
   timed = times[1:] or times
@@ -58,7 +60,7 @@ def main():
     "seconds": statistics.median(timed),
     "all_seconds": timed,
     "targets_per_second": batch * latents / statistics.median(timed),
-    "compile_seconds": 0.0,
+    "compile_seconds": times[0] if arguments.compile else 0.0,
     "temp_bytes": None,
     "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     "num_params": sum(parameter.numel() for parameter in model.parameters()),

@@ -28,6 +28,7 @@ _SEEDS = {
   "order": "0",
   "positions": "0",
   "dropout": "0",
+  "recipe": "0",
   "maestro": "0",
 }
 _SWEEPS = {

@@ -271,7 +271,13 @@ def test_mistakes_are_named(text, prompt, settings, words):
 
 @pytest.mark.slow
 def test_transformer_xl_samples_without_a_cache_alone():
-  xl = {"architecture": "transformer_xl", "position_encoding": "relative", "segment": 8}
+  xl = {
+    "architecture": "transformer_xl",
+    "position_encoding": "relative",
+    "segment": 8,
+    "conv_taps": 0,
+    "qk_norm": False,
+  }
   with pytest.raises(InputError, match="set --config.sample.cache=False"):
     Sampler(resolve(text_files, model=xl))
   exact = sampler(resolve(text_files, model=xl, sample={"cache": False}))

@@ -39,9 +39,12 @@ def get_config(variant="512"):
 def text(max_context, steps):
   """Returns the text, model and training that all ablations on text share; the others have 256 latents."""
   config = text_files.get_config()
-  config.model.update(vocab_size=2003, max_context=max_context, rotary_max_wavelength=4096)
+  config.model.update(vocab_size=2003, max_context=max_context, num_latents=256, num_layers=4)
+  config.model.update(num_cross_heads=4, num_self_heads=4, rotary_max_wavelength=4096)
+  config.model.update(conv_taps=0, qk_norm=False, zero_init=False)
   config.data.update(sentencepiece=str(pathlib.Path(__file__).with_name("python.model")), min_crop=257)
   config.train.update(steps=steps, batch_size=4, checkpoint_every=steps // 2)
-  config.train.optimizer.update(learning_rate=2e-3, warmup_steps=50, end_learning_rate=1e-4)
+  config.train.optimizer.update(name="adam", learning_rate=2e-3, warmup_steps=50, b2=0.999)
+  config.train.optimizer.update(schedule="cosine", decay_steps=None, end_learning_rate=1e-4)
   config.eval.update(batch_size=4, stride=128, every=steps // 4, max_sequences=6, num_samples=0)
   return config
