@@ -4,7 +4,7 @@ The recipe of configs/text_files.py and others: Muon with a long linear decay (w
 and values of the cross-attention, normalised queries and keys, and output projections that start at zero.
 
 Here: the source code of Python's standard library (as in context.py), 3 layers of width 128, 64 latents of 128 inputs,
-250 steps of 2,048 targets. Two learning rates for each optimizer; the options were added at Muon's higher rate.
+200 steps of 2,048 targets. Two learning rates for each optimizer; the options were added at Muon's higher rate.
 """
 
 from configs.ablations import context
@@ -24,15 +24,15 @@ _OPTIONS = {"taps": {"conv_taps": 2}, "qk-norm": {"qk_norm": True}, "zero-init":
 
 
 def get_config(variant="all"):
-  config = context.text(128, steps=250)
+  config = context.text(128, steps=200)
   config.model.update(num_latents=64, num_layers=3, num_cross_heads=2, num_self_heads=2)
   config.data.min_crop = 65
-  config.train.update(batch_size=32, checkpoint_every=250)
-  config.eval.update(batch_size=32, stride=64, every=125)
+  config.train.update(batch_size=32, checkpoint_every=200)
+  config.eval.update(batch_size=32, stride=64, every=100)
   rate = {"adam": 4e-3, "adam-low": 2e-3, "muon-low": 4e-3}.get(variant, 8e-3)
   config.train.optimizer.update(learning_rate=rate, warmup_steps=20)
   if not variant.startswith("adam"):
-    config.train.optimizer.update(name="muon", schedule="wsd", decay_steps=125, b2=0.98, end_learning_rate=0.0)
+    config.train.optimizer.update(name="muon", schedule="wsd", decay_steps=100, b2=0.98, end_learning_rate=0.0)
   for options in _OPTIONS.values() if variant in ("all", "transformer") else [_OPTIONS.get(variant, {})]:
     config.model.update(options)
   if variant == "transformer":
