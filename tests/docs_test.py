@@ -1,4 +1,4 @@
-"""What the documentation promises: links lead somewhere, nothing is forgotten, and snippets of extending.md work."""
+"""What the documentation promises: links lead somewhere, nothing is missing, and snippets of extending.md work."""
 
 import ast
 import dataclasses
@@ -52,10 +52,10 @@ def test_every_link_leads_somewhere(page):
       assert anchor in _anchors(linked), f"{page.name} links to {target}, whose headings are {sorted(_anchors(linked))}"
 
 
-def test_every_config_is_told_of():
-  told = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-  forgotten = [path for path in (ROOT / "configs").rglob("*.py") if f"{path.relative_to(ROOT)}" not in told]
-  assert not forgotten
+def test_every_config_is_documented():
+  documented = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+  missing = [path for path in (ROOT / "configs").rglob("*.py") if f"{path.relative_to(ROOT)}" not in documented]
+  assert not missing
 
 
 def test_the_site_has_every_page():
@@ -75,11 +75,11 @@ def _settings(cls, prefix=""):
 
 def test_the_page_of_settings_has_them_all_with_their_defaults():
   sections = reference.sections(reference.source())
-  told = {section.prefix + field.name: field for section in sections for field in section.fields}
+  documented = {section.prefix + field.name: field for section in sections for field in section.fields}
   settings = dict(_settings(Config))
-  assert sorted(told) == sorted(settings)
+  assert sorted(documented) == sorted(settings)
   for name, field in settings.items():
-    default = told[name].default
+    default = documented[name].default
     assert (dataclasses.MISSING if default is None else ast.literal_eval(default)) == field.default, name
   page = reference.page(reference.source())
   assert "`rotary_max_wavelength`</span> | int or None, `None` | Rotary: longest wavelength" in page
