@@ -33,9 +33,13 @@ def get_config(variant="all"):
   config.train.optimizer.update(learning_rate=rate, warmup_steps=20)
   if not variant.startswith("adam"):
     config.train.optimizer.update(name="muon", schedule="wsd", decay_steps=100, b2=0.98, end_learning_rate=0.0)
-  for options in _OPTIONS.values() if variant in ("all", "transformer") else [_OPTIONS.get(variant, {})]:
+  for options in _OPTIONS.values() if variant in ("all", "transformer", "long") else [_OPTIONS.get(variant, {})]:
     config.model.update(options)
   if variant == "transformer":
     config.model.max_context = 64
     config.data.min_crop = 64
+  if variant == "long":  # no variant of the ablation: the recipe for twelve minutes on two idle cores
+    config.train.update(steps=1700, checkpoint_every=850)
+    config.train.optimizer.update(warmup_steps=50, decay_steps=1000)
+    config.eval.update(stride=32, every=850)
   return config
