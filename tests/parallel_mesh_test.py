@@ -146,7 +146,7 @@ def test_axes_that_share_a_dimension_are_in_the_order_of_the_mesh(axes):
 @pytest.mark.slow
 def test_training_on_two_devices_gives_the_same_losses(trained, tmp_path, monkeypatch):
   monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
-  _, *arguments = tiny.command(tmp_path)
+  _, *arguments = tiny.command(tmp_path, train__checkpoint_every=12)
   result = tiny.python(*arguments)
   assert result.returncode == 0, result.stderr
   losses, expected = tiny.losses(tmp_path), tiny.losses(trained)

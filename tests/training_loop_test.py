@@ -39,7 +39,7 @@ def test_a_run_logs_every_step_and_its_settings(trained):
 @pytest.mark.slow
 def test_a_run_compiles_its_update_and_its_evaluation_once(tmp_path, caplog):
   with jax.log_compiles():
-    loop.train(tiny.config(train__steps=6, eval__every=2), tmp_path)
+    loop.train(tiny.config(train__steps=6, train__checkpoint_every=6, eval__every=2), tmp_path)
   names = [re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()) for record in caplog.records]
   compiled = collections.Counter(name[1] for name in names if name)
   assert len(list(tmp_path.glob("eval-validation-*.json"))) >= 1

@@ -35,7 +35,7 @@ def _replace_evaluation(monkeypatch, evaluate_step):
 def test_signals_save_and_the_run_resumes_exactly(trained, tmp_path, monkeypatch):
   """One signal arrives during each evaluation, which the restart repeats."""
   signals = {6: signal.SIGTERM, 12: signal.SIGINT}
-  config = tiny.config(eval__every=6)
+  config = tiny.config(eval__every=6, train__checkpoint_every=6)
   call = evaluate.Evaluator.__call__
 
   def kill(self, params, step, should_stop=lambda: False, **named):
@@ -77,6 +77,7 @@ def _evaluated_steps(workdir) -> list[int]:
 def test_a_failing_evaluation_costs_no_step_and_no_restart(trained, tmp_path, monkeypatch, capfd):
   gone, bug = InputError("held-out.txt is gone"), ZeroDivisionError("a bug")
   errors = {4: gone, 8: bug, 12: gone, 14: bug}
+  settings = {"eval__every": 4, "train__checkpoint_every": 12}
 
   def fail(step, should_stop):
     raise errors[step]
@@ -84,18 +85,18 @@ def test_a_failing_evaluation_costs_no_step_and_no_restart(trained, tmp_path, mo
   with monkeypatch.context() as patch:
     _replace_evaluation(patch, fail)
     with pytest.raises(InputError, match="Training is complete and step 12 is saved, but its evaluation failed.*gone"):
-      loop.train(tiny.config(eval__every=4), tmp_path)
+      loop.train(tiny.config(**settings), tmp_path)
     messages = capfd.readouterr().err
     assert "The evaluation of step 4 failed, and training continues" in messages and str(gone) in messages
     assert "The evaluation of step 8 failed, and training continues" in messages and str(bug) in messages
     assert messages.count("Traceback") == 1, "a bug has one, and a mistake of the user has none"
     assert tiny.losses(tmp_path) == tiny.losses(trained)
     with pytest.raises(InputError, match="its evaluation failed"):  # a restart neither trains nor loses anything
-      loop.train(tiny.config(eval__every=4), tmp_path)
+      loop.train(tiny.config(**settings), tmp_path)
     with pytest.raises(InputError, match="step 14 is saved"):  # the evaluation owed at step 12 fails, and that is all
-      loop.train(tiny.config(eval__every=4, train__steps=14), tmp_path)
+      loop.train(tiny.config(**settings, train__steps=14), tmp_path)
   assert (tmp_path / "checkpoints" / "14").is_dir()
-  assert loop.train(tiny.config(eval__every=4, train__steps=14), tmp_path) == 0
+  assert loop.train(tiny.config(**settings, train__steps=14), tmp_path) == 0
   assert _evaluated_steps(tmp_path) == [14]
 
 
@@ -111,7 +112,8 @@ def test_failing_samples_cost_no_step(tmp_path, monkeypatch, capfd):
     raise ValueError("a bug in sampling")
 
   monkeypatch.setattr(write, "preview", fail_at_first)
-  assert loop.train(tiny.config(eval__every=4, train__steps=8, eval__num_samples=None), tmp_path) == 0
+  settings = {"eval__every": 4, "train__checkpoint_every": 8, "eval__num_samples": None}
+  assert loop.train(tiny.config(train__steps=8, **settings), tmp_path) == 0
   messages = capfd.readouterr().err
   assert "No samples of step 4 were drawn: ValueError: a bug in sampling" in messages and "Traceback" in messages
   assert _evaluated_steps(tmp_path) == [4, 8]
@@ -203,6 +205,7 @@ def test_killed_at_a_random_moment_the_run_ends_with_the_same_losses(tmp_path):
   process.kill()
   process.wait()
   workdirs = [str(tmp_path / name) for name in ("killed", "uninterrupted")]
+  settings |= {"train__checkpoint_every": 12}
   both = f"from tests import tiny; assert not any(tiny.run(path, **{settings}).returncode for path in {workdirs})"
   assert start([sys.executable, "-c", both]).wait() == 0
   assert tiny.losses(tmp_path / "killed") == tiny.losses(tmp_path / "uninterrupted")
