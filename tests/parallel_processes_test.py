@@ -20,12 +20,13 @@ from tests import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
+STEPS = 30
 SETTINGS = {
   "model__latent_width": 16,
   "model__num_layers": 1,
   "train__batch_size": 16,
-  "train__steps": 60,
-  "train__checkpoint_every": 10,
+  "train__steps": STEPS,
+  "train__checkpoint_every": 5,
   "mesh__data": 2,
   "mesh__fsdp": 2,
   "mesh__context": 2,
@@ -81,11 +82,11 @@ def story(tmp_path_factory, eight_devices):
   folder = tmp_path_factory.mktemp("processes")
   run = folder / "run"
   two = _start(run, 2, 4)
-  _wait_for_steps(run, 15, two)
+  _wait_for_steps(run, 6, two)
   two[1].send_signal(signal.SIGTERM)  # one of them only
   result = {"run": run, "terminated": _codes(two, 3 * 60), "output": _log(run, 0), "first": tiny.losses(run)}
   two = _start(run, 2, 4)
-  _wait_for_steps(run, len(result["first"]) + 10, two)
+  _wait_for_steps(run, len(result["first"]) + 6, two)
   two[1].kill()
   result |= {"killed": _codes(two, 3 * 90), "last_words": _log(run, 0)}
   result |= {"alone": eight_devices(_train, run), "uninterrupted": eight_devices(_train, folder / "uninterrupted")}
@@ -95,7 +96,7 @@ def story(tmp_path_factory, eight_devices):
 def test_a_signal_to_one_process_saves_on_all_at_the_same_step(story):
   assert story["terminated"] == [128 + signal.SIGTERM] * 2
   step = max(story["first"])
-  assert 15 <= step < 60
+  assert 6 <= step < STEPS
   assert f"saved at step {step}" in story["output"]
 
 
@@ -106,7 +107,7 @@ def test_a_dead_process_is_named_and_ends_the_others(story):
 
 def test_losses_are_those_of_one_process_however_many_there_were(story):
   assert story["alone"] == story["uninterrupted"] == 0
-  steps = range(1, 61)
+  steps = range(1, STEPS + 1)
   losses, expected = ([losses[step] for step in steps] for losses in (story["losses"], story["expected"]))
   np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
@@ -137,7 +138,7 @@ def test_evaluation_and_samples_of_two_processes_equal_those_of_one_and_are_writ
   trained, copies = story["run"], [tmp_path / "0", tmp_path / "1"]
   for copy in copies:
     shutil.copytree(trained, copy)
-    (copy / "eval-validation-60.json").unlink()  # written during training
+    (copy / f"eval-validation-{STEPS}.json").unlink()  # written during training
   before = _files(copies[0])
   settings = {"sample__num_samples": 3, "sample__batch_size": 2, "sample__length": 20}
   config = tiny.config(**SETTINGS | settings | {"mesh__data": 1, "mesh__context": 1})  # fsdp 2: a device each
@@ -150,11 +151,11 @@ def test_evaluation_and_samples_of_two_processes_equal_those_of_one_and_are_writ
   expected = Sampler.from_workdir(trained, one_device)(num_samples=3, batch_size=2, length=20)
   assert _codes(processes, 3 * 240) == [0, 0]
 
-  metrics = json.loads((copies[0] / "eval-validation-60.json").read_text())
+  metrics = json.loads((copies[0] / f"eval-validation-{STEPS}.json").read_text())
   logged = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
   np.testing.assert_allclose(metrics["nats_per_token"], logged["eval_nats_per_token"], rtol=1e-6)
-  names = [f"samples/60-0/sample-{number}.npy" for number in range(3)]
-  written = {"eval-validation-60.json", *names, "samples/60-0/samples.json", "samples/samples.json"}
+  names = [f"samples/{STEPS}-0/sample-{number}.npy" for number in range(3)]
+  written = {f"eval-validation-{STEPS}.json", *names, f"samples/{STEPS}-0/samples.json", "samples/samples.json"}
   assert _files(copies[0]) - before == written
   for name, sample in zip(names, expected, strict=True):
     np.testing.assert_array_equal(np.load(copies[0] / name), sample.value)
