@@ -1,6 +1,7 @@
 """A copy experiment that trains in seconds, and its command line, in this process or in another."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -113,6 +114,12 @@ def environment(num_devices: int) -> dict[str, str]:
   """The environment of a process with that many virtual CPU devices."""
   devices = f"--xla_force_host_platform_device_count={num_devices}"
   return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}"}
+
+
+def optimized():
+  """A context in which XLA optimizes programs, unlike elsewhere in the tests: for those that run many times."""
+  options = {"xla_backend_optimization_level": 1}
+  return mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=options))
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
