@@ -153,7 +153,7 @@ class _Run:
       if step == train.profile_at:
         profile.enter_context(_trace(self.workdir / "profile"))
       begin = time.monotonic()
-      batch = to_global(next(data), data.rows, train.batch_size, shardings)
+      batch = to_global(next(data), train.batch_size, shardings)
       data_seconds = time.monotonic() - begin
       waited = not pending or all(value.is_ready() for value in pending[-1].metrics.values())
       state, step_metrics = self.train_step(state, batch, dropout_key)

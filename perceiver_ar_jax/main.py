@@ -32,7 +32,6 @@ with epy.lazy_imports():
 flags.adopt_module_key_flags(command_line)
 _MODES = ["train", "eval", "sample", "score", "attention", "report", "data", "plan"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
-_STREAM = flags.DEFINE_bool("stream", False, "With --mode=sample: print text as it is generated.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Several processes: host:port of process 0. Not needed on TPU pods and in Slurm steps."
 )
@@ -71,7 +70,7 @@ def _on_devices(mode: str, config: Config, workdir: str) -> int:
   elif mode == "attention":
     attention_pictures.write(config, workdir)
   else:
-    write.sample(config, workdir, _STREAM.value) if mode == "sample" else write.score(config, workdir)
+    write.sample(config, workdir) if mode == "sample" else write.score(config, workdir)
   return 0
 
 

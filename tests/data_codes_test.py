@@ -48,7 +48,9 @@ def test_audio_goes_frame_by_frame_and_each_level_has_ids_of_its_own():
   assert len(document) == 9
   assert document.read(0, 9).tolist() == AUDIO_EVENTS, "no EOS: the recording does not end with its file"
   assert document.read(3, 6).tolist() == [6, 17, 8]
-  assert codes.audio_groups(2, 10).shape == (2, 23), "the largest id, of code 9 of the second level, is 22"
+  ((task, _),) = tasks.get_tasks(DataConfig(task="audio_codes", code_levels=2, codebook_size=10), 64)
+  ids = [np.flatnonzero(allowed).tolist() for allowed in task.allowed()]
+  assert ids == [list(range(3, 13)), list(range(13, 23))] and task.vocab_size == 23
   assert codes.to_audio(AUDIO_EVENTS, 2, 10).tolist() == AUDIO.tolist()
 
 

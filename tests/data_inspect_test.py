@@ -257,6 +257,8 @@ def test_a_picture_of_music_has_time_to_the_right_and_pitch_upwards():
   sounding = (roll != DARK).any(axis=-1)
   assert np.argwhere(sounding[::2]).tolist() == [[0, 0], [0, 1], [2, 3], [2, 4]]
   assert (roll[0, 0] > roll[4, 3]).all(), "loud is not brighter"
+  silence = render.picture(get_task("midi_files"), np.array([SOS, EOS]))
+  assert silence.size and (silence == DARK).all()
 
 
 def test_a_text_has_no_picture_and_reads_as_it_is():

@@ -62,6 +62,6 @@ def test_a_global_array_holds_the_batch():
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   batch = {"inputs": np.arange(6, dtype=np.int32).reshape(2, 3)}
-  array = to_global(batch, [0, 1], 2, {"inputs": sharding})["inputs"]
+  array = to_global(batch, 2, {"inputs": sharding})["inputs"]
   assert isinstance(array, jax.Array) and array.sharding == sharding
   np.testing.assert_array_equal(array, batch["inputs"])

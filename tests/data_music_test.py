@@ -88,7 +88,6 @@ def test_nothing_is_nothing():
   assert music.decode([]) == []
   assert read_notes(music.to_midi([])) == []
   assert music.transpose([], 3).shape == music.stretch([], 2.0).shape == (0,)
-  assert music.piano_roll([]).shape == (128, 0)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +196,3 @@ def test_stretch_does_not_drift(factor):
 def test_stretch_refuses_factor(factor):
   with pytest.raises(ValueError, match="positive finite"):
     music.stretch(ids(wait(5)), factor)
-
-
-def test_piano_roll():
-  piece = [SOS, *ids(wait(1), velocity_bin(0), on(C4), wait(1), velocity_bin(1), on(G4), wait(2), off(C4)), EOS]
-  roll = music.piano_roll(piece + ids(wait(1)))
-  assert roll.dtype == np.uint8
-  assert roll.shape == (128, 5)
-  assert roll[C4].tolist() == [0, 2, 2, 2, 0]
-  assert roll[G4].tolist() == [0, 0, 6, 6, 6]
-  assert roll.sum() == 2 * 3 + 6 * 3

@@ -9,7 +9,7 @@ import pytest
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, splits, tasks, texts
 from perceiver_ar_jax.data.texts import SubwordDocument, SubwordTokenizer, Text
-from tests import tiny
+from tests import batches, tiny
 from tests.texts import LONG_TEXT, CountingText, parts, prefixes, stretches, words
 
 
@@ -140,11 +140,15 @@ def test_the_head_of_a_document_has_whole_words_and_their_counts(num_scored, sub
     assert num_scored < 100 or LONG_TEXT[len(shown)].isspace()
 
 
-def test_a_bound_below_the_first_character_is_explained(subwords):
-  document = SubwordDocument(Text("€uro".encode()), subwords.tokens)  # three tokens, one for each byte
-  with pytest.raises(InputError, match="eval.max_tokens=2 is less than the subword tokens of one character"):
-    next(splits._bounded([document], 2))
-  (head,) = splits._bounded([document], 3)
+def test_a_bound_below_the_first_character_is_explained(subwords, tmp_path):
+  """The first character has three tokens, one for each byte."""
+  batches.write(tmp_path, {"train.txt": "a text", "held-out.txt": "€uro"})
+  files = {"files": f"{tmp_path}/train.txt", "validation_files": f"{tmp_path}/held-out.txt"}
+  data = DataConfig(task="text_files", sentencepiece=subwords.path, **files)
+  config = batches.config(data, context=8, latents=4, sizes=(10,), vocab_size=403)
+  with pytest.raises(InputError, match="eval.max_tokens=2 is less than one character's tokens"):
+    next(splits.documents(config, "validation", max_tokens=2))
+  ((_, head),) = splits.documents(config, "validation", max_tokens=3)
   assert subwords.tokens.decode(head.read(0, len(head))) == "€"
 
 

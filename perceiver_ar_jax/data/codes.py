@@ -3,11 +3,9 @@
 Audio: `frames` x `levels` codes (SoundStream, EnCodec, DAC, ...) are flattened frame by frame, the coarse level first,
 as in the paper. Each level has its own ids: code c of level q is the value q * codebook_size + c. Positions are (frame,
 level). Frames count from the first frame of the excerpt, so a table of ceil(context / levels) + 3 rows is large enough.
-
 Video: `time` x `height` x `width` codes are flattened in raster order; positions are (t, y, x).
 
-SOS comes first, at position 1 in all dimensions; codes have positions from 2 on. There is no EOS: an excerpt ends where
-its file does.
+SOS comes first, at position 1 in all dimensions; codes have positions from 2 on. EOS is not used.
 """
 
 import io
@@ -21,8 +19,7 @@ from perceiver_ar_jax.data import NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Unreadable
 
 _MAX_BYTES = 2**31  # the largest array read from a compressed file, which may be a thousandth of this
-HEADERS = threading.Lock()
-"""For NumPy's headers, which it parses with `ast`: in several threads, CPython 3.11 fails at random there."""
+HEADERS = threading.Lock()  # NumPy parses headers with `ast`, which fails at random in several threads of CPython 3.11
 
 
 def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
@@ -32,34 +29,30 @@ def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
   `name`, if it is not such a file, its numbers are not integers, or codes are outside 0..codebook_size-1.
   """
   try:
-    codes = _array(_unzip(content) if content[:2] == b"PK" else content)
+    codes = _array(content)
   except Exception as error:  # zipfile, zlib and NumPy raise many types of errors for damaged files
     raise Unreadable(f"{name} is not a .npy or .npz file of codes ({error})") from error
   if not np.issubdtype(codes.dtype, np.integer):
     raise Unreadable(f"{name} contains {codes.dtype}, and codes are integers")
   if codes.size == 0:
     raise Unreadable(f"{name} contains no codes")
-  if codes.min() < 0 or codes.max() >= codebook_size:
-    raise Unreadable(
-      f"{name} has codes from {codes.min()} to {codes.max()}, outside 0..{codebook_size - 1} (data.codebook_size)"
-    )
+  low, high = codes.min(), codes.max()
+  if low < 0 or high >= codebook_size:
+    raise Unreadable(f"{name} has codes from {low} to {high}, outside 0..{codebook_size - 1} (data.codebook_size)")
   return codes
 
 
-def _unzip(content: bytes) -> bytes:
-  """Returns the .npy file in a .npz file."""
-  with zipfile.ZipFile(io.BytesIO(content)) as archive:
-    sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
-    if "codes" not in sizes and len(sizes) != 1:
-      raise ValueError(f"it has the arrays {', '.join(sizes)}: name one of them codes")
-    array = "codes" if "codes" in sizes else next(iter(sizes))
-    if sizes[array] > _MAX_BYTES:
-      raise ValueError(f"its codes take {sizes[array]:,} bytes, more than {_MAX_BYTES:,}: split it into several files")
-    return archive.read(f"{array}.npy")
-
-
 def _array(content: bytes) -> np.ndarray:
-  """Returns the array of a .npy file, without a copy."""
+  """Returns the array of a .npy or .npz file, without a copy."""
+  if content[:2] == b"PK":
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+      sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+      if "codes" not in sizes and len(sizes) != 1:
+        raise ValueError(f"it has the arrays {', '.join(sizes)}: name one of them codes")
+      name = "codes" if "codes" in sizes else next(iter(sizes))
+      if sizes[name] > _MAX_BYTES:
+        raise ValueError(f"its codes take {sizes[name]:,} bytes, more than {_MAX_BYTES:,}: split it into several files")
+      content = archive.read(f"{name}.npy")
   file = io.BytesIO(content)
   version = np.lib.format.read_magic(file)
   read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -67,14 +60,7 @@ def _array(content: bytes) -> np.ndarray:
     shape, is_fortran, dtype = read_header(file)
   if min(shape, default=0) < 0:
     raise ValueError(f"it has the shape {shape}")
-  values = np.frombuffer(content, dtype, math.prod(shape), file.tell())
-  return values.reshape(shape, order="F" if is_fortran else "C")
-
-
-def audio_groups(levels: int, codebook_size: int) -> np.ndarray:
-  """Returns bool[levels, vocabulary]: the ids of each level."""
-  ids = np.arange(levels * codebook_size + NUM_SPECIAL) - NUM_SPECIAL
-  return (ids >= 0) & (ids // codebook_size == np.arange(levels)[:, None])
+  return np.frombuffer(content, dtype, math.prod(shape), file.tell()).reshape(shape, order="F" if is_fortran else "C")
 
 
 def audio_positions(levels: int, start: int, end: int) -> np.ndarray:
@@ -98,10 +84,9 @@ def to_audio(events: np.ndarray, levels: int, codebook_size: int) -> np.ndarray:
   which a model may sample, is read as the same code of the right level.
   """
   values = to_values(events)
-  starts = np.flatnonzero(values // codebook_size == 0)
-  values = values[starts[0] if len(starts) else len(values) :]
-  values = values[: len(values) // levels * levels]
-  return (values % codebook_size).reshape(-1, levels).astype(np.int32)
+  first = next(iter(np.flatnonzero(values < codebook_size)), len(values))
+  end = first + (len(values) - first) // levels * levels
+  return (values[first:end] % codebook_size).reshape(-1, levels).astype(np.int32)
 
 
 def audio_frames(codes: np.ndarray, levels: int, layout: str, name: str) -> np.ndarray:
@@ -111,12 +96,11 @@ def audio_frames(codes: np.ndarray, levels: int, layout: str, name: str) -> np.n
   dropped. Raises Unreadable, with `name`, if the array has other dimensions or fewer levels, or contradicts the layout.
   """
   axes, shape = layout.replace("_", " x "), codes.shape
-  while codes.ndim > 2 and codes.shape[0] == 1:
+  while codes.ndim > 2 and len(codes) == 1:
     codes = codes[0]
   if codes.ndim != 2:
     raise Unreadable(f"{name} has the shape {shape}, and codes of audio are {axes} (data.code_layout={layout})")
-  if layout == "levels_frames":
-    codes = codes.T
+  codes, opposite = (codes, "levels_frames") if layout == "frames_levels" else (codes.T, "frames_levels")
   num_frames, num_levels = codes.shape
   if num_levels < levels:
     problem = f"is {num_levels:,} levels, fewer than data.code_levels={levels}: lower it, or"
@@ -124,8 +108,7 @@ def audio_frames(codes: np.ndarray, levels: int, layout: str, name: str) -> np.n
     problem = f"would be {num_levels:,} levels of only {num_frames:,} frames:"
   else:
     return codes[:, :levels]
-  fix = f"set data.code_layout={'frames_levels' if layout == 'levels_frames' else 'levels_frames'}"
-  raise Unreadable(f"{name} has the shape {shape}, which as {axes} {problem} {fix}")
+  raise Unreadable(f"{name} has the shape {shape}, which as {axes} {problem} set data.code_layout={opposite}")
 
 
 def video_document(codes: np.ndarray, name: str) -> Document:

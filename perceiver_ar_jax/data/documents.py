@@ -22,10 +22,8 @@ class Document:
     scored: bool[N]: the events that are scored in evaluation; None: all of them.
   """
 
-  ends: tuple[int, int] | None = None
-  """(first, last) number of events at which a training crop may end, for a document in several records; None: 1..N."""
-  continues: bool = False
-  """Whether another record contains the document's beginning: evaluation reads the whole document there."""
+  ends: tuple[int, int] | None = None  # (first, last) end of training crops, where it has several records; None: 1..N
+  continues: bool = False  # whether another record contains its beginning: evaluation reads the whole document there
 
   def __init__(self, events: np.ndarray, positions=None, count=lambda events: {}, scored=None):
     self._events, self._positions, self._scored, self._count = events, positions, scored, count
@@ -63,8 +61,9 @@ class Document:
     """Returns the document up to its `num_scored`-th scored event, with the counts of that part."""
     if self.num_scored <= num_scored:
       return self
-    last = num_scored if self._scored is None else np.flatnonzero(self._scored[1:])[num_scored - 1] + 1
-    return Head(self, int(last) + 1)
+    end = 1 + num_scored if self._scored is None else int(np.flatnonzero(self._scored[1:])[num_scored - 1]) + 2
+    scored = None if self._scored is None else self._scored[:end]
+    return Document(self.read(0, end), self.positions, lambda events: self.counts(end), scored)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A training crop: (events int32[n], positions int32[n, P], scored bool[n]), n <= `longest`.
@@ -77,21 +76,6 @@ class Document:
     end = first + int(draw * (last - first + 1))
     start = max(end - longest, 0)
     return self.read(start, end), self.positions(start, end), self.scored(start, end)
-
-
-class Head(Document):
-  """The first `length` events of a document, with the counts of that part."""
-
-  def __init__(self, document: Document, length: int):
-    self._length, self._document = length, document
-    self._scored = None if document._scored is None else document._scored[:length]
-    self.read, self.positions = document.read, document.positions
-
-  def __len__(self) -> int:
-    return self._length
-
-  def counts(self, end: int | None = None) -> Mapping[str, int]:
-    return self._document.counts(self._length if end is None else end)
 
 
 def count_positions(length: int) -> np.ndarray:

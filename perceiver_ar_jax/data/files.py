@@ -1,7 +1,6 @@
 """The user's own files: which ones `data.files` names, which of them are held out, and their bytes.
 
-Paths with a scheme (gs://...) go through TensorFlow, all others through the operating system. What a file contains is
-the subject of images.py, texts.py, music.py and codes.py.
+Paths with a scheme (gs://...) go through TensorFlow, all others through the operating system.
 """
 
 import collections
@@ -15,14 +14,13 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
-from perceiver_ar_jax.config import HELD_OUT_BY_NAME, DataConfig, InputError
+from perceiver_ar_jax.config import HELD_OUT_BY_NAME, DataConfig, InputError, require
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
 from perceiver_ar_jax.data.warn_once import warn_once
 
 _CROSSING = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-_STAT_THREADS = 16  # sizes of remote files are requests over the network
 
 
 def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
@@ -54,16 +52,18 @@ def file_size(path: str) -> int:
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
-  """Returns the files of a glob, or those under a folder whose names end in one of `suffixes`, sorted.
+  """Returns the files of a glob ("**" crosses folders), or those in a folder that end in one of `suffixes`, sorted.
 
-  "**" in a glob crosses folders. Names that begin with a dot are left out, unless the glob has the dot. Links are
-  followed, and each real file is listed once. Dangling links, named pipes and the like are skipped with a notice each,
-  files of a folder with other endings with one notice for all. Raises InputError if no file is left.
+  Names that begin with a dot are left out, unless the glob has the dot. Links are followed, and each real file is
+  listed once. What is not a file is skipped with a notice, and so are other endings. Raises InputError if none is left.
   """
-  path = os.path.expanduser(pattern)
   try:
-    is_folder = tf.io.gfile.isdir(path)
-    paths = _list_folder(path) if is_folder else _expand(path)
+    is_folder = tf.io.gfile.isdir(pattern)
+    if is_folder:
+      folders = tf.io.gfile.walk(pattern) if _is_remote(pattern) else _walk(pattern)
+      paths = [os.path.join(top, name) for top, _, names in folders for name in names if not name.startswith(".")]
+    else:
+      paths = _expand(pattern)
   except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError, tf.errors.PermissionDeniedError) as error:
     raise InputError(f"{pattern!r} cannot be listed: {error.message}") from error
   others = [name for name in paths if is_folder and not name.lower().endswith(tuple(suffixes))]
@@ -73,9 +73,9 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
     described = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
     notice = f"Not read in {pattern!r} because of their endings: {len(others):,} files ({described})."
     warn_once(None, f"{notice} A glob takes any ending.")
-  paths = _once_each(filter(_is_usable, paths), _base_folder(path))
+  paths = _once_each(filter(_is_usable, paths), _base_folder(pattern))
   if not paths:
-    exists = is_folder or glob.has_magic(path) or os.path.lexists(path)
+    exists = is_folder or glob.has_magic(pattern) or os.path.lexists(pattern)
     raise InputError(
       f"{pattern!r} {'contains no matching file' if exists else 'does not exist'}. Set data.files (or"
       f" data.validation_files) to a folder with {', '.join(suffixes)} files, or to a glob in quotes, of any ending,"
@@ -86,11 +86,7 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
 
 def own_files(data: DataConfig, suffixes: Sequence[str]) -> list[str]:
   """Returns the files that `data.files` names; raises InputError if there is no file."""
-  if not data.files:
-    raise InputError(
-      f"The task {data.task} reads your own files: set data.files to a folder, or to a glob such as"
-      f" 'folder/**/*{suffixes[0]}'."
-    )
+  require(bool(data.files), f"The task {data.task} reads your own files: set data.files to a folder or to a glob.")
   return find_files(data.files, suffixes)
 
 
@@ -107,14 +103,12 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
       "This run is of an older version, which held out files by a hash of their names: to evaluate it or to resume its"
       " training, give a folder of those files (or of links to them) as --config.data.validation_files=FOLDER."
     )
-  if data.validation_files:
-    validation, setting = find_files(data.validation_files, suffixes), "validation_files"
-  else:
-    validation, setting = _hold_out(data, files), "validation_fraction"
+  validation = find_files(data.validation_files, suffixes) if data.validation_files else _hold_out(data, files)
   held_out = set(_real_paths(validation))
   train = [path for path, real in zip(files, _real_paths(files)) if real not in held_out]
-  total, setting = len(validation) + len(train), f"data.{setting}={getattr(data, setting)!r}"
-  warn_once(None, f"Held out for validation: {len(validation):,} of {total:,} files ({setting}).")
+  total, setting = len(validation) + len(train), "validation_files" if data.validation_files else "validation_fraction"
+  counts = f"{len(validation):,} of {total:,} files (data.{setting}={getattr(data, setting)!r})"
+  warn_once(None, f"Held out for validation: {counts}.")
   if split == "train" and not train:
     raise InputError(
       f"All {len(files)} files of data.files={data.files!r} are held out for validation: add files, name those to hold"
@@ -124,16 +118,13 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
 
 
 def _hold_out(data: DataConfig, files: Sequence[str]) -> list[str]:
-  """The files to hold out by `data.validation_fraction`, at least one, sorted."""
-  folder = _base_folder(os.path.expanduser(data.files))
-  ranks = {}
-  for path in files:
-    digest = hashlib.blake2b(_relative(path, folder).encode(), digest_size=4).digest()
-    ranks[path] = int.from_bytes(digest) / 2**32
-  chosen = [path for path in files if ranks[path] < data.validation_fraction]
-  with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
+  """The files to hold out by `data.validation_fraction`, sorted: at least one, but no empty one if there is another."""
+  folder = _base_folder(data.files)
+  digests = {path: hashlib.blake2b(_relative(path, folder).encode(), digest_size=4).digest() for path in files}
+  chosen = [path for path in files if int.from_bytes(digests[path]) < data.validation_fraction * 2**32]
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # sizes of remote files are requests over the network
     chosen = [path for path, size in zip(chosen, pool.map(file_size, chosen)) if size]
-  ranked = sorted(files, key=ranks.get)
+  ranked = sorted(files, key=digests.get)
   return chosen or [next(filter(file_size, ranked), ranked[0])]
 
 
@@ -151,11 +142,6 @@ def _relative(path: str, folder: str) -> str:
   if path.startswith(folder):  # nearly always, and much faster
     return os.path.normpath(path.removeprefix(folder).lstrip("/"))
   return os.path.relpath(path, folder)
-
-
-def _list_folder(path: str) -> list[str]:
-  folders = tf.io.gfile.walk(path) if _is_remote(path) else _walk(path)
-  return [os.path.join(folder, name) for folder, _, names in folders for name in names if not name.startswith(".")]
 
 
 def _expand(pattern: str) -> list[str]:

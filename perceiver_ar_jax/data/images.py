@@ -15,8 +15,7 @@ from perceiver_ar_jax.config import IMAGE_ORDERS
 from perceiver_ar_jax.data import NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Unreadable
 
-ORDERS = IMAGE_ORDERS
-"""pixel_raster: r, g, b of each pixel in turn; rgb_planes: all of r, then all of g, then all of b."""
+ORDERS = IMAGE_ORDERS  # pixel_raster: r, g, b of each pixel in turn; rgb_planes: all of r, then all of g, then all of b
 VOCAB_SIZE = 256 + NUM_SPECIAL
 SUFFIXES = tuple(
   ".png .apng .jpg .jpeg .jpe .jfif .webp .avif .jp2 .j2k .jpx .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .tga"
@@ -33,9 +32,7 @@ def document(image_SxSxC: np.ndarray, order: str) -> Document:
   size = len(image_SxSxC)
   if order == "rgb_planes":
     image_SxSxC = np.transpose(image_SxSxC, (2, 0, 1))
-  events_N = np.empty(1 + image_SxSxC.size, np.int32)
-  events_N[0] = SOS
-  np.add(image_SxSxC.reshape(-1), NUM_SPECIAL, out=events_N[1:], dtype=np.int32)
+  events_N = np.concatenate([[SOS], image_SxSxC.reshape(-1).astype(np.int32) + NUM_SPECIAL], dtype=np.int32)
   return Document(events_N, positions=positions(size, order))
 
 
@@ -62,7 +59,6 @@ def load(content: bytes, name: str, size: int) -> np.ndarray:
 
 
 def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-  """Converts any mode to 8 bits per channel."""
   if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which Pillow would clip at 255
     return PIL.Image.fromarray(_to_8_bits(np.asarray(image), name)).convert("RGB")
   if image.has_transparency_data:
@@ -83,9 +79,7 @@ def _to_8_bits(values_HxW: np.ndarray, name: str) -> np.ndarray:
     return np.rint(values_HxW * 255.0).astype(np.uint8)
   if 0 <= low and is_whole and (high <= 255 or 4096 <= high <= 65535):
     return (values_HxW // (1 if high <= 255 else 256)).astype(np.uint8)
-  raise Unreadable(
-    f"{name} has values from {low} to {high}, which do not show what is white: store 8 bits, 0 to 1, or all of 16 bits"
-  )
+  raise Unreadable(f"{name} has values from {low} to {high}, so white is unknown: store 8 bits, all 16 bits or 0..1")
 
 
 @functools.lru_cache(maxsize=4)

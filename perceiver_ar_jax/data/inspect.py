@@ -6,6 +6,7 @@ import sys
 import time
 
 import numpy as np
+import scipy.stats
 import tqdm
 from etils import epath
 
@@ -37,7 +38,6 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
   excerpts, pictures = [], []
   for split in dict.fromkeys((config.data.train_split, config.eval.split)):
     report[split], examples = _describe(config, split)
-    _print(split, report[split])
     for task, events in examples:
       excerpt = render.text(task, events[:_EXCERPT_EVENTS])
       excerpts.append(f"--- {split}, {task.name}: {len(events):,} events, the first of them:\n{excerpt}\n")
@@ -53,14 +53,13 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
   (folder / "examples.txt").write_text("\n".join(excerpts))
   if shown := [picture for picture in pictures if picture is not None]:
     height, width, _ = shown[0].shape
-    sheet = render.grid(shown, columns=1 if width > min(4 * height, 400) else 8)
-    render.save_png(sheet, folder / "examples.png")
+    render.save_png(render.grid(shown, columns=1 if width > min(4 * height, 400) else 8), folder / "examples.png")
   print(f"Examples: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
   return report
 
 
 def _describe(config: Config, split: str) -> tuple[dict, list]:
-  """Returns statistics of the first documents of a split, and the first examples (task, events)."""
+  """Prints and returns statistics of the first documents of a split; also returns the first examples (task, events)."""
   histogram = np.zeros(config.model.vocab_size, np.int64)
   lengths, largest, sizes, examples, num_unknown = [], 0, collections.Counter(), [], 0
   num_skipped, longest_crop = warn_once.count("skipped"), config.model.max_context + 1
@@ -84,7 +83,6 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
       num_unknown += int((events == task.unknown).sum())
     if len(examples) < _MAX_EXAMPLES:
       examples.append((task, events))
-  shares = histogram / histogram.sum()
   stats = {
     "documents": len(lengths),
     "all_documents": len(lengths) < _MAX_DOCUMENTS,
@@ -95,21 +93,15 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     "longest": max(lengths),
     "largest_position": largest.tolist(),
     "different_tokens": int((histogram > 0).sum()),
-    "histogram_entropy_bits": float(-(shares * np.log2(shares, where=shares > 0, out=np.zeros_like(shares))).sum()),
+    "histogram_entropy_bits": float(scipy.stats.entropy(histogram, base=2)),
   }
+  summary = (
+    "{split}: {documents:,} documents{which}, {skipped} skipped, {events:,} events; lengths {shortest:,} to"
+    " {longest:,}, median {median:,}; largest position {largest_position}\n"
+    "  {different_tokens:,} different tokens, entropy {histogram_entropy_bits:.3f} bits"
+  )
   if sizes:
     stats |= sizes | {"bytes_per_token": sizes["bytes"] / sum(lengths), "unknown_rate": num_unknown / sum(lengths)}
+    summary += "\n  {words:,} words, {bytes:,} bytes, {bytes_per_token:.2f} bytes per token, {unknown_rate:.3%} unknown"
+  print(summary.format(split=split, which="" if stats["all_documents"] else " (the first ones)", **stats))
   return stats, examples
-
-
-def _print(split: str, stats: dict) -> None:
-  print(
-    f"{split}: {stats['documents']:,} documents{'' if stats['all_documents'] else ' (the first ones)'},"
-    f" {stats['skipped']} skipped, {stats['events']:,} events;"
-    f" lengths {stats['shortest']:,} to {stats['longest']:,}, median {stats['median']:,}; largest position"
-    f" {tuple(stats['largest_position'])}\n"
-    f"  {stats['different_tokens']:,} different tokens, entropy {stats['histogram_entropy_bits']:.3f} bits"
-  )
-  if "words" in stats:
-    text = f"{stats['words']:,} words, {stats['bytes']:,} bytes, {stats['bytes_per_token']:.2f} bytes per token"
-    print(f"  {text}, {stats['unknown_rate']:.3%} unknown tokens")

@@ -1,12 +1,11 @@
 """Training batches: an endless, exactly resumable stream, the same on any number of hosts.
 
-Records of a shard, still encoded -> shuffle -> repeat are stages of tf.data, whose state can be saved. Shuffling before
-repeating makes every epoch use each record once; shuffling encoded records keeps the state at the size of the shuffle
-buffer. Then come pure functions of a record and its number: documents -> random crops -> rows -> arrays over devices.
+Records of a shard, still encoded -> shuffle -> repeat are stages of tf.data, whose state can be saved. Every epoch uses
+each record once, and the state has the size of the shuffle buffer. Then come pure functions of a record and its number:
+documents -> random crops -> rows -> arrays over devices.
 
-Each of `data.shards` shards of the records provides an equal range of rows of every batch. A host draws the records of
-the shards of its rows and opens the documents of its own rows only. Shards do not depend on hosts, so neither does
-their saved position.
+Each of `data.shards` shards of the records provides an equal range of rows of every batch, whatever the hosts. A host
+draws the records of the shards of its rows and opens the documents of its own rows only.
 """
 
 from __future__ import annotations
@@ -25,14 +24,10 @@ from etils import epath
 from jax.sharding import Sharding
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import windows
-from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.registry import Record, Task, to_records
+from perceiver_ar_jax.data import documents, tasks, warn_once, windows
+from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import ListSource, sentencepiece_fingerprint
-from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
-from perceiver_ar_jax.data.warn_once import skip_reasons
-from perceiver_ar_jax.data.windows import Batch
 
 _SHUFFLE_BYTES = 32 * 2**20  # average size limit of a shuffle buffer, which checkpoints contain
 _pool = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
@@ -43,19 +38,14 @@ class _Shard:
   """One shard of the records, and the position in it."""
 
   index: int
-  rows: Sequence[int]
-  """Those that this host fills, among those that the shard provides for each batch."""
-  is_saved_here: bool
-  """Whether this host saves the position, which is the same on all hosts that read the shard."""
-  batches: Sequence[Iterator] = ()
-  """Of the records of each task: tf.data's iterators, whose state is saved."""
-  records: Sequence[Iterator[Record]] = ()
-  """The records of each task one by one, from `batches`."""
-  num_batches: int = 0
-  """Batches drawn, including those without a readable record; the number is the seed of a batch's crops."""
+  rows: Sequence[int]  # those that this host fills, among those that the shard provides for each batch
+  is_saved_here: bool  # whether this host saves the position, which is the same on all hosts that read the shard
+  batches: Sequence[Iterator] = ()  # of the records of each task: tf.data's iterators, whose state is saved
+  records: Sequence[Iterator[Record]] = ()  # the records of each task one by one, from `batches`
+  num_batches: int = 0  # batches drawn, including those without a readable record: the seed of a batch's crops
 
 
-class TrainLoader(Iterator[Batch]):
+class TrainLoader(Iterator[windows.Batch]):
   """Training batches (windows.Batch), of each the rows of one host; the same for the same settings and when restored.
 
   `rows_of_hosts` are the rows of a batch that each host provides, in order (None: one host provides all), and `host` is
@@ -66,7 +56,7 @@ class TrainLoader(Iterator[Batch]):
   def __init__(self, config: Config, rows_of_hosts: Sequence[Sequence[int]] | None = None, host: int = 0):
     self._config, self._split, self._num_shards = config, config.data.train_split, config.data.shards
     self._shard_rows, self._packing = config.train.batch_size // self._num_shards, config.data.packing
-    self._tasks, self._shares = zip(*get_tasks(config.data, config.model.max_context + 1))
+    self._tasks, self._shares = zip(*tasks.get_tasks(config.data, config.model.max_context + 1))
     self._num_records = [task.num_records(config, self._split) for task in self._tasks]
     for task, count in zip(self._tasks, self._num_records):
       if count is not None and count < self._num_shards:
@@ -92,7 +82,7 @@ class TrainLoader(Iterator[Batch]):
     """Shape and type of each array of a global batch."""
     return jax.eval_shape(lambda: self._empty(self._config.train.batch_size))
 
-  def _empty(self, size: int) -> Batch:
+  def _empty(self, size: int) -> windows.Batch:
     model = self._config.model
     dims = self.task.position_dims if model.positions_from_data else 0
     sizes = {"context": model.max_context, "latents": model.num_latents, "position_dims": dims}
@@ -100,7 +90,7 @@ class TrainLoader(Iterator[Batch]):
 
   def _start(self, shard: _Shard) -> None:
     shard.num_batches, shard.batches = 0, [iter(self._batches(task, shard.index)) for task in self._tasks]
-    shard.records = [itertools.chain.from_iterable(map(to_records, batches)) for batches in shard.batches]
+    shard.records = [itertools.chain.from_iterable(map(_to_records, batches)) for batches in shard.batches]
 
   def _batches(self, task: Task, index: int) -> tf.data.Dataset:
     """Returns the records of one shard, in batches; files are in a different order in each epoch."""
@@ -118,7 +108,7 @@ class TrainLoader(Iterator[Batch]):
     fixed = all(spec.shape.is_fully_defined() for spec in records.element_spec.values())
     return records.batch(self._shard_rows if fixed and len(self._tasks) == 1 else 1)
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> windows.Batch:
     batch = self._empty(len(self.rows))
     rows = (windows.row_of(batch, index) for index in range(len(self.rows)))
     for shard in self._shards:
@@ -126,21 +116,18 @@ class TrainLoader(Iterator[Batch]):
     windows.check_positions(batch, self._config)
     return batch
 
-  def _fill(self, shard: _Shard, rows: list[Batch]) -> None:
-    """Fills the empty rows of one shard."""
-    max_attempts = 2**62  # batches without a readable record after which the whole split is known to have none
-    if None not in self._num_records:
-      max_attempts = 2 + int(2 * sum(self._num_records) / self._shard_rows / min(self._shares))
-    for _ in range(max_attempts):
+  def _fill(self, shard: _Shard, rows: list[windows.Batch]) -> None:
+    num_records = sum(2**60 if count is None else count for count in self._num_records)
+    for _ in range(2 + int(2 * num_records / self._shard_rows / min(self._shares))):  # then every record was drawn
       fill_row = functools.partial(self._fill_row, *self._draw(shard), set())
       if all(list(_pool.map(fill_row, shard.rows, rows))):
         return
     raise InputError(
-      f"The split {self._split!r} of {self._config.data.task} has {sum(self._num_records)} records, and none can be"
-      f" read: {skip_reasons()}."
+      f"The split {self._split!r} of {self._config.data.task} has {num_records} records, and none can be read:"
+      f" {warn_once.skip_reasons()}."
     )
 
-  def _fill_row(self, records, draws, seeds, unreadable: set[int], number: int, row: Batch) -> bool:
+  def _fill_row(self, records, draws, seeds, unreadable: set[int], number: int, row: windows.Batch) -> bool:
     """Fills row `number` of a shard from its records, from the right; returns False if no record can be read."""
     for index in range(self._packing):
       count = self._fill_window(records, draws, seeds, unreadable, number * self._packing + index, row)
@@ -153,7 +140,7 @@ class TrainLoader(Iterator[Batch]):
       row = {name: values[: len(values) - count] for name, values in row.items()}  # the free slots
     return True
 
-  def _fill_window(self, records, draws, seeds, unreadable: set[int], number: int, row: Batch) -> int | None:
+  def _fill_window(self, records, draws, seeds, unreadable: set[int], number: int, row: windows.Batch) -> int | None:
     """Fills a row, with the random numbers of record `number` of a shard; returns the number of inputs.
 
     An unreadable record is replaced by the next readable one of the shard, whichever host's it is; None: none is.
@@ -168,7 +155,7 @@ class TrainLoader(Iterator[Batch]):
         min_crop, scored_only = self._config.data.min_crop, task.train_scored_only
         try:
           return windows.train_window(row, document, draws[number], min_crop, scored_only=scored_only, augment=augment)
-        except Unreadable as error:  # a file that vanished or shrank since it was listed
+        except documents.Unreadable as error:  # a file that vanished or shrank since it was listed
           task.skip(record, error)
       unreadable.add(candidate)
     return None
@@ -181,11 +168,7 @@ class TrainLoader(Iterator[Batch]):
     shard.num_batches += 1
     draws, seeds = random.random(size), random.integers(2**63, size=size)
     chosen = np.searchsorted(np.cumsum(self._shares[:-1]), random.random(size), side="right")
-    records = [(self._tasks[index], next(shard.records[index], None)) for index in chosen]
-    for task, record in records:
-      if record is None:
-        raise InputError(f"Shard {shard.index} of {self._num_shards} has no record of {task.name}: lower data.shards.")
-    return records, draws, seeds
+    return [(self._tasks[index], next(shard.records[index])) for index in chosen], draws, seeds
 
   def save(self, directory: os.PathLike | str) -> None:
     """Writes the position of the shards that this host saves, in files of their own, under `directory`."""
@@ -258,17 +241,15 @@ class TrainLoader(Iterator[Batch]):
     return tf.train.Checkpoint(**{f"records_{index}": batches for index, batches in enumerate(shard.batches)})
 
 
+def _to_records(batch: Mapping[str, tf.Tensor]) -> list[Record]:
+  return [dict(zip(batch, record)) for record in zip(*(value.numpy() for value in batch.values()))]
+
+
 def to_global(
-  batch: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int, shardings: Mapping[str, Sharding]
+  batch: Mapping[str, np.ndarray], batch_size: int, shardings: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
-  """Global arrays of `batch_size` rows, of which `batch` contains those numbered `rows`, which this host provides."""
-
-  def globalise(values: np.ndarray, sharding: Sharding) -> jax.Array:
-    def local_part(index: tuple[slice, ...]) -> np.ndarray:
-      first, end, _ = index[0].indices(batch_size)
-      start = np.searchsorted(rows, first)
-      return values[(slice(start, start + end - first), *index[1:])]
-
-    return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, local_part)
-
-  return {name: globalise(values, shardings[name]) for name, values in batch.items()}
+  """Global arrays of `batch_size` rows, of which `batch` contains those that this host provides."""
+  return {
+    name: jax.make_array_from_process_local_data(shardings[name], values, (batch_size, *values.shape[1:]))
+    for name, values in batch.items()
+  }

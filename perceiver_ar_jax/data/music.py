@@ -8,10 +8,8 @@ A piece is a list of `Note`s with times in seconds. Its events are 388 values in
   velocity    356..387  velocities 1..4, 5..8, .., 125..127 for the notes that follow
 
 An event id is its value + NUM_SPECIAL. SOS and EOS are added by the caller: `encode` writes neither, and functions that
-read ids skip them. In array names N and M count events, P pitches and T steps.
-
-Two notes of one pitch may overlap. Neither MIDI nor the events say which of them a note-off ends, so everywhere in this
-module it ends the one that began first.
+read ids skip them. In array names N and M count events. Two notes of one pitch may overlap: a note-off ends the one
+that began first, which neither MIDI nor the events state.
 """
 
 import collections
@@ -27,14 +25,11 @@ from perceiver_ar_jax.data import NUM_SPECIAL, midi
 
 NUM_PITCHES = 128
 STEPS_PER_SECOND = 100
-
 _NOTE_ON, _NOTE_OFF, _TIME_SHIFT, _VELOCITY, _NUM_VALUES = 0, 128, 256, 356, 388
 _MAX_SHIFT_STEPS = 100
 _VELOCITIES_PER_BIN = 4
 _UNKNOWN_VELOCITY = 64  # for notes that begin before the first velocity event of a crop
-
 VOCAB_SIZE = _NUM_VALUES + NUM_SPECIAL
-
 _PEDAL_DOWN, _PERCUSSION_CHANNEL = 64, 9
 _NUM_KEYS = 16 * NUM_PITCHES  # pitches of all channels
 
@@ -129,10 +124,9 @@ def encode(notes: Sequence[Note] | np.ndarray) -> np.ndarray:
 def decode(ids_N: Sequence[int]) -> list[Note]:
   """Returns the notes of event ids, sorted by onset, pitch and offset.
 
-  Any sequence is valid, including a crop of a piece and samples of a model. Ids that are not events (PAD, EOS, SOS, out
-  of range) are ignored, and so are note-offs of pitches that do not sound. Notes that are never ended end with the
-  sequence, and a note lasts at least one step. Velocities are the middle of their bin, or 64 before the first velocity
-  event.
+  Any sequence is valid: a crop of a piece, a sample. Ids that are not events (PAD, EOS, SOS, out of range) are ignored,
+  and so are note-offs of pitches that do not sound. Notes that are never ended end with the sequence, and a note lasts
+  at least one step. Velocities are the middle of their bin, or 64 before the first velocity event.
   """
   steps_N, values_N = steps(ids_N), _values(ids_N)
   is_velocity_N = (values_N >= _VELOCITY) & (values_N < _NUM_VALUES)
@@ -208,17 +202,6 @@ def stretch(ids_N: Sequence[int], factor: float) -> np.ndarray:
   kept_N = _shift_steps(values_N) == 0
   steps_N = np.rint(steps(ids_N) * factor).astype(np.int64)
   return _with_time_shifts(values_N[kept_N], steps_N[kept_N], end_step=steps_N.max(initial=0))
-
-
-def piano_roll(ids_N: Sequence[int]) -> np.ndarray:
-  """Returns uint8[128, T]: the velocity of each pitch in each step of 10 ms, of the newest note; 0: silence."""
-  notes = decode(ids_N)
-  spans = [(round(note.onset * STEPS_PER_SECOND), round(note.offset * STEPS_PER_SECOND)) for note in notes]
-  num_steps = max([*steps(ids_N)[-1:], *(end for _, end in spans)], default=0)
-  roll_PxT = np.zeros((NUM_PITCHES, num_steps), np.uint8)
-  for note, (begin, end) in zip(notes, spans):
-    roll_PxT[note.pitch, begin:end] = note.velocity
-  return roll_PxT
 
 
 def _checked(notes: Sequence[Note] | np.ndarray) -> np.ndarray:

@@ -38,18 +38,13 @@ Others in these packages are left out because their terms are not stated. Hubble
 weigh less, because dark crops are learned quickly.
 """
 
-NUM_CROPS = {"train": 50_000, "validation": 64}
-"""Crops per epoch. The validation crops are few, so that scoring all of them takes minutes on a laptop."""
-
-_FIELDS_OF_VIEW = (2.0, 5.0, 9.0, 13.0)
-"""Shorter side of each pyramid level in multiples of the side of a crop: from nearly the whole scene to a detail."""
-
+NUM_CROPS = {"train": 50_000, "validation": 64}  # per epoch; 64, so that scoring all of them takes minutes on a laptop
+_FIELDS_OF_VIEW = (2.0, 5.0, 9.0, 13.0)  # shorter side of a pyramid level in sides of a crop: from a scene to a detail
 _TONES = np.stack(
   [(255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8) for gamma in np.geomspace(0.5, 1.5, 9)]
 )
 """uint8[curves, 256]: brighter and darker versions for training, because few photographs have few tones."""
 
-_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 _SALTS = {"train": 1, "validation": 3}
 
 
@@ -100,6 +95,6 @@ def _load(package: str, path: str) -> PIL.Image.Image:
   spec = importlib.util.find_spec(package)
   file = pathlib.Path(spec.submodule_search_locations[0]) / path if spec else None
   if file is None or not file.exists():
-    distribution = _DISTRIBUTIONS[package]
-    raise InputError(f"The photograph {path} of {distribution} is not installed: run `pip install {distribution}`.")
+    fix = "run `pip install scikit-image scikit-learn matplotlib`"
+    raise InputError(f"The photograph {path} of the package {package} is not installed: {fix}.")
   return PIL.Image.open(file).convert("RGB")

@@ -41,5 +41,4 @@ def document(rng: np.random.Generator, length: int, pairs: int, queries: int) ->
   tail = np.stack([keys[asked], values[asked]], axis=1).reshape(-1)
   scored = np.zeros(length, bool)
   scored[length - 2 * queries + 1 :: 2] = True
-  events = np.concatenate([[SOS], body, tail]).astype(np.int32)
-  return Document(events, positions=count_positions(length), scored=scored)
+  return Document(np.concatenate([[SOS], body, tail], dtype=np.int32), count_positions(length), scored=scored)

@@ -1,13 +1,12 @@
 """Tasks and their registry: a task defines a source, converts its records to documents, and names their unit.
 
-A builder makes the task for the data settings of a config, and `add` registers it: docs/extending.md has an example.
-Each task is also a seqio task of the same name (`to_seqio`).
+A builder makes the task for the data settings of a config, and `add` registers it, also as a seqio task of the same
+name: docs/extending.md has an example.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,17 +15,14 @@ import numpy as np
 import wrapt
 
 from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units, warn_once
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.sources import TfdsSource
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
-from perceiver_ar_jax.data.warn_once import warn_once
 
-PREFETCH = 64
-"""Records that TensorFlow has ready, small ones such as decoded pictures of 64x64; they are part of a saved state."""
+PREFETCH = 64  # records that TensorFlow has ready, such as decoded pictures of 64x64; they are part of a saved state
 _MODALITIES = ("audio", "image", "music", "numbers", "rolls", "text", "video")
-Record = Mapping[str, Any]
-"""One record of a source: NumPy scalars and arrays, bytes for strings."""
+Record = Mapping[str, Any]  # one record of a source: NumPy scalars and arrays, bytes for strings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +31,12 @@ class Task:
 
   name: str
   source: seqio.DataSource
-  document: Callable[[Record], Document]
-  """Converts a record of the source to a document; see `open` for its errors."""
+  document: Callable[[Record], Document]  # converts a record of the source to a document; see `open` for its errors
   modality: str
-  unit: str
-  """The unit of its held-out loss: one of units.UNITS."""
-  vocab_size: int
-  """Number of event ids, PAD, EOS and SOS included."""
-  counts: tuple[str, ...] = ()
-  """Keys of Document.counts, see units.COUNTS; of text words and bytes."""
-  decode: Callable[[np.ndarray], Any]
-  """Converts events int32[n] to a picture, a text, notes or codes (of video flat)."""
+  unit: str  # unit of its held-out loss: one of units.UNITS
+  vocab_size: int  # number of event ids, PAD, EOS and SOS included
+  counts: tuple[str, ...] = ()  # keys of Document.counts, see units.COUNTS; of text words and bytes
+  decode: Callable[[np.ndarray], Any]  # converts events int32[n] to a picture, a text, notes or codes (of video flat)
   position_dims: int = 1
   encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   """Settings that determine the meaning of ids and positions: a model can only be used with those of its training."""
@@ -55,19 +46,16 @@ class Task:
   """Changes the events of a training crop at random."""
   train_scored_only: bool = False
   """Whether training, too, leaves out what evaluation does not score: ids that nothing predicts."""
-  unknown: int | None = None
-  """The event for everything that is not in the vocabulary."""
+  unknown: int | None = None  # the event for everything that is not in the vocabulary
   read: Callable[[Any], Document] | None = None
   """Returns the document of a prompt: the bytes of a text, or else the path (str) of a file; None: no such prompts."""
-  length: int | None = None
-  """Events of every document; None: they vary."""
+  length: int | None = None  # events of every document; None: they vary
   place: Callable[[int, int], np.ndarray] | None = lambda start, end: count_positions(end - start)
   """(start, end) -> positions int32[end - start, P] of these events of a generated document, in a window from `start`;
   None: they are part of the document."""
-  groups: Callable[[], np.ndarray] | None = None
-  """-> bool[G, V]: the events allowed at the indices of each group; None: one group, of all events but PAD and SOS."""
-  group: Callable[[np.ndarray], np.ndarray] = np.zeros_like
-  """Indices int[n] in a document -> their groups int[n]."""
+  groups: Sequence[Iterable[int]] | None = None
+  """The events allowed at the indices of each group; None: one group, of all events but PAD and SOS."""
+  group: Callable[[np.ndarray], np.ndarray] = np.zeros_like  # indices int[n] in a document -> their groups int[n]
 
   def __post_init__(self):
     if self.modality == "text":
@@ -78,24 +66,24 @@ class Task:
 
   def allowed(self) -> np.ndarray:
     """bool[G, V], see `groups`."""
-    return self.groups() if self.groups else allow(self.vocab_size, [EOS, *range(NUM_SPECIAL, self.vocab_size)])
+    groups = self.groups or [[EOS, *range(NUM_SPECIAL, self.vocab_size)]]
+    return np.stack([np.isin(np.arange(self.vocab_size), list(ids)) for ids in groups])
 
   def open(self, record: Record) -> Document | None:
     """Returns the document of a record; None, with a warning, if it cannot be decoded or has nothing to predict.
 
     Errors of the settings, memory and the file system are raised: the next record would meet them too.
     """
+    reason: Exception | str = f"{self._describe(record)} has nothing to predict"
     try:
       document = self.document(record)
       if document.has_targets():
         return document
-      reason: Exception | str = f"{self._describe(record)} has nothing to predict"
     except Unreadable as error:
       reason = error
-    except (InputError, MemoryError):
-      raise
     except Exception as error:
-      if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without a number
+      is_of_file_system = isinstance(error, OSError) and error.errno is not None  # decoders raise it without a number
+      if is_of_file_system or isinstance(error, (InputError, MemoryError)):
         raise
       reason = f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})"
     self.skip(record, reason)
@@ -103,7 +91,7 @@ class Task:
 
   def skip(self, record: Record, reason: Exception | str) -> None:
     """Reports that a record is not used; a file counts once, however many of its records are skipped, and how often."""
-    warn_once("skipped", f"Skipped: {reason}", subject=self._describe(record) if "path" in record else None)
+    warn_once.warn_once("skipped", f"Skipped: {reason}", subject=self._describe(record) if "path" in record else None)
 
   def _describe(self, record: Record) -> str:
     return os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
@@ -131,7 +119,7 @@ class Task:
       records = records.prefetch(PREFETCH)
     # Elements that a stage has ready are part of the saved state, so every buffer is bounded and none is added.
     options = tf.data.Options()
-    options.deterministic = True
+    options.deterministic = True  # TFDS turns it off where it shuffles files
     options.threading.private_threadpool_size = 8
     options.autotune.enabled = False
     options.experimental_optimization.inject_prefetch = False
@@ -139,29 +127,16 @@ class Task:
     return records.with_options(options)
 
 
-def to_records(batch: Mapping[str, tf.Tensor]) -> list[Record]:
-  """Splits a batch of records."""
-  return [dict(zip(batch, record)) for record in zip(*(value.numpy() for value in batch.values()))]
-
-
-def allow(vocab_size: int, ids: Iterable[int]) -> np.ndarray:
-  """bool[1, vocab_size], True for the given ids."""
-  return np.isin(np.arange(vocab_size), list(ids))[None]
-
-
-Builder = Callable[[DataConfig, int], Task]
-"""(data settings, longest crop in events) -> task. It only describes: nothing is read before it has to be."""
-
+Builder = Callable[[DataConfig, int], Task]  # (data settings, longest crop in events) -> task; it reads nothing
 _BUILDERS: dict[str, Builder] = {}
-DEFAULT_MAX_EVENTS = 2048
-"""The longest crop of what is registered with seqio; only the length of copies depends on it."""
 
 
 def add(name: str, build: Builder) -> None:
   """Registers a task, here and, once seqio is imported, under default settings with seqio."""
 
   def add_to_seqio(seqio):
-    seqio.TaskRegistry.add_provider(name, to_seqio(build(DataConfig(task=name), DEFAULT_MAX_EVENTS)))
+    task = build(DataConfig(task=name), 2048)  # the longest crop, on which only the length of copies depends
+    seqio.TaskRegistry.add_provider(name, to_seqio(task))
 
   _BUILDERS[name] = build
   wrapt.register_post_import_hook(add_to_seqio, "seqio")
@@ -182,9 +157,7 @@ def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
   tasks = [_BUILDERS[name](dataclasses.replace(data, task=name), max_events) for name in rates]
   if len({(task.modality, task.vocab_size, task.position_dims) for task in tasks}) > 1:
     described = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
-    raise InputError(
-      f"The tasks of data.task={data.task!r} have different vocabularies ({described}): mix tasks of one vocabulary."
-    )
+    raise InputError(f"The tasks of data.task={data.task!r} have different vocabularies ({described}): choose others.")
   return [(task, rate / sum(rates.values())) for task, rate in zip(tasks, rates.values())]
 
 
@@ -214,18 +187,14 @@ def to_seqio(task: Task) -> seqio.Task:
     **{name: tf.TensorSpec([], tf.int64) for name in task.counts},
   }
 
-  def whole(names: Sequence[str], *values: np.ndarray) -> list[np.ndarray]:
-    document = task.open(dict(zip(names, values)))
-    if document is None or document.continues:
-      document = Document(np.zeros(0, np.int32), np.zeros((0, task.position_dims), np.int32))
-    events, positions = document.read(0, len(document)), document.positions(0, len(document))
-    arrays = {"events": events, "positions": positions, **dict.fromkeys(task.counts, 0), **document.counts()}
-    return [np.asarray(arrays[name], spec.dtype.as_numpy_dtype) for name, spec in specs.items()]
+  def to_documents(records: tf.data.Dataset) -> tf.data.Dataset:
+    def generate():
+      for document in map(task.open, records.as_numpy_iterator()):
+        if document is not None and not document.continues:
+          events, positions = document.read(0, len(document)), document.positions(0, len(document))
+          yield {"events": events, "positions": positions, **document.counts()}
 
-  def to_document(record):
-    types = [spec.dtype for spec in specs.values()]
-    values = tf.numpy_function(functools.partial(whole, list(record)), list(record.values()), types, stateful=False)
-    return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in zip(specs.items(), values)}
+    return tf.data.Dataset.from_generator(generate, output_signature=specs)
 
   def feature(ids: int, **settings):
     return seqio.Feature(seqio.PassThroughVocabulary(ids, eos_id=EOS), add_eos=False, dtype=tf.int32, **settings)
@@ -233,9 +202,6 @@ def to_seqio(task: Task) -> seqio.Task:
   return seqio.Task(
     task.name,
     source=task.source,
-    preprocessors=[
-      *task.preprocessors,
-      lambda dataset: dataset.map(to_document).filter(lambda document: tf.size(document["events"]) > 1),
-    ],
+    preprocessors=[*task.preprocessors, to_documents],
     output_features={"events": feature(task.vocab_size), "positions": feature(0, rank=2)},
   )

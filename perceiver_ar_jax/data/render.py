@@ -6,16 +6,13 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from perceiver_ar_jax.data import NUM_SPECIAL, music
-from perceiver_ar_jax.data.registry import Task
+from perceiver_ar_jax.data import NUM_SPECIAL, music, registry
 
-_GAP = 2
-_GREY = 128
-_MIN_PIXELS = 128
+_GAP, _GREY, _MIN_PIXELS = 2, 128, 128
 _MAX_STEPS = 1000  # columns of a piano roll: 10 s
 
 
-def text(task: Task, events: np.ndarray) -> str:
+def text(task: registry.Task, events: np.ndarray) -> str:
   """Returns events as text; other modalities as their numbers."""
   if task.modality == "text":
     return task.decode(events)
@@ -27,7 +24,7 @@ def text(task: Task, events: np.ndarray) -> str:
   return np.array2string(np.asarray(events), threshold=64, edgeitems=24, max_line_width=100)
 
 
-def picture(task: Task, events: np.ndarray) -> np.ndarray | None:
+def picture(task: registry.Task, events: np.ndarray) -> np.ndarray | None:
   """Returns a picture uint8[height, width, 3] of the events int32[n] from a document's start: an image or a piano roll.
 
   None for other modalities, and for a part of an image.
@@ -39,15 +36,14 @@ def picture(task: Task, events: np.ndarray) -> np.ndarray | None:
       return None
     factor = max(1, _MIN_PIXELS // max(pixels.shape[:2]))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-  if task.modality == "rolls":
-    events = music.encode(task.decode(events))
   if task.modality in ("music", "rolls"):
-    # One event more, since it may be the time shift across the last column; a whole piece would take a lot of memory.
-    shown = events[: np.searchsorted(music.steps(events), _MAX_STEPS, side="right") + 1]
-    roll = music.piano_roll(shown)[:, :_MAX_STEPS]
-    used = np.flatnonzero(roll.any(axis=1))
-    roll = roll[used[0] : used[-1] + 1] if len(used) else roll
-    brightness_HxWx1 = np.repeat(roll[::-1] * 2, 2, axis=0)[..., None] / np.float32(255)
+    roll_PxT = np.zeros((music.NUM_PITCHES, _MAX_STEPS), np.uint8)
+    for note in task.decode(events):
+      start, end = (round(time * music.STEPS_PER_SECOND) for time in (note.onset, note.offset))
+      roll_PxT[note.pitch, start:end] = note.velocity
+    if len(used := np.argwhere(roll_PxT)):
+      roll_PxT = roll_PxT[used[:, 0].min() : used[:, 0].max() + 1, : used[:, 1].max() + 1]
+    brightness_HxWx1 = np.repeat(roll_PxT[::-1] * 2, 2, axis=0)[..., None] / np.float32(255)
     dark_blue, yellow = np.array([20, 20, 60]), np.array([255, 230, 80])
     return (dark_blue + (yellow - dark_blue) * brightness_HxWx1).astype(np.uint8)
   return None

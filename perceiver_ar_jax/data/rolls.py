@@ -1,8 +1,8 @@
 """Piano rolls as events: the four polyphonic benchmarks of Boulanger-Lewandowski et al. (2012, arXiv 1206.6392).
 
-A roll has T frames of 88 keys, the lowest at MIDI pitch 21. A frame becomes the keys that are down, in ascending order,
-and an end-of-frame event; SOS comes first. So the likelihood of a frame is exactly the product of those of its events.
-As in the evaluation of TCNs (Bai et al., 2018, arXiv 1803.01271), frames 2..T are scored, given all frames before.
+A frame becomes the keys that are down, in ascending order, and an end-of-frame event; SOS comes first. So the
+likelihood of a frame is the product of those of its events. As in the evaluation of TCNs (Bai et al., 2018, arXiv
+1803.01271), frames 2..T are scored, given all frames before.
 """
 
 import io
@@ -15,14 +15,12 @@ import scipy.io
 from perceiver_ar_jax.data import NUM_SPECIAL, SOS, codes, music
 from perceiver_ar_jax.data.documents import Document, Unreadable
 
-NUM_KEYS = 88
-LOWEST_PITCH = 21
+NUM_KEYS, LOWEST_PITCH = 88, 21
 SUFFIXES = (".mat", ".npz")
 VOCAB_SIZE = NUM_SPECIAL + NUM_KEYS + 1
 _END_OF_FRAME = VOCAB_SIZE - 1
 _SPLITS = {"train": "train", "validation": "valid", "test": "test"}
-_SECONDS_PER_FRAME = 0.25
-_VELOCITY = 80
+_SECONDS_PER_FRAME, _VELOCITY = 0.25, 80
 
 
 def load(content: bytes, name: str) -> Mapping[str, list[np.ndarray]]:
@@ -75,14 +73,13 @@ def transpose(events_N: np.ndarray, semitones: int) -> np.ndarray:
 
 def decode(events_N: np.ndarray) -> list[music.Note]:
   """Returns the notes of events, at four frames per second; a key that stays down is one note."""
-  notes, since, down, frame = [], {}, set(), 0
-  for event in [*map(int, events_N), _END_OF_FRAME, _END_OF_FRAME]:  # the last frame, and one of silence
-    if event == _END_OF_FRAME:
-      for key in set(since) - down:
-        times = (since.pop(key) * _SECONDS_PER_FRAME, frame * _SECONDS_PER_FRAME)
-        notes.append(music.Note(LOWEST_PITCH + key, _VELOCITY, *times))
-      since |= dict.fromkeys(down - set(since), frame)
-      frame, down = frame + 1, set()
-    elif event >= NUM_SPECIAL:
-      down.add(event - NUM_SPECIAL)
+  keys_N, frames_N = np.asarray(events_N) - NUM_SPECIAL, np.cumsum(np.asarray(events_N) == _END_OF_FRAME)
+  is_key_N = (keys_N >= 0) & (keys_N < NUM_KEYS)
+  roll_KxT = np.zeros((NUM_KEYS, frames_N.max(initial=0) + 3), np.int8)  # with a frame of silence at each end
+  roll_KxT[keys_N[is_key_N], frames_N[is_key_N] + 1] = 1
+  starts, ends = (np.argwhere(np.diff(roll_KxT) == change).tolist() for change in (1, -1))
+  notes = [
+    music.Note(LOWEST_PITCH + key, _VELOCITY, start * _SECONDS_PER_FRAME, end * _SECONDS_PER_FRAME)
+    for (key, start), (_, end) in zip(starts, ends)
+  ]
   return sorted(notes, key=lambda note: (note.onset, note.pitch))

@@ -19,11 +19,7 @@ from perceiver_ar_jax.data.tf_cpu import tf, tfds
 
 
 class _Source:
-  """A seqio.DataSourceInterface, implemented without importing seqio before records are read.
-
-  `get_dataset` returns the records of a split in order, or one shard of them; `num_input_examples` their number, None
-  if there is no end.
-  """
+  """A seqio.DataSourceInterface, implemented without importing seqio before records are read."""
 
   supports_arbitrary_sharding = True
   caching_permitted = performs_internal_shuffling = False
@@ -34,8 +30,7 @@ class TfdsSource(_Source):
   """A prepared TFDS dataset, read so that many hosts can share it and that training resumes exactly.
 
   seqio's own source keeps the records of a small dataset in a cache that becomes part of every checkpoint, splits by
-  whole files only, and starts a download where data is missing. This one reads exact ranges of records, shuffles files
-  in another order in each epoch, caches nothing and writes nothing. `name` has config and version,
+  whole files only, and starts a download where data is missing. `name` has config and version,
   "downsampled_imagenet/64x64:2.0.0"; `data_dir` is as for tfds.load, and `decoders()`.
   """
 
@@ -62,7 +57,7 @@ class TfdsSource(_Source):
       return self.splits[split].num_examples
     except ValueError as error:
       raise InputError(
-        f"The split {split!r} of {self._name} cannot be read: write parts of a split as 'train[:90%]' or 'train[100:]'."
+        f"The split {split!r} of {self._name} cannot be read: write 'train[:90%]' or 'train[100:]'."
       ) from error
 
   def bytes_per_record(self, split: str) -> float:

@@ -5,15 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import windows
+from perceiver_ar_jax.config import Config, InputError, require
+from perceiver_ar_jax.data import tasks, warn_once, windows
 from perceiver_ar_jax.data.documents import Document
-from perceiver_ar_jax.data.registry import Task, to_records
+from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.sources import ListSource
-from perceiver_ar_jax.data.tasks import get_tasks
 from perceiver_ar_jax.data.tf_cpu import tf
-from perceiver_ar_jax.data.warn_once import skip_reasons
-from perceiver_ar_jax.data.windows import Batch
 
 
 def documents(
@@ -25,16 +22,25 @@ def documents(
   cut. Raises InputError as loader.TrainLoader, where these limits do not suit the split, and if it yields nothing.
   """
   is_empty = True
-  for task, _ in get_tasks(config.data, config.model.max_context + 1):
+  for task, _ in tasks.get_tasks(config.data, config.model.max_context + 1):
     task.num_records(config, split)
     records = task.source.get_dataset(split=split, shuffle=False)
     if max_sequences is None and max_tokens is None and records.cardinality() == tf.data.INFINITE_CARDINALITY:
       raise InputError(f"The split {split!r} of {task.name} never ends: set eval.max_sequences or eval.max_tokens.")
-    opened = (task.open(record) for batch in task.preprocess(records).batch(1) for record in to_records(batch))
+    opened = map(task.open, task.preprocess(records).as_numpy_iterator())
     whole = (document for document in opened if document is not None and not document.continues)
-    for document in _bounded(itertools.islice(whole, max_sequences), max_tokens):
+    left = max_tokens
+    for document in itertools.islice(whole, max_sequences):
+      if left is not None:
+        document = document.head(left)
+        if not document.num_scored:
+          require(left < max_tokens, f"eval.max_tokens={max_tokens} is less than one character's tokens: raise it.")
+          break
+        left -= document.num_scored
       is_empty = False
       yield task, document
+      if left == 0:
+        break
   if is_empty:
     raise none_readable(config, split)
 
@@ -42,7 +48,7 @@ def documents(
 def num_documents(config: Config, split: str, max_sequences: int | None = None) -> int | None:
   """Returns how many documents `documents` yields at most; None where that is unknown."""
   total = 0
-  for task, _ in get_tasks(config.data, config.model.max_context + 1):
+  for task, _ in tasks.get_tasks(config.data, config.model.max_context + 1):
     count = task.num_records(config, split)
     if isinstance(task.source, ListSource):
       count = task.source.num_documents(split)
@@ -61,44 +67,25 @@ def eval_documents(config: Config) -> Iterator[tuple[Task, Document]]:
 def none_readable(config: Config, split: str) -> InputError:
   """Returns the error of a split of which no document can be read, or nothing is scored."""
   return InputError(
-    f"The split {split!r} of {config.data.task} contains no document that can be read: {skip_reasons()}. Remove such"
-    " files, or hold out others (data.validation_fraction, data.validation_files)."
+    f"The split {split!r} of {config.data.task} contains no document that can be read: {warn_once.skip_reasons()}."
+    " Remove such files, or hold out others (data.validation_fraction, data.validation_files)."
   )
-
-
-def _bounded(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
-  """Yields documents until `max_tokens` events are scored, the last one cut; see Document.head."""
-  if max_tokens is None:
-    yield from documents
-    return
-  left = max_tokens
-  for document in documents:
-    head = document.head(left)
-    if not head.num_scored:
-      if left == max_tokens:
-        raise InputError(f"eval.max_tokens={max_tokens} is less than the subword tokens of one character: raise it.")
-      return
-    yield head
-    left -= head.num_scored
-    if left <= 0:
-      return
 
 
 def eval_batches(
   config: Config, documents: Iterable[tuple[Task, Document]], rows: Sequence[int] | None = None
-) -> Iterator[Batch]:
+) -> Iterator[windows.Batch]:
   """Yields batches of sliding windows over documents, in order, in which every scored event has weight 1 exactly once.
 
-  The windows of all documents form one list, and each batch takes the next `config.eval.batch_size` of them; the last
-  one is padded with rows of PAD and weight 0. `rows` are those of each batch to provide, in order; None: all. Raises
-  InputError as loader.TrainLoader.
+  Each batch takes the next `config.eval.batch_size` of all windows; the last one is padded with rows of PAD. `rows` are
+  those of each batch to provide, in order; None: all. Raises InputError as loader.TrainLoader.
 
-  Batches have two more arrays than those of training, int32[B]: `document`, the number of the row's document, -1 for
-  rows of PAD; and `end`, the number of events of it up to the row's last target. And one for each of Task.counts, such
-  as `words` and `bytes` of the original text: those of each document in its first row and 0 in the others.
+  Batches have more arrays than those of training, int32[B]: `document`, the number of the row's document, -1 for rows
+  of PAD; `end`, the number of events of it up to the row's last target; and each of Task.counts, such as `words` of the
+  original text: those of a document in its first row and 0 in the others.
   """
   settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
-  task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
+  task, _ = tasks.get_tasks(config.data, config.model.max_context + 1)[0]
   rows = range(settings.batch_size) if rows is None else rows
   blocks = (
     (number, document, end, num_new)
@@ -107,16 +94,15 @@ def eval_batches(
   )
   while batch_blocks := list(itertools.islice(blocks, settings.batch_size)):
     dims = task.position_dims if config.model.positions_from_data else 0
-    context = config.model.max_context
-    batch = windows.empty_batch(len(rows), context=context, latents=num_latents, position_dims=dims)
+    sizes = {"context": config.model.max_context, "latents": num_latents, "position_dims": dims}
+    batch = windows.empty_batch(len(rows), **sizes) | {"document": np.full(len(rows), -1, np.int32)}
     batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *task.counts)}
-    batch["document"] = np.full(len(rows), -1, np.int32)
     for index, row in enumerate(row for row in rows if row < len(batch_blocks)):
       number, document, end, num_new = batch_blocks[row]
       batch["document"][index], batch["end"][index] = number, end
       windows.eval_window(windows.row_of(batch, index), document, end, num_new)
       if end - num_new == 1:  # the document's first block
-        for name in task.counts:
-          batch[name][index] = document.counts()[name]
+        for name, count in document.counts().items():
+          batch[name][index] = count
     windows.check_positions(batch, config)
     yield batch

@@ -11,29 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import wrapt
 
-from perceiver_ar_jax.config import DataConfig, InputError
+from perceiver_ar_jax.config import DataConfig, InputError, require
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, recall, rolls, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.files import file_size, own_files, read_bytes, split_files
-from perceiver_ar_jax.data.registry import Record, Task, add, allow, get_tasks, names
+from perceiver_ar_jax.data.registry import Record, Task, add, get_tasks, names
 from perceiver_ar_jax.data.sources import ListSource, NumberSource, TfdsSource
 from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
 
 __all__ = ["Task", "add", "get_tasks", "names"]  # of the registry, filled
-
-NUM_GENERATED_VALIDATION = 256
-"""Validation documents of copy and recall."""
+NUM_GENERATED_VALIDATION = 256  # validation documents of copy and recall
 _OWN_SPLITS = ("train", "validation")
 _RELEASE_SPLITS = ("train", "validation", "test")
 
 
 def _file_task(data: DataConfig, read: Callable[[str], Document], suffixes: Sequence[str], **fields) -> Task:
   """Returns the task whose documents `read` makes from the user's own files; `fields` are others of Task."""
-
-  def records(split: str) -> list[Record]:
-    return [{"path": path} for path in split_files(data, split, suffixes)]
-
-  defaults = {"source": ListSource(records, _OWN_SPLITS), "document": lambda record: read(os.fsdecode(record["path"]))}
+  source = ListSource(lambda split: [{"path": path} for path in split_files(data, split, suffixes)], _OWN_SPLITS)
+  defaults = {"source": source, "document": lambda record: read(os.fsdecode(record["path"]))}
   return Task(name=data.task, read=read, **defaults | fields)
 
 
@@ -41,7 +36,7 @@ def _release_file(data: DataConfig, release: str, *names: str) -> str:
   """Returns the path of the first of `names` that exists in the folder of a release that the user has unpacked."""
   if not data.data_dir:
     raise InputError(
-      f"The task {data.task} reads your copy of {release}: set data.data_dir to the folder that contains {names[0]}."
+      f"The task {data.task} reads your copy of {release}: set data.data_dir to the folder of {names[0]}."
     )
   paths = [os.path.join(data.data_dir, name) for name in names]
   path = next(filter(tf.io.gfile.exists, paths), None)
@@ -69,7 +64,7 @@ def _image_task(data: DataConfig, size: int, order: str, source=None, decode: Ca
     decode=lambda events: images.to_image(events, size, order),
     length=1 + size * size * 3,
     place=lambda start, end: images.positions(size, order)[start:end],
-    groups=lambda: allow(images.VOCAB_SIZE, range(NUM_SPECIAL, images.VOCAB_SIZE)),
+    groups=[range(NUM_SPECIAL, images.VOCAB_SIZE)],
     **(prepared if source else {}),
   )
 
@@ -114,7 +109,7 @@ def _text_task(data: DataConfig, unit: str, source: seqio.DataSource, text: Call
     decode=tokens.decode,
     unknown=tokens.unknown,
     read=lambda content: tokens.document(texts.Text(content)),
-    groups=lambda: allow(tokens.vocab_size, [EOS, *tokens.drawable]),
+    groups=[[EOS, *tokens.drawable]],
   )
 
 
@@ -145,20 +140,16 @@ def _wikitext103(data: DataConfig, max_events: int) -> Task:
 
 def _enwik8(data: DataConfig, max_events: int) -> Task:
   shares = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
-
-  def records(split):
-    return _parts(_release_file(data, "enwik8", "enwik8"), *shares[split])
-
-  return _text_task(data, "bits_per_byte", ListSource(records, _RELEASE_SPLITS))
+  source = ListSource(lambda split: _parts(_release_file(data, "enwik8", "enwik8"), *shares[split]), _RELEASE_SPLITS)
+  return _text_task(data, "bits_per_byte", source)
 
 
 def _text_files(data: DataConfig, max_events: int) -> Task:
-  suffixes = (".txt", ".md", ".py")
+  suffixes, border = (".txt", ".md", ".py"), 1 - data.validation_fraction
 
   def records(split):
     if data.split_by == "file":
       return [part for path in split_files(data, split, suffixes) for part in _parts(path)]
-    border = 1 - data.validation_fraction
     stretch = (0.0, border) if split == "train" else (border, 1.0)
     return [part for path in own_files(data, suffixes) for part in _parts(path, *stretch)]
 
@@ -202,10 +193,8 @@ def _maestro(version: str, data: DataConfig, max_events: int) -> Task:
   def records(split):
     table = _release_file(data, "MAESTRO", f"maestro-{version}.csv")
     rows = csv.DictReader(io.StringIO(read_bytes(table).decode("utf-8")))
-    folder = os.path.dirname(table)
-    paths = [os.path.join(folder, row["midi_filename"]) for row in rows if row["split"] == split]
-    if not paths:
-      raise InputError(f"{table} lists no file in the split {split!r}: is it complete?")
+    paths = [os.path.join(os.path.dirname(table), row["midi_filename"]) for row in rows if row["split"] == split]
+    require(bool(paths), f"{table} lists no file in the split {split!r}: is it complete?")
     return [{"path": path} for path in paths]
 
   return _midi_files(data, max_events, source=ListSource(records, _RELEASE_SPLITS))
@@ -223,8 +212,7 @@ def _piano_rolls(data: DataConfig, max_events: int) -> Task:
       for path in own_files(data, rolls.SUFFIXES)
       for piece in range(len(_rolls(path)[split]))
     ]
-    if not pieces:
-      raise InputError(f"data.files={data.files} contains no piano rolls of the split {split!r}.")
+    require(bool(pieces), f"data.files={data.files} contains no piano rolls of the split {split!r}.")
     return pieces
 
   def document(record):
@@ -243,7 +231,7 @@ def _piano_rolls(data: DataConfig, max_events: int) -> Task:
     vocab_size=rolls.VOCAB_SIZE,
     decode=rolls.decode,
     augment=augment if data.max_transposition else None,
-    groups=lambda: allow(rolls.VOCAB_SIZE, range(NUM_SPECIAL, rolls.VOCAB_SIZE)),
+    groups=[range(NUM_SPECIAL, rolls.VOCAB_SIZE)],
   )
 
 
@@ -265,7 +253,7 @@ def _audio_codes(data: DataConfig, max_events: int) -> Task:
     encoding={"code_levels": levels, "codebook_size": size},
     position_dims=2,
     place=positions,
-    groups=lambda: codes.audio_groups(levels, size),
+    groups=[NUM_SPECIAL + np.arange(level * size, (level + 1) * size) for level in range(levels)],
     group=lambda places: np.maximum(places - 1, 0) % levels,
     decode=lambda events: codes.to_audio(events, levels, size),
   )
@@ -283,7 +271,7 @@ def _video_codes(data: DataConfig, max_events: int) -> Task:
     encoding={"codebook_size": size},
     position_dims=3,
     place=None,  # the position of a code depends on the document's grid
-    groups=lambda: allow(vocab_size, range(NUM_SPECIAL, vocab_size)),
+    groups=[range(NUM_SPECIAL, vocab_size)],
     decode=codes.to_values,
   )
 
@@ -292,10 +280,8 @@ def _generated(data: DataConfig, vocab_size: int, length: int, draw: Callable, *
   """Returns a task whose documents of `length` events are drawn by `draw(rng)`, a different rng for each record."""
 
   def document(record):
-    key = [2 if record["validation"] else 1, int(record["number"])]
-    return draw(np.random.Generator(np.random.Philox(key=key)))
+    return draw(np.random.Generator(np.random.Philox(key=[2 if record["validation"] else 1, int(record["number"])])))
 
-  defaults = {"groups": lambda: allow(vocab_size, range(NUM_SPECIAL, vocab_size))}
   return Task(
     name=data.task,
     source=NumberSource({"train": None, "validation": NUM_GENERATED_VALIDATION}),
@@ -305,7 +291,7 @@ def _generated(data: DataConfig, vocab_size: int, length: int, draw: Callable, *
     vocab_size=vocab_size,
     length=length,
     decode=lambda events: np.asarray(events) - NUM_SPECIAL,
-    **defaults | fields,
+    **{"groups": [range(NUM_SPECIAL, vocab_size)]} | fields,
   )
 
 
@@ -316,7 +302,7 @@ def _copy(data: DataConfig, max_events: int) -> Task:
     vocab_size,
     max_events,
     lambda rng: mirror(rng.integers(0, 256, (max_events - 1) // 2) + NUM_SPECIAL, max_events),
-    groups=lambda: np.concatenate([allow(vocab_size, range(NUM_SPECIAL, vocab_size)), allow(vocab_size, [EOS])]),
+    groups=[range(NUM_SPECIAL, vocab_size), [EOS]],
     group=lambda places: (places >= max_events - 1).astype(int),
   )
 
@@ -349,14 +335,8 @@ for _size in (32, 64):
 for _version in ("v1", "v3"):
   add(f"maestro_{_version}", functools.partial(_maestro, f"{_version}.0.0"))
 add("image_files", lambda data, max_events: _image_task(data, data.image_size, data.image_order))
-add("pg19", _pg19)
-add("wikitext103", _wikitext103)
-add("enwik8", _enwik8)
-add("text_files", _text_files)
-add("midi_files", _midi_files)
-add("piano_rolls", _piano_rolls)
-add("audio_codes", _audio_codes)
-add("video_codes", _video_codes)
+for _build in (_pg19, _wikitext103, _enwik8, _text_files, _midi_files, _piano_rolls, _audio_codes, _video_codes):
+  add(_build.__name__.removeprefix("_"), _build)
 add("copy", _copy)
 add("recall", _recall)
 

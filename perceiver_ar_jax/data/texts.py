@@ -11,21 +11,17 @@ import numpy as np
 
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS
-from perceiver_ar_jax.data.documents import Document, Head, Unreadable
+from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.files import file_size, read_bytes
 from perceiver_ar_jax.data.warn_once import warn_once
 
-PART_BYTES = 2**20
-"""Bytes per record of a large file, so that hosts can share it and that crops are drawn evenly from all of it."""
-
-_BYTES_PER_SUBWORD = 8
-"""Bytes read per subword token of a crop: ample, since with fewer the crop would be shorter than the context."""
+PART_BYTES = 2**20  # of a record of a large file, so that hosts can share it and crops are drawn evenly from it
+_BYTES_PER_SUBWORD = 8  # read per subword token of a crop: ample, since with fewer it could not fill the context
 _TYPICAL_BYTES_PER_SUBWORD = 4
 _LONGEST_WORD_BYTES = 64
 _WHITESPACE, _WORDS = re.compile(rb"\s"), re.compile(rb"\S+")
 _CHARACTER = re.compile(rb"[^\x80-\xbf]")  # its first byte, in UTF-8
 _COUNT_BYTES = 2**24
-_HEAD_BYTES = 4096
 
 
 class ByteTokenizer:
@@ -62,13 +58,10 @@ class SubwordTokenizer:
         " --config.model.vocab_size=259."
       ) from error
     self.vocab_size = model.get_piece_size() + NUM_SPECIAL
-    self.unknown = model.unk_id() + NUM_SPECIAL
-    """The event of text for which the model has no token."""
+    self.unknown = model.unk_id() + NUM_SPECIAL  # the event of text for which the model has no token
     without_text = (model.is_unknown, model.is_control, model.is_unused)
-    self.drawable = [
-      token + NUM_SPECIAL for token in range(model.get_piece_size()) if not any(has(token) for has in without_text)
-    ]
-    """Events that decode to text."""
+    tokens = range(model.get_piece_size())
+    self.drawable = [token + NUM_SPECIAL for token in tokens if not any(test(token) for test in without_text)]
 
   def encode(self, text: bytes) -> np.ndarray:
     """Returns the subword tokens as events, int32[N]; bytes that are not UTF-8 become U+FFFD."""
@@ -93,13 +86,9 @@ def tokenizer(path: str | None) -> ByteTokenizer | SubwordTokenizer:
 @functools.lru_cache(maxsize=2**16)
 def check_file(path: str) -> None:
   """Warns once if files are not plain UTF-8: they were probably not meant to be read as they are."""
-  head = read_bytes(path, 0, min(_HEAD_BYTES, file_size(path)))
-  try:
-    is_plain = b"\0" not in head and not head.startswith(codecs.BOM_UTF8)
-    codecs.getincrementaldecoder("utf-8")().decode(head)  # the head may end within a character
-  except UnicodeDecodeError:
-    is_plain = False
-  if not is_plain:
+  head = read_bytes(path, 0, min(4096, file_size(path)))
+  text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # the head may end within a character
+  if "\0" in text or "\ufffd" in text or text.startswith("\ufeff"):
     kind = "not plain UTF-8 (but UTF-16, a byte order mark, or compressed, for example)"
     warn_once(None, f"{path} is {kind}: it is read byte by byte. Convert or unpack such files.", kind)
 
@@ -142,7 +131,7 @@ class _TextDocument(Document):
     self.continues = self._part[0] > 0
 
   def counts(self, end: int | None = None) -> dict[str, int]:
-    return count(self.text)
+    return count(self.text, None if end is None else end - 1)  # `end` is given of bytes alone
 
 
 class ByteDocument(_TextDocument):
@@ -157,15 +146,9 @@ class ByteDocument(_TextDocument):
     return len(self.text) + 2
 
   def read(self, start: int, end: int) -> np.ndarray:
-    events = np.empty(end - start, np.int32)
-    first, last = int(start == 0), int(end == len(self))
-    events[:first], events[len(events) - last :] = SOS, EOS
-    bytes_N = np.frombuffer(self.text.read(start - 1, end - 1), np.uint8)
-    np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
-    return events
-
-  def counts(self, end: int | None = None) -> dict[str, int]:
-    return count(self.text, None if end is None else end - 1)
+    bytes_N = np.frombuffer(self.text.read(start - 1, end - 1), np.uint8).astype(np.int32) + NUM_SPECIAL
+    sos, eos = np.full(int(start == 0), SOS), np.full(int(end == len(self)), EOS)
+    return np.concatenate([sos, bytes_N, eos], dtype=np.int32)
 
 
 class SubwordDocument(_TextDocument):
@@ -193,15 +176,18 @@ class SubwordDocument(_TextDocument):
 
   def head(self, num_scored: int) -> Document:
     """As Document.head, but cut between words and with up to some percent fewer events: only the part is encoded."""
-    num_bytes = num_scored * _BYTES_PER_SUBWORD
-    if num_bytes >= len(self.text) and self.num_scored <= num_scored:
+    num_bytes = min(num_scored * _BYTES_PER_SUBWORD, len(self.text))
+    if num_bytes == len(self.text) and self.num_scored <= num_scored:
       return self
     while True:
-      num_bytes = _previous_boundary(self.text, num_bytes)
+      if num_bytes < len(self.text):  # back to the end of a word; without a space nearby, to where a character begins
+        before = self.text.read(max(num_bytes - _LONGEST_WORD_BYTES, 1), num_bytes + 1)
+        num_bytes -= _next_boundary(before[::-1])
       part = SubwordDocument(Text(self.text.read(0, num_bytes), self.text.name), self._tokenizer)
       num_subwords = len(part) - 2
       if num_subwords <= num_scored:
-        return Head(part, 1 + num_subwords)  # the part's EOS is not the text's
+        # Without the part's EOS, which is not the text's.
+        return Document(part.read(0, 1 + num_subwords), count=lambda events, text=part.text: count(text))
       num_bytes = min(num_bytes * num_scored // num_subwords, num_bytes - 1)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -224,13 +210,6 @@ def _next_boundary(text: bytes) -> int:
   """Returns the index at which the first word of `text` ends; without a space, at which a character begins."""
   boundary = _WHITESPACE.search(text) or _CHARACTER.search(text)
   return boundary.start() if boundary else 0
-
-
-def _previous_boundary(text: Text, end: int) -> int:
-  """Returns where the last whole word before byte `end` ends; without a space nearby, where a character begins."""
-  if end >= len(text):
-    return len(text)
-  return end - _next_boundary(text.read(max(end - _LONGEST_WORD_BYTES, 1), end + 1)[::-1])
 
 
 def count(text: Text, num_bytes: int | None = None) -> dict[str, int]:

@@ -2,9 +2,8 @@
 
   python -m perceiver_ar_jax.data.train_sentencepiece --config=configs/text_files.py --output=subwords.model
 
-Then train with --config.data.sentencepiece=subwords.model and model.vocab_size = number of subword tokens + 3. The same
-data and settings give the same model. Tokenization is lossless: no normalisation, spaces are kept, and characters
-outside the vocabulary are encoded as bytes. (The exception is U+2581, by which SentencePiece represents a space.)
+The same data and settings give the same model. Tokenization is lossless but for U+2581, by which SentencePiece
+represents a space: no normalisation, spaces are kept, and characters outside the vocabulary are encoded as bytes.
 """
 
 import dataclasses
@@ -22,7 +21,6 @@ from perceiver_ar_jax.data import splits, tasks, texts
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write the model; the name usually ends in .model.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Subword tokens, all 256 bytes included.", lower_bound=300)
-
 _MAX_LINES = 2_000_000  # longer texts are sampled at random
 _STRETCH_BYTES = 2**16
 _LINES = re.compile(rb"[^\n]{1,4000}\n?|\n")  # SentencePiece leaves lines of over 4,192 bytes out

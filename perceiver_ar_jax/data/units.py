@@ -10,32 +10,26 @@ class ScoredSums(NamedTuple):
 
   tokens: float
   nats: float
-  correct: float
-  """Tokens that the model finds most likely."""
+  correct: float  # tokens that the model finds most likely
   words: float = 0.0
   bytes: float = 0.0
-  frames: float = 0.0
-  """Words and bytes of the original text, frames of piano rolls; 0 for other data."""
+  frames: float = 0.0  # words and bytes of the original text, frames of piano rolls; 0 for other data
 
   @property
   def bits(self) -> float:
     return self.nats / math.log(2)
 
 
-COUNTS = ("words", "bytes", "frames")
-"""Names of the sums that documents provide (Document.counts)."""
+COUNTS = ("words", "bytes", "frames")  # names of the sums that documents provide (Document.counts)
 
 
 class Unit(NamedTuple):
   """One entry of UNITS."""
 
   compute: Callable[[ScoredSums], float]
-  summary: str = "{bits_per_token:.3f} bits/token"
-  """Format of the one-line summary, by the metrics of a result."""
-  token_loss: str = "bits/token"
-  """Name of the loss of a token in bits, in the progress bar of training."""
-  applies: Callable[[ScoredSums], bool] = lambda sums: True
-  """Whether it is reported for tasks with another unit."""
+  summary: str = "{bits_per_token:.3f} bits/token"  # format of the one-line summary, by the metrics of a result
+  token_loss: str = "bits/token"  # name of the loss of a token in bits, in the progress bar of training
+  applies: Callable[[ScoredSums], bool] = lambda sums: True  # whether it is reported for tasks with another unit
 
 
 UNITS: dict[str, Unit] = {

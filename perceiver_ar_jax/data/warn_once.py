@@ -7,8 +7,7 @@ import threading
 import tqdm
 
 _lock = threading.Lock()  # rows of batches are made in several threads
-_messages: dict[str | None, dict[str, str]] = collections.defaultdict(dict)
-"""kind -> subject -> message, in order."""
+_messages: dict[str | None, dict[str, str]] = collections.defaultdict(dict)  # kind -> subject -> message, in order
 
 
 def warn_once(kind: str | None, message: str, subject: str | None = None) -> None:
@@ -32,12 +31,9 @@ def count(kind: str) -> int:
 
 def skip_reasons() -> str:
   """Returns the newest reasons for which records were skipped."""
-  with _lock:
-    newest = list(_messages["skipped"].values())[-3:]
+  newest = list(_messages["skipped"].values())[-3:]
   return "; ".join(message.removeprefix("Skipped: ") for message in newest) or "it is empty"
 
 
 def reset() -> None:
-  """Forgets all warnings."""
-  with _lock:
-    _messages.clear()
+  _messages.clear()

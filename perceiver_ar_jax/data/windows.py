@@ -59,13 +59,7 @@ def row_of(batch: Batch, index: int) -> Batch:
 
 
 def train_window(
-  row: Batch,
-  document: Document,
-  draw: float,
-  min_crop: int,
-  *,
-  scored_only: bool = False,
-  augment: Callable | None = None,
+  row: Batch, document: Document, draw: float, min_crop: int, scored_only: bool = False, augment: Callable | None = None
 ) -> int:
   """Fills an empty row with the crop of a document (at least 2 events) that `draw` in [0, 1) determines: Document.crop.
 
@@ -96,8 +90,7 @@ def eval_blocks(num_events: int, stride: int) -> Iterator[tuple[int, int]]:
 
   The first block may be shorter, so that all later ones have as much context as possible.
   """
-  ends = range(num_events - 1, 0, -stride)
-  return ((1 + end, min(stride, end)) for end in reversed(ends))
+  return ((1 + end, min(stride, end)) for end in reversed(range(num_events - 1, 0, -stride)))
 
 
 def _fill(row: Batch, events: np.ndarray, positions: np.ndarray, scored: np.ndarray, num_new: int) -> int:

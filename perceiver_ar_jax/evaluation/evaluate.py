@@ -1,14 +1,13 @@
 """Scores held-out sequences: every token once, in blocks of `stride` new tokens with as much context as fits.
 
-A smaller stride gives each token more context and needs more windows. data/splits.py provides the windows, this module
-the sums over each batch, and metrics.py the metrics of a split.
+data/splits.py provides the windows, this module the sums over each batch, and metrics.py the metrics of a split.
 """
 
 import io
 import json
 import lzma
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,26 +17,20 @@ import tqdm
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
-from perceiver_ar_jax.data import splits, units
+from perceiver_ar_jax.config import Config, InputError, config_from_run, require, writing
+from perceiver_ar_jax.data import loader, splits, tasks, units, windows
 from perceiver_ar_jax.data.documents import Document
-from perceiver_ar_jax.data.loader import to_global
 from perceiver_ar_jax.data.registry import Task
-from perceiver_ar_jax.data.tasks import get_tasks
-from perceiver_ar_jax.data.windows import Batch
 from perceiver_ar_jax.evaluation import metrics
 from perceiver_ar_jax.models import architectures
-from perceiver_ar_jax.models.architectures import make_model
 from perceiver_ar_jax.parallel import distributed, sharding
 from perceiver_ar_jax.parallel.mesh import check_batch, make_mesh, rows_of_processes
 from perceiver_ar_jax.training import checkpoint, pretrained
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
-_SILENT_SECONDS = 5
-"""A shorter evaluation shows no progress bar."""
-_MAX_COMPRESSED_BYTES = 2**23
-"""Only the first documents, up to this many bytes, are compressed, so that a large split costs seconds."""
+_SILENT_SECONDS = 5  # a shorter evaluation shows no progress bar
+_MAX_COMPRESSED_BYTES = 2**23  # of the first documents, so that compressing a large split takes seconds
 _PICTURES = {"PNG": {"optimize": True}, "WebP": {"lossless": True, "quality": 100, "method": 6}}
 
 
@@ -49,7 +42,7 @@ def make_eval_step(config: Config):
   `context` the number of inputs that it is predicted from. Over all rows: `histogram` float32[V], the scored targets by
   token id, and the counts of documents (units.COUNTS).
   """
-  model = make_model(config.model)
+  model = architectures.make_model(config.model)
 
   def eval_step(params, batch):
     targets_BxM, weights_BxM = batch["targets"], batch["weights"]
@@ -64,9 +57,8 @@ def make_eval_step(config: Config):
       "histogram": jnp.zeros(config.model.vocab_size).at[targets_BxM].add(weights_BxM),
       **{name: batch[name].sum() for name in units.COUNTS if name in batch},
     }
-    last_B = {"position": batch["end"] - 1, "context": (batch["inputs"] > 0).sum(axis=1)}
-    for name, index_B in last_B.items():
-      bucket_BxM = jnp.searchsorted(jnp.array(metrics.EDGES), index_B[:, None] - before_last_1xM, side="right") - 1
+    for name, last_B in (("position", batch["end"] - 1), ("context", (batch["inputs"] > 0).sum(axis=1))):
+      bucket_BxM = jnp.searchsorted(jnp.array(metrics.EDGES), last_B[:, None] - before_last_1xM, side="right") - 1
       inside_KxBxM = bucket_BxM[None] == jnp.arange(len(metrics.EDGES))[:, None, None]
       sums[f"nats_by_{name}"] = jnp.where(inside_KxBxM, nats_BxM[None], 0).sum(axis=2).T
       sums[f"tokens_by_{name}"] = jnp.where(inside_KxBxM, weights_BxM[None], 0).sum(axis=2).T
@@ -75,7 +67,7 @@ def make_eval_step(config: Config):
   return eval_step
 
 
-def _next_on_all(batches: Iterator[Batch]) -> Batch | None:
+def _next_on_all(batches: Iterator[windows.Batch]) -> windows.Batch | None:
   """Returns the next batch, None at the end; raises InputError on all processes if one of them cannot read its rows."""
   batch, error = None, None
   try:
@@ -100,11 +92,7 @@ class Evaluator:
     self._compressors: dict[str, float] | None = None
 
   def __call__(
-    self,
-    params,
-    step: int,
-    should_stop: Callable[[], bool] = lambda: False,
-    documents: Sequence[tuple[Task, Document]] | None = None,
+    self, params, step: int, should_stop=lambda: False, documents: Sequence[tuple[Task, Document]] | None = None
   ) -> dict | None:
     """Returns the metrics of the split or the documents (docs/evaluation.md).
 
@@ -113,13 +101,12 @@ class Evaluator:
     """
     config, totals, size = self._config, metrics.Totals(), self._config.eval.batch_size
     rows = rows_of_processes(self._mesh, size)[jax.process_index()]
+    num_documents = len(documents or ())
     if documents is None:
       if self._compressors is None:
         self._compressors = compress(splits.eval_documents(config))
       num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
       documents = splits.eval_documents(config)
-    else:
-      num_documents = len(documents)
     bar_settings = {"desc": "Evaluating", "unit": "token", "unit_scale": True, "leave": False}
     with jax.set_mesh(self._mesh), distributed.progress_bar(delay=_SILENT_SECONDS, **bar_settings) as bar:
       batches, pending = splits.eval_batches(config, _extend_total(bar, documents, num_documents), rows), None
@@ -128,14 +115,14 @@ class Evaluator:
           return None
         # Fetched one step late, so that the device works while the host reads the next batch.
         layout = sharding.batch_shardings(self._mesh, {name: (size, *x.shape[1:]) for name, x in batch.items()})
-        sums, pending = pending, self._step(params, to_global(batch, rows, size, layout))
+        sums, pending = pending, self._step(params, loader.to_global(batch, size, layout))
         totals.add(sums)
         bar.update(totals.num_tokens - bar.n)
       totals.add(pending)
     if not totals.num_tokens:
       raise splits.none_readable(config, config.eval.split)
     num_latents = config.eval.num_latents or config.model.num_latents
-    task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
+    task, _ = tasks.get_tasks(config.data, config.model.max_context + 1)[0]
     return {
       "task": config.data.task,
       "split": config.eval.split,
@@ -154,12 +141,12 @@ class Evaluator:
     if result["interval_95"]:
       low, high = result["interval_95"][result["unit"]]
       interval = f" of {result['num_documents']:,} documents ({result['unit']} {low:.4g} to {high:.4g} with 95%)"
-    others = [f"{name}: {bits:.3f}" for name, bits in result.get("compressors", {}).items()]
-    others.append(f"entropy of its token histogram: {result['histogram_entropy_bits']:.3f} bits")
+    compressors = "".join(f"{name}: {bits:.3f}, " for name, bits in result.get("compressors", {}).items())
     loss_text = units.UNITS[result["unit"]].summary.format_map(result)
     return (
-      f"{result['split']} at step {result['step']}: {loss_text} ({', '.join(others)}),"
-      f" accuracy {result['accuracy']:.2%}, {result['num_tokens']:,} tokens{interval}"
+      f"{result['split']} at step {result['step']}: {loss_text} ({compressors}entropy of its token histogram:"
+      f" {result['histogram_entropy_bits']:.3f} bits), accuracy {result['accuracy']:.2%},"
+      f" {result['num_tokens']:,} tokens{interval}"
     )
 
   @staticmethod
@@ -217,9 +204,8 @@ def restore(
 ) -> tuple[Mesh, int, dict]:
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
-  Of a run with train.ema_decay, these are the averaged weights unless `averaged` is False. Without checkpoints, the
-  workdir may be a folder of exported weights. It is only read. Raises InputError without a readable checkpoint of this
-  model, or if devices do not fit.
+  Of a run with train.ema_decay, these are the averaged weights unless `averaged` is False. The workdir, which may be a
+  folder of exported weights, is only read. Raises InputError without a readable checkpoint of this model.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)
@@ -230,8 +216,7 @@ def restore(
     return mesh, *pretrained.restore(config.model, workdir, abstract_params)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
     restored = checkpointer.restore_params(abstract_params, step, averaged=averaged)
-  if restored is None:
-    raise InputError(f"--workdir={workdir} contains no checkpoint: train first, with the same --workdir.")
+  require(restored is not None, f"--workdir={workdir} contains no checkpoint: train first, with the same --workdir.")
   return mesh, *restored
 
 
@@ -240,8 +225,7 @@ class Checkpoint(NamedTuple):
 
   config: Config
   step: int
-  params: dict
-  """On the config's mesh: `PerceiverAR(config.model).apply({"params": params}, tokens_BxL, positions_BxLxP)`."""
+  params: dict  # on the config's mesh: PerceiverAR(config.model).apply({"params": params}, tokens_BxL, ...)
 
 
 def load_checkpoint(workdir: epath.PathLike) -> Checkpoint:

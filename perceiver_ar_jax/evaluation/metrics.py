@@ -1,7 +1,6 @@
 """Sums over scored batches, and the metrics of a split that follow: in all units, by position, and how certain."""
 
 import collections
-import math
 from collections.abc import Mapping
 
 import jax
@@ -10,18 +9,15 @@ from scipy import stats
 
 from perceiver_ar_jax.data import units
 
-EDGES = (0, *(2**power for power in range(4, 28)))
-"""Lower ends of the buckets of positions and of context; from 512 on they divide those of the original release."""
-
-_NATS, _CORRECT, _TOKENS = range(3)
+EDGES = (0, *(2**power for power in range(4, 28)))  # of buckets; from 512 on they divide those of the original release
+_TOKENS = 2  # column of Totals._by_document
 
 
 class Totals:
   """Sums in float64 of the results of eval steps."""
 
   def __init__(self):
-    self._by_document = np.zeros((0, 3))
-    """Nats, correct tokens and tokens of each."""
+    self._by_document = np.zeros((0, 3))  # nats, correct tokens and tokens of each
     self._sums = collections.defaultdict(float)
     self._num_windows = 0
 
@@ -45,13 +41,10 @@ class Totals:
 
   @property
   def num_tokens(self) -> float:
-    """Tokens scored so far."""
     return self._by_document[:, _TOKENS].sum()
 
   def metrics(self, unit: str) -> dict:
     """Returns all metrics of the split; `unit` is the task's own."""
-    histogram = self._sums["histogram"]
-    frequencies = histogram[histogram > 0] / self.num_tokens
     sums = self._scored_sums()
     interval = None
     if (self._by_document[:, _TOKENS] > 0).sum() > 1:  # one document does not tell how others vary
@@ -63,24 +56,19 @@ class Totals:
       "num_tokens": int(sums.tokens),
       **{f"num_{name}": int(self._sums[name]) for name in units.COUNTS if self._sums[name]},
       **units.compute_all(sums, unit),
-      "histogram_entropy_bits": float(-(frequencies * np.log2(frequencies)).sum()),
+      "histogram_entropy_bits": float(stats.entropy(self._sums["histogram"], base=2)),
       "interval_95": interval,
       **{f"by_{name}": self._buckets(name) for name in ("position", "context")},
     }
 
   def _scored_sums(self, sign: int = 0) -> units.ScoredSums:
-    """Returns the sums, or those at an end of the 95% interval: -1 or 1."""
-    nats, correct = (
-      self._by_document[:, column].sum() + (sign and sign * self._half_interval(column)) for column in (_NATS, _CORRECT)
-    )
-    return units.ScoredSums(*map(float, (self.num_tokens, nats, correct, *(self._sums[name] for name in units.COUNTS))))
-
-  def _half_interval(self, column: int) -> float:
-    """Returns half the width of the 95% interval of a sum over documents: ratio estimator, Student's t."""
-    values, tokens = self._by_document[:, column], self._by_document[:, _TOKENS]
-    count = int((tokens > 0).sum())
-    variance = count / (count - 1) * np.square(values - values.sum() / tokens.sum() * tokens).sum()
-    return float(stats.t.ppf(0.975, count - 1) * math.sqrt(variance))
+    """Returns the sums; -1, 1: those at the ends of the 95% interval (ratio estimator over documents, Student's t)."""
+    values, tokens = self._by_document[:, :_TOKENS], self._by_document[:, _TOKENS:]
+    sums, count = values.sum(axis=0), int((tokens > 0).sum())
+    if sign:
+      variances = count / (count - 1) * np.square(values - sums / tokens.sum() * tokens).sum(axis=0)
+      sums += sign * stats.t.ppf(0.975, count - 1) * np.sqrt(variances)
+    return units.ScoredSums(*map(float, (tokens.sum(), *sums, *(self._sums[name] for name in units.COUNTS))))
 
   def _buckets(self, name: str) -> list[dict]:
     nats_K, tokens_K = self._sums[f"nats_by_{name}"], self._sums[f"tokens_by_{name}"]

@@ -99,7 +99,7 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
       batch_outputs = outputs[first : first + batch_size]
       for index, output in enumerate(batch_outputs):
         windows.eval_window(windows.row_of(batch, index), document, output + 1, 1)
-      arrays = to_global(batch, range(batch_size), batch_size, layout)
+      arrays = to_global(batch, batch_size, layout)
       result += list(np.asarray(run(params, arrays["inputs"], arrays["positions"]))[: len(batch_outputs)])
   return result
 

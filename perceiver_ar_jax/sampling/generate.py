@@ -3,9 +3,7 @@
 With a cache (models/decode_cache.py), a block has M - kept + 1 tokens: the first is predicted by a pass of the newest
 `kept` latents through all layers, the others by one additional latent each, until the cache has M latents. Without a
 cache, every token takes a pass over all latents: slow, and the reference implementation that the cache is tested with.
-
-One compiled block serves prompts and samples of any length. Shape letters: perceiver_ar.py; T tokens of a block, G
-groups of allowed tokens.
+Shape letters: perceiver_ar.py; T tokens of a block, G groups of allowed tokens.
 """
 
 from typing import NamedTuple
@@ -17,9 +15,7 @@ from jax.typing import ArrayLike
 
 from perceiver_ar_jax.config import ModelConfig
 from perceiver_ar_jax.data import EOS, PAD
-from perceiver_ar_jax.models import decode_cache
-from perceiver_ar_jax.models.architectures import make_model
-from perceiver_ar_jax.models.keys import CachedKeys
+from perceiver_ar_jax.models import architectures, decode_cache, keys
 from perceiver_ar_jax.parallel import sharding
 
 
@@ -99,7 +95,7 @@ def cached_block(
 
 def exact_block(config: ModelConfig, params, state: DecodeState, plan: BlockPlan, settings: SamplingSettings, keys_B):
   """Generates like `cached_block`, for any T, with a pass over all latents for each token."""
-  model = make_model(config)
+  model = architectures.make_model(config)
 
   def step(state, index):
     latents_BxMxD = model.apply({"params": params}, *state.context, method="latents")
@@ -117,11 +113,11 @@ def _sharded(state: DecodeState) -> DecodeState:
   """Returns the state, sharded over the mesh in use: cached keys and values as in the models, all others by row."""
 
   def constrain(leaf):
-    if isinstance(leaf, CachedKeys):
+    if isinstance(leaf, keys.CachedKeys):
       return jax.tree.map(lambda x: sharding.constrain(x, "batch_heads", "context", None), leaf)
     return sharding.constrain(leaf, *("batch", *(None,) * leaf.ndim)[: leaf.ndim])
 
-  return jax.tree.map(constrain, state, is_leaf=lambda leaf: isinstance(leaf, CachedKeys))
+  return jax.tree.map(constrain, state, is_leaf=lambda leaf: isinstance(leaf, keys.CachedKeys))
 
 
 def row_keys(seed, numbers_B) -> jax.Array:

@@ -1,7 +1,4 @@
-"""Prompts: the beginnings of samples, from texts, files and documents of a dataset.
-
-In Python a str is always a text, and a path object is always a file. On the command line, `parse` decides.
-"""
+"""Prompts, the beginnings of samples: texts (str), files (paths; for the command line, see `parse`), and documents."""
 
 import glob
 import itertools
@@ -18,8 +15,7 @@ from perceiver_ar_jax.data import EOS, SOS, splits
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Task
 
-DATA = "data"
-"""The prompt that means documents of eval.split."""
+DATA = "data"  # the prompt that means documents of eval.split
 _SUFFIXES = "csv gz html json jsonl log md mid midi npy npz py rst tex text tsv txt xml".split()
 _PATH = re.compile(rf"(/|\./|\.\./|~/).*|[^\s]*/[^\s]*|.*\.({'|'.join(_SUFFIXES)})", re.IGNORECASE)
 
@@ -72,8 +68,7 @@ def from_events(task: Task, events: np.ndarray) -> Prompt:
   wrong = events[(events < 1) | (events >= size)]
   if len(wrong):
     raise InputError(f"The prompt contains the unknown token {wrong[0]}: ids of {task.name} are 1..{size - 1}.")
-  if task.place is None:
-    raise InputError(f"Events alone do not contain the grid of a {task.modality}: give a file, or 'data'.")
+  require(task.place is not None, f"Events alone do not contain the grid of a {task.modality}: give a file or 'data'.")
   return Prompt(task, events.astype(np.int32), task.place, task.length)
 
 
@@ -85,18 +80,14 @@ def read(task: Task, prompt: str | os.PathLike) -> list[Document]:
   if task.read is None:
     raise InputError(f"The task {task.name} has no files: its own documents are the prompt {DATA!r}, not {prompt!r}.")
   if not isinstance(prompt, str):
-    documents = [_read_file(task, path) for path in _files(epath.Path(prompt).expanduser())]
-  elif task.modality != "text":
-    fix = f"give pathlib.Path({prompt!r})"
-    raise InputError(f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files: {fix}.")
-  elif not prompt.strip():
-    raise InputError("The prompt is empty: give a text or a file, or leave it out to sample without a prompt.")
-  else:
-    try:
-      documents = [task.read(prompt.encode())]
-    except UnicodeEncodeError as error:
-      raise InputError(f"The prompt is not a text in Unicode ({error}): give it in a file.") from error
-  return documents
+    return [_read_file(task, path) for path in _files(epath.Path(prompt).expanduser())]
+  problem = f"The prompt {prompt!r} is a str, which is a text, and the task {task.name} reads files"
+  require(task.modality == "text", f"{problem}: give pathlib.Path({prompt!r}).")
+  require(prompt.strip() != "", "The prompt is empty: give a text or a file, or None to sample without a prompt.")
+  try:
+    return [task.read(prompt.encode())]
+  except UnicodeEncodeError as error:
+    raise InputError(f"The prompt is not a text in Unicode ({error}): give it in a file.") from error
 
 
 def _files(path: epath.Path) -> list[epath.Path]:
@@ -121,9 +112,7 @@ def _read_file(task: Task, path: epath.Path) -> Document:
   return task.read(content)
 
 
-def _beginning(
-  config: Config, task: Task, document: Document, prompt_tokens: int | None, is_given: bool = False
-) -> Prompt:
+def _beginning(config: Config, task: Task, document: Document, prompt_tokens: int | None, is_given=False) -> Prompt:
   length, half = len(document), -(-len(document) // 2)
   has_end = task.length is not None or task.place is None
   if prompt_tokens is None and (has_end or not is_given):

@@ -4,8 +4,8 @@
     print(sample("Once upon a time", length=500, temperature=0.8)[0].value)
     print(sample.score("Once upon a time")["bits_per_byte"])
 
-This module owns the loop on the host: batches, blocks, and when a context is computed again. The computations on the
-device are in generate.py. docs/serving.md documents the use in servers.
+This module owns the loop on the host: batches, blocks, and when a context is computed again. generate.py owns the
+computations on the device.
 """
 
 import dataclasses
@@ -18,19 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError, SampleConfig, config_from_run, nearest, require
-from perceiver_ar_jax.data import EOS
-from perceiver_ar_jax.data.registry import Task
-from perceiver_ar_jax.data.tasks import get_tasks
-from perceiver_ar_jax.data.warn_once import warn_once
+from perceiver_ar_jax.data import EOS, registry, tasks, warn_once
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import architectures, decode_cache
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
-from perceiver_ar_jax.sampling.prompts import Prompt
 from perceiver_ar_jax.training import memory, pretrained
 
 
@@ -38,12 +34,11 @@ from perceiver_ar_jax.training import memory, pretrained
 class Sample:
   """One generated sequence."""
 
-  prompt: Prompt
-  events: np.ndarray
-  """int32[n], including those of the prompt."""
+  prompt: prompts.Prompt
+  events: np.ndarray  # int32[n], including those of the prompt
 
   @property
-  def task(self) -> Task:
+  def task(self) -> registry.Task:
     return self.prompt.task
 
   @property
@@ -61,9 +56,8 @@ class Sampler:
   """Generates with the weights `params` (None: assigned later); compiled at the first call for each batch size.
 
   In one process, threads may call it at the same time; several processes make the same calls in the same order.
-  `config.sample` has the defaults of a call. Rows of a batch are sharded over the mesh axes data and fsdp, the keys and
-  values of the context over context. Raises InputError for an unknown task, or a model that cannot be cached
-  (`sample.cache`).
+  `config.sample` has the defaults of a call. Rows of a batch are sharded over the mesh axes data and fsdp, the context
+  over context. Raises InputError for an unknown task, or a model that cannot be cached (`sample.cache`).
   """
 
   def __init__(self, config: Config, params=None, mesh: Mesh | None = None, step: int = 0):
@@ -71,14 +65,13 @@ class Sampler:
     self.mesh = make_mesh(config.mesh) if mesh is None else mesh
     model, cached = config.model, config.sample.cache
     architectures.check(model, self.mesh)
-    self.task = get_tasks(config.data, model.max_context + 1)[0][0]
+    self.task = tasks.get_tasks(config.data, model.max_context + 1)[0][0]
     kept = config.sample.kept_latents or max(model.num_latents - model.num_latents // 8, 1)
     self._block_tokens = model.num_latents - kept + 1
+    block: Callable = functools.partial(generate.exact_block, model)
     if cached:
       decode_cache.check(model)
-    block: Callable = functools.partial(generate.cached_block, model, kept)
-    if not cached:
-      block = functools.partial(generate.exact_block, model)
+      block = functools.partial(generate.cached_block, model, kept)
 
     def draw(params, state, plan, settings, seed, numbers_B):
       state, tokens_BxT, _ = block(params, state, plan, settings, generate.row_keys(seed, numbers_B))
@@ -138,15 +131,13 @@ class Sampler:
     if isinstance(prompt, list) and "num_samples" not in settings:
       chosen = dataclasses.replace(chosen, num_samples=len(given))
     if (longest := max(len(each.events) for each in given)) > context:
-      newest = f"the model sees its newest ones, at most {context:,}"
-      warn_once("shortened", f"The prompt of {longest:,} tokens is longer than the context: {newest}", "prompt")
-    return self._generate(
-      [_Row(given[i % len(given)], chosen.length, context) for i in range(chosen.num_samples)], chosen
-    )
+      problem = f"The prompt of {longest:,} tokens is longer than the context"
+      warn_once.warn_once("shortened", f"{problem}: the model sees its newest ones, at most {context:,}", "prompt")
+    rows = [_Row(given[index % len(given)], chosen.length, context) for index in range(chosen.num_samples)]
+    return self._generate(rows, chosen)
 
-  def _find(self, prompt, chosen: SampleConfig) -> list[Prompt]:
-    """Returns the prompts that an argument of `__call__`, or an item of a list, stands for."""
-    if isinstance(prompt, Prompt):
+  def _find(self, prompt, chosen: SampleConfig) -> list[prompts.Prompt]:
+    if isinstance(prompt, prompts.Prompt):
       return [prompt]
     if isinstance(prompt, np.ndarray):
       return [prompts.from_events(self.task, prompt)]
@@ -162,9 +153,9 @@ class Sampler:
 
   def _generate(self, rows: list["_Row"], chosen: SampleConfig) -> Iterator[list[Sample]]:
     for first in range(0, len(rows), chosen.batch_size):
-      batch = rows[first : first + chosen.batch_size]
-      for _ in self._fill(batch, chosen, first):
-        yield [row.sample() for row in rows[: first + len(batch)]]
+      begun = rows[: first + chosen.batch_size]
+      for _ in self._fill(begun[first:], chosen, first):
+        yield [Sample(row.prompt, row.events) for row in begun]
 
   def score(self, prompt: str | os.PathLike) -> dict:
     """Returns the likelihood of a text (a str) or a file (a pathlib.Path), as the metrics of --mode=eval.
@@ -226,7 +217,7 @@ class Sampler:
     )
     settings = (np.float32(chosen.temperature), np.int32(chosen.top_k), np.float32(chosen.top_p))
     numbers_B = np.arange(first, first + len(rows), dtype=np.int32)
-    return self._to_global((plan, generate.SamplingSettings(*settings), np.uint32(chosen.seed), numbers_B))
+    return plan, generate.SamplingSettings(*settings), np.uint32(chosen.seed), numbers_B
 
   def _begin_arguments(self, rows: list["_Row"], window: int, done: int) -> tuple:
     """Returns the arguments of generate.begin for rows whose newest `window` events are the context."""
@@ -239,8 +230,7 @@ class Sampler:
       row.start = max(end - window, 0)
       tokens_L[context - (end - row.start) :] = row.events[row.start :]
       positions_LxP[context - (end - row.start) :] = self._positions(row, row.start, end)
-    ended_B = np.array([row.is_ended for row in rows])
-    return self._to_global((tokens_BxL, positions_BxLxP, ended_B, np.int32(done)))
+    return tokens_BxL, positions_BxLxP, np.array([row.is_ended for row in rows]), np.int32(done)
 
   def _positions(self, row: "_Row", start: int, end: int) -> np.ndarray:
     """Returns positions int32[end - start, P] of existing or future events in the row's window."""
@@ -249,22 +239,15 @@ class Sampler:
       return -np.arange(start, end, dtype=np.int32)[:, None]
     positions = row.prompt.place(row.start, end)[start - row.start :]
     missing = end - start - len(positions)  # beyond the end of a document, where tokens are not used
-    positions = np.concatenate([positions, np.ones((missing, self.task.position_dims), np.int32)])
+    positions = np.pad(positions, ((0, missing), (0, 0)), constant_values=1)
     sizes = np.array(model.position_sizes or [2**31 - 1] * self.task.position_dims)
     return np.minimum(positions, sizes - 1).astype(np.int32)
-
-  def _to_global(self, tree):
-    """Returns NumPy arrays, which are equal on all hosts, as replicated global arrays."""
-    replicated = NamedSharding(self.mesh, PartitionSpec())
-    return jax.tree.map(
-      lambda leaf: jax.make_array_from_callback(leaf.shape, replicated, lambda index: np.asarray(leaf)[index]), tree
-    )
 
 
 class _Row:
   """One unfinished sample."""
 
-  def __init__(self, prompt: Prompt, length: int | None, context: int, is_ended: bool = False):
+  def __init__(self, prompt: prompts.Prompt, length: int | None, context: int, is_ended: bool = False):
     self.prompt, self.events, self.start, self.is_ended = prompt, prompt.events, 0, is_ended
     goal = len(prompt.events) + length if length else max(context + 1, len(prompt.events) + max(context // 4, 1))
     self._goal = min(goal, prompt.length) if prompt.length else goal
@@ -281,6 +264,3 @@ class _Row:
     if len(ends):
       tokens_T, self.is_ended = tokens_T[: ends[0] + 1], True
     self.events = np.concatenate([self.events, tokens_T])
-
-  def sample(self) -> Sample:
-    return Sample(self.prompt, self.events)

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,63 +20,35 @@ from perceiver_ar_jax.sampling import prompts
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 from perceiver_ar_jax.training.workdir import write_atomically
 
-_UNSEEN = 128
-"""Grey level of pixels that are not generated yet."""
+_UNSEEN = 128  # grey level of pixels that are not generated yet
 
 
-def sample(config: Config, workdir: epath.PathLike, stream: bool = False) -> list[Sample]:
+def sample(config: Config, workdir: epath.PathLike) -> list[Sample]:
   """Draws samples from the newest checkpoint and writes them to a new folder, WORKDIR/samples/<step>-<number>.
 
-  The folder's samples.json describes them; WORKDIR/samples/samples.json is a copy of the latest call's. With `stream`,
-  for tasks of text, samples are drawn one at a time and printed as they grow. Raises InputError without a checkpoint,
-  for an invalid prompt or setting, or a folder that cannot be written.
+  The folder's samples.json describes them; WORKDIR/samples/samples.json is a copy of the latest call's. Raises
+  InputError without a checkpoint, for an invalid prompt or setting, or a folder that cannot be written.
   """
   sampler = Sampler.from_workdir(workdir, config)
-  if stream and sampler.task.modality != "text":
-    raise InputError(f"--stream prints text, which the task {sampler.task.name} does not generate: leave it out.")
-  folder, is_first = None, jax.process_index() == 0
-  if is_first:  # before sampling: without write permission, nothing is computed
-    folder = _new_folder(epath.Path(workdir) / "samples", sampler.step)
+  if jax.process_index():
+    return sampler()
+  folder = _new_folder(epath.Path(workdir) / "samples", sampler.step)  # first: without permission, nothing is computed
   start = time.monotonic()
   try:
-    with _progress(stream, is_first) as show:
-      for samples in sampler.stream(**({"batch_size": 1} if stream else {})):
-        show(samples)
+    with distributed.progress_bar(unit="token", delay=0.1) as bar:
+      for samples in sampler.stream():
+        bar.update(sum(sample.num_new for sample in samples) - bar.n)
   except BaseException:
-    if folder is not None:
-      folder.rmdir()
+    folder.rmdir()
     raise
-  if folder is not None:
-    seconds, num_new = time.monotonic() - start, sum(sample.num_new for sample in samples)
-    with writing(folder, "free some space, or copy the run"):
-      _write_all(folder, samples, sampler, seconds)
-    for index, each in enumerate(samples if sampler.task.modality == "text" and not stream else ()):
-      prompt_size = len(each.prompt.events)
-      print(f"--- sample {index}: prompt of {prompt_size:,} tokens, {each.num_new:,} new\n{each.value}\n")
-    drawn = f"{len(samples)} samples of {num_new:,} new tokens in {seconds:.1f} s, compilation included"
-    print(f"{drawn} ({num_new / seconds:,.0f} tokens/s): {next(folder.glob('grid.png'), folder)}", flush=True)
+  seconds, num_new = time.monotonic() - start, sum(sample.num_new for sample in samples)
+  with writing(folder, "free some space, or copy the run"):
+    _write_all(folder, samples, sampler, seconds)
+  for index, each in enumerate(samples if sampler.task.modality == "text" else ()):
+    print(f"--- sample {index}: prompt of {len(each.prompt.events):,} tokens, {each.num_new:,} new\n{each.value}\n")
+  drawn = f"{len(samples)} samples of {num_new:,} new tokens in {seconds:.1f} s, compilation included"
+  print(f"{drawn} ({num_new / seconds:,.0f} tokens/s): {next(folder.glob('grid.png'), folder)}", flush=True)
   return samples
-
-
-@contextlib.contextmanager
-def _progress(stream: bool, is_first: bool) -> Iterator[Callable[[list[Sample]], None]]:
-  """Yields a function that shows unfinished samples: a progress bar over their tokens, or a text as it grows."""
-  number, shown = 1, ""
-
-  def show(samples: list[Sample]) -> None:
-    nonlocal number, shown
-    if len(samples) > number:  # another sample started
-      number, shown = len(samples), ""
-      print("\n" if stream else "", end="", flush=True)
-    bar.update(sum(sample.num_new for sample in samples) - bar.n)
-    text = samples[-1].value.removesuffix("\ufffd") if stream and is_first else ""  # it may end within a character
-    if text.startswith(shown):
-      print(text[len(shown) :], end="", flush=True)
-      shown = text
-
-  with distributed.progress_bar(unit="token", delay=0.1, disable=stream or not is_first) as bar:
-    yield show
-  print("\n" if shown else "", end="", flush=True)
 
 
 def _new_folder(parent: epath.Path, step: int) -> epath.Path:
@@ -141,8 +113,7 @@ def picture(sample: Sample, events: np.ndarray | None = None) -> np.ndarray | No
   """Returns a picture uint8[height, width, 3] of a sample, or of these events of it; None without pictures."""
   events = sample.events if events is None else events
   if sample.task.modality == "image":
-    missing = sample.task.length - len(events)
-    events = np.pad(events, (0, missing), constant_values=_UNSEEN + NUM_SPECIAL)
+    events = np.pad(events, (0, sample.task.length - len(events)), constant_values=_UNSEEN + NUM_SPECIAL)
   return render.picture(sample.task, events)
 
 
@@ -152,15 +123,15 @@ def grid(samples: list[Sample]) -> np.ndarray | None:
     return None
   if samples[0].prompt.original is None:
     return render.grid([picture(sample) for sample in samples], columns=min(len(samples), 8))
-  rows: dict[int, list[np.ndarray]] = {}
+  rows: dict[int, list[Sample]] = {}
   for sample in samples:
-    rows.setdefault(id(sample.prompt), [picture(sample, sample.prompt.events)]).append(picture(sample))
-  columns = max(map(len, rows.values())) + 1
-  for sample in {id(sample.prompt): sample for sample in samples}.values():
-    row = rows[id(sample.prompt)]
-    row.append(picture(sample, sample.prompt.original))
-    row += [np.full_like(row[0], _UNSEEN)] * (columns - len(row))
-  return render.grid([cell for row in rows.values() for cell in row], columns=columns)
+    rows.setdefault(id(sample.prompt), []).append(sample)
+  cells, longest = [], max(map(len, rows.values()))
+  for row in rows.values():
+    prompt = row[0].prompt
+    cells += [picture(row[0], prompt.events), *map(picture, row), picture(row[0], prompt.original)]
+    cells += [np.full_like(cells[0], _UNSEEN)] * (longest - len(row))
+  return render.grid(cells, columns=longest + 2)
 
 
 def preview(sampler: Sampler, params, should_stop: Callable[[], bool]) -> list[str | np.ndarray]:
@@ -172,10 +143,8 @@ def preview(sampler: Sampler, params, should_stop: Callable[[], bool]) -> list[s
         break
   finally:
     sampler.params = None  # the next update reuses their memory
-  pictures = [picture(sample) for sample in samples]
-  return [
-    render.text(sample.task, sample.events) if pixels is None else pixels for sample, pixels in zip(samples, pictures)
-  ]
+  values = ((sample, picture(sample)) for sample in samples)
+  return [render.text(sample.task, sample.events) if pixels is None else pixels for sample, pixels in values]
 
 
 def score(config: Config, workdir: epath.PathLike) -> dict:
