@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,13 +28,23 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from perceiver_ar_jax.config import Config, InputError, MeshConfig, ModelConfig, checks, config_from_run, writing
+from perceiver_ar_jax.config import Config, InputError, MeshConfig, ModelConfig, config_from_run
+from perceiver_ar_jax.config.checks import reading, require, require_choice, writing
 from perceiver_ar_jax.data import units
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.training import pretrained
 from perceiver_ar_jax.training.workdir import is_object_store
 
 _FREE = "give a folder that you may write to, with enough space"
+_LOAD = """## Load
+
+    sampler = perceiver_ar_jax.Sampler.from_pretrained("FOLDER")
+    config, params = perceiver_ar_jax.training.pretrained.load("FOLDER")  # of the JAX model, PerceiverAR
+    model = perceiver_ar_torch.load("FOLDER")  # the PyTorch model, with perceiver_ar_torch.py of the examples
+    python -m perceiver_ar_jax.main --workdir=FOLDER --mode=sample  # or score, eval; --config.data.files=... sets paths
+
+To start another run from these weights: `--config.train.init_from=FOLDER`.
+"""
 
 
 def export_params(
@@ -64,13 +75,10 @@ def export_run(
   files: dict[str, bytes] = {}
   data = config.data
   if data.sentencepiece:
-    from perceiver_ar_jax.data.files import Unreadable, read_bytes  # import TensorFlow
-    from perceiver_ar_jax.data.sources import sentencepiece_fingerprint
+    from perceiver_ar_jax.data.sources import sentencepiece_fingerprint  # imports TensorFlow
 
-    try:
-      files[config_from_run.SENTENCEPIECE] = read_bytes(data.sentencepiece)
-    except Unreadable as error:
-      raise InputError(f"{error}. Set --config.data.sentencepiece to where the file is now.") from error
+    with reading(data.sentencepiece, "set --config.data.sentencepiece to where the file is now"):
+      files[config_from_run.SENTENCEPIECE] = epath.Path(data.sentencepiece).read_bytes()
     data = dataclasses.replace(
       data, sentencepiece=config_from_run.SENTENCEPIECE, sentencepiece_fingerprint=sentencepiece_fingerprint(data)
     )
@@ -82,8 +90,8 @@ def export_run(
 def check_output(folder: epath.Path) -> None:
   """Raises InputError unless `folder` does not exist or is empty."""
   with writing(folder, _FREE):
-    if folder.exists() and (not folder.is_dir() or any(True for _ in folder.iterdir())):
-      raise InputError(f"{folder} already exists and is not empty: give a new folder.")
+    is_free = not folder.exists() or folder.is_dir() and not any(True for _ in folder.iterdir())
+    require(is_free, f"{folder} already exists and is not empty: give a new folder.")
 
 
 def _write(
@@ -97,7 +105,7 @@ def _write(
   results: Sequence[dict] = (),
 ) -> None:
   check_output(folder)
-  checks.require_choice("dtype", dtype, pretrained.DTYPES)
+  require_choice("dtype", dtype, pretrained.DTYPES)
   arrays = _arrays(model, params, jnp.dtype(dtype))
   card = _card(folder.name, model, config, results, sum(x.size for x in arrays.values()), dtype, step)
   metadata = {"format": "perceiver_ar_jax", "step": str(step)}
@@ -112,23 +120,19 @@ def _write(
 def _new_folder(folder: epath.Path) -> Iterator[epath.Path]:
   """Yields a temporary local folder, which becomes `folder` unless an error is raised."""
   remote = is_object_store(folder)
-  if not remote:
-    folder = epath.Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-  parent = None if remote else os.fspath(folder.parent)
-  local = epath.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+  target = folder if remote else epath.Path(os.path.abspath(folder))
+  (target if remote else target.parent).mkdir(parents=True, exist_ok=True)
+  parent = epath.Path(tempfile.gettempdir()) if remote else target.parent
+  local = parent / f".{target.name}-{uuid.uuid4().hex}"
+  local.mkdir()
   try:
     yield local
     if remote:
-      folder.mkdir(parents=True, exist_ok=True)
       for path in sorted(local.iterdir(), key=lambda path: path.name == config_from_run.WEIGHTS):
-        with path.open("rb") as source, (folder / path.name).open("wb") as target:
-          shutil.copyfileobj(source, target)
+        with path.open("rb") as source, (target / path.name).open("wb") as copy:
+          shutil.copyfileobj(source, copy)
     else:
-      mask = os.umask(0)
-      os.umask(mask)
-      os.chmod(local, 0o777 & ~mask)  # mkdtemp gives access to the owner alone
-      os.replace(local, folder)
+      os.replace(local, target)
   finally:
     shutil.rmtree(local, ignore_errors=True)
 
@@ -160,26 +164,12 @@ def _card(
     lines += ["## Data", "", *_settings(config.data), "## Training", "", *_settings(config.train)]
   if results:
     lines += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
-    for result in results:
-      summary = units.UNITS[result["unit"]].summary.format_map(result)
-      lines.append(
-        f"| {result['split']} | {result['step']} | {summary} | {result['bits_per_token']:.4f} |"
-        f" {result['accuracy']:.4f} | {result['num_tokens']:,} |"
-      )
-    lines.append("")
-  lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of the examples of perceiver_ar_jax:", ""]
-  lines += ['    model = perceiver_ar_torch.load("FOLDER")', "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)"]
-  lines += ["", "In JAX:", ""]
-  if config:
-    lines += ["    from perceiver_ar_jax import Sampler", '    sampler = Sampler.from_pretrained("FOLDER")', ""]
-    lines += ["On the command line, where paths of the data may have to be set (--config.data.files=...):", ""]
-    lines += ["    python -m perceiver_ar_jax.main --workdir=FOLDER --mode=sample    # or score, eval", ""]
-    lines += ["To start another run from these weights: `--config.train.init_from=FOLDER`.", ""]
-  else:
-    lines += ["    from perceiver_ar_jax import PerceiverAR", "    from perceiver_ar_jax.training import pretrained"]
-    lines += ['    config, params = pretrained.load("FOLDER")']
-    lines += ['    logits_BxMxV = PerceiverAR(config).apply({"params": params}, tokens_BxL, positions_BxLxP)', ""]
-  return "\n".join(lines)
+  for result in results:
+    row = dict(result, summary=units.UNITS[result["unit"]].summary.format_map(result))
+    lines.append(
+      "| {split} | {step} | {summary} | {bits_per_token:.4f} | {accuracy:.4f} | {num_tokens:,} |".format(**row)
+    )
+  return "\n".join([*lines, "", _LOAD])
 
 
 def _settings(section: Any) -> list[str]:
@@ -207,8 +197,8 @@ def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
   train = config_from_run.load_config(workdir, config).train  # raises InputError if it contains no run
   check_output(folder)
-  if flags.FLAGS.ema and not train.ema_decay:
-    raise InputError(f"The run in {workdir} has no averaged weights (train.ema_decay=0): leave out --ema.")
+  problem = f"The run in {workdir} has no averaged weights (train.ema_decay=0): leave out --ema."
+  require(not flags.FLAGS.ema or train.ema_decay > 0, problem)
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   here = dataclasses.replace(config, model=model, mesh=MeshConfig())
   averaged = flags.FLAGS.ema is not False

@@ -93,8 +93,8 @@ def load(folder: epath.PathLike) -> tuple[ModelConfig, dict]:
 def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
   """Yields (the opened file, its step, the parameters of `config`); raises as `read`."""
   path = folder / config_from_run.WEIGHTS
-  if not path.exists() or path.is_dir():
-    raise InputError(f"{folder} contains no {path.name}: give a folder that perceiver_ar_jax.interop.export wrote.")
+  fix = "give a folder that perceiver_ar_jax.interop.export wrote"
+  require(path.exists() and not path.is_dir(), f"{folder} contains no {path.name}: {fix}.")
   with contextlib.ExitStack() as stack, reading(path, "give this user access"):
     local = path
     if is_object_store(path):
@@ -122,8 +122,9 @@ def _check_sizes(config: ModelConfig, types: dict[str, tuple[str, tuple[int, ...
   """Raises InputError if the model is larger than the file, and listing its parameters would take time and memory."""
   largest = max((math.prod(shape) for _, shape in types.values()), default=0)
   for name in "vocab_size latent_width embed_width cross_attend_width mlp_widening conv_taps value_features".split():
-    if (value := getattr(config, name) or 0) > max(largest, 4096):  # smaller models are listed quickly
-      raise InputError(f"its largest parameter has {largest:,} values, and model.{name} is {value}")
+    value = getattr(config, name) or 0
+    is_listed_quickly = value <= max(largest, 4096)
+    require(is_listed_quickly, f"its largest parameter has {largest:,} values, and model.{name} is {value}")
   number = len(set(config.cross_attend_after))
   for count, most, kind in ((config.num_layers, len(types) + 1000, "layers"), (number, len(types), "cross-attentions")):
     require(count <= most, f"it has {len(types):,} parameters for {count:,} {kind}")
@@ -138,5 +139,5 @@ def _compare(expected: list[Parameter], actual: dict[str, tuple[str, tuple[int, 
       raise InputError(f"it {problem} parameters {shown}{f' and {len(names) - 3} others' if len(names) > 3 else ''}")
   for name, (dtype, shape) in actual.items():
     require(shape == shapes[name], f"its parameter {name} has shape {shape}, and the model's has {shapes[name]}")
-    if dtype not in DTYPES.values():
-      raise InputError(f"its parameter {name} is of type {dtype}, which is not one of {', '.join(DTYPES)}")
+    known = ", ".join(DTYPES)
+    require(dtype in DTYPES.values(), f"its parameter {name} is of type {dtype}, which is not one of {known}")
