@@ -5,6 +5,7 @@ stores (gs://) cannot append: there the whole file is written at each flush, tha
 """
 
 import contextlib
+import functools
 import html
 import importlib
 import json
@@ -91,16 +92,15 @@ class MetricsLog(contextlib.AbstractContextManager):
   def __init__(self, workdir: epath.Path, config: Config, first_step: int, bits_name: str, track: Callable):
     self._writes, self._bits_name, self._track = jax.process_index() == 0, bits_name, track
     self._path, self._is_object = workdir / "metrics.jsonl", is_object_store(workdir)
+    self._writing = functools.partial(writing, self._path, "give this user write access")
     if self._writes:
       self._lines = [json.dumps(entry) + "\n" for entry in read_entries(workdir) if entry["step"] <= first_step]
       with self._writing():
         write_atomically(self._path, "".join(self._lines))
       self._tensorboard = metric_writers.SummaryWriter(str(workdir))
       settings = {name: value for name, value in flatten(config).items() if name.startswith(("model.", "train."))}
-      plain = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
-      self._tensorboard.write_hparams(plain)
-    steps = config.train.steps
-    self._bar = distributed.progress_bar(total=steps, initial=first_step, unit="step", smoothing=0.05)
+      self._tensorboard.write_hparams({name: x for name, x in settings.items() if isinstance(x, int | float | str)})
+    self._bar = distributed.progress_bar(total=config.train.steps, initial=first_step, unit="step", smoothing=0.05)
 
   def progress(self, loss: float, tokens_per_second: float) -> None:
     """Advances the progress bar by one step."""
@@ -144,6 +144,3 @@ class MetricsLog(contextlib.AbstractContextManager):
     self.flush()
     if self._writes:
       self._tensorboard.close()
-
-  def _writing(self) -> contextlib.AbstractContextManager:
-    return writing(self._path, "give this user write access")
