@@ -152,7 +152,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         print(f"The checkpoint of step {step} in {self._directory} is damaged: {error}", file=sys.stderr)
         damaged.append(step)
       else:
-        self._set_aside(damaged)
+        if damaged:
+          self._set_aside(damaged)
         return TrainState(**restored.pop("optimizer"), **restored)
     if damaged:
       raise InputError(
@@ -236,13 +237,13 @@ class Checkpointer(contextlib.AbstractContextManager):
     if worst == _DAMAGED:
       raise _Damaged(reason) from error
     message = f"Could not read the checkpoint of step {step} in {self._directory} ({reason})."
-    is_denied = checks.is_denied(error)
-    if severity == worst and (severity == _UNFIT or not (is_denied or checks.is_transient(error))):
+    if severity == worst and checks.is_denied(error) and severity != _UNFIT:
+      raise InputError(f"{message} It may be good, so nothing was moved: give this user access to it.") from error
+    if severity == worst and (severity == _UNFIT or not checks.is_transient(error)):
       error.add_note(f"{message} Nothing was moved.")
       raise error
-    fix = "give this user access to it." if is_denied else "resume once storage and memory are available."
-    kind = InputError if is_denied or worst == _UNFIT else TransientError
-    raise kind(f"{message} It may be good, so nothing was moved: {fix}") from error
+    kind = InputError if worst == _UNFIT else TransientError
+    raise kind(f"{message} It may be good, so nothing was moved: resume once storage and memory are back.") from error
 
   def _severity(self, step: int, error: Exception | None) -> int:
     """0 without an error; `_DAMAGED` only if the error proves it: the run loses a checkpoint that is moved."""
@@ -257,8 +258,6 @@ class Checkpointer(contextlib.AbstractContextManager):
 
   def _set_aside(self, steps: list[int]) -> None:
     """Moves damaged steps out of the way of the run that resumes; deletes nothing."""
-    if not steps:
-      return
     if jax.process_index() == 0:
       with writing(self._damaged, "give this user write access"):
         self._damaged.mkdir(exist_ok=True)
@@ -313,11 +312,6 @@ def _leaves(trees: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-  return list(map(_ordered_sum, leaves))
-
-
 def _ordered_sum(leaf: jax.Array) -> jax.Array:
   if leaf.dtype == bool:
     bits = leaf.astype(jnp.uint32)
@@ -329,6 +323,9 @@ def _ordered_sum(leaf: jax.Array) -> jax.Array:
   for axis in range(bits.ndim):
     index = _mix(index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + jnp.uint32(0x9E3779B9))
   return _mix(bits + index).sum(dtype=jnp.uint32)
+
+
+_sums = jax.jit(lambda leaves: list(map(_ordered_sum, leaves)))
 
 
 def _mix(x: jax.Array) -> jax.Array:
