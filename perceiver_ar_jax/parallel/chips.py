@@ -59,7 +59,6 @@ class Topology(NamedTuple):
 
   @property
   def slice_name(self) -> str:
-    """The name of a single slice, such as v5e:16x16."""
     return f"{self.version}:{'x'.join(map(str, self.shape))}"
 
   def __str__(self) -> str:
