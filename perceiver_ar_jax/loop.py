@@ -43,12 +43,11 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def train(config: Config, workdir: epath.PathLike) -> int:
-  """Trains to `config.train.steps`, resuming from the newest good checkpoint; returns the exit code.
+  """Trains to `config.train.steps`, resuming from the newest good checkpoint.
 
-  That is 0, or 128 + signal number after a signal of `Signals`, with everything saved. Raises InputError if the config
-  does not fit the data, the devices, their memory or the workdir, another run uses the workdir, the loss became
-  infinite or NaN, or the final evaluation failed: checkpoints are left unchanged. Raises TransientError if the disk is
-  full or storage out of reach: the same command resumes once the cause is gone.
+  Returns the exit code: 0, or 128 + signal number after a signal of `Signals`, with everything saved. Raises InputError
+  if the config does not fit the data, the devices, their memory or the workdir, another run uses the workdir, the loss
+  became infinite or NaN, or the final evaluation failed; TransientError if the disk is full or storage out of reach.
   """
   workdir, settings = epath.Path(workdir), config.train
   warn_once.reset()  # count the files that this run skips
@@ -87,12 +86,12 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     stack.enter_context(checkpointer)
     if state := checkpointer.restore(abstract, data):
       distributed.log(f"Resuming from the checkpoint of step {int(state.step)}.")
-    elif starts_from:
-      step, params = pretrained.restore(config.model, starts_from, abstract.params)
-      distributed.log(f"Starting from the weights of step {step} in {starts_from}.")
-      state = step_lib.init_state(config, optimizer, mesh, params)
     else:
-      state = step_lib.init_state(config, optimizer, mesh)
+      params = None
+      if starts_from:
+        step, params = pretrained.restore(config.model, starts_from, abstract.params)
+        distributed.log(f"Starting from the weights of step {step} in {starts_from}.")
+      state = step_lib.init_state(config, optimizer, mesh, params)
     jax.block_until_ready(state)
     distributed.log(f"Started in {time.time() - psutil.Process().create_time():.1f} s.")
     stop_signals.agree(wait=True)  # with those that arrived before the first update
@@ -192,14 +191,14 @@ class _Run:
       self._check(step.number, float(values["loss"]), float(values["grad_norm"]))
       self.log.progress(float(values["loss"]), speed["tokens_per_second"])
     if last % train.log_every == 0:
-      host = {"data_seconds": sum(step.data_seconds for step in steps) / len(steps)}
-      host["data_wait_seconds"] = sum(step.data_wait_seconds for step in steps) / len(steps)
+      times = ("data_seconds", "data_wait_seconds")
+      host = {name: sum(getattr(step, name) for step in steps) / len(steps) for name in times}
       values = {name: float(value) for name, value in fetched[-1].items()}
       speed["model_flops_per_second"] = architectures.train_flops(self.config) / seconds
       if peak_flops := chips.peak_flops(self.mesh.devices.flat[0].device_kind):
         speed["model_flops_utilization"] = speed["model_flops_per_second"] / (self.mesh.size * peak_flops)
-      host["skipped_files"] = warn_once.count("skipped")
-      self.log.write(last, {"seconds": seconds, **host, **values, **speed})
+      host |= {"seconds": seconds, "skipped_files": warn_once.count("skipped")}
+      self.log.write(last, host | values | speed)
 
   def _check(self, step: int, loss: float, grad_norm: float) -> None:
     """Raises InputError if the loss or the gradient of `step` is not finite and the run has to stop."""
@@ -259,10 +258,9 @@ def _warn(message: str) -> None:
 
 
 def _explain(error: Exception) -> str:
-  """Returns the error's message; prints the traceback of an error that is not an InputError to stderr.
+  """Returns the error's message; prints the traceback of an error that is not an InputError.
 
-  Raises `error` again unless every process has it, as all InputErrors of evaluation: the others would wait for this one
-  in a computation.
+  Raises `error` again unless every process has it, as all InputErrors of evaluation: the others would wait for this.
   """
   if isinstance(error, InputError):
     return str(error)
@@ -274,7 +272,6 @@ def _explain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _trace(folder: epath.Path) -> Iterator[None]:
-  """A context that writes a jax.profiler trace."""
   jax.profiler.start_trace(str(folder))
   try:
     yield
@@ -286,16 +283,13 @@ def _trace(folder: epath.Path) -> Iterator[None]:
 class Signals(contextlib.AbstractContextManager):
   """A context that remembers the first signal that ends a run; a second one has its usual effect.
 
-  SIGTERM and SIGINT (Ctrl-C) come from people and preemption, SIGUSR1 from batch schedulers that announce a time limit,
-  SIGHUP from a terminal that closes. A second SIGHUP is ignored: a shell whose terminal closes sends one in addition to
-  the kernel's. SIGHUP remains ignored where the run was started with it ignored (nohup).
+  SIGUSR1 comes from batch schedulers that announce a time limit, SIGHUP from a terminal that closes. A second SIGHUP is
+  ignored: a shell whose terminal closes sends one in addition to the kernel's. With nohup, SIGHUP remains ignored.
   """
 
   def __init__(self):
-    self.received = 0
-    """The signal that this process received."""
-    self.agreed = 0
-    """The signal that any process received, as of the last call of `agree`."""
+    self.received = 0  # the signal that this process received
+    self.agreed = 0  # the signal that any process received, as of the last call of `agree`
     self._maximum = distributed.DelayedMaximum()
 
   def agree(self, wait: bool = False) -> int:
@@ -308,7 +302,6 @@ class Signals(contextlib.AbstractContextManager):
 
   @property
   def name(self) -> str:
-    """Name of the signal, such as SIGTERM."""
     return signal.Signals(self.agreed or self.received).name
 
   def __enter__(self) -> "Signals":

@@ -98,6 +98,7 @@ _ARRAYS = "_reconstruct _frombuffer scalar _reconstruct_array reconstruct_device
 class _Object:
   """Stands for any object of the pickle: records what it would be built from, and calls nothing."""
 
+  arguments: tuple = ()
   state: Any = None
 
   def __new__(cls, *arguments, **unused):  # whichever instruction of the pickle creates it

@@ -27,14 +27,13 @@ from orbax.checkpoint import multihost
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.config.checks import EXIT_TRANSIENT, for_user, require
 
-HEARTBEAT_SECONDS = 30
-"""A process without a heartbeat for this long counts as dead, and the others exit."""
+HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead, and the others exit
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-  """Initializes jax.distributed, if there are several processes; call it before any use of a device.
+  """Initializes jax.distributed for several processes, before any use of a device; InputError for wrong arguments.
 
-  Without arguments, it detects a TPU pod or a Slurm step of several tasks. Raises InputError for wrong arguments.
+  Without arguments, it detects a TPU pod or a Slurm step of several tasks.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
@@ -66,10 +65,7 @@ def _on_tpu() -> bool:
 
 
 def cache_compiled(folder: str | None) -> None:
-  """Sets JAX's compilation cache to `folder`, unless it is None or JAX has a cache folder already.
-
-  Programs depend on the CPU's instruction set, so each kind of CPU has a folder of its own.
-  """
+  """Sets JAX's compilation cache to a folder for this kind of CPU in `folder`, unless None or JAX has one already."""
   if folder is None or jax.config.jax_compilation_cache_dir:
     return
   cpu = pathlib.Path("/proc/cpuinfo")
@@ -98,19 +94,13 @@ def maximum(value: int) -> int:
 
 
 def wait_for_all(name: str) -> None:
-  """A barrier: returns once every process has called it with the same `name`, however late.
-
-  Unlike a computation, it needs no connection between devices, which CPUs give up establishing after 30 s.
-  """
+  """A barrier: returns once every process has called it with the same `name`, however late; it uses no device."""
   if jax.process_count() > 1:
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
 
 
 class DelayedMaximum:
-  """`maximum` without waiting: a call returns the largest value that any process passed to the previous call.
-
-  All processes must make the same calls in the same order relative to their other computations.
-  """
+  """`maximum` without waiting: a call returns the largest value that any process passed to the previous call."""
 
   def __init__(self):
     mesh = Mesh(np.array(jax.devices()), ("all",))
