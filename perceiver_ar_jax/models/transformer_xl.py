@@ -30,20 +30,14 @@ def check(config: ModelConfig) -> None:
   """Raises InputError for settings that Transformer-XL does not support."""
   zeros: dict[str, Any] = dict.fromkeys(("latent_dropout", "cross_attend_dropout", "conv_taps", "value_features"), 0)
   supported = zeros | {"position_encoding": "relative", "cross_attend_after": (), "rotary_axes": (), "qk_norm": False}
+  supported["attention"] = "reference" if config.attention == "reference" else "auto"
   for name, value in supported.items():
-    actual = getattr(config, name)
-    require(
-      actual == value, f"model.{name}={actual} is not supported by transformer_xl: set --config.model.{name}={value}."
-    )
-  kernel = config.attention
-  require(
-    kernel in ("auto", "reference"), f"model.attention={kernel} is not supported by transformer_xl: set it to auto."
-  )
+    problem = f"model.{name}={getattr(config, name)} is not supported by transformer_xl"
+    require(getattr(config, name) == value, f"{problem}: set --config.model.{name}={value}.")
   require_at_least(1, "model", config, "segment", "num_layers")
   require_at_least(0, "model", config, "memory")
-  require(
-    config.segment is not None, "model.segment=None must be at least 1: set the tokens of a segment, such as 256."
-  )
+  fix = "set the tokens of a segment, such as 256"
+  require(config.segment is not None, f"model.segment=None must be at least 1: {fix}.")
 
 
 def memory_size(config: ModelConfig) -> int:

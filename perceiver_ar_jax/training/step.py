@@ -101,15 +101,11 @@ def score(model: nn.Module, params, batch: Batch, dropout_key=None, **terms: flo
 def make_train_step(
   config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the update (state, batch, key) for `config`; jit it with the state donated.
+  """Returns the update (state, batch, key of the run) for `config`; jit it with the state donated.
 
-  The key is that of the run: each step derives its own from it.
-
-  Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`,
-  the global norm of the gradients that the optimizer receives, before clipping, and `learning_rate`. With
-  train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step, and
-  `skipped_steps` is the number of such updates since the start of the run. Raises InputError for settings that the
-  model does not support.
+  Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`
+  before clipping, and `learning_rate`. With train.on_nonfinite=skip, an update whose loss or norm is not finite changes
+  nothing but the step, and `skipped_steps` counts them. Raises InputError for settings that the model does not support.
   """
   packing, architecture = config.data.packing, config.model.architecture
   is_valid = packing == 1 or architectures.architecture_of(config.model).has_cross_attention
@@ -124,13 +120,21 @@ def make_train_step(
     sums = loss_lib.weighted_sums(losses, batch["weights"])
     return sums["loss"] + sums["z_loss"], sums
 
+  grad_fn = jax.grad(sum_of_losses, has_aux=True)
+
+  def grad_of_part(params, part: Batch, key: jax.Array):
+    # Part i of n consists of the rows i, i + n, ..., so that rows stay on their devices.
+    part = {name: constrain(x, *batch_axes(name, x.ndim)) for name, x in part.items()}
+    return grad_fn(params, part, jax.random.fold_in(key, part["row"][0]))
+
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
     key = jax.random.fold_in(key, state.step + 1)
-    grad_fn = jax.grad(sum_of_losses, has_aux=True)
     if config.train.microbatches == 1:
       gradients, sums = grad_fn(state.params, batch, key)
     else:
-      gradients, sums = _accumulate(grad_fn, state.params, batch, key, config.train.microbatches)
+      rows = len(batch["inputs"])
+      add_up = optax.microbatching.microbatch(grad_of_part, 1, rows // config.train.microbatches)
+      gradients, sums = add_up(state.params, batch | {"row": jnp.arange(rows)}, key)
     num_tokens = jnp.maximum(sums["num_tokens"], 1.0)
     if config.train.loss_reduction == "mean":
       gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
@@ -171,24 +175,3 @@ def lower(
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   update = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(layout, replicated))
   return update.lower(abstract, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated))
-
-
-def _accumulate(grad_fn, params, batch: Batch, key: jax.Array, microbatches: int):
-  """Returns (gradients, sums) added up over equal parts of the batch, with one part in memory at a time.
-
-  A part consists of every n-th row, so that rows stay on their devices.
-  """
-
-  def split(name, x):
-    parts = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-    return constrain(parts, None, *batch_axes(name, x.ndim))
-
-  def add(total, part):
-    index, rows = part
-    return jax.tree.map(jnp.add, total, grad_fn(params, rows, jax.random.fold_in(key, index))), None
-
-  parts = {name: split(name, x) for name, x in batch.items()}
-  first = jax.tree.map(lambda part: part[0], parts)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, key))
-  total, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))
-  return total
