@@ -28,7 +28,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from perceiver_ar_jax import command_line
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, require
 from perceiver_ar_jax.experiments import plots
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.training import metrics
@@ -44,8 +44,8 @@ def main(config: Config) -> int:
   del config  # resolving it has validated the settings that apply to all runs
   path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
   settings = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
-  if not all(seed.isdigit() for seed in _SEEDS.value):
-    raise InputError(f"--seeds={','.join(_SEEDS.value)} must be comma-separated whole numbers.")
+  are_numbers = all(seed.isdigit() for seed in _SEEDS.value)
+  require(are_numbers, f"--seeds={','.join(_SEEDS.value)} must be comma-separated whole numbers.")
   workdir = epath.Path(command_line.WORKDIR.value)
   ablate(path, workdir, _SEEDS.value, settings)
   print((workdir / "README.md").read_text(), flush=True)
@@ -55,14 +55,11 @@ def main(config: Config) -> int:
 def ablate(path: str, workdir: epath.Path, seeds: Sequence[str], settings: Sequence[str]) -> dict:
   """Runs every variant of the file `path` with every seed, unless complete; writes the results and returns README.json.
 
-  `settings` are flags of all runs, such as --config.train.steps=100.
-
-  Raises:
-    InputError: the file has no VARIANTS, or a run failed.
+  `settings` are flags of all runs, such as --config.train.steps=100. Raises InputError if the file has no VARIANTS, or
+  a run failed.
   """
-  module = runpy.run_path(path)
-  if "VARIANTS" not in module:
-    raise InputError(f"--config={path} does not define VARIANTS: give a file such as configs/ablations/context.py.")
+  module, fix = runpy.run_path(path), "give a file such as configs/ablations/context.py"
+  require("VARIANTS" in module, f"--config={path} does not define VARIANTS: {fix}.")
   command = ["python", "-m", "perceiver_ar_jax.experiments.ablate", f"--config={path}", f"--seeds={','.join(seeds)}"]
   results = {
     "about": module["__doc__"],

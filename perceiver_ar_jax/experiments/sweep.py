@@ -22,7 +22,7 @@ from absl import flags
 from etils import epath
 
 from perceiver_ar_jax import command_line
-from perceiver_ar_jax.config import Config, InputError, ModelConfig
+from perceiver_ar_jax.config import Config, ModelConfig, require
 from perceiver_ar_jax.data import splits
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.experiments import plots
@@ -43,16 +43,15 @@ def main(config: Config) -> int:
 
 
 def _numbers(name: str, words: list[str]) -> list[int]:
-  if not all(word.strip().isdigit() and int(word) for word in words):
-    raise InputError(f"--{name}={','.join(words)} must be comma-separated whole numbers of at least 1.")
+  are_valid = all(word.strip().isdigit() and int(word) for word in words)
+  require(are_valid, f"--{name}={','.join(words)} must be comma-separated whole numbers of at least 1.")
   return [int(word) for word in words]
 
 
 def sweep(config: Config, workdir: epath.Path, values: Mapping[str, list[int]]) -> list[dict]:
   """Scores every combination of `values` (numbers by name of an axis) and writes the tables; returns their rows.
 
-  Raises:
-    InputError: there is no checkpoint, or a value does not suit the model.
+  Raises InputError if there is no checkpoint, or a value does not suit the model.
   """
   trained = {
     "num_latents": config.eval.num_latents or config.model.num_latents,
@@ -81,26 +80,22 @@ def sweep(config: Config, workdir: epath.Path, values: Mapping[str, list[int]]) 
 
 def _config_at(config: Config, point: Mapping[str, int]) -> Config:
   """Returns the config that scores one point."""
-  trained = config.model
-  if point["layers"] > trained.num_layers:
-    raise InputError(f"--layers={point['layers']} exceeds the {trained.num_layers} layers of the model.")
-  if not architecture_of(trained).has_cross_attention and point["layers"] != trained.num_layers:
-    raise InputError(f"--layers={point['layers']} is not supported with {trained.architecture}: leave it out.")
-  if point["num_latents"] > point["context"]:
-    raise InputError(
-      f"--num_latents={point['num_latents']} exceeds a context of {point['context']}, whose last inputs they are: lower"
-      " it, or raise --context."
-    )
+  trained, (num_latents, _, context, layers) = config.model, (point[axis] for axis in _AXES)
+  require(layers <= trained.num_layers, f"--layers={layers} exceeds the {trained.num_layers} layers of the model.")
+  has_any = architecture_of(trained).has_cross_attention or layers == trained.num_layers
+  require(has_any, f"--layers={layers} is not supported with {trained.architecture}: leave it out.")
+  problem = f"--num_latents={num_latents} exceeds a context of {context}, whose last inputs they are"
+  require(num_latents <= context, f"{problem}: lower it, or raise --context.")
   model = dataclasses.replace(
     trained,
-    max_context=point["context"],
-    num_latents=point["num_latents"],
-    num_layers=point["layers"],
-    cross_attend_after=tuple(layer for layer in trained.cross_attend_after if layer < point["layers"]),
+    max_context=context,
+    num_latents=num_latents,
+    num_layers=layers,
+    cross_attend_after=tuple(layer for layer in trained.cross_attend_after if layer < layers),
     rotary_max_wavelength=trained.rotary_max_wavelength or trained.max_context,  # must stay as in training
   )
   sample = dataclasses.replace(config.sample, kept_latents=None)
-  evaluation = dataclasses.replace(config.eval, num_latents=point["num_latents"], stride=point["stride"])
+  evaluation = dataclasses.replace(config.eval, num_latents=num_latents, stride=point["stride"])
   return dataclasses.replace(config, model=model, eval=evaluation, sample=sample)
 
 
