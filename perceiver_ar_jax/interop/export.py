@@ -62,7 +62,7 @@ def export_params(
   if it cannot be written now, such as on a full disk.
   """
   text = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
-  _write(epath.Path(folder), config, params, dtype, step, {"config.json": text.encode()})
+  _write(epath.Path(folder), {"Model": config}, params, dtype, step, {"config.json": text.encode()})
 
 
 def export_run(
@@ -73,7 +73,7 @@ def export_run(
   config.json has the mesh and attention kernel of no particular machine. `results` are evaluations, for the model card.
   """
   files: dict[str, bytes] = {}
-  data = config.data
+  data, sections = config.data, {"Model": config.model, "Data": config.data, "Training": config.train}
   if data.sentencepiece:
     from perceiver_ar_jax.data.sources import sentencepiece_fingerprint  # imports TensorFlow
 
@@ -84,7 +84,7 @@ def export_run(
     )
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
-  _write(epath.Path(folder), config.model, params, dtype, step, files | {"config.json": text.encode()}, config, results)
+  _write(epath.Path(folder), sections, params, dtype, step, files | {"config.json": text.encode()}, results)
 
 
 def check_output(folder: epath.Path) -> None:
@@ -95,19 +95,14 @@ def check_output(folder: epath.Path) -> None:
 
 
 def _write(
-  folder: epath.Path,
-  model: ModelConfig,
-  params: Any,
-  dtype: str,
-  step: int,
-  files: dict[str, bytes],
-  config: Config | None = None,
-  results: Sequence[dict] = (),
+  folder: epath.Path, sections: dict[str, Any], params: Any, dtype: str, step: int, files: dict[str, bytes], results=()
 ) -> None:
   check_output(folder)
   require_choice("dtype", dtype, pretrained.DTYPES)
-  arrays = _arrays(model, params, jnp.dtype(dtype))
-  card = _card(folder.name, model, config, results, sum(x.size for x in arrays.values()), dtype, step)
+  arrays = _arrays(sections["Model"], params, jnp.dtype(dtype))
+  size = f"{sum(x.size for x in arrays.values()):,} parameters ({dtype})"
+  summary = f"{sections['Model'].architecture} with {size}, trained for {step:,} steps with perceiver_ar_jax."
+  card = _card(folder.name, summary, sections, results)
   metadata = {"format": "perceiver_ar_jax", "step": str(step)}
   with writing(folder, _FREE), _new_folder(folder) as local:
     for name, content in (files | {"README.md": card.encode()}).items():
@@ -152,16 +147,11 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
   return arrays
 
 
-def _card(
-  name: str, model: ModelConfig, config: Config | None, results: Sequence[dict], size: int, dtype: str, step: int
-) -> str:
+def _card(name: str, summary: str, sections: dict[str, Any], results: Sequence[dict]) -> str:
   """The text of README.md."""
-  title = {"perceiver_ar": "Perceiver AR"}.get(model.architecture, model.architecture)
-  lines = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {name}", ""]
-  lines += [f"{title} with {size:,} parameters ({dtype}), trained for {step:,} steps with perceiver_ar_jax.", ""]
-  lines += ["## Model", "", *_settings(model)]
-  if config:
-    lines += ["## Data", "", *_settings(config.data), "## Training", "", *_settings(config.train)]
+  lines = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {name}", "", summary, ""]
+  for title, section in sections.items():
+    lines += [f"## {title}", "", *_settings(section)]
   if results:
     lines += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
   for result in results:

@@ -3,9 +3,8 @@
 A row is cut into segments, from its end. They are processed in order; each layer attends to the segment itself and to
 the cached states of the previous layer on the tokens before it (section 3.2), by content and by distance (section 3.3).
 
-Everything that the comparison is not about is PerceiverAR's: embedding, pre-norm layers (the original: post-norm),
-biases in Dense layers, activation, dropout, initialisation, final norm, a plain softmax over the vocabulary (the
-original: an adaptive one). The recurrence starts empty at the first token of a row, where the original continues from
+All else is PerceiverAR's: pre-norm layers (the original: post-norm), a plain softmax over the vocabulary (the original:
+an adaptive one), and so on. The recurrence starts empty at the first token of a row, where the original continues from
 the previous row; so give a row many segments. Each layer has biases u and v of its own.
 
 Shape letters: perceiver_ar.py; S tokens of a segment, C remembered states, T = C + S, G segments.
