@@ -50,27 +50,22 @@ To start another run from these weights: `--config.train.init_from=FOLDER`.
 def export_params(
   config: ModelConfig, params: Any, folder: epath.PathLike, *, dtype: str = "float32", step: int = 0
 ) -> None:
-  """Writes a model to `folder`, whose config.json has the model's settings alone.
+  """Writes a model to `folder`, which is new or empty; its config.json has the model's settings alone.
 
-  Args:
-    params: as `PerceiverAR(config).init` or `load_checkpoint` returns them; boxed or not.
-    folder: new or empty; its parents are created.
-    dtype: of the values in the file, float32 or bfloat16.
-    step: of training, for the record.
-
-  Raises InputError if `params` are not those of `config`, or `folder` is not empty or cannot be written, TransientError
-  if it cannot be written now, such as on a full disk.
+  `params` are as `PerceiverAR(config).init` or `load_checkpoint` returns them, `dtype` is float32 or bfloat16, `step`
+  is that of training. Raises InputError if `params` are not those of `config`, or `folder` is not empty or cannot be
+  written, TransientError if it cannot be written now, such as on a full disk.
   """
   text = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
   _write(epath.Path(folder), {"Model": config}, params, dtype, step, {"config.json": text.encode()})
 
 
 def export_run(
-  config: Config, params: Any, folder: epath.PathLike, *, dtype: str, step: int, results: Sequence[dict] = ()
+  config: Config, params: Any, folder: epath.PathLike, *, dtype: str, step: int, metrics: Sequence[str] = ()
 ) -> None:
   """Writes a model with all settings of its run and its SentencePiece model; as `export_params`.
 
-  config.json has the mesh and attention kernel of no particular machine. `results` are evaluations, for the model card.
+  config.json has the mesh and attention kernel of no particular machine. `metrics` are lines of the model card.
   """
   files: dict[str, bytes] = {}
   data, sections = config.data, {"Model": config.model, "Data": config.data, "Training": config.train}
@@ -84,7 +79,7 @@ def export_run(
     )
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
-  _write(epath.Path(folder), sections, params, dtype, step, files | {"config.json": text.encode()}, results)
+  _write(epath.Path(folder), sections, params, dtype, step, files | {"config.json": text.encode()}, metrics)
 
 
 def check_output(folder: epath.Path) -> None:
@@ -95,14 +90,14 @@ def check_output(folder: epath.Path) -> None:
 
 
 def _write(
-  folder: epath.Path, sections: dict[str, Any], params: Any, dtype: str, step: int, files: dict[str, bytes], results=()
+  folder: epath.Path, sections: dict[str, Any], params: Any, dtype: str, step: int, files: dict[str, bytes], metrics=()
 ) -> None:
   check_output(folder)
   require_choice("dtype", dtype, pretrained.DTYPES)
   arrays = _arrays(sections["Model"], params, jnp.dtype(dtype))
   size = f"{sum(x.size for x in arrays.values()):,} parameters ({dtype})"
   summary = f"{sections['Model'].architecture} with {size}, trained for {step:,} steps with perceiver_ar_jax."
-  card = _card(folder.name, summary, sections, results)
+  card = _card(folder.name, summary, sections, metrics)
   metadata = {"format": "perceiver_ar_jax", "step": str(step)}
   with writing(folder, _FREE), _new_folder(folder) as local:
     for name, content in (files | {"README.md": card.encode()}).items():
@@ -147,40 +142,17 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
   return arrays
 
 
-def _card(name: str, summary: str, sections: dict[str, Any], results: Sequence[dict]) -> str:
-  """The text of README.md."""
+def _card(name: str, summary: str, sections: dict[str, Any], metrics: Sequence[str]) -> str:
+  """The text of README.md, with the settings that are not the defaults."""
   lines = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {name}", "", summary, ""]
   for title, section in sections.items():
-    lines += [f"## {title}", "", *_settings(section)]
-  if results:
+    values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
+    changed = {field.name: value for field, value in values.items() if value != field.default}
+    rows = [f"| {name} | {value} |" for name, value in changed.items() if not dataclasses.is_dataclass(value)]
+    lines += [f"## {title}", "", "| setting | value |", "|---|---|", *rows, ""]
+  if metrics:
     lines += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
-  for result in results:
-    row = dict(result, summary=units.UNITS[result["unit"]].summary.format_map(result))
-    lines.append(
-      "| {split} | {step} | {summary} | {bits_per_token:.4f} | {accuracy:.4f} | {num_tokens:,} |".format(**row)
-    )
-  return "\n".join([*lines, "", _LOAD])
-
-
-def _settings(section: Any) -> list[str]:
-  """A table of the settings that are not the defaults."""
-  rows = [
-    f"| {field.name} | {getattr(section, field.name)} |"
-    for field in dataclasses.fields(section)
-    if getattr(section, field.name) != field.default and not dataclasses.is_dataclass(getattr(section, field.name))
-  ]
-  return ["| setting | value |", "|---|---|", *rows, ""]
-
-
-def _results(workdir: epath.Path, step: int) -> list[dict]:
-  """The evaluations of `step` in the workdir."""
-  results = []
-  for path in sorted(workdir.glob(f"eval-*-{step}.json")):
-    with contextlib.suppress(ValueError):  # half a file, or not one of this project
-      result = json.loads(path.read_text())
-      if {"unit", "split", "step", "bits_per_token", "accuracy", "num_tokens"} <= result.keys():
-        results.append(result)
-  return results
+  return "\n".join([*lines, *metrics, "", _LOAD])
 
 
 def _run(config: Config) -> int:
@@ -193,10 +165,16 @@ def _run(config: Config) -> int:
   here = dataclasses.replace(config, model=model, mesh=MeshConfig())
   averaged = flags.FLAGS.ema is not False
   _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step, averaged=averaged)
-  results = _results(workdir, step) if averaged or not train.ema_decay else []  # evaluations are of the average
+  metrics = []
+  for path in sorted(workdir.glob(f"eval-*-{step}.json")) if averaged or not train.ema_decay else ():  # of the average
+    with contextlib.suppress(ValueError, KeyError):  # half a file, or not one of this project
+      result = json.loads(path.read_text())
+      result["summary"] = units.UNITS[result["unit"]].summary.format_map(result)
+      columns = "| {split} | {step} | {summary} | {bits_per_token:.4f} | {accuracy:.4f} | {num_tokens:,} |"
+      metrics.append(columns.format_map(result))
   ema_decay = train.ema_decay if averaged else 0.0  # without averaging, training has the same last weights
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=ema_decay))
-  export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, results=results)
+  export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, metrics=metrics)
   print(f"Wrote the weights of step {step} in {flags.FLAGS.dtype} to {folder}.")
   return 0
 
