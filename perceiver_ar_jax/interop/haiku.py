@@ -2,9 +2,8 @@
 
   python -m perceiver_ar_jax.interop.haiku --checkpoint=checkpoint.dill --config=configs/imagenet64.py --workdir=DIR
 
-writes the weights as step 0 of a run in DIR, which can be evaluated and trained further (fine-tuning). With
---output=FOLDER instead of --workdir, it writes a folder of exported weights (interop/export.py). The file does not
-contain the architecture, so --config must describe the model it was trained with.
+writes the weights as step 0 of a run in DIR, or with --output=FOLDER as exported weights (interop/export.py). The file
+does not contain the architecture, so --config must describe the model it was trained with.
 
 A .dill file is a pickle, a program that may call anything. Here its names stand for classes of this module alone.
 """

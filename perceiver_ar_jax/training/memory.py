@@ -1,7 +1,6 @@
 """Checks that a run fits into the memory of its devices, before weights are created.
 
-XLA's memory analysis of a compiled program is exact, but needs a compilation, which may crash for shapes far beyond the
-memory of any machine. So a lower limit is checked first.
+XLA's memory analysis is exact, but needs a compilation, which may crash for huge shapes, so a lower limit comes first.
 """
 
 import contextlib

@@ -49,10 +49,9 @@ def import_tracker(name: str) -> types.ModuleType | None:
 
 @contextlib.contextmanager
 def track(package: types.ModuleType | None, workdir: epath.Path, config: Config) -> Iterator[Callable]:
-  """A context whose function (step, metrics) sends metrics, from process 0, to wandb or trackio.
+  """A context whose function (step, metrics) sends metrics, from process 0, to the run of WORKDIR/tracker_id.
 
-  After a restart they go to the same run, whose ID is in WORKDIR/tracker_id. Any failure of the tracker ends tracking
-  and not training.
+  Any failure of the tracker ends tracking and not training.
   """
   run, path = None, workdir / "tracker_id"
 
@@ -84,9 +83,8 @@ def track(package: types.ModuleType | None, workdir: epath.Path, config: Config)
 class MetricsLog(contextlib.AbstractContextManager):
   """A context that writes the metrics of one run, from process 0; other processes write nothing.
 
-  Lines of metrics.jsonl after `first_step`, that of the checkpoint that the run resumes from, are dropped. `bits_name`
-  is the name of nats / ln 2, such as bits/dim; `track` is called with the arguments of `write`. It and its methods
-  raise InputError or TransientError if metrics.jsonl cannot be written.
+  Lines of metrics.jsonl after `first_step`, the step that the run resumes from, are dropped. `bits_name` is the name of
+  nats / ln 2, such as bits/dim. Raises InputError or TransientError, as do its methods, if the file cannot be written.
   """
 
   def __init__(self, workdir: epath.Path, config: Config, first_step: int, bits_name: str, track: Callable):

@@ -48,8 +48,8 @@ _FINGERPRINT = "data.sentencepiece_fingerprint"
 def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
   """A context in which `workdir` has the config.json of `config` and belongs to this run; process 0 owns it for all.
 
-  Yields a function that raises InputError once another run has taken the workdir over. Raises InputError if another run
-  owns it or it contains checkpoints of another experiment, this or TransientError if it cannot be written.
+  Yields a function that raises InputError once another run owns the workdir. Raises InputError if another run owns it
+  or it contains checkpoints of another experiment, this or TransientError if it cannot be written.
   """
   with writing(f"--workdir={workdir}", "give a folder that you may write to"):
     workdir.mkdir(parents=True, exist_ok=True)
@@ -121,10 +121,9 @@ def _with_wavelength(config: Config) -> Config:
 
 
 def _with_fingerprint(config: Config, saved: Config | None) -> Config:
-  """Returns `config` with the fingerprint of its SentencePiece model.
+  """Returns `config` with the fingerprint of its SentencePiece model; where its file is missing, with that of `saved`.
 
-  Weights can be used without the model: where its file is missing, the recorded fingerprint stays. A run of 0.1.0 has
-  none, and only its data position can be compared.
+  A run of 0.1.0 has none, and only its data position can be compared.
   """
   from perceiver_ar_jax.data import sources  # imports TensorFlow
 
