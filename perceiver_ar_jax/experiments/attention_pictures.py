@@ -128,7 +128,6 @@ class Window(NamedTuple):
 
 
 def _statistics(window: Window, weights_HxL: np.ndarray, num_latents: int) -> dict:
-  """Returns an output's entry of attention.json."""
   mean_L = weights_HxL.mean(axis=0, dtype=np.float64)
   positive = mean_L[mean_L > 0]
   return {
@@ -141,7 +140,6 @@ def _statistics(window: Window, weights_HxL: np.ndarray, num_latents: int) -> di
 
 
 def _save(folder: epath.Path, names: Sequence[str], window: Window, weights_HxL: np.ndarray) -> None:
-  """Writes the picture and the .npz file of an output."""
   inputs = len(window.events) - 1
   padding = weights_HxL.shape[1] - inputs
   with (folder / names[0]).open("wb") as file, warnings.catch_warnings():

@@ -79,7 +79,6 @@ def sweep(config: Config, workdir: epath.Path, values: Mapping[str, list[int]]) 
 
 
 def _config_at(config: Config, point: Mapping[str, int]) -> Config:
-  """Returns the config that scores one point."""
   trained, (num_latents, _, context, layers) = config.model, (point[axis] for axis in _AXES)
   require(layers <= trained.num_layers, f"--layers={layers} exceeds the {trained.num_layers} layers of the model.")
   has_any = architecture_of(trained).has_cross_attention or layers == trained.num_layers
@@ -112,7 +111,6 @@ def first_layers(model: ModelConfig, params: Mapping) -> dict:
 
 
 def _score(config: Config, mesh, params, step: int) -> dict:
-  """Returns the metrics of one point and their cost."""
   evaluator = evaluate.Evaluator(config, mesh)
   evaluator(params, step, documents=list(splits.documents(config, config.eval.split, 1))[:1])  # compiles
   start = time.monotonic()
