@@ -25,10 +25,8 @@ from perceiver_ar_jax.config import checks, config_from_run
 
 _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # raised by a config file that cannot be executed
 _INVALID_FLAGS = (flags.Error, argparse.ArgumentError, AttributeError, LookupError, TypeError, ValueError)
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  help_string="The experiment: a file such as configs/photos32.py. Default: the config of the run in --workdir.",
-)
+_HELP = "The experiment: a file such as configs/photos32.py. Default: the config of the run in --workdir."
+_CONFIG = config_flags.DEFINE_config_file("config", help_string=_HELP)
 flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of this project, Python and JAX, and exit.")

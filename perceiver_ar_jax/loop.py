@@ -22,7 +22,7 @@ import tqdm
 from clu import parameter_overview
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, TransientError, checks, writing
+from perceiver_ar_jax.config import Config, InputError, TransientError, checks, require, writing
 from perceiver_ar_jax.data import splits, units, warn_once
 from perceiver_ar_jax.data.loader import TrainLoader, to_global
 from perceiver_ar_jax.evaluation import evaluate
@@ -207,12 +207,10 @@ class _Run:
       return
     self._skipped_in_a_row += 1
     problem = f"At step {step} the loss is {loss} and the gradient norm {grad_norm}"
-    if self.config.train.on_nonfinite != "skip" or self._skipped_in_a_row >= self.config.train.max_skipped:
-      raise InputError(
-        f"{problem} ({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are"
-        " unchanged: resume from the newest with a lower --config.train.optimizer.learning_rate or"
-        " --config.train.optimizer.clip_norm (or start over with a longer warm-up, or in float32)."
-      )
+    continues = self.config.train.on_nonfinite == "skip" and self._skipped_in_a_row < self.config.train.max_skipped
+    fix = "lower --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm"
+    stopped = f"({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are unchanged"
+    require(continues, f"{problem} {stopped}: {fix}, or start over with a longer warm-up or in float32.")
     self.log.print(f"{problem}: the update was skipped.")
 
   def _evaluate(self, params, step: int) -> dict | None:
@@ -228,10 +226,8 @@ class _Run:
         raise
       reason = _explain(error)
       if is_last:
-        raise InputError(
-          f"Training is complete and step {step} is saved, but its evaluation failed: {reason} Score it with"
-          " --mode=eval, or run the same command again."
-        ) from error
+        problem = f"Training is complete and step {step} is saved, but its evaluation failed: {reason}"
+        raise InputError(f"{problem} Score it with --mode=eval, or run the same command again.") from error
       _warn(f"The evaluation of step {step} failed, and training continues without it: {reason}")
     if result:
       self.log.print(self.evaluator.describe(result))

@@ -114,9 +114,8 @@ def measure(config: Config, topology: Topology) -> dict:
   try:
     mesh = make_mesh(config.mesh, devices)
   except NotImplementedError as error:  # JAX cannot divide the torus into these axes
-    raise InputError(
-      f"The mesh {config.mesh} does not fit {topology}: each axis must be a product of some of the slice's dimensions."
-    ) from error
+    fix = "each axis must be a product of some of the slice's dimensions"
+    raise InputError(f"The mesh {config.mesh} does not fit {topology}: {fix}.") from error
   architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)

@@ -72,11 +72,10 @@ def export_run(
   if data.sentencepiece:
     from perceiver_ar_jax.data.sources import sentencepiece_fingerprint  # imports TensorFlow
 
+    name = config_from_run.SENTENCEPIECE
     with reading(data.sentencepiece, "set --config.data.sentencepiece to where the file is now"):
-      files[config_from_run.SENTENCEPIECE] = epath.Path(data.sentencepiece).read_bytes()
-    data = dataclasses.replace(
-      data, sentencepiece=config_from_run.SENTENCEPIECE, sentencepiece_fingerprint=sentencepiece_fingerprint(data)
-    )
+      files[name] = epath.Path(data.sentencepiece).read_bytes()
+    data = dataclasses.replace(data, sentencepiece=name, sentencepiece_fingerprint=sentencepiece_fingerprint(data))
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
   _write(epath.Path(folder), sections, params, dtype, step, files | {"config.json": text.encode()}, metrics)

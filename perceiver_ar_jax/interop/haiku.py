@@ -30,6 +30,7 @@ from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
+HaikuParams = Mapping[str, Mapping[str, np.ndarray]]
 # Official names of modules, by the names here.
 _ENDS = {"to_latents": "linear", "final_norm": "layer_norm", "to_logits": "logits"}
 _ATTENTION_AND_MLP = {
@@ -162,24 +163,19 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
   try:
     with open(path, "rb") as file:
       state = _plain(_Unpickler(file).load(), dict)
-    params = {
-      _plain(module, str): {
-        _plain(name, str): _plain(array, np.ndarray) for name, array in _plain(arrays, dict).items()
-      }
-      for module, arrays in _plain(state["params"], dict).items()
-    }
+    params: dict[str, dict[str, np.ndarray]] = {}
+    for module, arrays in _plain(state["params"], dict).items():
+      named = {_plain(name, str): _plain(array, np.ndarray) for name, array in _plain(arrays, dict).items()}
+      params[_plain(module, str)] = named
     return params, int(_plain(state.get("global_step", 0), int, np.ndarray))
   except OSError as error:
     raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
   except Exception as error:  # any error of a damaged or foreign file
-    raise InputError(
-      f"--checkpoint={path} is not an official checkpoint.dill, or is damaged ({type(error).__name__}: {error})."
-    ) from error
+    problem = f"--checkpoint={path} is not an official checkpoint.dill, or is damaged"
+    raise InputError(f"{problem} ({type(error).__name__}: {error}).") from error
 
 
-def convert(
-  haiku_params: Mapping[str, Mapping[str, np.ndarray]], model_kwargs: Mapping[str, Any]
-) -> tuple[ModelConfig, dict]:
+def convert(haiku_params: HaikuParams, model_kwargs: Mapping[str, Any]) -> tuple[ModelConfig, dict]:
   """Returns (config, parameters) of an official model.
 
   Args:
@@ -192,7 +188,7 @@ def convert(
   return config, convert_params(haiku_params, config)[0]
 
 
-def convert_params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> tuple[dict, list[str]]:
+def convert_params(haiku_params: HaikuParams, config: ModelConfig) -> tuple[dict, list[str]]:
   """Returns (the parameters of `config`, names of official parameters that are not used).
 
   Self-attention layers are stacked for nn.scan. Constant position tables, which official checkpoints contain as well,

@@ -107,9 +107,8 @@ class CachedModel:
   def append(self, context: ContextCache, token_B, position_BxP) -> ContextCache:
     """The context with one more input in each row (PAD: an empty slot) and its latent; updated in place if donated."""
     token_Bx1, position_Bx1xP, valid_Bx1 = token_B[:, None], position_BxP[:, None], token_B[:, None] > 0
-    tokens_BxT, positions_BxTxP = (
-      jnp.concatenate(pair, axis=1) for pair in zip(context.recent, (token_Bx1, position_Bx1xP))
-    )
+    pairs = zip(context.recent, (token_Bx1, position_Bx1xP))
+    tokens_BxT, positions_BxTxP = (jnp.concatenate(pair, axis=1) for pair in pairs)
     model = self._bind()
     keys_values = model.cross_keys_values(tokens_BxT, positions_BxTxP, halo=self._config.conv_taps)
     new = tuple(CachedKeys.from_arrays(*arrays) for arrays in keys_values)

@@ -161,9 +161,8 @@ class RelativeAttention(nn.Module):
     dense = functools.partial(layers.dense, config, width)
     keys_values = layers.KeysValues(config, heads, width, name="keys_values")
     # Projected separately: since the memory has no gradient, the backward product for it is then left out.
-    k_BxTxHxK, v_BxTxHxK = (
-      jnp.concatenate(parts, axis=1) for parts in zip(keys_values(memory_BxCxD), keys_values(normed_BxSxD), strict=True)
-    )
+    pairs = zip(keys_values(memory_BxCxD), keys_values(normed_BxSxD))
+    k_BxTxHxK, v_BxTxHxK = (jnp.concatenate(pair, axis=1) for pair in pairs)
     r_TxHxK = dense("distance", ("width", "heads"), use_bias=False)(distances_TxD).reshape(-1, heads, width // heads)
     query_BxSxD = dense("query", ("width", "heads"))(normed_BxSxD)
 

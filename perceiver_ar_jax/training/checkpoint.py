@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from perceiver_ar_jax.config import InputError, TransientError, checks, reading, writing
+from perceiver_ar_jax.config import InputError, TransientError, checks, reading, require, writing
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training.step import TrainState
 from perceiver_ar_jax.training.workdir import write_atomically
@@ -91,9 +91,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     policies, by_loss = ocp.checkpoint_managers, lambda metrics: metrics["nats_per_token"]
     best = policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     preserved, writes = policies.AnyPreservationPolicy([policies.LatestN(keep), best]), not read_only
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=preserved, cleanup_tmp_directories=writes, read_only=read_only, create=writes
-    )
+    access = {"cleanup_tmp_directories": writes, "read_only": read_only, "create": writes}
+    options = ocp.CheckpointManagerOptions(preservation_policy=preserved, **access)
     distributed.wait_for_all("checkpoints")  # compilation or imports may have taken one process much longer
     with reading(self._directory, "give this user access"):
       self._manager = _Manager(self._directory, options=options)
@@ -155,11 +154,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         if damaged:
           self._set_aside(damaged)
         return TrainState(**restored.pop("optimizer"), **restored)
-    if damaged:
-      raise InputError(
-        f"All checkpoints ({', '.join(map(str, reversed(damaged)))}) in {self._directory} are damaged; none was moved."
-        " Put back a good copy, or start over with another --workdir."
-      )
+    problem = f"All checkpoints ({', '.join(map(str, reversed(damaged)))}) in {self._directory} are damaged"
+    require(not damaged, f"{problem}; none was moved. Put back a good copy, or start over with another --workdir.")
     return None
 
   def restore_params(
@@ -174,17 +170,15 @@ class Checkpointer(contextlib.AbstractContextManager):
     if not steps:
       return None
     step = steps[-1] if step is None else step
-    if step not in steps:
-      raise InputError(f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+    require(step in steps, f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     try:
       has_average = self._read_on_all(step, (self._directory / str(step) / "ema").exists)
       name = "ema" if averaged and has_average else "params"
       return step, self._restore_step(step, {name: abstract_params}, None)[name]
     except _Damaged as error:
-      raise InputError(
-        f"The checkpoint of step {step} in {self._directory} is damaged: {error}. An older one is not used unasked: put"
-        " back a good copy, or resume training, which moves this one to damaged/."
-      ) from error
+      problem = f"The checkpoint of step {step} in {self._directory} is damaged: {error}. An older one is not used"
+      fix = "put back a good copy, or resume training, which moves this one to damaged/"
+      raise InputError(f"{problem} unasked: {fix}.") from error
 
   def _steps(self) -> list[int]:
     return sorted(self._manager.all_steps()) if self._directory.exists() else []
@@ -206,11 +200,10 @@ class Checkpointer(contextlib.AbstractContextManager):
   def _restore_step(self, step: int, trees: dict[str, Any], data) -> dict[str, Any]:
     folder, restored = self._directory / str(step), {}
     saved = self._read_on_all(step, lambda: self._json.restore(folder / "fingerprint"))
-    if missing := [path for path in _leaves(trees) if path not in saved]:
-      raise InputError(
-        f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config: it lacks"
-        f" {', '.join(missing[:3])}. Resume with the version that saved it, or start over with another --workdir."
-      )
+    missing = [path for path in _leaves(trees) if path not in saved]
+    problem = f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config"
+    fix = "Resume with the version that saved it, or start over with another --workdir."
+    require(not missing, f"{problem}: it lacks {', '.join(missing[:3])}. {fix}")
     for name, tree in trees.items():
       args = (folder / name, None, ocp.args.StandardRestore(tree))
       restored[name] = self._read_on_all(step, functools.partial(self._arrays.restore, *args))

@@ -16,6 +16,7 @@ from perceiver_ar_jax.parallel.sharding import batch_axes, batch_shardings, cons
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 
+Optimizer = optax.GradientTransformation
 Batch = dict[str, jax.Array]
 """inputs int32[B, L], positions int32[B, L, P] unless the model ignores them, targets int32[B, M], weights
 float32[B, M], segments int32[B, L] with data.packing; or their shapes."""
@@ -36,7 +37,7 @@ class TrainState:
     return self.params if self.ema is None else self.ema
 
 
-def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
   """Returns the state as jax.ShapeDtypeStructs with their shardings on `mesh`; allocates nothing.
 
   Optimizer state that belongs to a weight and has its shape is sharded as the weight is; the rest is replicated.
@@ -62,9 +63,7 @@ def abstract_params(config: Config, mesh: Mesh) -> dict:
   return jax.tree.map(lambda leaf, layout: leaf.update(sharding=layout), nn.meta.unbox(boxed), shardings(boxed, mesh))
 
 
-def init_state(
-  config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, params: dict | None = None
-) -> TrainState:
+def init_state(config: Config, optimizer: Optimizer, mesh: Mesh, params: dict | None = None) -> TrainState:
   """Returns the initial state, the same on every mesh; each device creates only its own shard.
 
   `params` are weights to start from, in the layout of `abstract_params`, and donated; None: random ones, by the seed.
@@ -98,9 +97,7 @@ def score(model: nn.Module, params, batch: Batch, dropout_key=None, **terms: flo
   return loss_lib.score(to_logits, latents_BxMxD, batch["targets"], chunk=model.config.logits_chunk, **terms)
 
 
-def make_train_step(
-  config: Config, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(config: Config, optimizer: Optimizer) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the update (state, batch, key of the run) for `config`; jit it with the state donated.
 
   Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`
@@ -161,9 +158,7 @@ def _ema_weight(decay: float, num_updates: jax.Array) -> jax.Array:
   return jnp.maximum(1.0 - decay, 9.0 / (10.0 + num_updates))
 
 
-def lower(
-  config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch: Batch, mesh: Mesh
-) -> jax.stages.Lowered:
+def lower(config: Config, optimizer: Optimizer, abstract: TrainState, batch: Batch, mesh: Mesh) -> jax.stages.Lowered:
   """Returns the update lowered for the shapes of a state (`abstract_state`) and of a global batch.
 
   Compiled, it takes (state, batch, key) and donates the state. Call `lower` with `mesh` in use (jax.set_mesh).
