@@ -110,9 +110,15 @@ def measure(config: Config, topology: Topology) -> dict:
   If the compiler refuses the program because of its memory, `refused` is its message. Raises InputError if it does not
   know the topology, or the mesh or the batch does not fit it.
   """
-  devices = _devices(topology)
+  options: dict = {"num_slices": topology.slices} if topology.slices > 1 else {}
+  if topology.version == "v4":
+    options["chip_config_name"] = "megacore"  # a chip's two cores act as one device
   try:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **options).devices
     mesh = make_mesh(config.mesh, devices)
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).split("\n")[0]
+    raise InputError(f"The installed compiler does not know plan.topology={topology} ({reason}).") from error
   except NotImplementedError as error:  # JAX cannot divide the torus into these axes
     fix = "each axis must be a product of some of the slice's dimensions"
     raise InputError(f"The mesh {config.mesh} does not fit {topology}: {fix}.") from error
@@ -143,17 +149,6 @@ def measure(config: Config, topology: Topology) -> dict:
       peak_bytes = argument_bytes + temp_bytes
   result |= {"argument_bytes": argument_bytes, "temp_bytes": temp_bytes, "peak_bytes": peak_bytes}
   return result | {"compile_seconds": round(time.monotonic() - start, 1)}
-
-
-def _devices(topology: Topology) -> list:
-  options = {"num_slices": topology.slices} if topology.slices > 1 else {}
-  if topology.version == "v4":
-    options["chip_config_name"] = "megacore"  # a chip's two cores act as one device
-  try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **options).devices
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).split("\n")[0]
-    raise InputError(f"The installed compiler does not know plan.topology={topology} ({reason}).") from error
 
 
 if __name__ == "__main__":

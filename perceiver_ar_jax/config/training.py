@@ -99,11 +99,9 @@ class TrainConfig:
     require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1).")
     require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1).")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
-    require(
-      self.optimizer.schedule != "cosine" or warmup + (decay or 1) <= self.steps,
-      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and"
-      f" cosine_steps={decay or 'the rest'}: lower these, or train longer.",
-    )
+    is_long = self.optimizer.schedule != "cosine" or warmup + (decay or 1) <= self.steps
+    problem = f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and"
+    require(is_long, f"{problem} cosine_steps={decay or 'the rest'}: lower these, or train longer.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,13 @@
 
   python -m perceiver_ar_jax.experiments.ablate --config=configs/ablations/context.py --workdir=runs/context --seeds=0,1
 
-The file names its VARIANTS; `--config=configs/ablations/context.py:512` is the config of one variant, for main.py. Each
-run is main.py in a process and a folder of its own, WORKDIR/<variant>-seed<seed>, so the same command resumes what was
-interrupted and skips what is complete. Settings given here, such as --config.train.steps=2000, apply to all runs.
-WORKDIR gets README.md (the file's docstring, the tables, the command), README.png and README.json.
+The file names its VARIANTS; `--config=configs/ablations/context.py:512` is the config of one. Each run is main.py in a
+process and a folder of its own, WORKDIR/<variant>-seed<seed>, so the same command resumes what was interrupted and
+skips what is complete. Settings given here, such as --config.train.steps=2000, apply to all runs. WORKDIR gets
+README.md (the file's docstring, the tables, the command), README.png and README.json.
 
-Training seconds are steps times the median duration of a step, without evaluation and compilation. The last columns
-compare variants of different cost: the unit at the FLOPs and at the seconds that the cheapest one spent.
+Training seconds are steps times the median duration of a step. The last columns compare variants of different cost: the
+unit at the FLOPs and at the seconds that the cheapest one spent.
 """
 
 import json

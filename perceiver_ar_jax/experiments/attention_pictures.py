@@ -1,9 +1,8 @@
 """--mode=attention: which inputs a cross-attention attends to, for chosen outputs of one document.
 
-An output is shown in the window in which it is the last to be scored: the inputs that fit into the context, and the
-latents of evaluation. The picture depends on the modality: the image, the piano roll or the text, colored by the mean
-weight over heads, above a plot of all weights; for other data only the plot. Colors are the root of a weight's share of
-the largest, so that small weights show. The weights of all heads are in the .npz file.
+An output is shown in the window in which it is the last to be scored, with the latents of evaluation. The picture is
+the image, the piano roll or the text, colored by the mean weight over heads, above a plot of all weights; for other
+data only the plot. The weights of all heads are in the .npz file.
 """
 
 import functools

@@ -5,9 +5,8 @@
 
 Scores every combination (paper, section 5: more latents or layers at evaluation than necessary cost compute and lower
 the loss). Axes that are not given keep the value of the config; fewer layers are the first layers; a stride above the
-number of latents is lowered to it. Other settings, such as --config.eval.max_sequences=20, are flags as for main.py.
-Writes sweep-<split>-<step>.json and .png to the workdir: the task's unit against FLOPs and against seconds per token,
-both for scoring alone.
+number of latents is lowered to it. Writes sweep-<split>-<step>.json and .png to the workdir: the task's unit against
+FLOPs and against seconds per token.
 """
 
 import dataclasses

@@ -2,11 +2,10 @@
 
   python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N] [--noema]
 
-With train.ema_decay, the averaged weights are exported; --noema exports the last ones. The folder contains
-model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate, kernels [in, out];
-its metadata have the step), config.json (all settings of the run, or the model's alone), the SentencePiece model if the
-run has one, and a model card. It appears as a whole or not at all; on an object store, model.safetensors is written
-last. training/pretrained.py reads the folder, and examples/perceiver_ar_torch.py computes the model in PyTorch.
+The folder contains model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate,
+kernels [in, out]; its metadata have the step), config.json (all settings of the run, or the model's alone), the
+SentencePiece model if the run has one, and a model card. It appears as a whole or not at all; on an object store,
+model.safetensors is written last. training/pretrained.py reads it.
 """
 
 import contextlib

@@ -90,9 +90,8 @@ class CachedModel:
   def refill(self, context: ContextCache, kept: int) -> tuple[Any, ContextCache, LatentCache]:
     """Passes the newest `kept` latents through all layers.
 
-    Returns:
-      latents_Bx1xD of the newest input, as PerceiverAR.latents computes it; the context with these latents only; the KV
-      caches of the layers, with free slots for M - kept more.
+    Returns (latents_Bx1xD of the newest input, as PerceiverAR.latents computes it; the context with these latents only;
+    the KV caches of the layers, with free slots for M - kept more).
     """
     newest = _roll(context.latents, kept - context.num_latents)
     latents = Latents(*(x[:, :kept] for x in newest))

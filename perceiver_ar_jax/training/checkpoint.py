@@ -1,10 +1,9 @@
 """Checkpoints: weights, optimizer state, step and data position in one atomic Orbax step.
 
 A step exists as a whole or not at all, whenever the process dies. Each contains a fingerprint of its values, so that
-damaged files are noticed even where they still parse. `restore` separates two kinds of failure. A *damaged* checkpoint
-(values that differ, undecodable or missing files) is moved aside, and the one before it is used; nothing is deleted,
-and nothing moves where no checkpoint is good. A checkpoint that *could not be read* (no permission, storage that does
-not answer, no memory, any unknown error) may be good: nothing moves, and the error is raised.
+damaged files are noticed even where they still parse. A *damaged* checkpoint (values that differ, undecodable or
+missing files) is moved aside, unless none is good, and the one before it is used. One that *could not be read* (no
+permission, storage that does not answer, any unknown error) may be good: nothing moves, and the error is raised.
 """
 
 import contextlib
@@ -30,9 +29,7 @@ from perceiver_ar_jax.training.workdir import write_atomically
 _VERSION = {"fingerprint_version": 2}
 _HAS_DATA = "has_data"  # key next to the checksums: whether the step contains a data position
 _DAMAGED, _UNREAD, _UNFIT = 1, 2, 3
-"""Severity of an error at restore: damage, could not be read, and valid but not for this config (InputError).
-
-Processes with different errors act on the largest."""
+"""Errors at restore: damage, could not be read, valid but not for this config. Processes act on the largest of all."""
 _DAMAGE = (FileNotFoundError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
 _DAMAGE_MESSAGES = re.compile(
   "^(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE):"  # TensorStore; its other statuses have other causes as well
@@ -120,9 +117,9 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._manager.save(step, args=ocp.args.Composite(**items))
 
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds the metrics of an evaluation, with `nats_per_token`, which decides on the best, to the saved `step`.
+    """Adds the metrics of an evaluation, with `nats_per_token`, to the saved `step`, as Orbax writes them.
 
-    Waits for the save of `step`; raises as `save`. The file has the path and format of Orbax's own metrics.
+    Waits for the save of `step`; raises as `save`.
     """
     with self._writing():
       self._manager.wait_until_finished()
@@ -279,9 +276,8 @@ def _root(error: BaseException) -> BaseException:
 def fingerprint(trees: Mapping[str, Any]) -> dict[str, int]:
   """Returns {path of an array: its checksum} of items of a checkpoint but for the step, and the version.
 
-  The checksum of an array is the uint32 sum, over its elements, of a hash of the element's bits and its index in the
-  whole array, so it is the same on every mesh, and swapped rows, columns or shards change it. Each device sums its
-  shard, and only sums travel.
+  A checksum is the uint32 sum, over the elements, of a hash of the element's bits and its index in the whole array: the
+  same on every mesh, and changed by swapped rows, columns or shards. Each device sums its shard.
   """
   leaves = _leaves(trees)
   sums = jax.device_get(_sums(list(leaves.values())))

@@ -1,7 +1,7 @@
 """Writes the metrics of a run to metrics.jsonl, TensorBoard, the terminal, and a tracker if one is set.
 
-metrics.jsonl contains one JSON object per logged step. On a file system, lines are appended as they are logged. Object
-stores (gs://) cannot append: there the whole file is written at each flush, that is, with each checkpoint.
+Lines are appended to metrics.jsonl as they are logged; object stores (gs://) cannot append, so there the whole file is
+written at each flush, that is, with each checkpoint.
 """
 
 import contextlib

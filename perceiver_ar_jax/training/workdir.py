@@ -106,18 +106,13 @@ def has_checkpoints(workdir: epath.Path) -> bool:
 def check_initial_weights(config: Config, folder: epath.PathLike) -> None:
   """Raises InputError unless exported weights have the same meaning, and the same SentencePiece model, in `config`."""
   saved = load_config(folder, config)
-  new, old = (_with_wavelength(each) for each in (_with_fingerprint(config, saved), saved))
-  changed = _differences(flatten(new), flatten(old), ignored=_SAME_INITIAL_WEIGHTS)
+  new, old = flatten(_with_fingerprint(config, saved)), flatten(saved)
+  if "rotary" in config.model.position_encoding.split("+") and not config.model.rotary_axes:
+    wavelength = "model.rotary_max_wavelength"
+    for settings in (new, old):
+      settings[wavelength] = settings[wavelength] or settings["model.max_context"]  # which None implies
+  changed = _differences(new, old, ignored=_SAME_INITIAL_WEIGHTS)
   require(not changed, f"train.init_from={folder} contains weights of another model: {changed}. Use its settings.")
-
-
-def _with_wavelength(config: Config) -> Config:
-  """Returns `config` with the longest wavelength of rotary positions that it implies."""
-  model = config.model
-  if "rotary" not in model.position_encoding.split("+") or model.rotary_axes:
-    return config
-  wavelength = model.rotary_max_wavelength or model.max_context
-  return dataclasses.replace(config, model=dataclasses.replace(model, rotary_max_wavelength=wavelength))
 
 
 def _with_fingerprint(config: Config, saved: Config | None) -> Config:
