@@ -69,8 +69,9 @@ def cache_compiled(folder: str | None) -> None:
   if folder is None or jax.config.jax_compilation_cache_dir:
     return
   cpu = pathlib.Path("/proc/cpuinfo")
-  flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-  name = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}" if cpu.exists() else platform.machine()
+  lines = cpu.read_text().splitlines() if cpu.exists() else []
+  flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+  name = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
   jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(folder), name))
 
 
