@@ -208,9 +208,9 @@ class _Run:
     self._skipped_in_a_row += 1
     problem = f"At step {step} the loss is {loss} and the gradient norm {grad_norm}"
     continues = self.config.train.on_nonfinite == "skip" and self._skipped_in_a_row < self.config.train.max_skipped
-    fix = "lower --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm"
+    fix = "resume with a lower --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm"
     stopped = f"({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are unchanged"
-    require(continues, f"{problem} {stopped}: {fix}, or start over with a longer warm-up or in float32.")
+    require(continues, f"{problem} {stopped}: {fix} (or start over with a longer warm-up, or in float32).")
     self.log.print(f"{problem}: the update was skipped.")
 
   def _evaluate(self, params, step: int) -> dict | None:
@@ -286,7 +286,7 @@ class Signals(contextlib.AbstractContextManager):
   def __init__(self):
     self.received = 0  # the signal that this process received
     self.agreed = 0  # the signal that any process received, as of the last call of `agree`
-    self._maximum = distributed.DelayedMaximum()
+    self._maximum = distributed.delayed_maximum()
 
   def agree(self, wait: bool = False) -> int:
     """Updates and returns `agreed`; all processes call it at the same steps, so they stop at the same step.

@@ -250,20 +250,18 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
   problem = f"cross_attend_widening_factor={cross} and transformer_widening_factor={layers} differ"
   require(cross == layers, f"{problem}; only equal ones can be converted.")
 
-  def look_up(name: str, known: Mapping[str, Any]) -> Any:
-    return lookup(f"The official option {name}", kwargs[name], known)
-
   widths = {"kv": kwargs["input_embed_dim"], "q": kwargs["num_z_channels"]}
-  encoding = look_up("position_encoding", {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"})
+  encodings = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
+  encoding = lookup("position_encoding", kwargs["position_encoding"], encodings)
   if kwargs["learnable_position_embeddings"]:
     encoding = "learned"
   sizes = tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"])
   is_rotary = kwargs["position_encoding_type"] == "rotary"
   return ModelConfig(
     **{field: kwargs[name] for name, (field, _) in _FIELDS.items()},
-    cross_attend_width=look_up("cross_attention_shape_for_attn", widths),
+    cross_attend_width=lookup("cross_attention_shape_for_attn", kwargs["cross_attention_shape_for_attn"], widths),
     cross_attend_after=tuple(kwargs["additional_cross_attend_after_layers"] or ()),
-    activation=look_up("activation_name", {"sq_relu": "squared_relu", "gelu": "gelu"}),
+    activation=lookup("activation_name", kwargs["activation_name"], {"sq_relu": "squared_relu", "gelu": "gelu"}),
     position_encoding="rotary" if is_rotary else encoding,
     position_sizes=() if is_rotary else sizes,
   )

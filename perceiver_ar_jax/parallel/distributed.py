@@ -4,6 +4,7 @@ Every process runs the same code on the same global arrays. What only one proces
 be read) must be agreed on before any process acts on it: processes that take different branches deadlock.
 """
 
+import collections
 import contextlib
 import glob
 import importlib.util
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -100,22 +101,20 @@ def wait_for_all(name: str) -> None:
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
 
 
-class DelayedMaximum:
-  """`maximum` without waiting: a call returns the largest value that any process passed to the previous call."""
+def delayed_maximum() -> Callable[[int], int]:
+  """Returns a `maximum` that does not wait: a call returns the largest value that the previous call got anywhere."""
+  if jax.process_count() == 1:
+    return lambda value: value
+  mesh, pending = Mesh(np.array(jax.devices()), ("all",)), collections.deque([0])
+  split, replicated = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
+  largest = jax.jit(jnp.max, out_shardings=replicated)
 
-  def __init__(self):
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    self._split = NamedSharding(mesh, PartitionSpec("all"))
-    self._maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    self._pending: jax.Array | None = None
+  def exchange(value: int) -> int:
+    values = jax.make_array_from_callback((mesh.size,), split, lambda index: np.full(1, value, np.int32))
+    pending.append(largest(values))
+    return int(pending.popleft())
 
-  def __call__(self, value: int) -> int:
-    if jax.process_count() == 1:
-      return value
-    earlier, shape = self._pending, (jax.device_count(),)
-    values = jax.make_array_from_callback(shape, self._split, lambda index: np.full(1, value, np.int32))
-    self._pending = self._maximum(values)
-    return 0 if earlier is None else int(earlier)
+  return exchange
 
 
 @contextlib.contextmanager
