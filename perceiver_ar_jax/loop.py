@@ -105,10 +105,9 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   if num_skipped := warn_once.count("skipped"):
     distributed.log(f"{num_skipped} files or records were skipped, each with its reason above.")
   evaluator.write(result, workdir)
-  distributed.log(
-    f"Done. {evaluator.describe(result)}\nCurves: {epath.Path(sys.executable).with_name('tensorboard')}"
-    f" --logdir={workdir}   Metrics: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
-  )
+  curves = f"Curves: {epath.Path(sys.executable).with_name('tensorboard')} --logdir={workdir}"
+  files = f"{curves}   Metrics: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
+  distributed.log(f"Done. {evaluator.describe(result)}\n{files}")
   return 0
 
 

@@ -149,11 +149,9 @@ def table(runs: Runs) -> str:
   """Returns a Markdown table with one row per variant: size, cost and final unit."""
   unit = _unit(runs)
   lowest = {cost: min(_total(seeds, cost) for seeds in runs.values()) for cost in ("step_flops", "step_seconds")}
-  lines = [
-    f"| variant | parameters | context | latents | steps | training TFLOPs | training seconds | {unit} | at"
-    f" {lowest['step_flops'] / 1e12:,.3g} TFLOPs | at {lowest['step_seconds']:,.0f} s |",
-    "|---|---|---|---|---|---|---|---|---|---|",
-  ]
+  columns = f"parameters | context | latents | steps | training TFLOPs | training seconds | {unit}"
+  budgets = f"at {lowest['step_flops'] / 1e12:,.3g} TFLOPs | at {lowest['step_seconds']:,.0f} s"
+  lines = [f"| variant | {columns} | {budgets} |", "|---" * 10 + "|"]
   for variant, seeds in runs.items():
     run, values = seeds[0], [run["result"][unit] for run in seeds]
     mean = statistics.fmean(values)
@@ -200,12 +198,11 @@ def _context_table(runs: Runs) -> str:
     for variant, seeds in runs.items()
   }
   buckets = sorted({bucket for by_bucket in losses.values() for bucket in by_bucket}, key=lambda bucket: bucket[0])
-  lines = [
-    "Nats per token by the number of inputs that a token was predicted from (first seed; at least 100 tokens each):",
-    "",
-    "| variant | " + " | ".join(f"{first:,} to {(end or math.inf) - 1:,}" for first, end in buckets) + " |",
-    "|---" * (len(buckets) + 1) + "|",
-  ]
+  title = (
+    "Nats per token by the number of inputs that a token was predicted from (first seed; at least 100 tokens each):"
+  )
+  columns = " | ".join(f"{first:,} to {(end or math.inf) - 1:,}" for first, end in buckets)
+  lines = [title, "", f"| variant | {columns} |", "|---" * (len(buckets) + 1) + "|"]
   for variant, by_bucket in losses.items():
     lines.append(f"| {variant} | " + " | ".join(by_bucket.get(bucket, "") for bucket in buckets) + " |")
   return "\n".join(lines)

@@ -63,10 +63,8 @@ def write(config: Config, workdir: epath.PathLike) -> dict:
     entries.append(entry)
     if jax.process_index() == 0:
       _save(folder, files, window, weights_HxL)
-      print(
-        f"output {output:,}: entropy {entry['entropy_nats']:.2f} nats over {entry['inputs']:,} inputs,"
-        f" {entry['share_before_latents']:.1%} before the latents: {folder / files[0]}"
-      )
+      share = f"{entry['share_before_latents']:.1%} before the latents: {folder / files[0]}"
+      print(f"output {output:,}: entropy {entry['entropy_nats']:.2f} nats over {entry['inputs']:,} inputs, {share}")
   report = {"step": step, "task": task.name, "prompt": settings.prompt, "events": len(document)}
   report |= {"cross_attend": settings.cross_attend, "num_latents": num_latents, "outputs": entries}
   if jax.process_index() == 0:

@@ -52,12 +52,9 @@ def sweep(config: Config, workdir: epath.Path, values: Mapping[str, list[int]]) 
 
   Raises InputError if there is no checkpoint, or a value does not suit the model.
   """
-  trained = {
-    "num_latents": config.eval.num_latents or config.model.num_latents,
-    "stride": config.eval.stride or config.eval.num_latents or config.model.num_latents,
-    "context": config.model.max_context,
-    "layers": config.model.num_layers,
-  }
+  latents = config.eval.num_latents or config.model.num_latents
+  defaults = (latents, config.eval.stride or latents, config.model.max_context, config.model.num_layers)
+  trained = dict(zip(_AXES, defaults))
   grid = itertools.product(*(values.get(axis, [trained[axis]]) for axis in _AXES))
   grid = [(num_latents, min(stride, num_latents), *rest) for num_latents, stride, *rest in grid]
   points = [dict(zip(_AXES, point)) for point in dict.fromkeys(grid)]  # without duplicates
@@ -67,11 +64,9 @@ def sweep(config: Config, workdir: epath.Path, values: Mapping[str, list[int]]) 
   for point, point_config in zip(points, configs):
     row = point | _score(point_config, mesh, first_layers(point_config.model, params), step)
     rows.append(row)
-    print(
-      ", ".join(f"{axis} {point[axis]:,}" for axis in _AXES) + f": {row[row['unit']]:.4f} {row['unit']},"
-      f" {row['flops_per_token']:.3g} FLOPs and {row['seconds_per_token']:.2g} seconds per token",
-      flush=True,
-    )
+    settings = ", ".join(f"{axis} {point[axis]:,}" for axis in _AXES)
+    costs = f"{row['flops_per_token']:.3g} FLOPs and {row['seconds_per_token']:.2g} seconds per token"
+    print(f"{settings}: {row[row['unit']]:.4f} {row['unit']}, {costs}", flush=True)
   if jax.process_index() == 0:
     _write(rows, workdir / f"sweep-{config.eval.split}-{step}", trained)
   return rows

@@ -39,16 +39,15 @@ def check(config: ModelConfig) -> None:
   require(config.segment is not None, f"model.segment=None must be at least 1: {fix}.")
 
 
-def memory_size(config: ModelConfig) -> int:
-  """C: the states that each layer keeps of the tokens before a segment."""
+def _sizes(config: ModelConfig) -> tuple[int, int]:
+  """S, the tokens of a segment, and C, the states that each layer keeps of the tokens before it."""
   assert config.segment  # see `check`
-  return config.segment if config.memory is None else config.memory
+  return config.segment, config.segment if config.memory is None else config.memory
 
 
 def flops(config: ModelConfig, rows: int, num_latents: int, *, training: bool) -> int:
   """FLOPs of a step over `rows` sequences; see architectures.py. Memory and distances have no backward pass."""
-  d, n, size, memory = config.latent_width, config.num_layers, config.segment, memory_size(config)
-  assert size
+  d, n, (size, memory) = config.latent_width, config.num_layers, _sizes(config)
   constant = n * rows * memory * 2 * 2 * d * d + n * (memory + size) * 2 * d * d  # memory's keys, values; distances
   per_token = 2 * config.input_width * d + n * (4 * 2 * d * d + 2 * 2 * d * config.mlp_widening * d)
   per_token += 3 * n * 2 * (memory + size) * d  # scores by content and by distance; values
@@ -86,8 +85,7 @@ class TransformerXL(nn.Module):
     num_latents = num_latents or config.num_latents
     if num_latents > length:
       raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
-    assert config.segment
-    size, kept, width = config.segment, memory_size(config), config.latent_width
+    (size, kept), width = _sizes(config), config.latent_width
     tokens_BxL = jnp.pad(constrain(tokens_BxL, "batch", None), ((0, 0), (-length % size, 0)))
 
     def cut(x_BxL):
