@@ -20,8 +20,7 @@ from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, S
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-_REMOVED_SETTINGS = ("plan.search", "plan.max_compiles", "mesh.cpu_devices", "data.cache_dir")
-"""Ignored in the config.json of older runs."""
+_REMOVED_SETTINGS = ("plan.search", "plan.max_compiles", "mesh.cpu_devices", "data.cache_dir")  # of older runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

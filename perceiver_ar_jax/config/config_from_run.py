@@ -12,8 +12,7 @@ from typing import Any
 
 from perceiver_ar_jax.config import Config, InputError, ModelConfig, defaults, model_from_json, reading, require
 
-WEIGHTS, SENTENCEPIECE = "model.safetensors", "sentencepiece.model"
-"""Names of files of exported weights."""
+WEIGHTS, SENTENCEPIECE = "model.safetensors", "sentencepiece.model"  # files of exported weights
 
 
 def get_config(workdir: str):

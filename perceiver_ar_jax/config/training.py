@@ -91,8 +91,9 @@ class TrainConfig:
     require_at_least(1, "train", self, *counts, "max_skipped")
     require_at_least(0, "train", self, "z_loss")
     rows, parts = self.batch_size, self.microbatches
-    message = f"train.batch_size={rows} is not divisible by train.microbatches={parts}: change either."
-    require(rows % parts == 0, message)
+    require(
+      rows % parts == 0, f"train.batch_size={rows} is not divisible by train.microbatches={parts}: change either."
+    )
     require_choice("train.loss_reduction", self.loss_reduction, ("mean", "sum"))
     require_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
     require_choice("train.tracker", self.tracker, ("none", "wandb", "trackio"))

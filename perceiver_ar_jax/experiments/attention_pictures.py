@@ -77,18 +77,17 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
 
   `outputs` are indices of the document's events, in 1..N - 1.
   """
-  context, num_latents = config.model.max_context, config.eval.num_latents or config.model.num_latents
-  batch_size, dims = mesh.shape["data"] * mesh.shape["fsdp"], document.positions(0, 1).shape[1]
-  batch = windows.empty_batch(batch_size, context=context, latents=num_latents, position_dims=dims)
-  layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
+  num_latents, batch_size = config.eval.num_latents or config.model.num_latents, mesh.shape["data"] * mesh.shape["fsdp"]
+  sizes = {"context": config.model.max_context, "position_dims": document.positions(0, 1).shape[1]}
+  empty_batch = functools.partial(windows.empty_batch, batch_size, latents=num_latents, **sizes)
+  layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in empty_batch().items()})
   chosen = {"num_latents": num_latents, "cross_attention": config.attention_map.cross_attend}
   weights_of = functools.partial(attention_map, config.model, **chosen)
   run = jax.jit(weights_of, out_shardings=NamedSharding(mesh, PartitionSpec()))
   result = []
   with jax.set_mesh(mesh):
     for first in range(0, len(outputs), batch_size):
-      batch = windows.empty_batch(batch_size, context=context, latents=num_latents, position_dims=dims)
-      batch_outputs = outputs[first : first + batch_size]
+      batch, batch_outputs = empty_batch(), outputs[first : first + batch_size]
       for index, output in enumerate(batch_outputs):
         windows.eval_window(windows.row_of(batch, index), document, output + 1, 1)
       arrays = to_global(batch, range(batch_size), batch_size, layout)
@@ -102,8 +101,7 @@ def _document(config: Config) -> tuple[Task, Document]:
     return next(splits.documents(config, config.eval.split, 1))
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
   document = prompts.read(task, prompts.parse(task, prompt))[0]
-  problem = f"attention_map.prompt={prompt!r} contains nothing to predict: give a longer document."
-  require(document.has_targets(), problem)
+  require(document.has_targets(), f"attention_map.prompt={prompt!r} contains nothing to predict: give a longer one.")
   return task, document
 
 

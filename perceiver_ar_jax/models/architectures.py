@@ -1,7 +1,6 @@
 """The model architectures, in one table, and their size and floating-point operations, counted from the config alone.
 
-All have the interface of perceiver_ar.PerceiverAR. Nothing outside this module and those of the entries asks which
-architecture a config names.
+All have the interface of perceiver_ar.PerceiverAR. No other module asks which architecture a config names.
 
 FLOPs are those of matrix products, 2 per multiply-add, without those that the backward pass recomputes, and without
 norms, softmax, dropout and the optimizer. XLA's own count visits the body of a loop once, and layers are a loop.

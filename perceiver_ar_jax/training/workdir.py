@@ -39,9 +39,7 @@ _SAME_WEIGHTS = tuple(
 _SAME_INITIAL_WEIGHTS = (*_SAME_WEIGHTS, "model.max_context", "model.zero_init")
 """Likewise for weights that training starts from; the longest wavelength, which depends on max_context, is compared."""
 _DATA = tuple(f"data.{name}" for name in "task files split_by validation_files validation_fraction".split())
-"""Settings that choose the data."""
-_FINGERPRINT = "data.sentencepiece_fingerprint"
-"""Compared whatever else may change: it decides what token ids mean."""
+_FINGERPRINT = "data.sentencepiece_fingerprint"  # always compared: it decides what token ids mean
 
 
 @contextlib.contextmanager
