@@ -65,7 +65,8 @@ class TransformerXL(nn.Module):
     config = self.config
     self.embed = layers.Embed(config)
     self.to_latents = layers.dense(config, config.latent_width, None, ("width", "latent"))
-    rngs, axes = {"params": False, "dropout": True}, (0, 0, nn.broadcast, nn.broadcast)
+    rngs: Any = {"params": False, "dropout": True}
+    axes = (0, 0, nn.broadcast, nn.broadcast)
     self.segments = nn.scan(Segment, variable_broadcast="params", split_rngs=rngs, in_axes=axes)(config)
     self.final_norm = layers.layer_norm(None)
     self.to_logits = layers.logits_dense(config)
