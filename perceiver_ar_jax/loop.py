@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ import tqdm
 from clu import parameter_overview
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, TransientError, checks, require, writing
+from perceiver_ar_jax.config import Config, InputError, TransientError, checks, require
 from perceiver_ar_jax.data import splits, units, warn_once
 from perceiver_ar_jax.data.loader import TrainLoader, to_global
 from perceiver_ar_jax.evaluation import evaluate
@@ -149,7 +149,7 @@ class _Run:
       # batch. No batch is drawn before its step, so the position of `data` always matches `state`. Metrics stay on
       # the devices until several steps are fetched together, without the newest: the devices never wait for the host.
       if step == train.profile_at:
-        profile.enter_context(_trace(self.workdir / "profile"))
+        profile.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
       begin = time.monotonic()
       batch = to_global(next(data), data.rows, train.batch_size, shardings)
       data_seconds = time.monotonic() - begin
@@ -263,16 +263,6 @@ def _explain(error: Exception) -> str:
     raise error
   traceback.print_exception(error)
   return f"{type(error).__name__}: {checks.one_line(error)} (see the traceback above)."
-
-
-@contextlib.contextmanager
-def _trace(folder: epath.Path) -> Iterator[None]:
-  jax.profiler.start_trace(str(folder))
-  try:
-    yield
-  finally:
-    with writing(folder, "free some space, or train without --config.train.profile_at"):
-      jax.profiler.stop_trace()
 
 
 class Signals(contextlib.AbstractContextManager):
