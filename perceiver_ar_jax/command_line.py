@@ -25,10 +25,8 @@ from perceiver_ar_jax.config import checks, config_from_run
 
 _UNLOADABLE = (OSError, ImportError, SyntaxError, NameError)  # raised by a config file that cannot be executed
 _INVALID_FLAGS = (flags.Error, argparse.ArgumentError, AttributeError, LookupError, TypeError, ValueError)
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  help_string="The experiment: a file such as configs/photos32.py. Default: the config of the run in --workdir.",
-)
+_HELP = "The experiment: a file such as configs/photos32.py. Default: the config of the run in --workdir."
+_CONFIG = config_flags.DEFINE_config_file("config", help_string=_HELP)
 flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of this project, Python and JAX, and exit.")
@@ -36,7 +34,7 @@ _PATHS = ("config", "workdir", "output", "checkpoint")  # flags of this or anoth
 
 
 class _OrNone(flags.ArgumentParser):
-  """Parses "None" as None and everything else as `parser` does; resolving the config refuses None where it must."""
+  """Parses "None" as None, which resolving the config may refuse, and everything else as `parser` does."""
 
   def __init__(self, parser: flags.ArgumentParser):
     self.parse = lambda argument: None if argument == "None" else parser.parse(argument)
@@ -100,15 +98,15 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
     ours, jax = map(importlib.metadata.version, ("perceiver_ar_jax", "jax"))
     print(f"perceiver_ar_jax {ours}, Python {platform.python_version()}, JAX {jax}")
     sys.exit(0)
-  if len(argv) > 1:
-    raise config_lib.InputError(f"Unexpected argument {argv[1]!r}: every setting is a flag, --config.name=value.")
+  unexpected = next(iter(argv[1:]), None)
+  fix = "every setting is a flag, --config.name=value"
+  checks.require(unexpected is None, f"Unexpected argument {unexpected!r}: {fix}.")
   for name in ("config", *required):
-    if flags.FLAGS[name].value is None:
-      raise config_lib.InputError(f"--{name} is missing. {flags.FLAGS[name].help}")
+    checks.require(flags.FLAGS[name].value is not None, f"--{name} is missing. {flags.FLAGS[name].help}")
   for name, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
     if name.removeprefix("data.") in config_lib.DATA_PATHS and value and "://" not in value:
-      if not glob.has_magic(value) and not os.path.exists(os.path.expanduser(value)):
-        raise config_lib.InputError(f"--config.{name}={value} does not exist: give an existing file or folder.")
+      exists = glob.has_magic(value) or os.path.exists(os.path.expanduser(value))
+      checks.require(exists, f"--config.{name}={value} does not exist: give an existing file or folder.")
   try:
     return config_lib.resolve(_CONFIG.value)
   except _UNLOADABLE as error:  # raised when the config is first read
@@ -141,10 +139,9 @@ def _with_config(arguments: list[str]) -> list[str]:
   if not path and workdir and config_from_run.exists(workdir):
     config_from_run.load_config(workdir)  # raises InputError if it cannot be read
     given.config = path = f"{config_from_run.__file__}:{workdir}"
-  overrides = [argument for argument in others if argument.lstrip("-").startswith("config.")]
-  if overrides and not path:  # unknown flags to absl
-    fix = "give a config, such as --config=configs/photos32.py"
-    raise config_lib.InputError(f"--config is missing, and --workdir={workdir or ''} contains no run: {fix}.")
+  overrides = [argument for argument in others if argument.lstrip("-").startswith("config.")]  # unknown flags to absl
+  problem = f"--config is missing, and --workdir={workdir or ''} contains no run"
+  checks.require(bool(path) or not overrides, f"{problem}: give a config, such as --config=configs/photos32.py.")
   for override in overrides:
     section, key = config_lib.defaults(), override.partition("=")[0].partition(".")[2]
     for word in key.split("."):

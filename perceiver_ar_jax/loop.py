@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ import tqdm
 from clu import parameter_overview
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, TransientError, checks, writing
+from perceiver_ar_jax.config import Config, InputError, TransientError, checks, require
 from perceiver_ar_jax.data import splits, units, warn_once
 from perceiver_ar_jax.data.loader import TrainLoader, to_global
 from perceiver_ar_jax.evaluation import evaluate
@@ -43,12 +43,11 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def train(config: Config, workdir: epath.PathLike) -> int:
-  """Trains to `config.train.steps`, resuming from the newest good checkpoint; returns the exit code.
+  """Trains to `config.train.steps`, resuming from the newest good checkpoint.
 
-  That is 0, or 128 + signal number after a signal of `Signals`, with everything saved. Raises InputError if the config
-  does not fit the data, the devices, their memory or the workdir, another run uses the workdir, the loss became
-  infinite or NaN, or the final evaluation failed: checkpoints are left unchanged. Raises TransientError if the disk is
-  full or storage out of reach: the same command resumes once the cause is gone.
+  Returns the exit code: 0, or 128 + signal number after a signal of `Signals`, with everything saved. Raises InputError
+  if the config does not fit the data, the devices, their memory or the workdir, another run uses the workdir, the loss
+  became infinite or NaN, or the final evaluation failed; TransientError if the disk is full or storage out of reach.
   """
   workdir, settings = epath.Path(workdir), config.train
   warn_once.reset()  # count the files that this run skips
@@ -87,12 +86,12 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     stack.enter_context(checkpointer)
     if state := checkpointer.restore(abstract, data):
       distributed.log(f"Resuming from the checkpoint of step {int(state.step)}.")
-    elif starts_from:
-      step, params = pretrained.restore(config.model, starts_from, abstract.params)
-      distributed.log(f"Starting from the weights of step {step} in {starts_from}.")
-      state = step_lib.init_state(config, optimizer, mesh, params)
     else:
-      state = step_lib.init_state(config, optimizer, mesh)
+      params = None
+      if starts_from:
+        step, params = pretrained.restore(config.model, starts_from, abstract.params)
+        distributed.log(f"Starting from the weights of step {step} in {starts_from}.")
+      state = step_lib.init_state(config, optimizer, mesh, params)
     jax.block_until_ready(state)
     distributed.log(f"Started in {time.time() - psutil.Process().create_time():.1f} s.")
     stop_signals.agree(wait=True)  # with those that arrived before the first update
@@ -106,10 +105,9 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   if num_skipped := warn_once.count("skipped"):
     distributed.log(f"{num_skipped} files or records were skipped, each with its reason above.")
   evaluator.write(result, workdir)
-  distributed.log(
-    f"Done. {evaluator.describe(result)}\nCurves: {epath.Path(sys.executable).with_name('tensorboard')}"
-    f" --logdir={workdir}   Metrics: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
-  )
+  curves = f"Curves: {epath.Path(sys.executable).with_name('tensorboard')} --logdir={workdir}"
+  files = f"{curves}   Metrics: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
+  distributed.log(f"Done. {evaluator.describe(result)}\n{files}")
   return 0
 
 
@@ -151,7 +149,7 @@ class _Run:
       # batch. No batch is drawn before its step, so the position of `data` always matches `state`. Metrics stay on
       # the devices until several steps are fetched together, without the newest: the devices never wait for the host.
       if step == train.profile_at:
-        profile.enter_context(_trace(self.workdir / "profile"))
+        profile.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
       begin = time.monotonic()
       batch = to_global(next(data), train.batch_size, shardings)
       data_seconds = time.monotonic() - begin
@@ -192,14 +190,14 @@ class _Run:
       self._check(step.number, float(values["loss"]), float(values["grad_norm"]))
       self.log.progress(float(values["loss"]), speed["tokens_per_second"])
     if last % train.log_every == 0:
-      host = {"data_seconds": sum(step.data_seconds for step in steps) / len(steps)}
-      host["data_wait_seconds"] = sum(step.data_wait_seconds for step in steps) / len(steps)
+      times = ("data_seconds", "data_wait_seconds")
+      host = {name: sum(getattr(step, name) for step in steps) / len(steps) for name in times}
       values = {name: float(value) for name, value in fetched[-1].items()}
       speed["model_flops_per_second"] = architectures.train_flops(self.config) / seconds
       if peak_flops := chips.peak_flops(self.mesh.devices.flat[0].device_kind):
         speed["model_flops_utilization"] = speed["model_flops_per_second"] / (self.mesh.size * peak_flops)
-      host["skipped_files"] = warn_once.count("skipped")
-      self.log.write(last, {"seconds": seconds, **host, **values, **speed})
+      host |= {"seconds": seconds, "skipped_files": warn_once.count("skipped")}
+      self.log.write(last, host | values | speed)
 
   def _check(self, step: int, loss: float, grad_norm: float) -> None:
     """Raises InputError if the loss or the gradient of `step` is not finite and the run has to stop."""
@@ -208,12 +206,10 @@ class _Run:
       return
     self._skipped_in_a_row += 1
     problem = f"At step {step} the loss is {loss} and the gradient norm {grad_norm}"
-    if self.config.train.on_nonfinite != "skip" or self._skipped_in_a_row >= self.config.train.max_skipped:
-      raise InputError(
-        f"{problem} ({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are"
-        " unchanged: resume from the newest with a lower --config.train.optimizer.learning_rate or"
-        " --config.train.optimizer.clip_norm (or start over with a longer warm-up, or in float32)."
-      )
+    continues = self.config.train.on_nonfinite == "skip" and self._skipped_in_a_row < self.config.train.max_skipped
+    fix = "resume with a lower --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm"
+    stopped = f"({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are unchanged"
+    require(continues, f"{problem} {stopped}: {fix} (or start over with a longer warm-up, or in float32).")
     self.log.print(f"{problem}: the update was skipped.")
 
   def _evaluate(self, params, step: int) -> dict | None:
@@ -229,10 +225,8 @@ class _Run:
         raise
       reason = _explain(error)
       if is_last:
-        raise InputError(
-          f"Training is complete and step {step} is saved, but its evaluation failed: {reason} Score it with"
-          " --mode=eval, or run the same command again."
-        ) from error
+        problem = f"Training is complete and step {step} is saved, but its evaluation failed: {reason}"
+        raise InputError(f"{problem} Score it with --mode=eval, or run the same command again.") from error
       _warn(f"The evaluation of step {step} failed, and training continues without it: {reason}")
     if result:
       self.log.print(self.evaluator.describe(result))
@@ -259,10 +253,9 @@ def _warn(message: str) -> None:
 
 
 def _explain(error: Exception) -> str:
-  """Returns the error's message; prints the traceback of an error that is not an InputError to stderr.
+  """Returns the error's message; prints the traceback of an error that is not an InputError.
 
-  Raises `error` again unless every process has it, as all InputErrors of evaluation: the others would wait for this one
-  in a computation.
+  Raises `error` again unless every process has it, as all InputErrors of evaluation: the others would wait for this.
   """
   if isinstance(error, InputError):
     return str(error)
@@ -272,31 +265,17 @@ def _explain(error: Exception) -> str:
   return f"{type(error).__name__}: {checks.one_line(error)} (see the traceback above)."
 
 
-@contextlib.contextmanager
-def _trace(folder: epath.Path) -> Iterator[None]:
-  """A context that writes a jax.profiler trace."""
-  jax.profiler.start_trace(str(folder))
-  try:
-    yield
-  finally:
-    with writing(folder, "free some space, or train without --config.train.profile_at"):
-      jax.profiler.stop_trace()
-
-
 class Signals(contextlib.AbstractContextManager):
   """A context that remembers the first signal that ends a run; a second one has its usual effect.
 
-  SIGTERM and SIGINT (Ctrl-C) come from people and preemption, SIGUSR1 from batch schedulers that announce a time limit,
-  SIGHUP from a terminal that closes. A second SIGHUP is ignored: a shell whose terminal closes sends one in addition to
-  the kernel's. SIGHUP remains ignored where the run was started with it ignored (nohup).
+  SIGUSR1 comes from batch schedulers that announce a time limit, SIGHUP from a terminal that closes. A second SIGHUP is
+  ignored: a shell whose terminal closes sends one in addition to the kernel's. With nohup, SIGHUP remains ignored.
   """
 
   def __init__(self):
-    self.received = 0
-    """The signal that this process received."""
-    self.agreed = 0
-    """The signal that any process received, as of the last call of `agree`."""
-    self._maximum = distributed.DelayedMaximum()
+    self.received = 0  # the signal that this process received
+    self.agreed = 0  # the signal that any process received, as of the last call of `agree`
+    self._maximum = distributed.delayed_maximum()
 
   def agree(self, wait: bool = False) -> int:
     """Updates and returns `agreed`; all processes call it at the same steps, so they stop at the same step.
@@ -308,7 +287,6 @@ class Signals(contextlib.AbstractContextManager):
 
   @property
   def name(self) -> str:
-    """Name of the signal, such as SIGTERM."""
     return signal.Signals(self.agreed or self.received).name
 
   def __enter__(self) -> "Signals":

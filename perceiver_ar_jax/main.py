@@ -45,32 +45,28 @@ def main(config: Config) -> int:
     config_from_run.load_config(workdir, config)  # raises InputError if the workdir contains no run
   if mode == "data":
     inspect.inspect(config, workdir)
-  elif mode == "report":
+    return 0
+  if mode == "report":
     print(f"Written to {report.write(workdir)}")
-  elif mode == "plan":
+    return 0
+  if mode == "plan":
     return plan.plan(config, workdir)
-  else:
-    distributed.cache_compiled(config.compilation_cache)
-    mesh.keep_host_memory()
-    if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in ("train", "eval"):
-      train_rows = config.train.batch_size // config.train.microbatches
-      mesh.use_cpu_cores(config, [config.eval.batch_size, *([train_rows] if mode == "train" else [])])
-    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    with distributed.end_together():
-      return _on_devices(mode, config, workdir)
-  return 0
-
-
-def _on_devices(mode: str, config: Config, workdir: str) -> int:
-  architectures.check(config.model)  # before the seconds that importing TensorFlow takes
-  if mode == "train":
-    return loop.train(config, workdir)
-  if mode == "eval":
-    evaluate.evaluate(config, workdir)
-  elif mode == "attention":
-    attention_pictures.write(config, workdir)
-  else:
-    write.sample(config, workdir) if mode == "sample" else write.score(config, workdir)
+  distributed.cache_compiled(config.compilation_cache)
+  mesh.keep_host_memory()
+  if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in ("train", "eval"):
+    train_rows = config.train.batch_size // config.train.microbatches
+    mesh.use_cpu_cores(config, [config.eval.batch_size, *([train_rows] if mode == "train" else [])])
+  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  with distributed.end_together():
+    architectures.check(config.model)  # before the seconds that importing TensorFlow takes
+    if mode == "train":
+      return loop.train(config, workdir)
+    if mode == "eval":
+      evaluate.evaluate(config, workdir)
+    elif mode == "attention":
+      attention_pictures.write(config, workdir)
+    else:
+      write.sample(config, workdir) if mode == "sample" else write.score(config, workdir)
   return 0
 
 

@@ -18,7 +18,7 @@ import time
 import jax
 from jax.experimental import topologies
 
-from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.config import Config, InputError, require, writing
 from perceiver_ar_jax.data import windows
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import sharding
@@ -35,13 +35,11 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
   Raises InputError if the step does not fit (plan.json is written all the same), the compiler is not installed or
   failed, the topology is unknown, or the mesh or the batch does not fit it.
   """
-  if config.plan.topology is None:
-    raise InputError("--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16 or v4-128.")
-  topology = parse_topology(config.plan.topology)
-  if importlib.util.find_spec("libtpu") is None:
-    raise InputError(
-      "--mode=plan compiles with the package libtpu, which is not installed: pip install -e '.[plan]'. It needs no TPU."
-    )
+  example = "such as --config.plan.topology=v5e:16x16 or v4-128"
+  require(config.plan.topology is not None, f"--mode=plan needs the chips to plan for, {example}.")
+  topology, fix = parse_topology(config.plan.topology), "pip install -e '.[plan]'. It needs no TPU."
+  is_installed = importlib.util.find_spec("libtpu") is not None
+  require(is_installed, f"--mode=plan compiles with the package libtpu, which is not installed: {fix}")
   print(f"Compiling the train step for {topology} ({topology.num_chips} chips): one minute to several.", flush=True)
   result = assemble(config, topology, compile_plan(config, topology))
   path = pathlib.Path(workdir) / "plan.json"
@@ -49,12 +47,10 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
   print(f"{describe(result)}\nWritten to {path}", flush=True)
-  if not result["fits"]:
-    reason = f"The compiler reports: {result['refused'].split(': ', 1)[-1]} " if "refused" in result else ""
-    raise InputError(
-      f"The train step of {config.data.task} does not fit {topology}: it needs {format_bytes(result['peak_bytes'])} on"
-      f" each of {topology.num_chips} chips, which have {format_bytes(result['hbm_bytes'])}. {reason}{LESS_MEMORY}"
-    )
+  needed, available = format_bytes(result["peak_bytes"]), format_bytes(result["hbm_bytes"])
+  reason = f"The compiler reports: {result['refused'].split(': ', 1)[-1]} " if "refused" in result else ""
+  problem = f"The train step of {config.data.task} does not fit {topology}: it needs {needed} on each of"
+  require(result["fits"], f"{problem} {topology.num_chips} chips, which have {available}. {reason}{LESS_MEMORY}")
   return 0
 
 
@@ -70,15 +66,11 @@ def compile_plan(config: Config, topology: Topology) -> dict:
     path = pathlib.Path(folder) / "result.json"
     command = [sys.executable, "-m", "perceiver_ar_jax.plan", str(topology), str(path)]
     process = subprocess.run(command, input=config.to_json(), env=environment, capture_output=True, text=True)
-    if not path.exists():
-      reason = "; ".join(process.stderr.strip().splitlines()[-3:])
-      raise InputError(
-        f"The compiler for {topology} ended with exit code {process.returncode} (-9: too little memory) and no result:"
-        f" {reason}."
-      )
+    reason = "; ".join(process.stderr.strip().splitlines()[-3:])
+    code = f"exit code {process.returncode} (-9: too little memory)"
+    require(path.exists(), f"The compiler for {topology} ended with {code} and no result: {reason}.")
     measured = json.loads(path.read_text())
-  if "error" in measured:
-    raise InputError(measured["error"])
+  require("error" not in measured, measured.get("error", ""))
   return measured
 
 
@@ -118,22 +110,26 @@ def measure(config: Config, topology: Topology) -> dict:
   If the compiler refuses the program because of its memory, `refused` is its message. Raises InputError if it does not
   know the topology, or the mesh or the batch does not fit it.
   """
-  devices = _devices(topology)
+  options: dict = {"num_slices": topology.slices} if topology.slices > 1 else {}
+  if topology.version == "v4":
+    options["chip_config_name"] = "megacore"  # a chip's two cores act as one device
   try:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **options).devices
     mesh = make_mesh(config.mesh, devices)
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).split("\n")[0]
+    raise InputError(f"The installed compiler does not know plan.topology={topology} ({reason}).") from error
   except NotImplementedError as error:  # JAX cannot divide the torus into these axes
-    raise InputError(
-      f"The mesh {config.mesh} does not fit {topology}: each axis must be a product of some of the slice's dimensions."
-    ) from error
+    fix = "each axis must be a product of some of the slice's dimensions"
+    raise InputError(f"The mesh {config.mesh} does not fit {topology}: {fix}.") from error
   architectures.check(config.model, mesh)
   check_batch(config.train.batch_size // config.train.microbatches, "train.batch_size / train.microbatches", mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   state = step_lib.abstract_state(config, optimizer, mesh)
-  model = config.model
+  model, rows = config.model, config.train.batch_size
   dims = (len(model.position_sizes) or 1) if model.positions_from_data else 0
   sizes = {"context": model.max_context, "latents": model.num_latents, "position_dims": dims}
-  packed = config.data.packing > 1
-  batch = jax.eval_shape(lambda: windows.empty_batch(config.train.batch_size, **sizes, packed=packed))
+  batch = jax.eval_shape(lambda: windows.empty_batch(rows, **sizes, packed=config.data.packing > 1))
   result = {"mesh": dict(mesh.shape), "num_params": architectures.num_params(model)}
   start = time.monotonic()
   with jax.set_mesh(mesh):
@@ -153,17 +149,6 @@ def measure(config: Config, topology: Topology) -> dict:
       peak_bytes = argument_bytes + temp_bytes
   result |= {"argument_bytes": argument_bytes, "temp_bytes": temp_bytes, "peak_bytes": peak_bytes}
   return result | {"compile_seconds": round(time.monotonic() - start, 1)}
-
-
-def _devices(topology: Topology) -> list:
-  options = {"num_slices": topology.slices} if topology.slices > 1 else {}
-  if topology.version == "v4":
-    options["chip_config_name"] = "megacore"  # a chip's two cores act as one device
-  try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **options).devices
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).split("\n")[0]
-    raise InputError(f"The installed compiler does not know plan.topology={topology} ({reason}).") from error
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
-EXIT_TRANSIENT = 75
-"""Exit code after an error that a restart may fix (EX_TEMPFAIL of sysexits.h); exit code 1 means bad input."""
-
+EXIT_TRANSIENT = 75  # after an error that a restart may fix: EX_TEMPFAIL of sysexits.h
 WHEN_STORAGE_IS_BACK = "free some space or restore access, and start the same command again."
 
 
@@ -25,30 +23,31 @@ class TransientError(RuntimeError):
   """Storage or memory failed in a way that may pass, such as a full disk; then the same command resumes."""
 
 
-class _Kind:
-  """A kind of error, recognised by class, errno, HTTP code, or the name of a status in the message."""
+def _kind(types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], statuses: str) -> Callable[..., bool]:
+  """Returns whether an error, or one that it was raised from or while handling, is of a kind.
 
-  def __init__(self, types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], statuses: str):
-    self._types, self._http_codes = types, http_codes
-    self._errnos = [getattr(errno, name) for name in errnos.split() if hasattr(errno, name)]
-    codes = rf"(?:\bHTTP|[Ss]tatus)\D{{0,20}}(?:{'|'.join(map(str, http_codes))})\b"
-    self._message = re.compile("|".join([*(re.escape(os.strerror(n)) for n in self._errnos), codes, statuses]))
+  A kind is recognised by class, errno, HTTP code, or a text or the name of a status in the message.
+  """
+  numbers = [getattr(errno, name) for name in errnos.split() if hasattr(errno, name)]
+  in_message = rf"(?:\bHTTP|[Ss]tatus)\D{{0,20}}(?:{'|'.join(map(str, http_codes))})\b"
+  message = re.compile("|".join([*(re.escape(os.strerror(number)) for number in numbers), in_message, statuses]))
 
-  def __call__(self, error: BaseException) -> bool:
-    """Returns whether the error, or one that it was raised from or while handling, is of this kind."""
+  def is_kind(error: BaseException) -> bool:
     chain = [error]
     for link in chain:
       chain += [cause for cause in (link.__context__, link.__cause__) if cause is not None and cause not in chain]
     return any(
-      isinstance(link, self._types)
-      or getattr(link, "errno", None) in self._errnos
-      or getattr(link, "code", None) in self._http_codes
-      or self._message.search(str(link))
+      isinstance(link, types)
+      or getattr(link, "errno", None) in numbers
+      or getattr(link, "code", None) in http_codes
+      or message.search(str(link))
       for link in chain
     )
 
+  return is_kind
 
-is_transient = _Kind(
+
+is_transient = _kind(
   (TransientError, MemoryError, TimeoutError),
   "ENOSPC EDQUOT EFBIG ENOMEM EMFILE ENFILE EAGAIN EBUSY EINTR EIO EREMOTEIO ESTALE ENODEV ENXIO ENOTCONN ESHUTDOWN"
   " ETIMEDOUT ECONNREFUSED ECONNRESET ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETRESET ENETUNREACH",
@@ -57,7 +56,7 @@ is_transient = _Kind(
   "|Service Unavailable|Bad Gateway|Gateway Time-?out|Internal Server Error|Too Many Requests",
 )
 """Whether storage or memory failed in a way that may pass."""
-is_denied = _Kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERMISSION_DENIED\b|\bUNAUTHENTICATED\b")
+is_denied = _kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERMISSION_DENIED\b|\bUNAUTHENTICATED\b")
 """Whether the user may not access a file."""
 
 

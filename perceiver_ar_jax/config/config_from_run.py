@@ -10,10 +10,9 @@ import json
 import os
 from typing import Any
 
-from perceiver_ar_jax.config import Config, InputError, ModelConfig, defaults, model_from_json, reading
+from perceiver_ar_jax.config import Config, InputError, ModelConfig, defaults, model_from_json, reading, require
 
-WEIGHTS, SENTENCEPIECE = "model.safetensors", "sentencepiece.model"
-"""Names of files of exported weights."""
+WEIGHTS, SENTENCEPIECE = "model.safetensors", "sentencepiece.model"  # files of exported weights
 
 
 def get_config(workdir: str):
@@ -61,8 +60,7 @@ def load_model_config(workdir: str | os.PathLike) -> ModelConfig:
 def _opened(workdir: str | os.PathLike):
   """Yields the path and text of config.json; in the context, errors of parsing it become InputErrors."""
   path = _path(workdir)
-  if not path.exists():
-    raise InputError(f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
+  require(path.exists(), f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
   with reading(path, "give this user access"):
     content = path.read_bytes()
   try:

@@ -98,12 +98,11 @@ class ModelConfig:
     for name in ("dropout", "latent_dropout", "cross_attend_dropout"):
       require(0 <= getattr(self, name) < 1, f"model.{name}={getattr(self, name)} must be in [0, 1).")
     require(0 <= self.rotary_fraction <= 1, f"model.rotary_fraction={self.rotary_fraction} must be in [0, 1].")
-    require(
-      all(len(axis) == 3 and axis[0] >= 0 and 0 < axis[1] <= axis[2] for axis in self.rotary_axes)
-      and sum(axis[0] for axis in self.rotary_axes) <= 1,
-      f"model.rotary_axes={self.rotary_axes} must have (fraction of a head, shortest, longest wavelength) for each"
-      " position dimension, with 0 < shortest <= longest and fractions that sum to at most 1.",
-    )
+    axes, form = self.rotary_axes, "(fraction of a head, shortest, longest wavelength) for each position dimension"
+    is_valid = all(len(axis) == 3 and axis[0] >= 0 and 0 < axis[1] <= axis[2] for axis in axes)
+    is_valid = is_valid and sum(axis[0] for axis in axes) <= 1
+    limits = "with 0 < shortest <= longest and fractions that sum to at most 1"
+    require(is_valid, f"model.rotary_axes={axes} must have {form}, {limits}.")
     features, taps, layers = self.value_features, self.conv_taps, self.cross_attend_after
     require(features % 2 == 0, f"model.value_features={features} must be even: sines and cosines.")
     is_valid = not (taps and self.cross_attend_dropout)

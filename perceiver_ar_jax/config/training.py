@@ -91,19 +91,18 @@ class TrainConfig:
     require_at_least(1, "train", self, *counts, "max_skipped")
     require_at_least(0, "train", self, "z_loss")
     rows, parts = self.batch_size, self.microbatches
-    message = f"train.batch_size={rows} is not divisible by train.microbatches={parts}: change either."
-    require(rows % parts == 0, message)
+    require(
+      rows % parts == 0, f"train.batch_size={rows} is not divisible by train.microbatches={parts}: change either."
+    )
     require_choice("train.loss_reduction", self.loss_reduction, ("mean", "sum"))
     require_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
     require_choice("train.tracker", self.tracker, ("none", "wandb", "trackio"))
     require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1).")
     require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1).")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
-    require(
-      self.optimizer.schedule != "cosine" or warmup + (decay or 1) <= self.steps,
-      f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and"
-      f" cosine_steps={decay or 'the rest'}: lower these, or train longer.",
-    )
+    is_long = self.optimizer.schedule != "cosine" or warmup + (decay or 1) <= self.steps
+    problem = f"train.steps={self.steps} is too short for train.optimizer.warmup_steps={warmup} and"
+    require(is_long, f"{problem} cosine_steps={decay or 'the rest'}: lower these, or train longer.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

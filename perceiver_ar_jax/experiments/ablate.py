@@ -2,13 +2,13 @@
 
   python -m perceiver_ar_jax.experiments.ablate --config=configs/ablations/context.py --workdir=runs/context --seeds=0,1
 
-The file names its VARIANTS; `--config=configs/ablations/context.py:512` is the config of one variant, for main.py. Each
-run is main.py in a process and a folder of its own, WORKDIR/<variant>-seed<seed>, so the same command resumes what was
-interrupted and skips what is complete. Settings given here, such as --config.train.steps=2000, apply to all runs.
-WORKDIR gets README.md (the file's docstring, the tables, the command), README.png and README.json.
+The file names its VARIANTS; `--config=configs/ablations/context.py:512` is the config of one. Each run is main.py in a
+process and a folder of its own, WORKDIR/<variant>-seed<seed>, so the same command resumes what was interrupted and
+skips what is complete. Settings given here, such as --config.train.steps=2000, apply to all runs. WORKDIR gets
+README.md (the file's docstring, the tables, the command), README.png and README.json.
 
-Training seconds are steps times the median duration of a step, without evaluation and compilation. The last columns
-compare variants of different cost: the unit at the FLOPs and at the seconds that the cheapest one spent.
+Training seconds are steps times the median duration of a step. The last columns compare variants of different cost: the
+unit at the FLOPs and at the seconds that the cheapest one spent.
 """
 
 import json
@@ -28,7 +28,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from perceiver_ar_jax import command_line
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, require
 from perceiver_ar_jax.experiments import plots
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.training import metrics
@@ -44,8 +44,8 @@ def main(config: Config) -> int:
   del config  # resolving it has validated the settings that apply to all runs
   path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
   settings = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
-  if not all(seed.isdigit() for seed in _SEEDS.value):
-    raise InputError(f"--seeds={','.join(_SEEDS.value)} must be comma-separated whole numbers.")
+  are_numbers = all(seed.isdigit() for seed in _SEEDS.value)
+  require(are_numbers, f"--seeds={','.join(_SEEDS.value)} must be comma-separated whole numbers.")
   workdir = epath.Path(command_line.WORKDIR.value)
   ablate(path, workdir, _SEEDS.value, settings)
   print((workdir / "README.md").read_text(), flush=True)
@@ -55,14 +55,11 @@ def main(config: Config) -> int:
 def ablate(path: str, workdir: epath.Path, seeds: Sequence[str], settings: Sequence[str]) -> dict:
   """Runs every variant of the file `path` with every seed, unless complete; writes the results and returns README.json.
 
-  `settings` are flags of all runs, such as --config.train.steps=100.
-
-  Raises:
-    InputError: the file has no VARIANTS, or a run failed.
+  `settings` are flags of all runs, such as --config.train.steps=100. Raises InputError if the file has no VARIANTS, or
+  a run failed.
   """
-  module = runpy.run_path(path)
-  if "VARIANTS" not in module:
-    raise InputError(f"--config={path} does not define VARIANTS: give a file such as configs/ablations/context.py.")
+  module, fix = runpy.run_path(path), "give a file such as configs/ablations/context.py"
+  require("VARIANTS" in module, f"--config={path} does not define VARIANTS: {fix}.")
   command = ["python", "-m", "perceiver_ar_jax.experiments.ablate", f"--config={path}", f"--seeds={','.join(seeds)}"]
   results = {
     "about": module["__doc__"],
@@ -152,11 +149,9 @@ def table(runs: Runs) -> str:
   """Returns a Markdown table with one row per variant: size, cost and final unit."""
   unit = _unit(runs)
   lowest = {cost: min(_total(seeds, cost) for seeds in runs.values()) for cost in ("step_flops", "step_seconds")}
-  lines = [
-    f"| variant | parameters | context | latents | steps | training TFLOPs | training seconds | {unit} | at"
-    f" {lowest['step_flops'] / 1e12:,.3g} TFLOPs | at {lowest['step_seconds']:,.0f} s |",
-    "|---|---|---|---|---|---|---|---|---|---|",
-  ]
+  columns = f"parameters | context | latents | steps | training TFLOPs | training seconds | {unit}"
+  budgets = f"at {lowest['step_flops'] / 1e12:,.3g} TFLOPs | at {lowest['step_seconds']:,.0f} s"
+  lines = [f"| variant | {columns} | {budgets} |", "|---" * 10 + "|"]
   for variant, seeds in runs.items():
     run, values = seeds[0], [run["result"][unit] for run in seeds]
     mean = statistics.fmean(values)
@@ -203,12 +198,11 @@ def _context_table(runs: Runs) -> str:
     for variant, seeds in runs.items()
   }
   buckets = sorted({bucket for by_bucket in losses.values() for bucket in by_bucket}, key=lambda bucket: bucket[0])
-  lines = [
-    "Nats per token by the number of inputs that a token was predicted from (first seed; at least 100 tokens each):",
-    "",
-    "| variant | " + " | ".join(f"{first:,} to {(end or math.inf) - 1:,}" for first, end in buckets) + " |",
-    "|---" * (len(buckets) + 1) + "|",
-  ]
+  title = (
+    "Nats per token by the number of inputs that a token was predicted from (first seed; at least 100 tokens each):"
+  )
+  columns = " | ".join(f"{first:,} to {(end or math.inf) - 1:,}" for first, end in buckets)
+  lines = [title, "", f"| variant | {columns} |", "|---" * (len(buckets) + 1) + "|"]
   for variant, by_bucket in losses.items():
     lines.append(f"| {variant} | " + " | ".join(by_bucket.get(bucket, "") for bucket in buckets) + " |")
   return "\n".join(lines)

@@ -1,9 +1,8 @@
 """--mode=attention: which inputs a cross-attention attends to, for chosen outputs of one document.
 
-An output is shown in the window in which it is the last to be scored: the inputs that fit into the context, and the
-latents of evaluation. The picture depends on the modality: the image, the piano roll or the text, colored by the mean
-weight over heads, above a plot of all weights; for other data only the plot. Colors are the root of a weight's share of
-the largest, so that small weights show. The weights of all heads are in the .npz file.
+An output is shown in the window in which it is the last to be scored, with the latents of evaluation. The picture is
+the image, the piano roll or the text, colored by the mean weight over heads, above a plot of all weights; for other
+data only the plot. The weights of all heads are in the .npz file.
 """
 
 import functools
@@ -21,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
-from perceiver_ar_jax.config import Config, InputError, writing
+from perceiver_ar_jax.config import Config, require, writing
 from perceiver_ar_jax.data import NUM_SPECIAL, music, splits, windows
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.loader import to_global
@@ -42,14 +41,12 @@ _MAX_BYTES_PER_CHARACTER = 4
 def write(config: Config, workdir: epath.PathLike) -> dict:
   """Writes WORKDIR/attention: a picture and the weights of each output, and attention.json, whose content it returns.
 
-  `config.attention_map` chooses the document, outputs and cross-attention.
-
-  Raises:
-    InputError: the run has no checkpoint or its model no cross-attention; a prompt cannot be read, an output is outside
-      of it, or the folder cannot be written.
+  `config.attention_map` chooses the document, outputs and cross-attention. Raises InputError if the run has no
+  checkpoint or its model no cross-attention, a prompt cannot be read, an output is outside of it, or the folder cannot
+  be written.
   """
-  if not architecture_of(config.model).has_cross_attention:
-    raise InputError(f"--mode=attention is not supported with model.architecture={config.model.architecture}.")
+  is_supported, name = architecture_of(config.model).has_cross_attention, config.model.architecture
+  require(is_supported, f"--mode=attention is not supported with model.architecture={name}.")
   mesh, step, params = evaluate.restore(config, workdir)
   settings, num_latents = config.attention_map, config.eval.num_latents or config.model.num_latents
   task, document = _document(config)
@@ -66,10 +63,8 @@ def write(config: Config, workdir: epath.PathLike) -> dict:
     entries.append(entry)
     if jax.process_index() == 0:
       _save(folder, files, window, weights_HxL)
-      print(
-        f"output {output:,}: entropy {entry['entropy_nats']:.2f} nats over {entry['inputs']:,} inputs,"
-        f" {entry['share_before_latents']:.1%} before the latents: {folder / files[0]}"
-      )
+      share = f"{entry['share_before_latents']:.1%} before the latents: {folder / files[0]}"
+      print(f"output {output:,}: entropy {entry['entropy_nats']:.2f} nats over {entry['inputs']:,} inputs, {share}")
   report = {"step": step, "task": task.name, "prompt": settings.prompt, "events": len(document)}
   report |= {"cross_attend": settings.cross_attend, "num_latents": num_latents, "outputs": entries}
   if jax.process_index() == 0:
@@ -82,21 +77,17 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
 
   `outputs` are indices of the document's events, in 1..N - 1.
   """
-  context, num_latents = config.model.max_context, config.eval.num_latents or config.model.num_latents
-  batch_size, dims = mesh.shape["data"] * mesh.shape["fsdp"], document.positions(0, 1).shape[1]
-  batch = windows.empty_batch(batch_size, context=context, latents=num_latents, position_dims=dims)
-  layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
-  run = jax.jit(
-    functools.partial(
-      attention_map, config.model, num_latents=num_latents, cross_attention=config.attention_map.cross_attend
-    ),
-    out_shardings=NamedSharding(mesh, PartitionSpec()),
-  )
+  num_latents, batch_size = config.eval.num_latents or config.model.num_latents, mesh.shape["data"] * mesh.shape["fsdp"]
+  sizes = {"context": config.model.max_context, "position_dims": document.positions(0, 1).shape[1]}
+  empty_batch = functools.partial(windows.empty_batch, batch_size, latents=num_latents, **sizes)
+  layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in empty_batch().items()})
+  chosen = {"num_latents": num_latents, "cross_attention": config.attention_map.cross_attend}
+  weights_of = functools.partial(attention_map, config.model, **chosen)
+  run = jax.jit(weights_of, out_shardings=NamedSharding(mesh, PartitionSpec()))
   result = []
   with jax.set_mesh(mesh):
     for first in range(0, len(outputs), batch_size):
-      batch = windows.empty_batch(batch_size, context=context, latents=num_latents, position_dims=dims)
-      batch_outputs = outputs[first : first + batch_size]
+      batch, batch_outputs = empty_batch(), outputs[first : first + batch_size]
       for index, output in enumerate(batch_outputs):
         windows.eval_window(windows.row_of(batch, index), document, output + 1, 1)
       arrays = to_global(batch, batch_size, layout)
@@ -110,17 +101,14 @@ def _document(config: Config) -> tuple[Task, Document]:
     return next(splits.documents(config, config.eval.split, 1))
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
   document = prompts.read(task, prompts.parse(task, prompt))[0]
-  if not document.has_targets():
-    raise InputError(f"attention_map.prompt={prompt!r} contains nothing to predict: give a longer document.")
+  require(document.has_targets(), f"attention_map.prompt={prompt!r} contains nothing to predict: give a longer one.")
   return task, document
 
 
 def _outputs(chosen: tuple[int, ...], count: int) -> list[int]:
   """Returns the chosen outputs, or by default a few of all `count`."""
-  if max(chosen, default=0) > count:
-    raise InputError(
-      f"attention_map.outputs contains {max(chosen)}, and the document has {count:,} outputs: choose from 1..{count}."
-    )
+  largest, fix = max(chosen, default=0), f"choose from 1..{count}"
+  require(largest <= count, f"attention_map.outputs contains {largest}, and the document has {count:,} outputs: {fix}.")
   parts = min(_DEFAULT_OUTPUTS, count)
   return list(dict.fromkeys(chosen)) or [count * part // parts for part in range(1, parts + 1)]
 
@@ -135,7 +123,6 @@ class Window(NamedTuple):
 
 
 def _statistics(window: Window, weights_HxL: np.ndarray, num_latents: int) -> dict:
-  """Returns an output's entry of attention.json."""
   mean_L = weights_HxL.mean(axis=0, dtype=np.float64)
   positive = mean_L[mean_L > 0]
   return {
@@ -148,20 +135,15 @@ def _statistics(window: Window, weights_HxL: np.ndarray, num_latents: int) -> di
 
 
 def _save(folder: epath.Path, names: Sequence[str], window: Window, weights_HxL: np.ndarray) -> None:
-  """Writes the picture and the .npz file of an output."""
   inputs = len(window.events) - 1
   padding = weights_HxL.shape[1] - inputs
   with (folder / names[0]).open("wb") as file, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # characters that the font does not have are drawn as boxes
     picture(window, weights_HxL[:, padding:]).savefig(file, format="png", dpi=100)
+  places_L = np.pad(np.arange(window.start, window.start + inputs), (padding, 0), constant_values=-1)
+  arrays = {"tokens_L": np.pad(window.events[:-1], (padding, 0)), "places_L": places_L, "weights_HxL": weights_HxL}
   with (folder / names[1]).open("wb") as file:
-    np.savez(
-      file,
-      weights_HxL=weights_HxL,
-      tokens_L=np.pad(window.events[:-1], (padding, 0)),
-      positions_LxP=np.pad(window.positions[:-1], ((padding, 0), (0, 0))),
-      places_L=np.pad(np.arange(window.start, window.start + inputs), (padding, 0), constant_values=-1),
-    )
+    np.savez(file, positions_LxP=np.pad(window.positions[:-1], ((padding, 0), (0, 0))), **arrays)
 
 
 def picture(window: Window, weights_HxN: np.ndarray) -> Figure:

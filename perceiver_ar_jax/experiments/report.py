@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, config_from_run, writing
+from perceiver_ar_jax.config import Config, config_from_run, require, writing
 from perceiver_ar_jax.experiments import plots
 from perceiver_ar_jax.models.architectures import num_params
 from perceiver_ar_jax.training import metrics
@@ -27,14 +27,12 @@ img { max-width: 100%; height: auto } figure { display: inline-block; margin: .5
 def write(workdir: epath.PathLike) -> epath.Path:
   """Writes WORKDIR/report.html and returns its path.
 
-  Raises:
-    InputError: the workdir contains no run, the run has not logged a step, or the file cannot be written.
+  Raises InputError if the workdir contains no run, the run has not logged a step, or the file cannot be written.
   """
   workdir = epath.Path(workdir)
   config, entries = config_from_run.load_config(workdir), metrics.read_entries(workdir)
   steps = [entry for entry in entries if "loss" in entry]
-  if not steps:
-    raise InputError(f"--workdir={workdir} has not logged a step yet: train first, or lower train.log_every.")
+  require(bool(steps), f"--workdir={workdir} has not logged a step yet: train first, or lower train.log_every.")
   results = [json.loads(path.read_text()) for path in sorted(workdir.glob("eval-*.json"))]
   sections = {
     "Loss": _loss_plot(entries),

@@ -5,9 +5,8 @@
 
 Scores every combination (paper, section 5: more latents or layers at evaluation than necessary cost compute and lower
 the loss). Axes that are not given keep the value of the config; fewer layers are the first layers; a stride above the
-number of latents is lowered to it. Other settings, such as --config.eval.max_sequences=20, are flags as for main.py.
-Writes sweep-<split>-<step>.json and .png to the workdir: the task's unit against FLOPs and against seconds per token,
-both for scoring alone.
+number of latents is lowered to it. Writes sweep-<split>-<step>.json and .png to the workdir: the task's unit against
+FLOPs and against seconds per token.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from absl import flags
 from etils import epath
 
 from perceiver_ar_jax import command_line
-from perceiver_ar_jax.config import Config, InputError, ModelConfig
+from perceiver_ar_jax.config import Config, ModelConfig, require
 from perceiver_ar_jax.data import splits
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.experiments import plots
@@ -43,23 +42,19 @@ def main(config: Config) -> int:
 
 
 def _numbers(name: str, words: list[str]) -> list[int]:
-  if not all(word.strip().isdigit() and int(word) for word in words):
-    raise InputError(f"--{name}={','.join(words)} must be comma-separated whole numbers of at least 1.")
+  are_valid = all(word.strip().isdigit() and int(word) for word in words)
+  require(are_valid, f"--{name}={','.join(words)} must be comma-separated whole numbers of at least 1.")
   return [int(word) for word in words]
 
 
 def sweep(config: Config, workdir: epath.Path, values: Mapping[str, list[int]]) -> list[dict]:
   """Scores every combination of `values` (numbers by name of an axis) and writes the tables; returns their rows.
 
-  Raises:
-    InputError: there is no checkpoint, or a value does not suit the model.
+  Raises InputError if there is no checkpoint, or a value does not suit the model.
   """
-  trained = {
-    "num_latents": config.eval.num_latents or config.model.num_latents,
-    "stride": config.eval.stride or config.eval.num_latents or config.model.num_latents,
-    "context": config.model.max_context,
-    "layers": config.model.num_layers,
-  }
+  latents = config.eval.num_latents or config.model.num_latents
+  defaults = (latents, config.eval.stride or latents, config.model.max_context, config.model.num_layers)
+  trained = dict(zip(_AXES, defaults))
   grid = itertools.product(*(values.get(axis, [trained[axis]]) for axis in _AXES))
   grid = [(num_latents, min(stride, num_latents), *rest) for num_latents, stride, *rest in grid]
   points = [dict(zip(_AXES, point)) for point in dict.fromkeys(grid)]  # without duplicates
@@ -69,38 +64,31 @@ def sweep(config: Config, workdir: epath.Path, values: Mapping[str, list[int]]) 
   for point, point_config in zip(points, configs):
     row = point | _score(point_config, mesh, first_layers(point_config.model, params), step)
     rows.append(row)
-    print(
-      ", ".join(f"{axis} {point[axis]:,}" for axis in _AXES) + f": {row[row['unit']]:.4f} {row['unit']},"
-      f" {row['flops_per_token']:.3g} FLOPs and {row['seconds_per_token']:.2g} seconds per token",
-      flush=True,
-    )
+    settings = ", ".join(f"{axis} {point[axis]:,}" for axis in _AXES)
+    costs = f"{row['flops_per_token']:.3g} FLOPs and {row['seconds_per_token']:.2g} seconds per token"
+    print(f"{settings}: {row[row['unit']]:.4f} {row['unit']}, {costs}", flush=True)
   if jax.process_index() == 0:
     _write(rows, workdir / f"sweep-{config.eval.split}-{step}", trained)
   return rows
 
 
 def _config_at(config: Config, point: Mapping[str, int]) -> Config:
-  """Returns the config that scores one point."""
-  trained = config.model
-  if point["layers"] > trained.num_layers:
-    raise InputError(f"--layers={point['layers']} exceeds the {trained.num_layers} layers of the model.")
-  if not architecture_of(trained).has_cross_attention and point["layers"] != trained.num_layers:
-    raise InputError(f"--layers={point['layers']} is not supported with {trained.architecture}: leave it out.")
-  if point["num_latents"] > point["context"]:
-    raise InputError(
-      f"--num_latents={point['num_latents']} exceeds a context of {point['context']}, whose last inputs they are: lower"
-      " it, or raise --context."
-    )
+  trained, (num_latents, _, context, layers) = config.model, (point[axis] for axis in _AXES)
+  require(layers <= trained.num_layers, f"--layers={layers} exceeds the {trained.num_layers} layers of the model.")
+  has_any = architecture_of(trained).has_cross_attention or layers == trained.num_layers
+  require(has_any, f"--layers={layers} is not supported with {trained.architecture}: leave it out.")
+  problem = f"--num_latents={num_latents} exceeds a context of {context}, whose last inputs they are"
+  require(num_latents <= context, f"{problem}: lower it, or raise --context.")
   model = dataclasses.replace(
     trained,
-    max_context=point["context"],
-    num_latents=point["num_latents"],
-    num_layers=point["layers"],
-    cross_attend_after=tuple(layer for layer in trained.cross_attend_after if layer < point["layers"]),
+    max_context=context,
+    num_latents=num_latents,
+    num_layers=layers,
+    cross_attend_after=tuple(layer for layer in trained.cross_attend_after if layer < layers),
     rotary_max_wavelength=trained.rotary_max_wavelength or trained.max_context,  # must stay as in training
   )
   sample = dataclasses.replace(config.sample, kept_latents=None)
-  evaluation = dataclasses.replace(config.eval, num_latents=point["num_latents"], stride=point["stride"])
+  evaluation = dataclasses.replace(config.eval, num_latents=num_latents, stride=point["stride"])
   return dataclasses.replace(config, model=model, eval=evaluation, sample=sample)
 
 
@@ -117,7 +105,6 @@ def first_layers(model: ModelConfig, params: Mapping) -> dict:
 
 
 def _score(config: Config, mesh, params, step: int) -> dict:
-  """Returns the metrics of one point and their cost."""
   evaluator = evaluate.Evaluator(config, mesh)
   evaluator(params, step, documents=list(splits.documents(config, config.eval.split, 1))[:1])  # compiles
   start = time.monotonic()

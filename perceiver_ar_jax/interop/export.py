@@ -2,11 +2,10 @@
 
   python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N] [--noema]
 
-With train.ema_decay, the averaged weights are exported; --noema exports the last ones. The folder contains
-model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate, kernels [in, out];
-its metadata have the step), config.json (all settings of the run, or the model's alone), the SentencePiece model if the
-run has one, and a model card. It appears as a whole or not at all; on an object store, model.safetensors is written
-last. training/pretrained.py reads the folder, and examples/perceiver_ar_torch.py computes the model in PyTorch.
+The folder contains model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate,
+kernels [in, out]; its metadata have the step), config.json (all settings of the run, or the model's alone), the
+SentencePiece model if the run has one, and a model card. It appears as a whole or not at all; on an object store,
+model.safetensors is written last. training/pretrained.py reads it.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,79 +27,75 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from perceiver_ar_jax.config import Config, InputError, MeshConfig, ModelConfig, checks, config_from_run, writing
+from perceiver_ar_jax.config import Config, InputError, MeshConfig, ModelConfig, config_from_run
+from perceiver_ar_jax.config.checks import reading, require, require_choice, writing
 from perceiver_ar_jax.data import units
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.training import pretrained
 from perceiver_ar_jax.training.workdir import is_object_store
 
 _FREE = "give a folder that you may write to, with enough space"
+_LOAD = """## Load
+
+    sampler = perceiver_ar_jax.Sampler.from_pretrained("FOLDER")
+    config, params = perceiver_ar_jax.training.pretrained.load("FOLDER")  # of the JAX model, PerceiverAR
+    model = perceiver_ar_torch.load("FOLDER")  # the PyTorch model, with perceiver_ar_torch.py of the examples
+    python -m perceiver_ar_jax.main --workdir=FOLDER --mode=sample  # or score, eval; --config.data.files=... sets paths
+
+To start another run from these weights: `--config.train.init_from=FOLDER`.
+"""
 
 
 def export_params(
   config: ModelConfig, params: Any, folder: epath.PathLike, *, dtype: str = "float32", step: int = 0
 ) -> None:
-  """Writes a model to `folder`, whose config.json has the model's settings alone.
+  """Writes a model to `folder`, which is new or empty; its config.json has the model's settings alone.
 
-  Args:
-    params: as `PerceiverAR(config).init` or `load_checkpoint` returns them; boxed or not.
-    folder: new or empty; its parents are created.
-    dtype: of the values in the file, float32 or bfloat16.
-    step: of training, for the record.
-
-  Raises InputError if `params` are not those of `config`, or `folder` is not empty or cannot be written, TransientError
-  if it cannot be written now, such as on a full disk.
+  `params` are as `PerceiverAR(config).init` or `load_checkpoint` returns them, `dtype` is float32 or bfloat16, `step`
+  is that of training. Raises InputError if `params` are not those of `config`, or `folder` is not empty or cannot be
+  written, TransientError if it cannot be written now, such as on a full disk.
   """
   text = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
-  _write(epath.Path(folder), config, params, dtype, step, {"config.json": text.encode()})
+  _write(epath.Path(folder), {"Model": config}, params, dtype, step, {"config.json": text.encode()})
 
 
 def export_run(
-  config: Config, params: Any, folder: epath.PathLike, *, dtype: str, step: int, results: Sequence[dict] = ()
+  config: Config, params: Any, folder: epath.PathLike, *, dtype: str, step: int, metrics: Sequence[str] = ()
 ) -> None:
   """Writes a model with all settings of its run and its SentencePiece model; as `export_params`.
 
-  config.json has the mesh and attention kernel of no particular machine. `results` are evaluations, for the model card.
+  config.json has the mesh and attention kernel of no particular machine. `metrics` are lines of the model card.
   """
   files: dict[str, bytes] = {}
-  data = config.data
+  data, sections = config.data, {"Model": config.model, "Data": config.data, "Training": config.train}
   if data.sentencepiece:
-    from perceiver_ar_jax.data.files import Unreadable, read_bytes  # import TensorFlow
-    from perceiver_ar_jax.data.sources import sentencepiece_fingerprint
+    from perceiver_ar_jax.data.sources import sentencepiece_fingerprint  # imports TensorFlow
 
-    try:
-      files[config_from_run.SENTENCEPIECE] = read_bytes(data.sentencepiece)
-    except Unreadable as error:
-      raise InputError(f"{error}. Set --config.data.sentencepiece to where the file is now.") from error
-    data = dataclasses.replace(
-      data, sentencepiece=config_from_run.SENTENCEPIECE, sentencepiece_fingerprint=sentencepiece_fingerprint(data)
-    )
+    name = config_from_run.SENTENCEPIECE
+    with reading(data.sentencepiece, "set --config.data.sentencepiece to where the file is now"):
+      files[name] = epath.Path(data.sentencepiece).read_bytes()
+    data = dataclasses.replace(data, sentencepiece=name, sentencepiece_fingerprint=sentencepiece_fingerprint(data))
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
-  _write(epath.Path(folder), config.model, params, dtype, step, files | {"config.json": text.encode()}, config, results)
+  _write(epath.Path(folder), sections, params, dtype, step, files | {"config.json": text.encode()}, metrics)
 
 
 def check_output(folder: epath.Path) -> None:
   """Raises InputError unless `folder` does not exist or is empty."""
   with writing(folder, _FREE):
-    if folder.exists() and (not folder.is_dir() or any(True for _ in folder.iterdir())):
-      raise InputError(f"{folder} already exists and is not empty: give a new folder.")
+    is_free = not folder.exists() or folder.is_dir() and not any(True for _ in folder.iterdir())
+    require(is_free, f"{folder} already exists and is not empty: give a new folder.")
 
 
 def _write(
-  folder: epath.Path,
-  model: ModelConfig,
-  params: Any,
-  dtype: str,
-  step: int,
-  files: dict[str, bytes],
-  config: Config | None = None,
-  results: Sequence[dict] = (),
+  folder: epath.Path, sections: dict[str, Any], params: Any, dtype: str, step: int, files: dict[str, bytes], metrics=()
 ) -> None:
   check_output(folder)
-  checks.require_choice("dtype", dtype, pretrained.DTYPES)
-  arrays = _arrays(model, params, jnp.dtype(dtype))
-  card = _card(folder.name, model, config, results, sum(x.size for x in arrays.values()), dtype, step)
+  require_choice("dtype", dtype, pretrained.DTYPES)
+  arrays = _arrays(sections["Model"], params, jnp.dtype(dtype))
+  size = f"{sum(x.size for x in arrays.values()):,} parameters ({dtype})"
+  summary = f"{sections['Model'].architecture} with {size}, trained for {step:,} steps with perceiver_ar_jax."
+  card = _card(folder.name, summary, sections, metrics)
   metadata = {"format": "perceiver_ar_jax", "step": str(step)}
   with writing(folder, _FREE), _new_folder(folder) as local:
     for name, content in (files | {"README.md": card.encode()}).items():
@@ -112,23 +108,19 @@ def _write(
 def _new_folder(folder: epath.Path) -> Iterator[epath.Path]:
   """Yields a temporary local folder, which becomes `folder` unless an error is raised."""
   remote = is_object_store(folder)
-  if not remote:
-    folder = epath.Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-  parent = None if remote else os.fspath(folder.parent)
-  local = epath.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+  target = folder if remote else epath.Path(os.path.abspath(folder))
+  (target if remote else target.parent).mkdir(parents=True, exist_ok=True)
+  parent = epath.Path(tempfile.gettempdir()) if remote else target.parent
+  local = parent / f".{target.name}-{uuid.uuid4().hex}"
+  local.mkdir()
   try:
     yield local
     if remote:
-      folder.mkdir(parents=True, exist_ok=True)
       for path in sorted(local.iterdir(), key=lambda path: path.name == config_from_run.WEIGHTS):
-        with path.open("rb") as source, (folder / path.name).open("wb") as target:
-          shutil.copyfileobj(source, target)
+        with path.open("rb") as source, (target / path.name).open("wb") as copy:
+          shutil.copyfileobj(source, copy)
     else:
-      mask = os.umask(0)
-      os.umask(mask)
-      os.chmod(local, 0o777 & ~mask)  # mkdtemp gives access to the owner alone
-      os.replace(local, folder)
+      os.replace(local, target)
   finally:
     shutil.rmtree(local, ignore_errors=True)
 
@@ -148,75 +140,39 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
   return arrays
 
 
-def _card(
-  name: str, model: ModelConfig, config: Config | None, results: Sequence[dict], size: int, dtype: str, step: int
-) -> str:
-  """The text of README.md."""
-  title = {"perceiver_ar": "Perceiver AR"}.get(model.architecture, model.architecture)
-  lines = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {name}", ""]
-  lines += [f"{title} with {size:,} parameters ({dtype}), trained for {step:,} steps with perceiver_ar_jax.", ""]
-  lines += ["## Model", "", *_settings(model)]
-  if config:
-    lines += ["## Data", "", *_settings(config.data), "## Training", "", *_settings(config.train)]
-  if results:
+def _card(name: str, summary: str, sections: dict[str, Any], metrics: Sequence[str]) -> str:
+  """The text of README.md, with the settings that are not the defaults."""
+  lines = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {name}", "", summary, ""]
+  for title, section in sections.items():
+    values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
+    changed = {field.name: value for field, value in values.items() if value != field.default}
+    rows = [f"| {name} | {value} |" for name, value in changed.items() if not dataclasses.is_dataclass(value)]
+    lines += [f"## {title}", "", "| setting | value |", "|---|---|", *rows, ""]
+  if metrics:
     lines += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
-    for result in results:
-      summary = units.UNITS[result["unit"]].summary.format_map(result)
-      lines.append(
-        f"| {result['split']} | {result['step']} | {summary} | {result['bits_per_token']:.4f} |"
-        f" {result['accuracy']:.4f} | {result['num_tokens']:,} |"
-      )
-    lines.append("")
-  lines += ["## Load", "", "In PyTorch, with `perceiver_ar_torch.py` of the examples of perceiver_ar_jax:", ""]
-  lines += ['    model = perceiver_ar_torch.load("FOLDER")', "    logits_BxMxV = model(tokens_BxL, positions_BxLxP)"]
-  lines += ["", "In JAX:", ""]
-  if config:
-    lines += ["    from perceiver_ar_jax import Sampler", '    sampler = Sampler.from_pretrained("FOLDER")', ""]
-    lines += ["On the command line, where paths of the data may have to be set (--config.data.files=...):", ""]
-    lines += ["    python -m perceiver_ar_jax.main --workdir=FOLDER --mode=sample    # or score, eval", ""]
-    lines += ["To start another run from these weights: `--config.train.init_from=FOLDER`.", ""]
-  else:
-    lines += ["    from perceiver_ar_jax import PerceiverAR", "    from perceiver_ar_jax.training import pretrained"]
-    lines += ['    config, params = pretrained.load("FOLDER")']
-    lines += ['    logits_BxMxV = PerceiverAR(config).apply({"params": params}, tokens_BxL, positions_BxLxP)', ""]
-  return "\n".join(lines)
-
-
-def _settings(section: Any) -> list[str]:
-  """A table of the settings that are not the defaults."""
-  rows = [
-    f"| {field.name} | {getattr(section, field.name)} |"
-    for field in dataclasses.fields(section)
-    if getattr(section, field.name) != field.default and not dataclasses.is_dataclass(getattr(section, field.name))
-  ]
-  return ["| setting | value |", "|---|---|", *rows, ""]
-
-
-def _results(workdir: epath.Path, step: int) -> list[dict]:
-  """The evaluations of `step` in the workdir."""
-  results = []
-  for path in sorted(workdir.glob(f"eval-*-{step}.json")):
-    with contextlib.suppress(ValueError):  # half a file, or not one of this project
-      result = json.loads(path.read_text())
-      if {"unit", "split", "step", "bits_per_token", "accuracy", "num_tokens"} <= result.keys():
-        results.append(result)
-  return results
+  return "\n".join([*lines, *metrics, "", _LOAD])
 
 
 def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
   train = config_from_run.load_config(workdir, config).train  # raises InputError if it contains no run
   check_output(folder)
-  if flags.FLAGS.ema and not train.ema_decay:
-    raise InputError(f"The run in {workdir} has no averaged weights (train.ema_decay=0): leave out --ema.")
+  problem = f"The run in {workdir} has no averaged weights (train.ema_decay=0): leave out --ema."
+  require(not flags.FLAGS.ema or train.ema_decay > 0, problem)
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   here = dataclasses.replace(config, model=model, mesh=MeshConfig())
   averaged = flags.FLAGS.ema is not False
   _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step, averaged=averaged)
-  results = _results(workdir, step) if averaged or not train.ema_decay else []  # evaluations are of the average
+  metrics = []
+  for path in sorted(workdir.glob(f"eval-*-{step}.json")) if averaged or not train.ema_decay else ():  # of the average
+    with contextlib.suppress(ValueError, KeyError):  # half a file, or not one of this project
+      result = json.loads(path.read_text())
+      result["summary"] = units.UNITS[result["unit"]].summary.format_map(result)
+      columns = "| {split} | {step} | {summary} | {bits_per_token:.4f} | {accuracy:.4f} | {num_tokens:,} |"
+      metrics.append(columns.format_map(result))
   ema_decay = train.ema_decay if averaged else 0.0  # without averaging, training has the same last weights
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=ema_decay))
-  export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, results=results)
+  export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, metrics=metrics)
   print(f"Wrote the weights of step {step} in {flags.FLAGS.dtype} to {folder}.")
   return 0
 

@@ -2,9 +2,8 @@
 
   python -m perceiver_ar_jax.interop.haiku --checkpoint=checkpoint.dill --config=configs/imagenet64.py --workdir=DIR
 
-writes the weights as step 0 of a run in DIR, which can be evaluated and trained further (fine-tuning). With
---output=FOLDER instead of --workdir, it writes a folder of exported weights (interop/export.py). The file does not
-contain the architecture, so --config must describe the model it was trained with.
+writes the weights as step 0 of a run in DIR, or with --output=FOLDER as exported weights (interop/export.py). The file
+does not contain the architecture, so --config must describe the model it was trained with.
 
 A .dill file is a pickle, a program that may call anything. Here its names stand for classes of this module alone.
 """
@@ -21,7 +20,7 @@ from absl import flags
 from etils import epath
 from flax import traverse_util
 
-from perceiver_ar_jax.config import Config, InputError, ModelConfig, nearest, require
+from perceiver_ar_jax.config import Config, InputError, ModelConfig, lookup, nearest, require
 from perceiver_ar_jax.interop import export
 from perceiver_ar_jax.models import perceiver_ar, positions
 from perceiver_ar_jax.models.architectures import architecture_of
@@ -31,6 +30,7 @@ from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training import step as step_lib
 from perceiver_ar_jax.training import workdir as workdir_lib
 
+HaikuParams = Mapping[str, Mapping[str, np.ndarray]]
 # Official names of modules, by the names here.
 _ENDS = {"to_latents": "linear", "final_norm": "layer_norm", "to_logits": "logits"}
 _ATTENTION_AND_MLP = {
@@ -91,96 +91,68 @@ _UNSUPPORTED = {
 _IGNORED = """cross_attention_head_group_size chunked_cross_attention chunked_cross_query_size chunked_cross_key_size
   final_layer_init_zeros z_pos_enc_init_scale share_learned_initial_query initial_query_embed_activation_name
   initial_query_embed_num_layers concat_pos name""".split()
+_ARRAYS = "_reconstruct _frombuffer scalar _reconstruct_array reconstruct_device_array _create_array".split()
+"""Functions that build arrays in pickles of NumPy, JAX and dill."""
 
 
 class _Object:
-  """An object of the pickle, which keeps a value only in subclasses; no attribute of it can be set."""
+  """Stands for any object of the pickle: records what it would be built from, and calls nothing."""
 
-  value: Any = None
+  arguments: tuple = ()
+  state: Any = None
 
   def __new__(cls, *arguments, **unused):  # whichever instruction of the pickle creates it
     self = super().__new__(cls)
-    self._create(*arguments)
+    self.arguments = arguments
     return self
 
-  def _create(self, *unused) -> None:
+  def __setstate__(self, state) -> None:
+    self.state = state
+
+  def append(self, unused) -> None:
     pass
 
-  def __setstate__(self, unused) -> None:
-    pass
-
-  append = extend = add = __setstate__
+  extend = add = append
 
   def __setitem__(self, key, item) -> None:
     pass
 
 
-class _Mapping(_Object):
-  """Haiku's immutable dictionary, in the forms that its versions pickled."""
-
-  def _create(self, mapping=None, *unused) -> None:
-    self.value = mapping
-
-  def __setstate__(self, state) -> None:
-    slots = state[1] if isinstance(state, tuple) else state
-    self.value = slots["_mapping"]
-
-
-class _BFloat16(_Object):
-  pass
-
-
-class _DType(_Object):
-  """The type of an array's elements, by its code such as f4; its state contains the byte order."""
-
-  def _create(self, code=None, *unused) -> None:
-    self.value = np.dtype(ml_dtypes.bfloat16 if code is _BFloat16 else code)
-
-  def __setstate__(self, state) -> None:
-    if state[1] in ("<", ">"):
-      self.value = self.value.newbyteorder(state[1])
-
-
-class _Array(_Object):
-  """NumPy pickles an empty array, then its state."""
-
-  def __setstate__(self, state) -> None:
-    _, shape, dtype, is_fortran, content = state
-    # np.frombuffer refuses types whose elements are references to objects.
-    self.value = np.frombuffer(content, dtype.value).reshape(shape, order="F" if is_fortran else "C")
-
-
-class _ArrayFromBuffer(_Array):
-  def _create(self, content, dtype, shape, order) -> None:
-    self.__setstate__((1, shape, dtype, order == "F", content))
-
-
-class _Scalar(_Array):
-  def _create(self, dtype, content) -> None:
-    self.__setstate__((1, (), dtype, False, content))
-
-
-class _ArrayOfJax(_Array):
-  """An array of JAX or dill: a function that creates an empty one, its arguments, its state."""
-
-  def _create(self, function, arguments, state, *unused) -> None:
-    self.__setstate__(state)
-
-
-_CLASSES: dict[str, type[_Object]] = {
-  "FlatMapping": _Mapping,
-  "bfloat16": _BFloat16,
-  "dtype": _DType,
-  "_reconstruct": _Array,
-  "_frombuffer": _ArrayFromBuffer,
-  "scalar": _Scalar,
-  **dict.fromkeys(("_reconstruct_array", "reconstruct_device_array", "_create_array"), _ArrayOfJax),
-}
-
-
 class _Unpickler(pickle.Unpickler):
   def find_class(self, module: str, name: str) -> type[_Object]:
-    return _CLASSES.get(name, _Object)
+    return type(name, (_Object,), {})
+
+
+def _array(recorded: _Object) -> np.ndarray:
+  """Returns the array of a recorded call of NumPy, JAX or dill."""
+  arguments, name = recorded.arguments, type(recorded).__name__
+  if name == "_frombuffer":
+    content, dtype, shape, order = arguments
+  elif name == "scalar":
+    (dtype, content), shape, order = arguments, (), "C"
+  else:  # the state of an empty array, which JAX and dill pass as an argument
+    _, shape, dtype, is_fortran, content = recorded.state if name == "_reconstruct" else arguments[2]
+    order = "F" if is_fortran else "C"
+  code = dtype.arguments[0]
+  plain_dtype = np.dtype(ml_dtypes.bfloat16 if getattr(code, "__name__", "") == "bfloat16" else code)
+  if dtype.state and dtype.state[1] in ("<", ">"):
+    plain_dtype = plain_dtype.newbyteorder(dtype.state[1])
+  # np.frombuffer refuses types whose elements are references to objects.
+  return np.frombuffer(content, plain_dtype).reshape(shape, order=order)
+
+
+def _plain(value, *kinds: type):
+  """Returns the value that an object of the pickle stands for, which must be of one of `kinds`."""
+  name = type(value).__name__
+  if isinstance(value, _Object):
+    if name == "FlatMapping":  # Haiku's immutable dictionary, in the forms that its versions pickled
+      slots = value.state[1] if isinstance(value.state, tuple) else value.state
+      value = slots["_mapping"] if slots else value.arguments[0]
+    elif name in _ARRAYS:
+      value = _array(value)
+  if not isinstance(value, kinds):
+    raise pickle.UnpicklingError(f"{name} instead of {kinds[0].__name__}")
+  return value
 
 
 def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
@@ -188,32 +160,22 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
 
   Raises InputError if the file cannot be read, or is not such a checkpoint.
   """
-
-  def plain(value, *kinds: type):
-    value = value.value if isinstance(value, _Object) else value
-    if not isinstance(value, kinds):
-      raise pickle.UnpicklingError(f"{type(value).__name__} instead of {kinds[0].__name__}")
-    return value
-
   try:
     with open(path, "rb") as file:
-      state = plain(_Unpickler(file).load(), dict)
-    params = {
-      plain(module, str): {plain(name, str): plain(array, np.ndarray) for name, array in plain(arrays, dict).items()}
-      for module, arrays in plain(state["params"], dict).items()
-    }
-    return params, int(plain(state.get("global_step", 0), int, np.ndarray))
+      state = _plain(_Unpickler(file).load(), dict)
+    params: dict[str, dict[str, np.ndarray]] = {}
+    for module, arrays in _plain(state["params"], dict).items():
+      named = {_plain(name, str): _plain(array, np.ndarray) for name, array in _plain(arrays, dict).items()}
+      params[_plain(module, str)] = named
+    return params, int(_plain(state.get("global_step", 0), int, np.ndarray))
   except OSError as error:
     raise InputError(f"--checkpoint={path} cannot be read: {error.strerror or error}.") from error
   except Exception as error:  # any error of a damaged or foreign file
-    raise InputError(
-      f"--checkpoint={path} is not an official checkpoint.dill, or is damaged ({type(error).__name__}: {error})."
-    ) from error
+    problem = f"--checkpoint={path} is not an official checkpoint.dill, or is damaged"
+    raise InputError(f"{problem} ({type(error).__name__}: {error}).") from error
 
 
-def convert(
-  haiku_params: Mapping[str, Mapping[str, np.ndarray]], model_kwargs: Mapping[str, Any]
-) -> tuple[ModelConfig, dict]:
+def convert(haiku_params: HaikuParams, model_kwargs: Mapping[str, Any]) -> tuple[ModelConfig, dict]:
   """Returns (config, parameters) of an official model.
 
   Args:
@@ -226,7 +188,7 @@ def convert(
   return config, convert_params(haiku_params, config)[0]
 
 
-def convert_params(haiku_params: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> tuple[dict, list[str]]:
+def convert_params(haiku_params: HaikuParams, config: ModelConfig) -> tuple[dict, list[str]]:
   """Returns (the parameters of `config`, names of official parameters that are not used).
 
   Self-attention layers are stacked for nn.scan. Constant position tables, which official checkpoints contain as well,
@@ -279,8 +241,8 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
   options = {*defaults, *_UNSUPPORTED, *_IGNORED}
   for name, value in model_kwargs.items():
     require(name in options, f"The official option {name}={value!r} is unknown. {nearest(name, options)}")
-    if name in _UNSUPPORTED and value != (only := _UNSUPPORTED[name]):
-      raise InputError(f"The official option {name}={value!r} is not supported; only {only!r} can be converted.")
+    only = _UNSUPPORTED.get(name, value)
+    require(value == only, f"The official option {name}={value!r} is not supported; only {only!r} can be converted.")
   kwargs = defaults | dict(model_kwargs)
   for name, value in kwargs.items():
     require(value is not _REQUIRED, f"The official argument {name} is missing: add it to model_kwargs.")
@@ -288,22 +250,18 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
   problem = f"cross_attend_widening_factor={cross} and transformer_widening_factor={layers} differ"
   require(cross == layers, f"{problem}; only equal ones can be converted.")
 
-  def look_up(name: str, known: Mapping[str, Any]) -> Any:
-    if kwargs[name] not in known:
-      raise InputError(f"The official option {name}={kwargs[name]!r} is not supported; known: {', '.join(known)}.")
-    return known[kwargs[name]]
-
   widths = {"kv": kwargs["input_embed_dim"], "q": kwargs["num_z_channels"]}
-  encoding = look_up("position_encoding", {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"})
+  encodings = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
+  encoding = lookup("position_encoding", kwargs["position_encoding"], encodings)
   if kwargs["learnable_position_embeddings"]:
     encoding = "learned"
   sizes = tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"])
   is_rotary = kwargs["position_encoding_type"] == "rotary"
   return ModelConfig(
     **{field: kwargs[name] for name, (field, _) in _FIELDS.items()},
-    cross_attend_width=look_up("cross_attention_shape_for_attn", widths),
+    cross_attend_width=lookup("cross_attention_shape_for_attn", kwargs["cross_attention_shape_for_attn"], widths),
     cross_attend_after=tuple(kwargs["additional_cross_attend_after_layers"] or ()),
-    activation=look_up("activation_name", {"sq_relu": "squared_relu", "gelu": "gelu"}),
+    activation=lookup("activation_name", kwargs["activation_name"], {"sq_relu": "squared_relu", "gelu": "gelu"}),
     position_encoding="rotary" if is_rotary else encoding,
     position_sizes=() if is_rotary else sizes,
   )
@@ -311,31 +269,25 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
 
 def _run(config: Config) -> int:
   workdir, output = flags.FLAGS.workdir, flags.FLAGS.output
-  if (workdir is None) == (output is None):
-    raise InputError("Give either --workdir, for a run that can be trained, or --output, for a folder of weights.")
+  choice = "Give either --workdir, for a run that can be trained, or --output, for a folder of weights."
+  require((workdir is None) != (output is None), choice)
   if output:
     export.check_output(epath.Path(output))
   haiku_params, trained_steps = load(flags.FLAGS.checkpoint)
-  if not architecture_of(config.model).has_cross_attention:
-    raise InputError(
-      f"Official checkpoints are of Perceiver AR, not of model.architecture={config.model.architecture}: leave it out."
-    )
+  name = config.model.architecture
+  is_official = architecture_of(config.model).has_cross_attention
+  require(is_official, f"Official checkpoints are of Perceiver AR, not of model.architecture={name}: leave it out.")
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   abstract = step_lib.abstract_state(config, optimizer, mesh)
   params, unused = convert_params(haiku_params, config.model)
-  if unused:
-    raise InputError(
-      "The checkpoint contains parameters that the model of --config does not have:"
-      f" {', '.join(unused[:5])}{' and others' if len(unused) > 5 else ''}. Give the config of its model."
-    )
+  shown = ", ".join(unused[:5]) + (" and others" if len(unused) > 5 else "")
+  problem = f"The checkpoint contains parameters that the model of --config does not have: {shown}"
+  require(not unused, f"{problem}. Give the config of its model.")
   given = traverse_util.flatten_dict(params, sep="/")
   for name, leaf in traverse_util.flatten_dict(abstract.params, sep="/").items():
-    if given[name].shape != leaf.shape:
-      raise InputError(
-        f"The checkpoint's parameter {name} has shape {given[name].shape}, and with --config it has {leaf.shape}: give"
-        " the config of its model."
-      )
+    problem = f"The checkpoint's parameter {name} has shape {given[name].shape}, and with --config it has {leaf.shape}"
+    require(given[name].shape == leaf.shape, f"{problem}: give the config of its model.")
   if output:
     export.export_run(config, params, output, dtype="float32", step=trained_steps)
     print(f"Wrote the weights of step {trained_steps:,} to {output}.")
@@ -346,9 +298,8 @@ def _run(config: Config) -> int:
     params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
     checkpointer.save(step_lib.init_state(config, optimizer, mesh, params), data=None)
   print(
-    f"Wrote {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, trained for {trained_steps:,} steps, as"
-    f" step 0 of {folder}. To evaluate them, run python -m perceiver_ar_jax.main with this --config and --workdir and"
-    " --mode=eval; without --mode, it trains them."
+    f"Wrote the weights, trained for {trained_steps:,} steps, as step 0 of {folder}. To evaluate them, run python -m"
+    " perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without --mode, it trains them."
   )
   return 0
 

@@ -1,12 +1,9 @@
 """The model architectures, in one table, and their size and floating-point operations, counted from the config alone.
 
-All have the interface of perceiver_ar.PerceiverAR. Nothing outside this module and those of the entries asks which
-architecture a config names.
+All have the interface of perceiver_ar.PerceiverAR. No other module asks which architecture a config names.
 
-FLOPs are those of matrix products, 2 per multiply-add, as the mathematics requires them: what the backward pass
-recomputes to save memory is excluded, as usual for model FLOPs utilization. Norms, softmax, dropout and the optimizer
-are excluded too; in models of practical size they add a few per cent. XLA's own count visits the body of a loop once,
-and layers and chunks of the context are loops, so it cannot be used here.
+FLOPs are those of matrix products, 2 per multiply-add, without those that the backward pass recomputes, and without
+norms, softmax, dropout and the optimizer. XLA's own count visits the body of a loop once, and layers are a loop.
 """
 
 import functools
@@ -53,10 +50,8 @@ def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   architecture.check(config)
   attention.check(config, mesh)
   shards = mesh.shape["context"] if mesh else 1
-  require(
-    shards == 1 or architecture.has_cross_attention,
-    f"mesh.context={shards} shards the inputs of a cross-attention, which {config.architecture} lacks: set it to 1.",
-  )
+  problem = f"mesh.context={shards} shards the inputs of a cross-attention, which {config.architecture} lacks"
+  require(shards == 1 or architecture.has_cross_attention, f"{problem}: set it to 1.")
 
 
 def make_model(config: ModelConfig) -> nn.Module:

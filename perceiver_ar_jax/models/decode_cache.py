@@ -1,10 +1,9 @@
 """The KV cache of generation, with which a new token costs one latent; it applies PerceiverAR's own layers.
 
 Latents slide as a sequence grows, so no cache stays exact (paper, appendix on generation). What stays exact is kept:
-keys and values of the context, and each latent after the first cross-attention, since that depends on its own and
-earlier inputs only. Self-attention is different: a latent attends to the latents before it, and those drop out. So the
-KV caches of the layers are valid until there is no slot for another latent; then the newest latents go through the
-layers again (`refill`), as in one pass over them, but without reading the context again.
+keys and values of the context, and each latent after the first cross-attention. In self-attention, the latents that a
+latent attends to drop out. So the KV caches of the layers are valid until there is no slot for another latent; then the
+newest latents go through the layers again (`refill`), without reading the context again.
 
 Shape letters: perceiver_ar.py; S slots of a cache.
 """
@@ -26,15 +25,11 @@ from perceiver_ar_jax.parallel.sharding import constrain
 def check(config: ModelConfig) -> None:
   """Raises InputError if generation with the model does not support a KV cache."""
   fix = "set --config.sample.cache=False, which is slow, or in training --config.eval.num_samples=0."
-  require(
-    architecture_of(config).has_cross_attention,
-    f"model.architecture={config.architecture} has no KV cache for sampling: {fix}",
-  )
-  require(
-    config.positions_from_data or not encoding_of(config).is_added,
-    f"model.positions_from_data=False changes all {config.position_encoding} positions with each token, so nothing can"
-    f" be cached: {fix}",
-  )
+  has_cache = architecture_of(config).has_cross_attention
+  require(has_cache, f"model.architecture={config.architecture} has no KV cache for sampling: {fix}")
+  is_fixed = config.positions_from_data or not encoding_of(config).is_added
+  problem = f"model.positions_from_data=False changes all {config.position_encoding} positions with each token"
+  require(is_fixed, f"{problem}, so nothing can be cached: {fix}")
 
 
 class Latents(NamedTuple):
@@ -95,9 +90,8 @@ class CachedModel:
   def refill(self, context: ContextCache, kept: int) -> tuple[Any, ContextCache, LatentCache]:
     """Passes the newest `kept` latents through all layers.
 
-    Returns:
-      latents_Bx1xD of the newest input, as PerceiverAR.latents computes it; the context with these latents only; the KV
-      caches of the layers, with free slots for M - kept more.
+    Returns (latents_Bx1xD of the newest input, as PerceiverAR.latents computes it; the context with these latents only;
+    the KV caches of the layers, with free slots for M - kept more).
     """
     newest = _roll(context.latents, kept - context.num_latents)
     latents = Latents(*(x[:, :kept] for x in newest))
@@ -112,9 +106,8 @@ class CachedModel:
   def append(self, context: ContextCache, token_B, position_BxP) -> ContextCache:
     """The context with one more input in each row (PAD: an empty slot) and its latent; updated in place if donated."""
     token_Bx1, position_Bx1xP, valid_Bx1 = token_B[:, None], position_BxP[:, None], token_B[:, None] > 0
-    tokens_BxT, positions_BxTxP = (
-      jnp.concatenate(pair, axis=1) for pair in zip(context.recent, (token_Bx1, position_Bx1xP))
-    )
+    pairs = zip(context.recent, (token_Bx1, position_Bx1xP))
+    tokens_BxT, positions_BxTxP = (jnp.concatenate(pair, axis=1) for pair in pairs)
     model = self._bind()
     keys_values = model.cross_keys_values(tokens_BxT, positions_BxTxP, halo=self._config.conv_taps)
     new = tuple(CachedKeys.from_arrays(*arrays) for arrays in keys_values)

@@ -20,6 +20,10 @@ MASKED = -1e30  # finite, so that a row with every key masked does not become Na
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+def _inputs(unused_weights, inputs):
+  return inputs
+
+
 class Keys(NamedTuple):
   """Keys and values that are projected on demand, for any range of slots, so that a kernel decides how many exist."""
 
@@ -33,7 +37,7 @@ class Keys(NamedTuple):
   @classmethod
   def from_arrays(cls, k_BxLxHxK, v_BxLxHxK, *, sharded: bool = False) -> "Keys":
     """Wraps keys and values that are already projected."""
-    return cls(_identity, (), (k_BxLxHxK, v_BxLxHxK), sharded=sharded)
+    return cls(_inputs, (), (k_BxLxHxK, v_BxLxHxK), sharded=sharded)
 
   def to_arrays(self) -> tuple[jax.Array, jax.Array]:
     """(k_BxLxHxK, v_BxLxHxK) of all slots."""
@@ -42,11 +46,6 @@ class Keys(NamedTuple):
     if self.sharded:
       k_BxLxHxK, v_BxLxHxK = (sharding.constrain(x, "batch", "slots", None, None) for x in (k_BxLxHxK, v_BxLxHxK))
     return k_BxLxHxK, v_BxLxHxK
-
-
-def _identity(weights, inputs):
-  del weights
-  return inputs
 
 
 class CachedKeys(NamedTuple):
@@ -69,9 +68,8 @@ class CachedKeys(NamedTuple):
 
   def write(self, new: "CachedKeys", slot) -> "CachedKeys":
     """The cache with those of one token (S = 1) written to slot int32[]."""
-    return CachedKeys(
-      *(jax.lax.dynamic_update_slice_in_dim(old, update, slot, axis=1) for old, update in zip(self, new))
-    )
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+    return CachedKeys(*map(write, self, new))
 
   def attend(self, q_Bx1xHxK, valid_BxS):
     """attended_Bx1xHxK: one query per row attends to all valid slots."""

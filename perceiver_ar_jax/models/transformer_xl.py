@@ -3,9 +3,8 @@
 A row is cut into segments, from its end. They are processed in order; each layer attends to the segment itself and to
 the cached states of the previous layer on the tokens before it (section 3.2), by content and by distance (section 3.3).
 
-Everything that the comparison is not about is PerceiverAR's: embedding, pre-norm layers (the original: post-norm),
-biases in Dense layers, activation, dropout, initialisation, final norm, a plain softmax over the vocabulary (the
-original: an adaptive one). The recurrence starts empty at the first token of a row, where the original continues from
+All else is PerceiverAR's: pre-norm layers (the original: post-norm), a plain softmax over the vocabulary (the original:
+an adaptive one), and so on. The recurrence starts empty at the first token of a row, where the original continues from
 the previous row; so give a row many segments. Each layer has biases u and v of its own.
 
 Shape letters: perceiver_ar.py; S tokens of a segment, C remembered states, T = C + S, G segments.
@@ -30,32 +29,25 @@ def check(config: ModelConfig) -> None:
   """Raises InputError for settings that Transformer-XL does not support."""
   zeros: dict[str, Any] = dict.fromkeys(("latent_dropout", "cross_attend_dropout", "conv_taps", "value_features"), 0)
   supported = zeros | {"position_encoding": "relative", "cross_attend_after": (), "rotary_axes": (), "qk_norm": False}
+  supported["attention"] = "reference" if config.attention == "reference" else "auto"
   for name, value in supported.items():
-    actual = getattr(config, name)
-    require(
-      actual == value, f"model.{name}={actual} is not supported by transformer_xl: set --config.model.{name}={value}."
-    )
-  kernel = config.attention
-  require(
-    kernel in ("auto", "reference"), f"model.attention={kernel} is not supported by transformer_xl: set it to auto."
-  )
+    problem = f"model.{name}={getattr(config, name)} is not supported by transformer_xl"
+    require(getattr(config, name) == value, f"{problem}: set --config.model.{name}={value}.")
   require_at_least(1, "model", config, "segment", "num_layers")
   require_at_least(0, "model", config, "memory")
-  require(
-    config.segment is not None, "model.segment=None must be at least 1: set the tokens of a segment, such as 256."
-  )
+  fix = "set the tokens of a segment, such as 256"
+  require(config.segment is not None, f"model.segment=None must be at least 1: {fix}.")
 
 
-def memory_size(config: ModelConfig) -> int:
-  """C: the states that each layer keeps of the tokens before a segment."""
+def _sizes(config: ModelConfig) -> tuple[int, int]:
+  """S, the tokens of a segment, and C, the states that each layer keeps of the tokens before it."""
   assert config.segment  # see `check`
-  return config.segment if config.memory is None else config.memory
+  return config.segment, config.segment if config.memory is None else config.memory
 
 
 def flops(config: ModelConfig, rows: int, num_latents: int, *, training: bool) -> int:
   """FLOPs of a step over `rows` sequences; see architectures.py. Memory and distances have no backward pass."""
-  d, n, size, memory = config.latent_width, config.num_layers, config.segment, memory_size(config)
-  assert size
+  d, n, (size, memory) = config.latent_width, config.num_layers, _sizes(config)
   constant = n * rows * memory * 2 * 2 * d * d + n * (memory + size) * 2 * d * d  # memory's keys, values; distances
   per_token = 2 * config.input_width * d + n * (4 * 2 * d * d + 2 * 2 * d * config.mlp_widening * d)
   per_token += 3 * n * 2 * (memory + size) * d  # scores by content and by distance; values
@@ -73,12 +65,9 @@ class TransformerXL(nn.Module):
     config = self.config
     self.embed = layers.Embed(config)
     self.to_latents = layers.dense(config, config.latent_width, None, ("width", "latent"))
-    self.segments = nn.scan(
-      Segment,
-      variable_broadcast="params",
-      split_rngs={"params": False, "dropout": True},
-      in_axes=(0, 0, nn.broadcast, nn.broadcast),
-    )(config)
+    rngs: Any = {"params": False, "dropout": True}
+    axes = (0, 0, nn.broadcast, nn.broadcast)
+    self.segments = nn.scan(Segment, variable_broadcast="params", split_rngs=rngs, in_axes=axes)(config)
     self.final_norm = layers.layer_norm(None)
     self.to_logits = layers.logits_dense(config)
 
@@ -93,8 +82,7 @@ class TransformerXL(nn.Module):
     num_latents = num_latents or config.num_latents
     if num_latents > length:
       raise ValueError(f"num_latents={num_latents} exceeds the {length} inputs; the latents are the last of them.")
-    assert config.segment
-    size, kept, width = config.segment, memory_size(config), config.latent_width
+    (size, kept), width = _sizes(config), config.latent_width
     tokens_BxL = jnp.pad(constrain(tokens_BxL, "batch", None), ((0, 0), (-length % size, 0)))
 
     def cut(x_BxL):
@@ -168,9 +156,8 @@ class RelativeAttention(nn.Module):
     dense = functools.partial(layers.dense, config, width)
     keys_values = layers.KeysValues(config, heads, width, name="keys_values")
     # Projected separately: since the memory has no gradient, the backward product for it is then left out.
-    k_BxTxHxK, v_BxTxHxK = (
-      jnp.concatenate(parts, axis=1) for parts in zip(keys_values(memory_BxCxD), keys_values(normed_BxSxD), strict=True)
-    )
+    pairs = zip(keys_values(memory_BxCxD), keys_values(normed_BxSxD))
+    k_BxTxHxK, v_BxTxHxK = (jnp.concatenate(pair, axis=1) for pair in pairs)
     r_TxHxK = dense("distance", ("width", "heads"), use_bias=False)(distances_TxD).reshape(-1, heads, width // heads)
     query_BxSxD = dense("query", ("width", "heads"))(normed_BxSxD)
 

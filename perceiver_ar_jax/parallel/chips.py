@@ -4,7 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
-from perceiver_ar_jax.config import InputError, nearest
+from perceiver_ar_jax.config import nearest, require
 
 
 class Chip(NamedTuple):
@@ -59,7 +59,6 @@ class Topology(NamedTuple):
 
   @property
   def slice_name(self) -> str:
-    """The name of a single slice, such as v5e:16x16."""
     return f"{self.version}:{'x'.join(map(str, self.shape))}"
 
   def __str__(self) -> str:
@@ -74,17 +73,13 @@ def parse_topology(name: str) -> Topology:
   match = re.fullmatch(r"(?:([1-9]\d*)x(?=[a-z]))?([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", name.strip().lower())
   slices, version, spelled, cores = match.groups() if match else (None, name, None, None)
   version = "v5e" if version == "v5litepod" else version
-  if match is None or version not in CHIPS:
-    raise InputError(
-      f"plan.topology={name!r} is not a slice of TPUs: give version and shape, such as v5e:16x16 or v4:4x4x8, or the"
-      f" usual name of a slice, such as v4-128. {nearest(version, CHIPS)}"
-    )
+  fix = "give version and shape, such as v5e:16x16 or v4:4x4x8, or the usual name of a slice, such as v4-128"
+  is_slice = match is not None and version in CHIPS
+  require(is_slice, f"plan.topology={name!r} is not a slice of TPUs: {fix}. {nearest(version, CHIPS)}")
   chip = CHIPS[version]
   usual = {f"{version}-{math.prod(shape) * chip.cores_per_chip}": shape for shape in _SHAPES[chip.dims]}
   shape = tuple(map(int, spelled.split("x"))) if spelled else usual.get(f"{version}-{cores}", ())
-  if len(shape) != chip.dims or min(shape) < 1:
-    raise InputError(
-      f"plan.topology={name!r} is not a size of {version}: give {version}:{'16x16' if chip.dims == 2 else '4x4x8'},"
-      f" {chip.dims} numbers, or one of {', '.join(usual)}."
-    )
+  example = f"{version}:{'16x16' if chip.dims == 2 else '4x4x8'}, {chip.dims} numbers, or one of {', '.join(usual)}"
+  is_size = len(shape) == chip.dims and min(shape) > 0
+  require(is_size, f"plan.topology={name!r} is not a size of {version}: give {example}.")
   return Topology(version, shape, int(slices or 1))

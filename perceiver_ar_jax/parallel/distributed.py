@@ -4,6 +4,7 @@ Every process runs the same code on the same global arrays. What only one proces
 be read) must be agreed on before any process acts on it: processes that take different branches deadlock.
 """
 
+import collections
 import contextlib
 import glob
 import importlib.util
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +28,13 @@ from orbax.checkpoint import multihost
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.config.checks import EXIT_TRANSIENT, for_user, require
 
-HEARTBEAT_SECONDS = 30
-"""A process without a heartbeat for this long counts as dead, and the others exit."""
+HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead, and the others exit
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-  """Initializes jax.distributed, if there are several processes; call it before any use of a device.
+  """Initializes jax.distributed for several processes, before any use of a device; InputError for wrong arguments.
 
-  Without arguments, it detects a TPU pod or a Slurm step of several tasks. Raises InputError for wrong arguments.
+  Without arguments, it detects a TPU pod or a Slurm step of several tasks.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
@@ -66,15 +66,13 @@ def _on_tpu() -> bool:
 
 
 def cache_compiled(folder: str | None) -> None:
-  """Sets JAX's compilation cache to `folder`, unless it is None or JAX has a cache folder already.
-
-  Programs depend on the CPU's instruction set, so each kind of CPU has a folder of its own.
-  """
+  """Sets JAX's compilation cache to a folder for this kind of CPU in `folder`, unless None or JAX has one already."""
   if folder is None or jax.config.jax_compilation_cache_dir:
     return
   cpu = pathlib.Path("/proc/cpuinfo")
-  flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-  name = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}" if cpu.exists() else platform.machine()
+  lines = cpu.read_text().splitlines() if cpu.exists() else []
+  flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+  name = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
   jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(folder), name))
 
 
@@ -98,33 +96,25 @@ def maximum(value: int) -> int:
 
 
 def wait_for_all(name: str) -> None:
-  """A barrier: returns once every process has called it with the same `name`, however late.
-
-  Unlike a computation, it needs no connection between devices, which CPUs give up establishing after 30 s.
-  """
+  """A barrier: returns once every process has called it with the same `name`, however late; it uses no device."""
   if jax.process_count() > 1:
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 3600 * 1000)
 
 
-class DelayedMaximum:
-  """`maximum` without waiting: a call returns the largest value that any process passed to the previous call.
+def delayed_maximum() -> Callable[[int], int]:
+  """Returns a `maximum` that does not wait: a call returns the largest value that the previous call got anywhere."""
+  if jax.process_count() == 1:
+    return lambda value: value
+  mesh, pending = Mesh(np.array(jax.devices()), ("all",)), collections.deque([0])
+  split, replicated = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
+  largest = jax.jit(jnp.max, out_shardings=replicated)
 
-  All processes must make the same calls in the same order relative to their other computations.
-  """
+  def exchange(value: int) -> int:
+    values = jax.make_array_from_callback((mesh.size,), split, lambda index: np.full(1, value, np.int32))
+    pending.append(largest(values))
+    return int(pending.popleft())
 
-  def __init__(self):
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    self._split = NamedSharding(mesh, PartitionSpec("all"))
-    self._maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    self._pending: jax.Array | None = None
-
-  def __call__(self, value: int) -> int:
-    if jax.process_count() == 1:
-      return value
-    earlier, shape = self._pending, (jax.device_count(),)
-    values = jax.make_array_from_callback(shape, self._split, lambda index: np.full(1, value, np.int32))
-    self._pending = self._maximum(values)
-    return 0 if earlier is None else int(earlier)
+  return exchange
 
 
 @contextlib.contextmanager

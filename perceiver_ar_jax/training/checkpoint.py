@@ -1,10 +1,9 @@
 """Checkpoints: weights, optimizer state, step and data position in one atomic Orbax step.
 
 A step exists as a whole or not at all, whenever the process dies. Each contains a fingerprint of its values, so that
-damaged files are noticed even where they still parse. `restore` separates two kinds of failure. A *damaged* checkpoint
-(values that differ, undecodable or missing files) is moved aside, and the one before it is used; nothing is deleted,
-and nothing moves where no checkpoint is good. A checkpoint that *could not be read* (no permission, storage that does
-not answer, no memory, any unknown error) may be good: nothing moves, and the error is raised.
+damaged files are noticed even where they still parse. A *damaged* checkpoint (values that differ, undecodable or
+missing files) is moved aside, unless none is good, and the one before it is used. One that *could not be read* (no
+permission, storage that does not answer, any unknown error) may be good: nothing moves, and the error is raised.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from perceiver_ar_jax.config import InputError, TransientError, checks, reading, writing
+from perceiver_ar_jax.config import InputError, TransientError, checks, reading, require, writing
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training.step import TrainState
 from perceiver_ar_jax.training.workdir import write_atomically
@@ -30,9 +29,7 @@ from perceiver_ar_jax.training.workdir import write_atomically
 _VERSION = {"fingerprint_version": 2}
 _HAS_DATA = "has_data"  # key next to the checksums: whether the step contains a data position
 _DAMAGED, _UNREAD, _UNFIT = 1, 2, 3
-"""Severity of an error at restore: damage, could not be read, and valid but not for this config (InputError).
-
-Processes with different errors act on the largest."""
+"""Errors at restore: damage, could not be read, valid but not for this config. Processes act on the largest of all."""
 _DAMAGE = (FileNotFoundError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
 _DAMAGE_MESSAGES = re.compile(
   "^(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE):"  # TensorStore; its other statuses have other causes as well
@@ -91,9 +88,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     policies, by_loss = ocp.checkpoint_managers, lambda metrics: metrics["nats_per_token"]
     best = policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     preserved, writes = policies.AnyPreservationPolicy([policies.LatestN(keep), best]), not read_only
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=preserved, cleanup_tmp_directories=writes, read_only=read_only, create=writes
-    )
+    access = {"cleanup_tmp_directories": writes, "read_only": read_only, "create": writes}
+    options = ocp.CheckpointManagerOptions(preservation_policy=preserved, **access)
     distributed.wait_for_all("checkpoints")  # compilation or imports may have taken one process much longer
     with reading(self._directory, "give this user access"):
       self._manager = _Manager(self._directory, options=options)
@@ -121,9 +117,9 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._manager.save(step, args=ocp.args.Composite(**items))
 
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds the metrics of an evaluation, with `nats_per_token`, which decides on the best, to the saved `step`.
+    """Adds the metrics of an evaluation, with `nats_per_token`, to the saved `step`, as Orbax writes them.
 
-    Waits for the save of `step`; raises as `save`. The file has the path and format of Orbax's own metrics.
+    Waits for the save of `step`; raises as `save`.
     """
     with self._writing():
       self._manager.wait_until_finished()
@@ -152,13 +148,11 @@ class Checkpointer(contextlib.AbstractContextManager):
         print(f"The checkpoint of step {step} in {self._directory} is damaged: {error}", file=sys.stderr)
         damaged.append(step)
       else:
-        self._set_aside(damaged)
+        if damaged:
+          self._set_aside(damaged)
         return TrainState(**restored.pop("optimizer"), **restored)
-    if damaged:
-      raise InputError(
-        f"All checkpoints ({', '.join(map(str, reversed(damaged)))}) in {self._directory} are damaged; none was moved."
-        " Put back a good copy, or start over with another --workdir."
-      )
+    problem = f"All checkpoints ({', '.join(map(str, reversed(damaged)))}) in {self._directory} are damaged"
+    require(not damaged, f"{problem}; none was moved. Put back a good copy, or start over with another --workdir.")
     return None
 
   def restore_params(
@@ -173,17 +167,15 @@ class Checkpointer(contextlib.AbstractContextManager):
     if not steps:
       return None
     step = steps[-1] if step is None else step
-    if step not in steps:
-      raise InputError(f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+    require(step in steps, f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     try:
       has_average = self._read_on_all(step, (self._directory / str(step) / "ema").exists)
       name = "ema" if averaged and has_average else "params"
       return step, self._restore_step(step, {name: abstract_params}, None)[name]
     except _Damaged as error:
-      raise InputError(
-        f"The checkpoint of step {step} in {self._directory} is damaged: {error}. An older one is not used unasked: put"
-        " back a good copy, or resume training, which moves this one to damaged/."
-      ) from error
+      problem = f"The checkpoint of step {step} in {self._directory} is damaged: {error}. An older one is not used"
+      fix = "put back a good copy, or resume training, which moves this one to damaged/"
+      raise InputError(f"{problem} unasked: {fix}.") from error
 
   def _steps(self) -> list[int]:
     return sorted(self._manager.all_steps()) if self._directory.exists() else []
@@ -205,11 +197,10 @@ class Checkpointer(contextlib.AbstractContextManager):
   def _restore_step(self, step: int, trees: dict[str, Any], data) -> dict[str, Any]:
     folder, restored = self._directory / str(step), {}
     saved = self._read_on_all(step, lambda: self._json.restore(folder / "fingerprint"))
-    if missing := [path for path in _leaves(trees) if path not in saved]:
-      raise InputError(
-        f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config: it lacks"
-        f" {', '.join(missing[:3])}. Resume with the version that saved it, or start over with another --workdir."
-      )
+    missing = [path for path in _leaves(trees) if path not in saved]
+    problem = f"The checkpoint of step {step} in {self._directory} has other arrays than this version and config"
+    fix = "Resume with the version that saved it, or start over with another --workdir."
+    require(not missing, f"{problem}: it lacks {', '.join(missing[:3])}. {fix}")
     for name, tree in trees.items():
       args = (folder / name, None, ocp.args.StandardRestore(tree))
       restored[name] = self._read_on_all(step, functools.partial(self._arrays.restore, *args))
@@ -236,13 +227,13 @@ class Checkpointer(contextlib.AbstractContextManager):
     if worst == _DAMAGED:
       raise _Damaged(reason) from error
     message = f"Could not read the checkpoint of step {step} in {self._directory} ({reason})."
-    is_denied = checks.is_denied(error)
-    if severity == worst and (severity == _UNFIT or not (is_denied or checks.is_transient(error))):
+    if severity == worst and checks.is_denied(error) and severity != _UNFIT:
+      raise InputError(f"{message} It may be good, so nothing was moved: give this user access to it.") from error
+    if severity == worst and (severity == _UNFIT or not checks.is_transient(error)):
       error.add_note(f"{message} Nothing was moved.")
       raise error
-    fix = "give this user access to it." if is_denied else "resume once storage and memory are available."
-    kind = InputError if is_denied or worst == _UNFIT else TransientError
-    raise kind(f"{message} It may be good, so nothing was moved: {fix}") from error
+    kind = InputError if worst == _UNFIT else TransientError
+    raise kind(f"{message} It may be good, so nothing was moved: resume once storage and memory are back.") from error
 
   def _severity(self, step: int, error: Exception | None) -> int:
     """0 without an error; `_DAMAGED` only if the error proves it: the run loses a checkpoint that is moved."""
@@ -257,8 +248,6 @@ class Checkpointer(contextlib.AbstractContextManager):
 
   def _set_aside(self, steps: list[int]) -> None:
     """Moves damaged steps out of the way of the run that resumes; deletes nothing."""
-    if not steps:
-      return
     if jax.process_index() == 0:
       with writing(self._damaged, "give this user write access"):
         self._damaged.mkdir(exist_ok=True)
@@ -287,9 +276,8 @@ def _root(error: BaseException) -> BaseException:
 def fingerprint(trees: Mapping[str, Any]) -> dict[str, int]:
   """Returns {path of an array: its checksum} of items of a checkpoint but for the step, and the version.
 
-  The checksum of an array is the uint32 sum, over its elements, of a hash of the element's bits and its index in the
-  whole array, so it is the same on every mesh, and swapped rows, columns or shards change it. Each device sums its
-  shard, and only sums travel.
+  A checksum is the uint32 sum, over the elements, of a hash of the element's bits and its index in the whole array: the
+  same on every mesh, and changed by swapped rows, columns or shards. Each device sums its shard.
   """
   leaves = _leaves(trees)
   sums = jax.device_get(_sums(list(leaves.values())))
@@ -313,11 +301,6 @@ def _leaves(trees: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-  return list(map(_ordered_sum, leaves))
-
-
 def _ordered_sum(leaf: jax.Array) -> jax.Array:
   if leaf.dtype == bool:
     bits = leaf.astype(jnp.uint32)
@@ -329,6 +312,9 @@ def _ordered_sum(leaf: jax.Array) -> jax.Array:
   for axis in range(bits.ndim):
     index = _mix(index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + jnp.uint32(0x9E3779B9))
   return _mix(bits + index).sum(dtype=jnp.uint32)
+
+
+_sums = jax.jit(lambda leaves: list(map(_ordered_sum, leaves)))
 
 
 def _mix(x: jax.Array) -> jax.Array:

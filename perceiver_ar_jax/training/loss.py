@@ -46,7 +46,6 @@ def score(
     chunk: latents whose logits exist at a time, forward and backward; any number, None: all.
     weights: `z_loss` and `label_smoothing`.
   """
-
   if chunk is None or chunk >= targets_BxM.shape[1]:
     return token_losses(logits_fn(latents_BxMxD), targets_BxM, **weights)
 

@@ -1,7 +1,6 @@
 """Checks that a run fits into the memory of its devices, before weights are created.
 
-XLA's memory analysis of a compiled program is exact, but needs a compilation, which may crash for shapes far beyond the
-memory of any machine. So a lower limit is checked first.
+XLA's memory analysis is exact, but needs a compilation, which may crash for huge shapes, so a lower limit comes first.
 """
 
 import contextlib
@@ -10,13 +9,12 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import optax
 import psutil
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.config import Config, InputError, require
 from perceiver_ar_jax.parallel import distributed, sharding
-from perceiver_ar_jax.training.step import Batch, TrainState, lower
+from perceiver_ar_jax.training.step import Batch, Optimizer, TrainState, lower
 
 LESS_MEMORY = (
   "Lower train.batch_size or raise train.microbatches, set model.remat=full or model.attention=streamed, shard the"
@@ -26,7 +24,7 @@ _FEWER_SAMPLES = "Lower eval.num_samples (--config.eval.num_samples=0: no sample
 
 
 def compile_step(
-  config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch_spec: Batch, mesh: Mesh
+  config: Config, optimizer: Optimizer, abstract: TrainState, batch_spec: Batch, mesh: Mesh
 ) -> jax.stages.Compiled:
   """Returns the compiled update for these shapes, with the state donated; InputError if it exceeds the memory."""
   model, rows = config.model, config.train.batch_size // config.train.microbatches // mesh.size

@@ -1,10 +1,11 @@
 """Writes the metrics of a run to metrics.jsonl, TensorBoard, the terminal, and a tracker if one is set.
 
-metrics.jsonl contains one JSON object per logged step. On a file system, lines are appended as they are logged. Object
-stores (gs://) cannot append: there the whole file is written at each flush, that is, with each checkpoint.
+Lines are appended to metrics.jsonl as they are logged; object stores (gs://) cannot append, so there the whole file is
+written at each flush, that is, with each checkpoint.
 """
 
 import contextlib
+import functools
 import html
 import importlib
 import json
@@ -48,10 +49,9 @@ def import_tracker(name: str) -> types.ModuleType | None:
 
 @contextlib.contextmanager
 def track(package: types.ModuleType | None, workdir: epath.Path, config: Config) -> Iterator[Callable]:
-  """A context whose function (step, metrics) sends metrics, from process 0, to wandb or trackio.
+  """A context whose function (step, metrics) sends metrics, from process 0, to the run of WORKDIR/tracker_id.
 
-  After a restart they go to the same run, whose ID is in WORKDIR/tracker_id. Any failure of the tracker ends tracking
-  and not training.
+  Any failure of the tracker ends tracking and not training.
   """
   run, path = None, workdir / "tracker_id"
 
@@ -83,24 +83,22 @@ def track(package: types.ModuleType | None, workdir: epath.Path, config: Config)
 class MetricsLog(contextlib.AbstractContextManager):
   """A context that writes the metrics of one run, from process 0; other processes write nothing.
 
-  Lines of metrics.jsonl after `first_step`, that of the checkpoint that the run resumes from, are dropped. `bits_name`
-  is the name of nats / ln 2, such as bits/dim; `track` is called with the arguments of `write`. It and its methods
-  raise InputError or TransientError if metrics.jsonl cannot be written.
+  Lines of metrics.jsonl after `first_step`, the step that the run resumes from, are dropped. `bits_name` is the name of
+  nats / ln 2, such as bits/dim. Raises InputError or TransientError, as do its methods, if the file cannot be written.
   """
 
   def __init__(self, workdir: epath.Path, config: Config, first_step: int, bits_name: str, track: Callable):
     self._writes, self._bits_name, self._track = jax.process_index() == 0, bits_name, track
     self._path, self._is_object = workdir / "metrics.jsonl", is_object_store(workdir)
+    self._writing = functools.partial(writing, self._path, "give this user write access")
     if self._writes:
       self._lines = [json.dumps(entry) + "\n" for entry in read_entries(workdir) if entry["step"] <= first_step]
       with self._writing():
         write_atomically(self._path, "".join(self._lines))
       self._tensorboard = metric_writers.SummaryWriter(str(workdir))
       settings = {name: value for name, value in flatten(config).items() if name.startswith(("model.", "train."))}
-      plain = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
-      self._tensorboard.write_hparams(plain)
-    steps = config.train.steps
-    self._bar = distributed.progress_bar(total=steps, initial=first_step, unit="step", smoothing=0.05)
+      self._tensorboard.write_hparams({name: x for name, x in settings.items() if isinstance(x, int | float | str)})
+    self._bar = distributed.progress_bar(total=config.train.steps, initial=first_step, unit="step", smoothing=0.05)
 
   def progress(self, loss: float, tokens_per_second: float) -> None:
     """Advances the progress bar by one step."""
@@ -144,6 +142,3 @@ class MetricsLog(contextlib.AbstractContextManager):
     self.flush()
     if self._writes:
       self._tensorboard.close()
-
-  def _writing(self) -> contextlib.AbstractContextManager:
-    return writing(self._path, "give this user write access")

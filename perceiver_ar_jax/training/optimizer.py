@@ -15,8 +15,7 @@ from perceiver_ar_jax.config import OptimizerConfig, lookup
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Returns the learning rate by update index: linear warm-up from 0 to the peak, then the configured decay.
 
-  The cosine reaches `end_learning_rate` at the last of `steps`. (In the published code it starts after the warm-up but
-  is stretched over all steps, so it never reaches this value.)
+  The cosine reaches `end_learning_rate` at the last of `steps`; in the published code it never does.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   after_warmup = lookup("train.optimizer.schedule", config.schedule, SCHEDULES)(config, steps)
@@ -40,8 +39,7 @@ def num_updates(opt_state: optax.OptState) -> jax.Array:
 
 def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
   after_warmup = steps - config.warmup_steps
-  decay = config.cosine_steps or after_warmup
-  peak = config.learning_rate
+  decay, peak = config.cosine_steps or after_warmup, config.learning_rate
   cosine = optax.cosine_decay_schedule(peak, decay, alpha=config.end_learning_rate / peak if peak else 0.0)
   return optax.join_schedules([optax.constant_schedule(peak), cosine], [after_warmup - decay])
 
@@ -68,15 +66,15 @@ def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _is_kernel(params):
-  """Returns the mask of weight decay: True for Dense kernels, False for embeddings, biases and norms."""
+  """The mask of weight decay: Dense kernels, without embeddings, biases and norms."""
   return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
   """Applies `rule` to every weight separately and, below "layers...", to every layer of a stacked weight separately.
 
-  nn.scan stacks the weights of equal layers on a new first axis; a rule that uses the shape or the norm of a weight
-  would treat all layers as one. The state is a tree of the rule's states, one per weight, or its empty one.
+  nn.scan stacks the weights of equal layers; a rule that uses the shape or the norm of a weight would treat them as
+  one. The state is a tree of the rule's states, one per weight, or its empty one.
   """
 
   def over_layers(path, function):

@@ -1,8 +1,8 @@
 """Reads a folder of exported weights; interop/export.py writes it, and its files are listed there.
 
-The file model.safetensors may come from anyone. Its header is checked against the model of config.json before any value
-is read: names, shapes and types must be exactly those of the model. Layers, which training stacks, are separate in the
-file and numbered through all groups between cross-attentions.
+The file model.safetensors may come from anyone: before any value is read, its header must have exactly the names,
+shapes and types of the model of config.json. Layers, which training stacks, are separate in the file and numbered
+through all groups between cross-attentions.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def restore(config: ModelConfig, folder: epath.PathLike, abstract_params: dict) 
 
 
 def load(folder: epath.PathLike) -> tuple[ModelConfig, dict]:
-  """Returns (the model's settings, its parameters on the default device); needs no data settings; raises as `read`."""
+  """Returns (the model's settings, its parameters on the default device); raises as `read`."""
   config = config_from_run.load_model_config(folder)
   return config, jax.tree.map(jnp.asarray, read(config, folder)[1])
 
@@ -93,8 +93,8 @@ def load(folder: epath.PathLike) -> tuple[ModelConfig, dict]:
 def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
   """Yields (the opened file, its step, the parameters of `config`); raises as `read`."""
   path = folder / config_from_run.WEIGHTS
-  if not path.exists() or path.is_dir():
-    raise InputError(f"{folder} contains no {path.name}: give a folder that perceiver_ar_jax.interop.export wrote.")
+  fix = "give a folder that perceiver_ar_jax.interop.export wrote"
+  require(path.exists() and not path.is_dir(), f"{folder} contains no {path.name}: {fix}.")
   with contextlib.ExitStack() as stack, reading(path, "give this user access"):
     local = path
     if is_object_store(path):
@@ -110,33 +110,34 @@ def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
       raise InputError(f"{path} is damaged, or not a safetensors file ({checks.one_line(error)}): {_AGAIN}.") from error
     try:
       require(bool(re.fullmatch(r"\d{1,15}", step)), f"its step {step[:40]!r} is not a number")
-      _check_sizes(config, types)
-      expected = parameters(config)
-      _compare(expected, types)
+      expected = _check(config, types)
     except InputError as error:
       raise InputError(f"{path} does not fit the model of its config.json: {error}. Please {_AGAIN}.") from error
     yield file, int(step), expected
 
 
-def _check_sizes(config: ModelConfig, types: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-  """Raises InputError if the model is larger than the file, and listing its parameters would take time and memory."""
-  largest = max((math.prod(shape) for _, shape in types.values()), default=0)
+def _check(config: ModelConfig, actual: dict[str, tuple[str, tuple[int, ...]]]) -> list[Parameter]:
+  """Returns the parameters of `config`; raises InputError unless they are `actual`, types and shapes in the file.
+
+  The message continues a sentence.
+  """
+  # A model larger than the file is refused first: listing its parameters would take time and memory.
+  largest = max((math.prod(shape) for _, shape in actual.values()), default=0)
   for name in "vocab_size latent_width embed_width cross_attend_width mlp_widening conv_taps value_features".split():
-    if (value := getattr(config, name) or 0) > max(largest, 4096):  # smaller models are listed quickly
-      raise InputError(f"its largest parameter has {largest:,} values, and model.{name} is {value}")
-  number = len(set(config.cross_attend_after))
-  for count, most, kind in ((config.num_layers, len(types) + 1000, "layers"), (number, len(types), "cross-attentions")):
-    require(count <= most, f"it has {len(types):,} parameters for {count:,} {kind}")
-
-
-def _compare(expected: list[Parameter], actual: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-  """Raises InputError, with a message that continues a sentence, unless these are exactly the parameters."""
+    value = getattr(config, name) or 0
+    is_listed_quickly = value <= max(largest, 4096)
+    require(is_listed_quickly, f"its largest parameter has {largest:,} values, and model.{name} is {value}")
+  number, most = len(set(config.cross_attend_after)), len(actual)
+  for count, limit, kind in ((config.num_layers, most + 1000, "layers"), (number, most, "cross-attentions")):
+    require(count <= limit, f"it has {most:,} parameters for {count:,} {kind}")
+  expected = parameters(config)
   shapes = {name: each.shape for each in expected for name in each.names}
   for problem, names in (("lacks", shapes.keys() - actual.keys()), ("has unknown", actual.keys() - shapes.keys())):
-    if names:
-      shown = ", ".join(repr(name[:80])[1:-1] for name in sorted(names)[:3])  # without line ends
-      raise InputError(f"it {problem} parameters {shown}{f' and {len(names) - 3} others' if len(names) > 3 else ''}")
+    shown = ", ".join(repr(name[:80])[1:-1] for name in sorted(names)[:3])  # without line ends
+    rest = f" and {len(names) - 3} others" if len(names) > 3 else ""
+    require(not names, f"it {problem} parameters {shown}{rest}")
   for name, (dtype, shape) in actual.items():
     require(shape == shapes[name], f"its parameter {name} has shape {shape}, and the model's has {shapes[name]}")
-    if dtype not in DTYPES.values():
-      raise InputError(f"its parameter {name} is of type {dtype}, which is not one of {', '.join(DTYPES)}")
+    known = ", ".join(DTYPES)
+    require(dtype in DTYPES.values(), f"its parameter {name} is of type {dtype}, which is not one of {known}")
+  return expected

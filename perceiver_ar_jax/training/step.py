@@ -16,6 +16,7 @@ from perceiver_ar_jax.parallel.sharding import batch_axes, batch_shardings, cons
 from perceiver_ar_jax.training import loss as loss_lib
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 
+Optimizer = optax.GradientTransformation
 Batch = dict[str, jax.Array]
 """inputs int32[B, L], positions int32[B, L, P] unless the model ignores them, targets int32[B, M], weights
 float32[B, M], segments int32[B, L] with data.packing; or their shapes."""
@@ -36,7 +37,7 @@ class TrainState:
     return self.params if self.ema is None else self.ema
 
 
-def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
   """Returns the state as jax.ShapeDtypeStructs with their shardings on `mesh`; allocates nothing.
 
   Optimizer state that belongs to a weight and has its shape is sharded as the weight is; the rest is replicated.
@@ -62,9 +63,7 @@ def abstract_params(config: Config, mesh: Mesh) -> dict:
   return jax.tree.map(lambda leaf, layout: leaf.update(sharding=layout), nn.meta.unbox(boxed), shardings(boxed, mesh))
 
 
-def init_state(
-  config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, params: dict | None = None
-) -> TrainState:
+def init_state(config: Config, optimizer: Optimizer, mesh: Mesh, params: dict | None = None) -> TrainState:
   """Returns the initial state, the same on every mesh; each device creates only its own shard.
 
   `params` are weights to start from, in the layout of `abstract_params`, and donated; None: random ones, by the seed.
@@ -98,18 +97,12 @@ def score(model: nn.Module, params, batch: Batch, dropout_key=None, **terms: flo
   return loss_lib.score(to_logits, latents_BxMxD, batch["targets"], chunk=model.config.logits_chunk, **terms)
 
 
-def make_train_step(
-  config: Config, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the update (state, batch, key) for `config`; jit it with the state donated.
+def make_train_step(config: Config, optimizer: Optimizer) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns the update (state, batch, key of the run) for `config`; jit it with the state donated.
 
-  The key is that of the run: each step derives its own from it.
-
-  Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`,
-  the global norm of the gradients that the optimizer receives, before clipping, and `learning_rate`. With
-  train.on_nonfinite=skip, an update whose loss or norm is not finite changes nothing but the step, and
-  `skipped_steps` is the number of such updates since the start of the run. Raises InputError for settings that the
-  model does not support.
+  Its metrics are scalars: `loss` and `z_loss` in nats per scored token, `accuracy`, `num_tokens` scored, `grad_norm`
+  before clipping, and `learning_rate`. With train.on_nonfinite=skip, an update whose loss or norm is not finite changes
+  nothing but the step, and `skipped_steps` counts them. Raises InputError for settings that the model does not support.
   """
   packing, architecture = config.data.packing, config.model.architecture
   is_valid = packing == 1 or architectures.architecture_of(config.model).has_cross_attention
@@ -124,13 +117,21 @@ def make_train_step(
     sums = loss_lib.weighted_sums(losses, batch["weights"])
     return sums["loss"] + sums["z_loss"], sums
 
+  grad_fn = jax.grad(sum_of_losses, has_aux=True)
+
+  def grad_of_part(params, part: Batch, key: jax.Array):
+    # Part i of n consists of the rows i, i + n, ..., so that rows stay on their devices.
+    part = {name: constrain(x, *batch_axes(name, x.ndim)) for name, x in part.items()}
+    return grad_fn(params, part, jax.random.fold_in(key, part["row"][0]))
+
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
     key = jax.random.fold_in(key, state.step + 1)
-    grad_fn = jax.grad(sum_of_losses, has_aux=True)
     if config.train.microbatches == 1:
       gradients, sums = grad_fn(state.params, batch, key)
     else:
-      gradients, sums = _accumulate(grad_fn, state.params, batch, key, config.train.microbatches)
+      rows = len(batch["inputs"])
+      add_up = optax.microbatching.microbatch(grad_of_part, 1, rows // config.train.microbatches)
+      gradients, sums = add_up(state.params, batch | {"row": jnp.arange(rows)}, key)
     num_tokens = jnp.maximum(sums["num_tokens"], 1.0)
     if config.train.loss_reduction == "mean":
       gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
@@ -157,9 +158,7 @@ def _ema_weight(decay: float, num_updates: jax.Array) -> jax.Array:
   return jnp.maximum(1.0 - decay, 9.0 / (10.0 + num_updates))
 
 
-def lower(
-  config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, batch: Batch, mesh: Mesh
-) -> jax.stages.Lowered:
+def lower(config: Config, optimizer: Optimizer, abstract: TrainState, batch: Batch, mesh: Mesh) -> jax.stages.Lowered:
   """Returns the update lowered for the shapes of a state (`abstract_state`) and of a global batch.
 
   Compiled, it takes (state, batch, key) and donates the state. Call `lower` with `mesh` in use (jax.set_mesh).
@@ -171,24 +170,3 @@ def lower(
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   update = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(layout, replicated))
   return update.lower(abstract, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated))
-
-
-def _accumulate(grad_fn, params, batch: Batch, key: jax.Array, microbatches: int):
-  """Returns (gradients, sums) added up over equal parts of the batch, with one part in memory at a time.
-
-  A part consists of every n-th row, so that rows stay on their devices.
-  """
-
-  def split(name, x):
-    parts = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-    return constrain(parts, None, *batch_axes(name, x.ndim))
-
-  def add(total, part):
-    index, rows = part
-    return jax.tree.map(jnp.add, total, grad_fn(params, rows, jax.random.fold_in(key, index))), None
-
-  parts = {name: split(name, x) for name, x in batch.items()}
-  first = jax.tree.map(lambda part: part[0], parts)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, key))
-  total, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))
-  return total
