@@ -23,7 +23,7 @@ setuptools.setup(
     "ml_collections>=1.0,<2",
     "ml_dtypes>=0.5,<1",
     "numpy>=2.0,<3",
-    "optax>=0.2.6,<0.3",
+    "optax>=0.2.7,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11.3",
     "psutil>=5.9",

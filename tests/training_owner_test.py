@@ -29,7 +29,7 @@ def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
 def test_an_error_releases_the_workdir(tmp_path):
   for _ in range(2):
     with pytest.raises(ZeroDivisionError):
-      with workdir.owned(epath.Path(tmp_path)):
+      with workdir.own(tiny.config(), epath.Path(tmp_path)):
         raise ZeroDivisionError
 
 
@@ -39,25 +39,26 @@ def test_a_killed_owner_does_not_block_this_machine(tmp_path):
 import time
 from etils import epath
 from perceiver_ar_jax.training import workdir
-with workdir.owned(epath.Path({str(tmp_path)!r})):
+from tests import tiny
+with workdir.own(tiny.config(), epath.Path({str(tmp_path)!r})):
   print("ready", flush=True)
   time.sleep(60)
 """
   process = subprocess.Popen([sys.executable, "-c", program], cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True)
   assert process.stdout.readline() == "ready\n"
   with pytest.raises(InputError, match=f"process {process.pid} on "):
-    workdir.owned(epath.Path(tmp_path)).__enter__()
+    workdir.own(tiny.config(), epath.Path(tmp_path)).__enter__()
   process.kill()
   process.wait()
   assert json.loads((tmp_path / "owner.json").read_text())["pid"] == process.pid
-  with workdir.owned(epath.Path(tmp_path)) as check:
+  with workdir.own(tiny.config(), epath.Path(tmp_path)) as check:
     check()
 
 
 @pytest.mark.parametrize("contents", ["", "null", '{"run": ', "[1]"])
 def test_a_garbled_owner_file_neither_blocks_nor_ends_a_run(contents, tmp_path):
   (tmp_path / "owner.json").write_text(contents)
-  with workdir.owned(epath.Path(tmp_path)) as check:
+  with workdir.own(tiny.config(), epath.Path(tmp_path)) as check:
     check()
     (tmp_path / "owner.json").write_text(contents)
     check()
@@ -72,9 +73,13 @@ def test_without_locks_the_last_run_owns_and_the_one_before_stops(storage, monke
     monkeypatch.setattr(workdir, "is_object_store", lambda path: True)
   monkeypatch.setattr(workdir.fcntl, "flock", no_locks)
   with contextlib.ExitStack() as stack:
-    first = stack.enter_context(workdir.owned(epath.Path(tmp_path)))
+    first = stack.enter_context(workdir.own(tiny.config(), epath.Path(tmp_path)))
     first()
-    second = stack.enter_context(workdir.owned(epath.Path(tmp_path)))
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(InputError, match="another config"):
+      stack.enter_context(workdir.own(tiny.config(seed=7, model__latent_width=16), epath.Path(tmp_path)))
+    first()  # a refused run does not end it
+    second = stack.enter_context(workdir.own(tiny.config(), epath.Path(tmp_path)))
     with pytest.raises(InputError, match=f"has been taken over by another training run .process {os.getpid()} on "):
       first()
     second()

@@ -20,7 +20,8 @@ from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, S
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-_REMOVED_SETTINGS = ("plan.search", "plan.max_compiles", "mesh.cpu_devices", "data.cache_dir")  # of older runs
+_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"), ("mesh", "cpu_devices"), ("data", "cache_dir"))
+"""Ignored in the config.json of older runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class Config:
   def from_json(cls, text: str) -> "Config":
     """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
     values = json.loads(text)
+    for section, name in _REMOVED_SETTINGS:
+      values.get(section, {}).pop(name, None)
     data = values.get("data", {})
     rule = data.pop("split_rule", "path" if "sentencepiece_fingerprint" in data else "name")  # 0.1.0 has neither
     if rule == "name" and data.get("files") and not data.get("validation_files"):
@@ -105,8 +108,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
   """Returns a `cls` of plain `values`, recursively; errors name unknown and missing keys with their full path."""
   known = [field.name for field in dataclasses.fields(cls)]
   for name in values:
-    is_known = name in known or prefix + name in _REMOVED_SETTINGS
-    require(is_known, f"Unknown config key {prefix + name!r}. {nearest(name, known)}")
+    require(name in known, f"Unknown config key {prefix + name!r}. {nearest(name, known)}")
   arguments = {}
   for field, kind, optional in _typed_fields(cls):
     name, value = field.name, values.get(field.name, field.default)

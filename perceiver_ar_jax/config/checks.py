@@ -101,7 +101,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def lookup(field: str, name: str, table: Mapping[str, Value]) -> Value:
   """Returns the entry `name` of a table of implementations; raises InputError listing its names."""
-  require(name in table, f"{field}={name!r} is unknown. {nearest(name, table)}")
+  require(name in table, f"{field}={name!r} is unknown. {nearest(str(name), table)}")
   return table[name]
 
 

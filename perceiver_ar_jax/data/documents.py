@@ -63,7 +63,7 @@ class Document:
       return self
     end = 1 + num_scored if self._scored is None else int(np.flatnonzero(self._scored[1:])[num_scored - 1]) + 2
     scored = None if self._scored is None else self._scored[:end]
-    return Document(self.read(0, end), self.positions, lambda events: self.counts(end), scored)
+    return Document(self.read(0, end), self.positions, lambda events: self.counts(len(events)), scored)
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A training crop: (events int32[n], positions int32[n, P], scored bool[n]), n <= `longest`.

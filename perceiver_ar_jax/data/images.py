@@ -79,7 +79,9 @@ def _to_8_bits(values_HxW: np.ndarray, name: str) -> np.ndarray:
     return np.rint(values_HxW * 255.0).astype(np.uint8)
   if 0 <= low and is_whole and (high <= 255 or 4096 <= high <= 65535):
     return (values_HxW // (1 if high <= 255 else 256)).astype(np.uint8)
-  raise Unreadable(f"{name} has values from {low} to {high}, so white is unknown: store 8 bits, all 16 bits or 0..1")
+  raise Unreadable(
+    f"{name} has values from {low} to {high}, which do not show what is white: store 8 bits, 16 bits or 0..1"
+  )
 
 
 @functools.lru_cache(maxsize=4)

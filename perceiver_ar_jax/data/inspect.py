@@ -102,6 +102,8 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
   )
   if sizes:
     stats |= sizes | {"bytes_per_token": sizes["bytes"] / sum(lengths), "unknown_rate": num_unknown / sum(lengths)}
-    summary += "\n  {words:,} words, {bytes:,} bytes, {bytes_per_token:.2f} bytes per token, {unknown_rate:.3%} unknown"
+    summary += (
+      "\n  {words:,} words, {bytes:,} bytes, {bytes_per_token:.2f} bytes per token, {unknown_rate:.3%} unknown tokens"
+    )
   print(summary.format(split=split, which="" if stats["all_documents"] else " (the first ones)", **stats))
   return stats, examples

@@ -168,7 +168,11 @@ class TrainLoader(Iterator[windows.Batch]):
     shard.num_batches += 1
     draws, seeds = random.random(size), random.integers(2**63, size=size)
     chosen = np.searchsorted(np.cumsum(self._shares[:-1]), random.random(size), side="right")
-    return [(self._tasks[index], next(shard.records[index])) for index in chosen], draws, seeds
+    records = [(self._tasks[index], next(shard.records[index], None)) for index in chosen]
+    for task, record in records:
+      if record is None:
+        raise InputError(f"Shard {shard.index} of {self._num_shards} has no record of {task.name}: lower data.shards.")
+    return records, draws, seeds
 
   def save(self, directory: os.PathLike | str) -> None:
     """Writes the position of the shards that this host saves, in files of their own, under `directory`."""

@@ -1,11 +1,13 @@
 """Standard MIDI files: reads the messages that decide when notes sound, and writes notes; music.py interprets them.
 
-The parser is our own because symusic drops what the meaning of a note depends on: notes that are never released, and
-the channel and the order of messages at one tick, without which neither the sustain pedal nor All Notes Off can be
-applied. mido takes a third of a second for a piano performance.
+The parser is our own because the fast library (symusic) drops what the meaning of a note depends on: notes that are
+never released, and the channel and the order of messages at one tick, without which neither the sustain pedal nor All
+Notes Off can be applied. mido takes a third of a second for a piano performance. Here a regular expression finds the
+runs of ordinary messages, nearly all of a file, and NumPy decodes them; other events are read one by one.
 """
 
-import operator
+import array
+import re
 import struct
 from collections.abc import Iterable
 
@@ -23,6 +25,11 @@ _NUM_DATA_BYTES |= {0xF1: 1, 0xF2: 2, 0xF3: 1, 0xF6: 0, 0xF8: 0, 0xFA: 0, 0xFB: 
 _DEFAULT_TEMPO = 500_000  # microseconds per beat, until a file sets another tempo
 _MAX_SECONDS = 24 * 3600  # a longer file has damaged times, which would become millions of time shifts
 
+_RUN = re.compile(rb"(?:[\x80-\xff]{0,3}[\x00-\x7f][\x80-\xbf\xe0-\xef]?[\x00-\x7f]{2}){32,}+")
+"""Messages of two data bytes, each after its time and, unless it is that of the message before, its status. Fewer than
+32 are read faster one by one."""
+_NOT_READ = 255  # the number of an event that is not read
+
 
 def read(content: bytes) -> tuple[np.ndarray, np.ndarray, float]:
   """Returns the note-ons, note-offs and changes of _CONTROLLERS of a MIDI file, and its end.
@@ -33,24 +40,25 @@ def read(content: bytes) -> tuple[np.ndarray, np.ndarray, float]:
   of type 0 or 1 whose times are in ticks per beat, a message has a data byte above 127, or it lasts more than a day.
   """
   ticks_per_beat, tracks = _split(content)
-  events = []
+  parts = []
   for number, track in enumerate(tracks, 1):
     try:
-      events += _read_track(track)
+      parts.append(_read_track(track))
     except IndexError as error:
       raise ValueError(f"track {number} ends in the middle of an event") from error
     except ValueError as error:
       raise ValueError(f"in track {number}, {error}") from error
-  events.sort(key=operator.itemgetter(0))
-  ticks_N, *messages, tempos_N = np.array(events, np.int64).reshape(-1, 5).T
-  tempos_N = np.append(_DEFAULT_TEMPO, tempos_N)[:-1]  # before each event, 0: that of the event before
-  tempos_N = tempos_N[np.maximum.accumulate(np.where(tempos_N > 0, np.arange(len(tempos_N)), 0))]
+  events_5xN = np.concatenate(parts, axis=1)
+  ticks_N, *messages, tempos_N = events_5xN.take(np.argsort(events_5xN[0], kind="stable"), axis=1)
   # Microseconds are whole numbers, exact up to 2**53, so that errors do not add up; more of them exceed the limit.
-  seconds_N = np.cumsum(np.diff(ticks_N, prepend=0) * tempos_N.astype(np.float64)) / (1_000_000 * ticks_per_beat)
+  tempos = _fill_forward(np.append(_DEFAULT_TEMPO, tempos_N)[:-1]).astype(np.float64)
+  seconds_N = np.cumsum(np.diff(ticks_N, prepend=0) * tempos) / (1_000_000 * ticks_per_beat)
   end = float(seconds_N.max(initial=0))
   if end > _MAX_SECONDS:
     raise ValueError(f"it lasts more than {_MAX_SECONDS // 3600} hours, so its times are damaged")
-  is_read_N = messages[0] > 0
+  kinds_N, numbers_N = messages[0] & 0xF0, messages[1]
+  is_note_N = (kinds_N < NOTE_ON + 16) & (numbers_N != _NOT_READ)
+  is_read_N = is_note_N | (kinds_N == CONTROL_CHANGE) & np.isin(numbers_N, _CONTROLLERS)
   return seconds_N[is_read_N], np.compress(is_read_N, messages, axis=1), end
 
 
@@ -103,16 +111,19 @@ def _split(content: bytes) -> tuple[int, list[bytes]]:
   return division, tracks
 
 
-def _read_track(track: bytes) -> list[tuple[int, int, int, int, int]]:
-  """Returns (tick, status, two data bytes, tempo) of the events of a track; 0 stands for what is not read.
+def _read_track(track: bytes) -> np.ndarray:
+  """Returns int64[5, N] of the events of a track: tick, status, two data bytes (_NOT_READ, 0: others), tempo (0: none).
 
   Raises IndexError if the track ends in the middle of an event, ValueError for other damage.
   """
-  events, position, tick, running_status = [], 0, 0, 0
+  events, position, running_status = array.array("i"), 0, 0
   while position < len(track):
+    if _NUM_DATA_BYTES.get(running_status) == 2 and (run := _RUN.match(track, position)):
+      events.frombytes(_parse_run(run[0], running_status).tobytes())
+      position, running_status = run.end(), events[-4]
+      continue
     wait, position = _variable_length(track, position)
-    tick += wait
-    status, event = track[position], (tick, 0, 0, 0, 0)
+    status, number, value, tempo = track[position], _NOT_READ, 0, 0
     if status >= 128:
       position += 1
     elif not running_status:
@@ -122,15 +133,15 @@ def _read_track(track: bytes) -> list[tuple[int, int, int, int, int]]:
     if status < _SYSTEM:
       running_status = status  # not cancelled by system exclusive and meta events: many files rely on it
       if status < NOTE_ON + 16 or status & 0xF0 == CONTROL_CHANGE and track[position] in _CONTROLLERS:
-        event = (tick, status, track[position], track[position + 1], 0)
-        if track[position] | track[position + 1] > 127:
-          raise ValueError(f"a note or control change has the data byte {max(event[2:])}, which is above 127")
+        number, value = track[position], track[position + 1]
+        if number > 127 or value > 127:
+          raise ValueError(f"a note or control change has the data byte {max(number, value)}, which is above 127")
       position += _NUM_DATA_BYTES[status]
     elif status == _META:
       kind = track[position]
       size, position = _variable_length(track, position + 1)
       if kind == _TEMPO and size == 3:
-        event = (tick, 0, 0, 0, int.from_bytes(track[position : position + 3]))
+        tempo = int.from_bytes(track[position : position + 3])
       position = len(track) if kind == _END_OF_TRACK else position + size
     elif status in (0xF0, 0xF7):  # system exclusive
       size, position = _variable_length(track, position)
@@ -139,10 +150,31 @@ def _read_track(track: bytes) -> list[tuple[int, int, int, int, int]]:
       position += _NUM_DATA_BYTES[status]
     else:
       raise ValueError(f"the status byte {status:#x} is not defined")
-    events.append(event)
+    events.extend((wait, running_status, number, value, tempo))
   if position > len(track):
     raise IndexError
-  return events
+  waits_N, *others = np.array(events, np.int32).reshape(-1, 5).T
+  return np.stack([np.cumsum(waits_N, dtype=np.int64), *others])
+
+
+def _parse_run(run: bytes, running_status: int) -> np.ndarray:
+  """Returns int32[N, 5] of the messages of a run: ticks to wait, and the rest as `_read_track`."""
+  data = np.frombuffer(run, np.uint8)
+  # Of each message three bytes are below 128: the last one of its time, and both data bytes.
+  waited_N, first_N, second_N = np.flatnonzero(data < 128).reshape(-1, 3).T
+  starts_N = np.append(0, second_N[:-1] + 1)
+  waits_N = data[waited_N].astype(np.int32)
+  for index in range(1, 4):  # bytes of the time before its last one
+    waits_N += np.where(waited_N - index >= starts_N, (data[waited_N - index] & np.int32(0x7F)) << 7 * index, 0)
+  statuses_N = np.where(first_N - waited_N > 1, data[waited_N + 1], 0)
+  statuses_N = _fill_forward(np.append(running_status, statuses_N))[1:]
+  columns = waits_N, statuses_N, data[first_N], data[second_N], np.zeros_like(waits_N)
+  return np.stack(columns, axis=1, dtype=np.int32, casting="unsafe")
+
+
+def _fill_forward(values_N: np.ndarray) -> np.ndarray:
+  """Replaces each 0 by the last value before it that is not 0."""
+  return values_N[np.maximum.accumulate(np.where(values_N > 0, np.arange(len(values_N)), 0))]
 
 
 def _variable_length(track: bytes, position: int) -> tuple[int, int]:

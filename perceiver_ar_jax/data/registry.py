@@ -7,6 +7,7 @@ name: docs/extending.md has an example.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -157,7 +158,8 @@ def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
   tasks = [_BUILDERS[name](dataclasses.replace(data, task=name), max_events) for name in rates]
   if len({(task.modality, task.vocab_size, task.position_dims) for task in tasks}) > 1:
     described = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
-    raise InputError(f"The tasks of data.task={data.task!r} have different vocabularies ({described}): choose others.")
+    fix = "mix tasks of one vocabulary"
+    raise InputError(f"The tasks of data.task={data.task!r} have different vocabularies ({described}): {fix}.")
   return [(task, rate / sum(rates.values())) for task, rate in zip(tasks, rates.values())]
 
 
@@ -187,14 +189,22 @@ def to_seqio(task: Task) -> seqio.Task:
     **{name: tf.TensorSpec([], tf.int64) for name in task.counts},
   }
 
-  def to_documents(records: tf.data.Dataset) -> tf.data.Dataset:
-    def generate():
-      for document in map(task.open, records.as_numpy_iterator()):
-        if document is not None and not document.continues:
-          events, positions = document.read(0, len(document)), document.positions(0, len(document))
-          yield {"events": events, "positions": positions, **document.counts()}
+  def whole(names: Sequence[str], *values: np.ndarray) -> list[np.ndarray]:
+    document = task.open(dict(zip(names, values)))
+    if document is None or document.continues:
+      document = Document(np.zeros(0, np.int32), np.zeros((0, task.position_dims), np.int32))
+    events, positions = document.read(0, len(document)), document.positions(0, len(document))
+    arrays = {"events": events, "positions": positions, **dict.fromkeys(task.counts, 0), **document.counts()}
+    return [np.asarray(arrays[name], spec.dtype.as_numpy_dtype) for name, spec in specs.items()]
 
-    return tf.data.Dataset.from_generator(generate, output_signature=specs)
+  def to_document(record):
+    types = [spec.dtype for spec in specs.values()]
+    values = tf.numpy_function(functools.partial(whole, list(record)), list(record.values()), types, stateful=False)
+    return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in zip(specs.items(), values)}
+
+  def to_documents(records: tf.data.Dataset) -> tf.data.Dataset:
+    # Functions of a record and not a generator, whose iterators cannot be saved.
+    return records.map(to_document).filter(lambda document: tf.size(document["events"]) > 1)
 
   def feature(ids: int, **settings):
     return seqio.Feature(seqio.PassThroughVocabulary(ids, eos_id=EOS), add_eos=False, dtype=tf.int32, **settings)

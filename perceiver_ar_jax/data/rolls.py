@@ -73,7 +73,8 @@ def transpose(events_N: np.ndarray, semitones: int) -> np.ndarray:
 
 def decode(events_N: np.ndarray) -> list[music.Note]:
   """Returns the notes of events, at four frames per second; a key that stays down is one note."""
-  keys_N, frames_N = np.asarray(events_N) - NUM_SPECIAL, np.cumsum(np.asarray(events_N) == _END_OF_FRAME)
+  events_N = np.asarray(events_N, np.int64)
+  keys_N, frames_N = events_N - NUM_SPECIAL, np.cumsum(events_N == _END_OF_FRAME)
   is_key_N = (keys_N >= 0) & (keys_N < NUM_KEYS)
   roll_KxT = np.zeros((NUM_KEYS, frames_N.max(initial=0) + 3), np.int8)  # with a frame of silence at each end
   roll_KxT[keys_N[is_key_N], frames_N[is_key_N] + 1] = 1

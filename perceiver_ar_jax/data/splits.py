@@ -102,7 +102,8 @@ def eval_batches(
       batch["document"][index], batch["end"][index] = number, end
       windows.eval_window(windows.row_of(batch, index), document, end, num_new)
       if end - num_new == 1:  # the document's first block
-        for name, count in document.counts().items():
-          batch[name][index] = count
+        counts = document.counts()
+        for name in task.counts:
+          batch[name][index] = counts.get(name, 0)
     windows.check_positions(batch, config)
     yield batch

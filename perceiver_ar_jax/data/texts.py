@@ -87,8 +87,12 @@ def tokenizer(path: str | None) -> ByteTokenizer | SubwordTokenizer:
 def check_file(path: str) -> None:
   """Warns once if files are not plain UTF-8: they were probably not meant to be read as they are."""
   head = read_bytes(path, 0, min(4096, file_size(path)))
-  text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # the head may end within a character
-  if "\0" in text or "\ufffd" in text or text.startswith("\ufeff"):
+  try:
+    is_plain = b"\0" not in head and not head.startswith(codecs.BOM_UTF8)
+    codecs.getincrementaldecoder("utf-8")().decode(head)  # the head may end within a character
+  except UnicodeDecodeError:
+    is_plain = False
+  if not is_plain:
     kind = "not plain UTF-8 (but UTF-16, a byte order mark, or compressed, for example)"
     warn_once(None, f"{path} is {kind}: it is read byte by byte. Convert or unpack such files.", kind)
 
@@ -131,7 +135,7 @@ class _TextDocument(Document):
     self.continues = self._part[0] > 0
 
   def counts(self, end: int | None = None) -> dict[str, int]:
-    return count(self.text, None if end is None else end - 1)  # `end` is given of bytes alone
+    return count(self.text)
 
 
 class ByteDocument(_TextDocument):
@@ -146,9 +150,15 @@ class ByteDocument(_TextDocument):
     return len(self.text) + 2
 
   def read(self, start: int, end: int) -> np.ndarray:
-    bytes_N = np.frombuffer(self.text.read(start - 1, end - 1), np.uint8).astype(np.int32) + NUM_SPECIAL
-    sos, eos = np.full(int(start == 0), SOS), np.full(int(end == len(self)), EOS)
-    return np.concatenate([sos, bytes_N, eos], dtype=np.int32)
+    events = np.empty(end - start, np.int32)
+    first, last = int(start == 0), int(end == len(self))
+    events[:first], events[len(events) - last :] = SOS, EOS
+    bytes_N = np.frombuffer(self.text.read(start - 1, end - 1), np.uint8)
+    np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
+    return events
+
+  def counts(self, end: int | None = None) -> dict[str, int]:
+    return count(self.text, None if end is None else end - 1)
 
 
 class SubwordDocument(_TextDocument):

@@ -112,7 +112,7 @@ def _new_folder(folder: epath.Path) -> Iterator[epath.Path]:
   (target if remote else target.parent).mkdir(parents=True, exist_ok=True)
   parent = epath.Path(tempfile.gettempdir()) if remote else target.parent
   local = parent / f".{target.name}-{uuid.uuid4().hex}"
-  local.mkdir()
+  local.mkdir(mode=0o700 if remote else 0o777)
   try:
     yield local
     if remote:

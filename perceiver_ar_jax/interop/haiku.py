@@ -8,6 +8,7 @@ does not contain the architecture, so --config must describe the model it was tr
 A .dill file is a pickle, a program that may call anything. Here its names stand for classes of this module alone.
 """
 
+import functools
 import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,9 +119,14 @@ class _Object:
     pass
 
 
+@functools.cache  # the same few classes, however often a file names them
+def _recorded_class(name: str) -> type[_Object]:
+  return type(name, (_Object,), {})
+
+
 class _Unpickler(pickle.Unpickler):
   def find_class(self, module: str, name: str) -> type[_Object]:
-    return type(name, (_Object,), {})
+    return _recorded_class(name)
 
 
 def _array(recorded: _Object) -> np.ndarray:
@@ -252,16 +258,20 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
 
   widths = {"kv": kwargs["input_embed_dim"], "q": kwargs["num_z_channels"]}
   encodings = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
-  encoding = lookup("position_encoding", kwargs["position_encoding"], encodings)
+  encoding = lookup("official position_encoding", kwargs["position_encoding"], encodings)
   if kwargs["learnable_position_embeddings"]:
     encoding = "learned"
   sizes = tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"])
   is_rotary = kwargs["position_encoding_type"] == "rotary"
   return ModelConfig(
     **{field: kwargs[name] for name, (field, _) in _FIELDS.items()},
-    cross_attend_width=lookup("cross_attention_shape_for_attn", kwargs["cross_attention_shape_for_attn"], widths),
+    cross_attend_width=lookup(
+      "official cross_attention_shape_for_attn", kwargs["cross_attention_shape_for_attn"], widths
+    ),
     cross_attend_after=tuple(kwargs["additional_cross_attend_after_layers"] or ()),
-    activation=lookup("activation_name", kwargs["activation_name"], {"sq_relu": "squared_relu", "gelu": "gelu"}),
+    activation=lookup(
+      "official activation_name", kwargs["activation_name"], {"sq_relu": "squared_relu", "gelu": "gelu"}
+    ),
     position_encoding="rotary" if is_rotary else encoding,
     position_sizes=() if is_rotary else sizes,
   )

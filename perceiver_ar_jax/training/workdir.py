@@ -54,7 +54,7 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
     probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
     probe.touch()
     probe.unlink()
-  with contextlib.nullcontext() if jax.process_index() else owned(workdir) as check:
+  with contextlib.nullcontext() if jax.process_index() else _locked(workdir):
     path = workdir / "config.json"
     saved = load_config(workdir) if path.exists() and has_checkpoints(workdir) else None
     fix = f"give a new --workdir, with --config.train.init_from={workdir}"
@@ -64,10 +64,20 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
     changed = saved and _differences(flatten(config), flatten(saved), ignored=_RESUMABLE)
     fix = "Use its settings, or another --workdir."
     require(not changed, f"--workdir={workdir} contains the checkpoints of another config: {changed}. {fix}")
-    if check:
-      with writing(path, "give this user write access"):
-        write_atomically(path, config.to_json())
-    yield check or (lambda: None)
+    if jax.process_index():
+      yield lambda: None
+      return
+    # Only now, since a run elsewhere that this one replaces stops: a refused run must not end it.
+    owner, run = workdir / "owner.json", uuid.uuid4().hex
+    with writing(f"--workdir={workdir}", "give this user write access"):
+      write_atomically(owner, json.dumps({"run": run, "host": platform.node(), "pid": os.getpid()}) + "\n")
+      write_atomically(path, config.to_json())
+
+    def check() -> None:
+      if _read_owner(owner).get("run", run) != run:
+        raise _in_use(workdir, "has been taken over by")
+
+    yield check
 
 
 def check_model(config: Config, workdir: epath.Path) -> None:
@@ -140,30 +150,27 @@ def _differences(new: dict, old: dict, ignored: tuple[str, ...] = ()) -> str:
 
 
 @contextlib.contextmanager
-def owned(workdir: epath.Path) -> Iterator[Callable[[], None]]:
-  """A context in which this process owns `workdir`, an existing folder; raises InputError if its owner is alive.
+def _locked(workdir: epath.Path) -> Iterator[None]:
+  """A context with the lock of `workdir`, where files can be locked; raises InputError if another process has it."""
+  if is_object_store(workdir):
+    yield
+    return
+  with writing(f"--workdir={workdir}", "give this user write access"):
+    file = open(workdir / ".lock", "a")
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise _in_use(workdir, "is in use by") from None
+    except OSError:  # a file system without locks
+      pass
+    yield
 
-  Yields a function that raises InputError once another run owns it.
-  """
-  path, run = workdir / "owner.json", uuid.uuid4().hex
 
-  def in_use(how: str) -> str:
-    owner = _read_owner(path)
-    name = f"another training run (process {owner.get('pid')} on {owner.get('host')})"
-    return f"--workdir={workdir} {how} {name}. Stop that run or wait for its end, or give another --workdir."
-
-  with contextlib.ExitStack() as stack:
-    with writing(f"--workdir={workdir}", "give this user write access"):
-      if not is_object_store(workdir):
-        file = stack.enter_context(open(workdir / ".lock", "a"))
-        try:
-          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-          raise InputError(in_use("is in use by")) from None
-        except OSError:  # a file system without locks
-          pass
-      write_atomically(path, json.dumps({"run": run, "host": platform.node(), "pid": os.getpid()}) + "\n")
-    yield lambda: require(_read_owner(path).get("run", run) == run, in_use("has been taken over by"))
+def _in_use(workdir: epath.Path, how: str) -> InputError:
+  owner = _read_owner(workdir / "owner.json")
+  name = f"another training run (process {owner.get('pid')} on {owner.get('host')})"
+  return InputError(f"--workdir={workdir} {how} {name}. Stop that run or wait for its end, or give another --workdir.")
 
 
 def _read_owner(path: epath.Path) -> dict:
