@@ -36,7 +36,7 @@ def get_config(variant="long"):
     config.model.update(max_context=128, num_latents=64, num_layers=2, latent_width=128)
     config.model.update(num_cross_heads=2, num_self_heads=2)
     config.data.min_crop = 65
-    config.train.update(steps=550, batch_size=32, checkpoint_every=550)
-    config.train.optimizer.update(learning_rate=8e-3, warmup_steps=20, decay_steps=350)
-    config.eval.update(batch_size=32, stride=32, every=550, num_samples=0)
+    config.train.update(steps=630, batch_size=32, checkpoint_every=630)
+    config.train.optimizer.update(learning_rate=8e-3, warmup_steps=20, decay_steps=395)
+    config.eval.update(batch_size=32, stride=32, every=630, num_samples=0)
   return config
