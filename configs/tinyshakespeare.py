@@ -33,7 +33,7 @@ def get_config(variant="long"):
   )
   config.eval.update(batch_size=16, stride=256, every=500)
   if variant == "quick":
-    # Rows of few latents: less attention, so twice as many targets per second. Training this short favours few layers.
+    # Twice as many targets per second as with 4 layers of this width and 256 latents of 512 inputs: what counts here.
     config.model.update(max_context=128, num_latents=64, num_layers=2, latent_width=128)
     config.model.update(num_cross_heads=2, num_self_heads=2)
     config.data.min_crop = 65

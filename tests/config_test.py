@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from configs import copy
 from perceiver_ar_jax import PerceiverAR
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError, config_from_run
@@ -59,6 +60,13 @@ def test_config_json_of_an_older_version_may_contain_removed_settings():
   old["plan"] |= {"search": False, "max_compiles": 8}
   old["data"] |= {"cache_dir": "/removed"}
   assert config_lib.Config.from_json(json.dumps(old)) == config
+
+
+def test_removed_settings_are_unknown_in_a_config_file():
+  config = copy.get_config()
+  config.data.cache_dir = "/removed"
+  with pytest.raises(InputError, match="Unknown config key 'data.cache_dir'"):
+    config_lib.resolve(config)
 
 
 def test_data_that_differ_from_the_training_data_are_reported(tmp_path, capsys):

@@ -14,9 +14,10 @@ import pytest
 import seqio
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, SOS, images, photos, registry, tasks, texts, warn_once
-from perceiver_ar_jax.data.documents import Unreadable
+from perceiver_ar_jax.data import EOS, SOS, images, loader, photos, registry, splits, tasks, texts, warn_once
+from perceiver_ar_jax.data.documents import Document, Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
+from tests import tiny
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "data.npz")
 
@@ -209,6 +210,29 @@ def lines_of_a_fork():
   yield "lines_of_a_fork"
   seqio.TaskRegistry.remove("lines_of_a_fork")
   registry._BUILDERS.pop("lines_of_a_fork")
+
+
+def test_counts_that_a_task_does_not_name_are_ignored(lines_of_a_fork):
+  config = tiny.config(data__task=lines_of_a_fork, model__positions_from_data=False)
+  document = Document(np.arange(3, 13, dtype=np.int32), count=lambda events: {"words": 2, "other": 5})
+  batch = next(splits.eval_batches(config, [(get_task(lines_of_a_fork), document)]))
+  assert batch["words"].sum() == 2 and batch["bytes"].sum() == 0 and "other" not in batch
+
+
+def test_a_shard_without_a_record_of_a_source_of_unknown_size_is_refused(lines_of_a_fork):
+  settings = {"data__shards": 4, "train__batch_size": 4, "model__positions_from_data": False}
+  with pytest.raises(InputError, match="Shard 3 of 4 has no record of lines_of_a_fork: lower data.shards"):
+    next(loader.TrainLoader(tiny.config(data__task=lines_of_a_fork, **settings)))
+
+
+def test_the_position_in_a_seqio_task_can_be_saved(lines_of_a_fork, tmp_path):
+  dataset = registry.to_seqio(get_task(lines_of_a_fork)).get_dataset(None, "train", shuffle=False, use_cached=False)
+  iterator = iter(dataset)
+  next(iterator)
+  saved = tf.train.Checkpoint(iterator=iterator).write(str(tmp_path / "position"))
+  restored = iter(dataset)
+  tf.train.Checkpoint(iterator=restored).read(saved)
+  np.testing.assert_array_equal(next(restored)["events"], next(iterator)["events"])
 
 
 def test_a_fork_adds_a_task_in_a_few_lines(lines_of_a_fork):

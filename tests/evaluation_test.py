@@ -267,6 +267,8 @@ def test_the_head_of_a_document_counts_scored_events():
   events = np.arange(3, 13, dtype=np.int32)
   whole = Document(events)
   assert whole.head(9) is whole and len(whole.head(8)) == 9
+  counted = Document(events, count=lambda events: {"bytes": len(events)}).head(8)
+  assert (counted.counts(), counted.counts(4), counted.head(5).counts()) == ({"bytes": 9}, {"bytes": 4}, {"bytes": 6})
   masked = Document(events, scored=np.arange(10) % 2 == 0)  # events 2, 4, 6 and 8
   head = masked.head(3)
   assert (len(head), head.num_scored, head.read(5, 7).tolist()) == (7, 3, [8, 9]) and masked.head(4) is masked

@@ -195,6 +195,7 @@ def test_a_missing_file_is_named():
     ("train_input_positions", 5),
     ("position_encoding", "linear"),
     ("activation_name", "swish"),
+    ("activation_name", None),
     ("no_such_option", 1),
     ("cross_attend_widening_factor", 7),
   ],
