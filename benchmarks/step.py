@@ -2,8 +2,8 @@
 
   python -m benchmarks.step --config=benchmarks/point_a.py --context=8192
 
-It runs the production step: forward, backward, clipping and update, with the state donated. run.py runs it for a grid
-of contexts and kernels.
+It runs the production step: forward, backward, clipping and update, with the state donated. As in training, rows are
+split over the cores of a CPU. run.py runs it for a grid of contexts and kernels.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from perceiver_ar_jax import command_line
 from perceiver_ar_jax.config import Config
 from perceiver_ar_jax.models import architectures
 from perceiver_ar_jax.parallel import chips, sharding
-from perceiver_ar_jax.parallel.mesh import keep_host_memory, make_mesh
+from perceiver_ar_jax.parallel.mesh import keep_host_memory, make_mesh, use_cpu_cores
 from perceiver_ar_jax.training import optimizer as optimizer_lib
 from perceiver_ar_jax.training.step import init_state, make_train_step
 
@@ -34,10 +34,12 @@ _SECONDS = flags.DEFINE_float(
 def measure(config: Config, steps: int, seconds: float) -> dict:
   """Returns metrics of one compiled step: seconds (median), targets_per_second, compile_seconds, temp_bytes and more.
 
-  peak_rss_bytes is that of the whole process, compiler included; state_bytes that of weights and optimizer state;
+  temp_bytes are those of each of num_devices (on CPUs, cores that have rows of their own); peak_rss_bytes those of the
+  whole process, compiler included; state_bytes those of weights and optimizer state;
   model_flops_utilization the share of the devices' bfloat16 peak, None where it is unknown.
   """
   keep_host_memory()
+  use_cpu_cores(config, [config.train.batch_size])
   mesh = make_mesh(config.mesh)
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   batch = random_batch(config)
@@ -65,6 +67,7 @@ def measure(config: Config, steps: int, seconds: float) -> dict:
     "version": f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
     "attention": config.model.attention,
     "context": config.model.max_context,
+    "num_devices": mesh.size,
     "seconds": statistics.median(timed),
     "all_seconds": timed,
     "targets_per_second": config.train.batch_size * config.model.num_latents / statistics.median(timed),

@@ -103,6 +103,26 @@ def test_streamed_equals_reference_with_gradients_of_the_projection(chunk):
 
 
 @pytest.mark.slow
+def test_cpus_scan_as_many_rows_at_a_time_as_fit_their_caches(monkeypatch):
+  inputs = _inputs(4, 13)
+  expected = _values_and_gradients(attention.reference, *inputs)
+
+  def lowered(num_scores):
+    monkeypatch.setattr(streamed, "_CPU_SCORES", num_scores)
+    q, k, v, valid = inputs
+    return (
+      jax.jit(lambda q, k, v: streamed.streamed(q, Keys.from_arrays(k, v), valid, chunk=5)).lower(q, k, v).as_text()
+    )
+
+  scores_of_a_row, scores_of_both = "tensor<1x3x4x5xf32>", "tensor<2x3x4x5xf32>"
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices("cpu")[:1])):
+    assert scores_of_both in lowered(2 * 3 * 4 * 5)
+    assert scores_of_both not in lowered(2 * 3 * 4 * 5 - 1) and scores_of_a_row in lowered(2 * 3 * 4 * 5 - 1)
+    ours = _values_and_gradients(streamed.streamed, *inputs, chunk=5)  # one row at a time
+  for array, expected_array in zip(ours, expected, strict=True):
+    np.testing.assert_allclose(array, expected_array, atol=2e-6)
+
+
 @pytest.mark.parametrize(("num_queries", "num_keys", "block"), [(4, 13, 512), (130, 130, 512), (130, 130, 128)])
 def test_splash_equals_reference(num_queries, num_keys, block, monkeypatch):
   monkeypatch.setattr(attention, "_MAX_BLOCK", block)

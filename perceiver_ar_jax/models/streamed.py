@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec
 from perceiver_ar_jax.models.keys import MASKED, Keys, product, query_segments, scaled, visible
 from perceiver_ar_jax.parallel import sharding
 
+_CPU_SCORES = 2**19
+"""Scores of a chunk that a CPU computes at a time, or those of one row: several arrays of this size fit its caches."""
 SAVED = "saved"
 """Checkpoint name of values that remat=dots keeps for the backward pass: small, and expensive to recompute."""
 
@@ -27,6 +29,7 @@ def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: in
   rows, slots = sharding.current_axes(("batch", "slots" if keys.sharded else None), valid_BxL.shape)
   layout = _Layout(valid_BxL.shape[1], slots, keys.halo)
   scan = functools.partial(_scan_context, keys.project, chunk, keep_own, layout)
+  scan = functools.partial(_scan_rows, scan, chunk)
   segments_BxM = query_segments(valid_BxL, q_BxMxHxK.shape[1])  # before the slots are split over devices
   if rows or slots:
     # Each device scans its own slots for its own rows, and gradients of the weights are summed over devices once, at
@@ -48,6 +51,17 @@ def chunked(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int
   """`streamed` over keys and values that are projected once and kept: more memory, less to recompute."""
   projected = Keys.from_arrays(*keys.to_arrays(), sharded=keys.sharded)
   return streamed(q_BxMxHxK, projected, valid_BxL, keep_own, chunk)
+
+
+def _scan_rows(scan, chunk, q_BxMxHxK, weights, *by_row):
+  """`scan` over as many rows at a time as a CPU's caches hold the scores of; other devices scan all rows at once."""
+  device, (rows, queries, heads, _) = jax.sharding.get_abstract_mesh().abstract_device, q_BxMxHxK.shape
+  fits = max(_CPU_SCORES // (queries * heads * chunk), 1) if device and device.device_kind == "cpu" else rows
+  size = max(size for size in range(1, rows + 1) if rows % size == 0 and size <= fits)
+  if size == rows:
+    return scan(q_BxMxHxK, weights, *by_row)
+  groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (q_BxMxHxK, by_row))
+  return jax.lax.map(lambda group: scan(group[0], weights, *group[1]), groups).reshape(q_BxMxHxK.shape)
 
 
 class _Layout(NamedTuple):
