@@ -4,6 +4,7 @@ Positions are integers, 1-based, 0 on padding. ENCODINGS is the table of encodin
 entry; `model.position_encoding` then accepts its name. Learned tables are parameters of layers.Embed.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -109,16 +110,22 @@ def rotate(x_BxLxHxK, positions_BxL, *, fraction: float, max_wavelength: float):
 
 def _rotate(x_BxLxHxK, positions_BxLxN, frequencies_N: np.ndarray):
   """`x` with its leading N interleaved pairs rotated by position * frequency; angles are computed in float32."""
-  rotated = 2 * len(frequencies_N)
-  if not rotated:
+  count = len(frequencies_N)
+  if not count:
     return x_BxLxHxK
-  frequencies_1x1x1xN = jnp.asarray(frequencies_N, jnp.float32)[None, None, None]
-  angles = positions_BxLxN[..., None, :].astype(jnp.float32) * frequencies_1x1x1xN
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  head = x_BxLxHxK[..., :rotated].astype(jnp.float32)
-  even, odd = head[..., 0::2], head[..., 1::2]
-  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(head.shape)
-  return jnp.concatenate([turned.astype(x_BxLxHxK.dtype), x_BxLxHxK[..., rotated:]], axis=-1)
+  angles_BxLxN = positions_BxLxN.astype(jnp.float32) * jnp.asarray(frequencies_N, jnp.float32)[None, None]
+  # A product copies cosines and sines, with their signs, to both elements of each pair. Compilers would fuse any other
+  # copy with what follows, and compute them again for every head and element.
+  copies_Nx2N = np.repeat(np.eye(count), 2, axis=1)
+  signs_2N = np.tile([-1.0, 1.0], count)
+  copy = functools.partial(jnp.einsum, "bln,nk->blk", precision=jax.lax.Precision.HIGHEST)
+  cos_BxLx1x2N = copy(jnp.cos(angles_BxLxN), jnp.asarray(copies_Nx2N, jnp.float32))[:, :, None]
+  sin_BxLx1x2N = copy(jnp.sin(angles_BxLxN), jnp.asarray(copies_Nx2N * signs_2N, jnp.float32))[:, :, None]
+  head_BxLxHx2N = x_BxLxHxK[..., : 2 * count].astype(jnp.float32)
+  pairs = head_BxLxHx2N.reshape(*head_BxLxHx2N.shape[:-1], count, 2)
+  exchanged_BxLxHx2N = jnp.flip(pairs, axis=-1).reshape(head_BxLxHx2N.shape)
+  turned_BxLxHx2N = head_BxLxHx2N * cos_BxLx1x2N + exchanged_BxLxHx2N * sin_BxLx1x2N
+  return jnp.concatenate([turned_BxLxHx2N.astype(x_BxLxHxK.dtype), x_BxLxHxK[..., 2 * count :]], axis=-1)
 
 
 class Encoding(NamedTuple):
