@@ -170,7 +170,7 @@ def first_seconds(sample: Sample) -> tuple[Sample, float]:
 
 
 def piano_roll(notes: list[music.Note], start: float) -> bytes:
-  """Returns a PNG of notes over seconds, darker for louder ones, on a grey background before `start`."""
+  """Returns a PNG of notes over seconds, darker for louder ones, on a gray background before `start`."""
   figure = Figure(figsize=(9, 2), layout="constrained")
   axes = figure.subplots()
   axes.axvspan(0, start, color="0.85")

@@ -18,9 +18,9 @@ _INTRODUCTION = """# Configs
 
 A config file such as [configs/photos32.py](../configs/photos32.py) sets some of the fields below. Each field can also
 be set on the command line: `--config.train.steps=100 --config.model.num_layers=6`. Tuples are written
-`--config.model.position_sizes="(34, 34, 5)"`; `None` is accepted where the type allows it. A misspelt name, a value of
-the wrong type or incompatible settings end with exit code 1 and one paragraph that names the fix. The `config.json` of
-a run contains all resolved settings.
+`--config.model.position_sizes="(34, 34, 5)"`; `None` is accepted where the type allows it. A misspelled name, a value
+of the wrong type or incompatible settings end with exit code 1 and one paragraph that names the fix. The `config.json`
+of a run contains all resolved settings.
 
 The full name of a field begins with its section: `num_layers` of `model` is `model.num_layers`. A field without a
 default must be set; every file in configs/ sets it.

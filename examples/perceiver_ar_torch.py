@@ -43,7 +43,7 @@ class Dense(nn.Module):  # x @ kernel + bias; the kernel is [in, out]
     return x @ self.kernel + self.bias
 
 
-class Norm(nn.Module):  # layer or, without a bias, RMS normalisation
+class Norm(nn.Module):  # layer or, without a bias, RMS normalization
   def __init__(self, width: int, bias: bool = True):
     super().__init__()
     self.scale, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)) if bias else None
@@ -144,7 +144,7 @@ class Block(nn.Module):  # the parts of both kinds of blocks: attention to somet
     self.mlp = nn.ModuleDict({"up": Dense(latent_width, hidden * latent_width)})
     self.mlp["down"] = Dense(hidden * latent_width, latent_width)
 
-  def project(self, x_BxLxE: Tensor) -> list[Tensor]:  # to keys and values, not yet normalised and rotated
+  def project(self, x_BxLxE: Tensor) -> list[Tensor]:  # to keys and values, not yet normalized and rotated
     return [dense(x_BxLxE).unflatten(-1, (self.heads, -1)) for dense in self.keys_values.values()]
 
   def add(self, x_BxMxD: Tensor, attended_BxMxD: Tensor) -> Tensor:  # both residuals

@@ -269,7 +269,7 @@ def test_named_validation_files_are_held_out_wherever_they_lie(tmp_path, capsys)
   "pattern, held",
   [("data", "./data/a.txt"), ("data", "{here}/data/a.txt"), ("./data", "data/a.txt"), ("{here}/data/*", "data/a.txt")],
 )
-def test_validation_files_may_be_spelt_in_another_way(pattern, held, tmp_path, monkeypatch):
+def test_validation_files_may_be_spelled_in_another_way(pattern, held, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   write(tmp_path / "data", {f"{name}.txt": b"x" for name in "abc"})
   settings = {"validation_files": held.format(here=tmp_path)}

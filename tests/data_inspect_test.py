@@ -15,7 +15,7 @@ from tests import batches, tiny
 from tests.batches import write
 
 DARK = [20, 20, 60]
-"""The colour of 0 where values are shown as shades."""
+"""The color of 0 where values are shown as shades."""
 
 
 @pytest.fixture(autouse=True)
@@ -158,9 +158,9 @@ def test_a_picture_of_long_music_takes_little_memory():
 
 def test_the_report_of_pictures(tmp_path):
   folder = tmp_path / "images"
-  for name, colour in (("train/a", 0), ("train/b", 255), ("validation/c", 255)):
+  for name, color in (("train/a", 0), ("train/b", 255), ("validation/c", 255)):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.new("RGB", (4, 4), (colour,) * 3).save(folder / f"{name}.png")
+    PIL.Image.new("RGB", (4, 4), (color,) * 3).save(folder / f"{name}.png")
   config = settings(folder, task="image_files", image_size=4, dims=3)
   report, examples, size = look(config, tmp_path / "run")
   assert_holds(report["train"], documents=2, skipped=0, events=2 * 49, shortest=49, longest=49, different_tokens=3)
@@ -223,7 +223,7 @@ def test_a_grid_puts_pictures_side_by_side_and_then_below():
   white, black = np.full((1, 1, 3), 255, np.uint8), np.zeros((1, 2, 3), np.uint8)
   sheet = render.grid([white, black, white], columns=2)
   assert (sheet == sheet[..., :1]).all()
-  # Cells of 1 x 2 with 2 pixels of grey between and around them.
+  # Cells of 1 x 2 with 2 pixels of gray between and around them.
   g = 128
   assert sheet[..., 0].tolist() == [
     [g, g, g, g, g, g, g, g, g, g],

@@ -111,7 +111,7 @@ def test_notes_that_another_program_writes_are_read(seed):
   np.testing.assert_allclose(sorted(n.offset for n in heard), sorted(n.offset for n in written), atol=1e-4)
 
 
-def test_read_notes_honours_tempo_across_tracks():
+def test_read_notes_honors_tempo_across_tracks():
   """100 ticks per beat: 0.5 s per beat at first, 1 s from tick 100 on, which falls into the note."""
   midi = midi_file([tempo(100, 1_000_000)], [strike(50, C4), release(200, C4)], ticks_per_beat=100)
   assert read_notes(midi) == [Note(C4, 80, 0.25, 1.5)]

@@ -110,7 +110,7 @@ def test_decoding_restores_every_text_exactly(subwords):
     assert subwords.tokens.decode(events) == text
     assert subwords.tokens.decode([SOS, *events, EOS, PAD, 403]) == text, "specials and ids beyond the model count"
     assert events.min() >= 3 and events.max() < 403, f"{text!r} has ids outside 3..402"
-    assert subwords.tokens.unknown not in events, f"{text!r} should be spelt in bytes where no subword token fits"
+    assert subwords.tokens.unknown not in events, f"{text!r} should be spelled in bytes where no subword token fits"
 
 
 def test_a_document_of_subword_tokens_has_a_start_and_an_end(subwords):

@@ -44,7 +44,7 @@ def whole(document):
   return document.read(0, len(document)), document.positions(0, len(document))
 
 
-def test_pixel_raster_takes_pixels_in_turn_and_rgb_planes_takes_colours_in_turn():
+def test_pixel_raster_takes_pixels_in_turn_and_rgb_planes_takes_colors_in_turn():
   picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
   raster, raster_positions = whole(images.document(picture, "pixel_raster"))
   planes, planes_positions = whole(images.document(picture, "rgb_planes"))
@@ -69,7 +69,7 @@ def test_events_turn_back_into_the_picture(order):
   events, _ = whole(images.document(picture, order))
   np.testing.assert_array_equal(images.to_image(events, 4, order), picture)
   np.testing.assert_array_equal(images.to_image(events[1:], 4, order), picture)
-  events[1] = EOS  # No colour: black, and nothing else changes.
+  events[1] = EOS  # No color: black, and nothing else changes.
   assert images.to_image(events, 4, order)[0, 0, 0] == 0
   np.testing.assert_array_equal(images.to_image(events, 4, order)[1:], picture[1:])
   with pytest.raises(ValueError, match="30 sub-pixels"):
@@ -121,7 +121,7 @@ def test_photographs_are_varied_real_pixels(size):
     images.to_image(row["events"], size, "pixel_raster") for row in documents(f"photos{size}", "validation", count=99)
   ]
   assert len(crops) == photos.NUM_CROPS["validation"]
-  assert min(crop.std() for crop in crops) > 2, "a crop is nearly one colour"
+  assert min(crop.std() for crop in crops) > 2, "a crop is nearly one color"
   shares = np.bincount(np.stack(crops).ravel(), minlength=256) / np.stack(crops).size
   entropy_bits = -np.sum(shares[shares > 0] * np.log2(shares[shares > 0]))
   assert entropy_bits > 7.5, "the validation crops use few of the values, so a histogram alone would score well"

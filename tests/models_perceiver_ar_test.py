@@ -1,4 +1,4 @@
-"""Properties of the model: causality, padding, the plain Transformer, precision, rematerialisation, depth."""
+"""Properties of the model: causality, padding, the plain Transformer, precision, rematerialization, depth."""
 
 import dataclasses
 import functools
@@ -225,7 +225,7 @@ def test_embedding_gradients_add_up_in_float32():
 
 
 @pytest.mark.slow
-def test_rematerialisation_changes_no_gradient():
+def test_rematerialization_changes_no_gradient():
   params, tokens = _params(CONFIG), _tokens()
 
   def gradients(config):

@@ -176,7 +176,7 @@ def test_memory_passes_no_gradients():
 
 
 @pytest.mark.slow
-def test_rematerialisation_changes_no_gradient():
+def test_rematerialization_changes_no_gradient():
   params, tokens = _params(CONFIG), _tokens()
 
   def gradients(config):

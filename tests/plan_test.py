@@ -77,7 +77,7 @@ def test_unknown_topologies_are_explained(name, words):
     ("cpu", None),
   ],
 )
-def test_chips_are_recognised_by_jax_device_kinds(kind, peak):
+def test_chips_are_recognized_by_jax_device_kinds(kind, peak):
   assert peak_flops(kind) == peak
 
 

@@ -102,7 +102,7 @@ def test_cached_logits_equal_a_full_pass_over_the_latents_in_the_cache():
 
 
 @pytest.mark.slow
-def test_rows_do_not_depend_on_their_neighbours():
+def test_rows_do_not_depend_on_their_neighbors():
   config, params = model()
   drawn = generate.SamplingSettings(temperature=1.0, top_k=10, top_p=0.9)
   run = functools.partial(blocks, config, params, kepts=[5] * 6, settings=drawn)

@@ -141,7 +141,7 @@ def test_wsd_is_constant_and_then_linear_to_its_end():
   np.testing.assert_allclose([shorter(10), shorter(20), shorter(30)], [1.0, 0.6, 0.2], atol=1e-6)
 
 
-def test_muon_orthogonalises_hidden_kernels_of_each_layer_and_leaves_the_rest_to_nadam():
+def test_muon_orthogonalizes_hidden_kernels_of_each_layer_and_leaves_the_rest_to_nadam():
   rule = optimizer_lib.OPTIMIZERS["muon"](OptimizerConfig(name="muon"))
   adam = optax.scale_by_adam(nesterov=True)
   rng = np.random.default_rng(0)

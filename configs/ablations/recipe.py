@@ -1,7 +1,7 @@
 """What is each part of the recipe for small models worth, on text?
 
 The recipe of configs/text_files.py and others: Muon with a long linear decay (wsd), two convolution taps on the keys
-and values of the cross-attention, normalised queries and keys, and output projections that start at zero.
+and values of the cross-attention, normalized queries and keys, and output projections that start at zero.
 
 Here: the source code of Python's standard library (as in context.py), 3 layers of width 128, 64 latents of 128 inputs,
 200 steps of 2,048 targets. Two learning rates for each optimizer; the options were added at Muon's higher rate. Each

@@ -166,7 +166,7 @@ def _draw_image(figure: SubFigure, window: Window, weights_N: np.ndarray) -> Non
   size = math.isqrt((window.task.length - 1) // 3)
   is_color_N = window.events[:-1] >= NUM_SPECIAL
   x_N, y_N, channel_N = (window.positions[:-1][is_color_N] - 2).T
-  pixels_SxSxC = np.full((size, size, 3), 40, np.uint8)  # dark grey: not known yet
+  pixels_SxSxC = np.full((size, size, 3), 40, np.uint8)  # dark gray: not known yet
   pixels_SxSxC[y_N, x_N, channel_N] = np.clip(window.events[:-1][is_color_N] - NUM_SPECIAL, 0, 255)
   weights_SxS = np.zeros((size, size))
   np.add.at(weights_SxS, (y_N, x_N), weights_N[is_color_N])

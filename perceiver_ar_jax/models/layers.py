@@ -40,7 +40,7 @@ REMAT_POLICIES = {
 
 MAPS = "intermediates"
 """The collection to which attention writes the newest query's attention weights, if the caller makes it mutable
-(initialisation never does, and layers under a scan write nothing)."""
+(initialization never does, and layers under a scan write nothing)."""
 
 
 def dense(
@@ -101,7 +101,7 @@ def drop(module: nn.Module, rate: float, x):
 
 
 def head_norm(name: str | None) -> nn.RMSNorm:
-  """RMS normalisation of each head's queries or keys, in float32."""
+  """RMS normalization of each head's queries or keys, in float32."""
   scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
   return nn.RMSNorm(epsilon=1e-6, name=name, dtype=jnp.float32, scale_init=scale_init)
 
@@ -144,7 +144,7 @@ class Embed(nn.Module):
 
 
 class KeysValues(nn.Module):
-  """Projects normalised inputs to keys and values, not yet rotated; `width` is that of all heads together."""
+  """Projects normalized inputs to keys and values, not yet rotated; `width` is that of all heads together."""
 
   config: ModelConfig
   num_heads: int
@@ -196,7 +196,7 @@ class CausalConv(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention from normalised latents to keys and values, projected back to the latents' width."""
+  """Multi-head attention from normalized latents to keys and values, projected back to the latents' width."""
 
   config: ModelConfig
   num_heads: int
@@ -263,7 +263,7 @@ class CrossAttention(nn.Module):
     return self.keys_values(self.norm_inputs(x_BxCxE))
 
   def mix(self, keys_values, tokens_BxC, positions_BxCxP, segments_BxC=None):
-    """Convolved, normalised and rotated keys, and convolved values, without the halo of the first `conv_taps` slots."""
+    """Convolved, normalized and rotated keys, and convolved values, without the halo of the first `conv_taps` slots."""
     k_BxCxHxK, v_BxCxHxK = keys_values
     if self.conv:
       valid_BxC = tokens_BxC > 0 if segments_BxC is None else segments_BxC

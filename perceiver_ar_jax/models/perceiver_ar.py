@@ -118,7 +118,7 @@ class PerceiverAR(nn.Module):
     return [each.project(each.weights, each.inputs) if halo else each.to_arrays() for each in keys]
 
   def logits(self, latents_BxMxD):
-    """float32 logits_BxMxV of normalised latents."""
+    """float32 logits_BxMxV of normalized latents."""
     logits_BxMxV = self.to_logits(latents_BxMxD).astype(jnp.float32)
     return logits_BxMxV + self.value_logits(latents_BxMxD) if self.value_logits else logits_BxMxV
 

@@ -76,7 +76,7 @@ class TransformerXL(nn.Module):
     return self.logits(self.latents(tokens_BxL, positions_BxLxP, num_latents=num_latents, deterministic=deterministic))
 
   def latents(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
-    """latents_BxMxD: the normalised states of the last M slots, the input of `logits`. Positions are ignored."""
+    """latents_BxMxD: the normalized states of the last M slots, the input of `logits`. Positions are ignored."""
     del positions_BxLxP
     config, (rows, length) = self.config, tokens_BxL.shape
     num_latents = num_latents or config.num_latents
@@ -97,7 +97,7 @@ class TransformerXL(nn.Module):
     return self.final_norm(x_BxLxD[:, -num_latents:])
 
   def logits(self, latents_BxMxD):
-    """float32 logits_BxMxV of normalised latents."""
+    """float32 logits_BxMxV of normalized latents."""
     return self.to_logits(latents_BxMxD).astype(jnp.float32)
 
 
