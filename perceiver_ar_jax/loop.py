@@ -55,7 +55,6 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   architectures.check(config.model, mesh)
   rows = "train.batch_size" + (" / train.microbatches" if settings.microbatches > 1 else "")
   check_batch(settings.batch_size // settings.microbatches, rows, mesh)
-  tracker = metrics.import_tracker(settings.tracker)
   starts_from = settings.init_from if settings.init_from and not workdir_lib.has_checkpoints(workdir) else None
   if starts_from:
     workdir_lib.check_initial_weights(config, starts_from)
@@ -81,7 +80,6 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     train_step = memory.compile_step(config, optimizer, abstract, data.spec, mesh)
     if preview:
       memory.check_samples(num_samples, abstract, preview.bytes_per_device)
-    track = stack.enter_context(metrics.track(tracker, workdir, config))  # closed after the last save
     checkpointer = checkpoint.Checkpointer(workdir, keep=settings.keep_checkpoints, before_save=check_owner)
     stack.enter_context(checkpointer)
     if state := checkpointer.restore(abstract, data):
@@ -96,7 +94,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     distributed.log(f"Started in {time.time() - psutil.Process().create_time():.1f} s.")
     stop_signals.agree(wait=True)  # with those that arrived before the first update
     bits_name = units.UNITS[data.task.unit].token_loss
-    log = stack.enter_context(metrics.MetricsLog(workdir, config, int(state.step), bits_name, track))
+    log = stack.enter_context(metrics.MetricsLog(workdir, config, int(state.step), bits_name))
     run = _Run(config, workdir, mesh, train_step, evaluator, preview, checkpointer, stop_signals, log)
     state, result = run(state, data, profile=stack.enter_context(contextlib.ExitStack()))
   if stop_signals.agreed:

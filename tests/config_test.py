@@ -59,6 +59,7 @@ def test_config_json_of_an_older_version_may_contain_removed_settings():
   old = json.loads(config.to_json())
   old["plan"] |= {"search": False, "max_compiles": 8}
   old["data"] |= {"cache_dir": "/removed"}
+  old["train"] |= {"tracker": "wandb"}
   assert config_lib.Config.from_json(json.dumps(old)) == config
 
 

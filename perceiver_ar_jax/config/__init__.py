@@ -20,7 +20,7 @@ from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, S
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"), ("mesh", "cpu_devices"), ("data", "cache_dir"))
+_REMOVED_SETTINGS = "plan.search plan.max_compiles mesh.cpu_devices data.cache_dir train.tracker".split()
 """Ignored in the config.json of older runs."""
 
 
@@ -63,7 +63,7 @@ class Config:
   def from_json(cls, text: str) -> "Config":
     """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
     values = json.loads(text)
-    for section, name in _REMOVED_SETTINGS:
+    for section, name in (setting.split(".") for setting in _REMOVED_SETTINGS):
       values.get(section, {}).pop(name, None)
     data = values.get("data", {})
     rule = data.pop("split_rule", "path" if "sentencepiece_fingerprint" in data else "name")  # 0.1.0 has neither

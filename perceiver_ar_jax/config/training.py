@@ -71,8 +71,6 @@ class TrainConfig:
   """Decay per update of an average of the weights, which evaluation, samples and export then use; 0: none."""
   log_every: int = 10
   """Steps between lines of metrics, whose times are means over the steps fetched from the devices with the line."""
-  tracker: str = "none"
-  """wandb or trackio also receive the metrics (extras of the same names); none: only metrics.jsonl and TensorBoard."""
   checkpoint_every: int = 1000
   """Steps between checkpoints."""
   keep_checkpoints: int = 3
@@ -96,7 +94,6 @@ class TrainConfig:
     )
     require_choice("train.loss_reduction", self.loss_reduction, ("mean", "sum"))
     require_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
-    require_choice("train.tracker", self.tracker, ("none", "wandb", "trackio"))
     require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1).")
     require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1).")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps

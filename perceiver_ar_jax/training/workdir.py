@@ -24,7 +24,7 @@ _RESUMABLE = tuple(
   "attention_map. compilation_cache eval. mesh. plan. sample. model.attention model.logits_chunk model.remat"
   " train.checkpoint_every train.keep_checkpoints train.log_every train.max_skipped train.microbatches"
   " train.on_nonfinite train.optimizer.clip_norm train.optimizer.decay_steps train.optimizer.end_learning_rate"
-  " train.optimizer.learning_rate train.init_from train.profile_at train.steps train.tracker"
+  " train.optimizer.learning_rate train.init_from train.profile_at train.steps"
   # Paths of the data, which the pipeline compares with the data before, and of the SentencePiece model, whose
   # fingerprint is compared instead.
   " data.data_dir data.files data.sentencepiece data.validation_files".split()
