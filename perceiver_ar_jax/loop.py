@@ -78,8 +78,6 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     stop_signals = stack.enter_context(Signals())
     stack.enter_context(jax.set_mesh(mesh))
     train_step = memory.compile_step(config, optimizer, abstract, data.spec, mesh)
-    if preview:
-      memory.check_samples(num_samples, abstract, preview.bytes_per_device)
     checkpointer = checkpoint.Checkpointer(workdir, keep=settings.keep_checkpoints, before_save=check_owner)
     stack.enter_context(checkpointer)
     if state := checkpointer.restore(abstract, data):

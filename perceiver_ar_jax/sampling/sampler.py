@@ -27,7 +27,7 @@ from perceiver_ar_jax.models import architectures, decode_cache
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
-from perceiver_ar_jax.training import memory, pretrained
+from perceiver_ar_jax.training import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,17 +188,6 @@ class Sampler:
       for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
         row.add(tokens_T)
       yield
-
-  def bytes_per_device(self, params) -> int:
-    """Compiles for a batch of the config; returns its bytes on each device beside `params` (abstract or not)."""
-    chosen = self.config.sample
-    (prompt, *_) = prompts.find(self.config, self.task, chosen.prompt, 1, chosen.prompt_tokens)
-    rows = self._padded([_Row(prompt, None, self.config.model.max_context)], chosen.batch_size)
-    with jax.set_mesh(self.mesh):
-      begin = self._begin.lower(params, *self._begin_arguments(rows, 1, 0)).compile()
-      draw = self._draw.lower(params, begin.out_info, *self._draw_arguments(rows, chosen, 0)).compile()
-    begin_bytes, draw_bytes = map(memory.bytes_beside_arguments, (begin, draw))
-    return max(begin_bytes, sharding.bytes_per_device(begin.out_info) + draw_bytes)
 
   def _padded(self, rows: list["_Row"], batch_size: int) -> list["_Row"]:
     """Returns the rows, filled up to a batch that the mesh divides with rows that have ended."""
