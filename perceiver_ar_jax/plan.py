@@ -35,7 +35,7 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
   Raises InputError if the step does not fit (plan.json is written all the same), the compiler is not installed or
   failed, the topology is unknown, or the mesh or the batch does not fit it.
   """
-  example = "such as --config.plan.topology=v5e:16x16 or v4-128"
+  example = "such as --config.plan.topology=v5e:16x16"
   require(config.plan.topology is not None, f"--mode=plan needs the chips to plan for, {example}.")
   topology, fix = parse_topology(config.plan.topology), "pip install -e '.[plan]'. It needs no TPU."
   is_installed = importlib.util.find_spec("libtpu") is not None

@@ -33,12 +33,10 @@ def _config(name="imagenet64", **overrides):
   ("name", "expected", "num_chips"),
   [
     ("v5e:16x16", "v5e:16x16", 256),
-    ("v5litepod-256", "v5e:16x16", 256),
-    ("V6E-8", "v6e:2x4", 8),
-    ("v4-128", "v4:4x4x4", 64),  # two cores per chip
-    ("v5p-1024", "v5p:8x8x8", 512),
+    ("V6E:2x4", "v6e:2x4", 8),
+    ("v4:4x4x4", "v4:4x4x4", 64),
     ("v5e:1x1", "v5e:1x1", 1),
-    ("2xv5litepod-256", "2xv5e:16x16", 512),
+    ("2xv5e:16x16", "2xv5e:16x16", 512),
   ],
 )
 def test_names_of_topologies(name, expected, num_chips):
@@ -55,7 +53,7 @@ def test_names_of_topologies(name, expected, num_chips):
     ("v5e:4", ["2 numbers"]),
     ("cuda:8", ["cuda:8", "v4:4x4x8"]),
     ("v4:4x4", ["v4:4x4x8, 3 numbers"]),
-    ("v4-100", ["not a size of v4", "v4-128"]),
+    ("v4-128", ["v4-128", "not a slice", "v4:4x4x8"]),
   ],
 )
 def test_unknown_topologies_are_explained(name, words):
@@ -196,7 +194,7 @@ def test_the_real_compiler_plans_and_refuses(tmp_path):
   assert written["argument_bytes"] == pytest.approx(state_bytes, rel=0.5, abs=2**20)
   with pytest.raises(InputError, match="must be the number of devices, 4"):
     plan.compile_plan(tiny.config(mesh__data=3), parse_topology("v5e:2x2"))
-  with pytest.raises(InputError, match="form 2 slices, over which the axis mesh.across_slices=data"):
+  with pytest.raises(InputError, match="form 2 slices: mesh.data=1, the only axis that spans slices"):
     plan.compile_plan(tiny.config(mesh__fsdp=8, train__batch_size=8), parse_topology("2xv5e:2x2"))
   multislice = _plan(tiny.config(mesh__data=2, mesh__fsdp=4), "2xv5e:2x2")
   assert multislice["fits"] and multislice["num_devices"] == 8

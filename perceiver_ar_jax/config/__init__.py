@@ -20,7 +20,9 @@ from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, S
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-_REMOVED_SETTINGS = "plan.search plan.max_compiles mesh.cpu_devices data.cache_dir train.tracker".split()
+_REMOVED_SETTINGS = (
+  "plan.search plan.max_compiles mesh.cpu_devices mesh.across_slices data.cache_dir train.tracker".split()
+)
 """Ignored in the config.json of older runs."""
 
 

@@ -107,19 +107,16 @@ class MeshConfig:
   """Sizes of the mesh axes; one axis may be -1: all remaining devices."""
 
   data: int = -1
-  """Copies of the model; each trains on its part of the batch."""
+  """Copies of the model; each trains on its part of the batch. A multiple of the slices of a TPU multislice."""
   fsdp: int = 1
   """Devices over which weights and optimizer state (ZeRO-3) are sharded, and the batch as well."""
   tensor: int = 1
   """Devices over which heads and MLP hidden units are sharded."""
   context: int = 1
   """Devices over which the key/value axis of the cross-attention is sharded."""
-  across_slices: str = "data"
-  """The axis that spans the slices of a TPU multislice, which a slow network connects; others stay within a slice."""
 
   def __post_init__(self):
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-    require_choice("mesh.across_slices", self.across_slices, MESH_AXES)
     valid = list(sizes.values()).count(-1) <= 1 and all(size == -1 or size >= 1 for size in sizes.values())
     require(valid, f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).")
 
@@ -129,4 +126,4 @@ class PlanConfig:
   """What --mode=plan compiles for; training ignores it."""
 
   topology: str | None = None
-  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, v4-128; or several, 2xv5e:16x16."""
+  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:... or v6e:...; or several, 2xv5e:16x16."""
