@@ -5,7 +5,6 @@ import os
 import pathlib
 import pickle
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import pytest
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.interop import haiku
 from perceiver_ar_jax.models import architectures
-from perceiver_ar_jax.training import pretrained
 from tests import golden, tiny
 
 KWARGS = golden.Case("a_abs_sinusoidal").kwargs
@@ -234,22 +232,6 @@ def test_the_cross_attend_is_as_wide_as_the_option_says():
 def _convert(checkpoint, workdir):
   flags = tiny.flags(workdir, model__num_layers=1)
   return tiny.run_module("perceiver_ar_jax.interop.haiku", *flags, f"--checkpoint={checkpoint}")
-
-
-@pytest.mark.slow
-def test_the_command_exports_the_weights_to_a_folder(tmp_path):
-  file = _write(tmp_path / "checkpoint.dill", params=_official_params(), global_step=7)
-  config = tiny.config(model__num_layers=1, model__dropout=0.0)
-  arguments = [flag for flag in tiny.flags("", model__num_layers=1, model__dropout=0.0) if "workdir" not in flag]
-  arguments.append(f"--checkpoint={file}")
-  result = tiny.run_module("perceiver_ar_jax.interop.haiku", *arguments, f"--output={tmp_path / 'weights'}")
-  assert result.returncode == 0, result.stderr
-  step, params = pretrained.read(config.model, tmp_path / "weights")
-  assert step == 7
-  jax.tree.map(np.testing.assert_array_equal, params, haiku.convert_params(_official_params(), config.model)[0])
-  again = tiny.run_module("perceiver_ar_jax.interop.haiku", *arguments, f"--output={tmp_path / 'weights'}")
-  tiny.expect_error(again, "is not empty")
-  tiny.expect_error(tiny.run_module("perceiver_ar_jax.interop.haiku", *arguments), "either --workdir")
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def export_params(
   written, TransientError if it cannot be written now, such as on a full disk.
   """
   text = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
-  _write(epath.Path(folder), {"Model": config}, params, dtype, step, {"config.json": text.encode()})
+  _write(epath.Path(folder), config, params, dtype, step, {"config.json": text.encode()})
 
 
 def export_run(
@@ -67,7 +67,7 @@ def export_run(
   config.json has the mesh and attention kernel of no particular machine. `metrics` are lines of the model card.
   """
   files: dict[str, bytes] = {}
-  data, sections = config.data, {"Model": config.model, "Data": config.data, "Training": config.train}
+  data = config.data
   if data.sentencepiece:
     from perceiver_ar_jax.data.sources import sentencepiece_fingerprint  # imports TensorFlow
 
@@ -77,10 +77,10 @@ def export_run(
     data = dataclasses.replace(data, sentencepiece=name, sentencepiece_fingerprint=sentencepiece_fingerprint(data))
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
-  _write(epath.Path(folder), sections, params, dtype, step, files | {"config.json": text.encode()}, metrics)
+  _write(epath.Path(folder), config.model, params, dtype, step, files | {"config.json": text.encode()}, metrics)
 
 
-def check_output(folder: epath.Path) -> None:
+def _check_output(folder: epath.Path) -> None:
   """Raises InputError unless `folder` does not exist or is empty."""
   with writing(folder, _FREE):
     is_free = not folder.exists() or folder.is_dir() and not any(True for _ in folder.iterdir())
@@ -88,18 +88,23 @@ def check_output(folder: epath.Path) -> None:
 
 
 def _write(
-  folder: epath.Path, sections: dict[str, Any], params: Any, dtype: str, step: int, files: dict[str, bytes], metrics=()
+  folder: epath.Path, model: ModelConfig, params: Any, dtype: str, step: int, files: dict[str, bytes], metrics=()
 ) -> None:
-  check_output(folder)
+  _check_output(folder)
   require_choice("dtype", dtype, pretrained.DTYPES)
-  arrays = _arrays(sections["Model"], params, jnp.dtype(dtype))
+  arrays = _arrays(model, params, jnp.dtype(dtype))
   size = f"{sum(x.size for x in arrays.values()):,} parameters ({dtype})"
-  summary = f"{sections['Model'].architecture} with {size}, trained for {step:,} steps with perceiver_ar_jax."
-  card = _card(folder.name, summary, sections, metrics)
-  metadata = {"format": "perceiver_ar_jax", "step": str(step)}
+  card = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {folder.name}", ""]
+  card += [f"{model.architecture} with {size}, trained for {step:,} steps with perceiver_ar_jax."]
+  card += ["config.json has all settings.", ""]
+  if metrics:
+    card += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
+    card += [*metrics, ""]
+  files = files | {"README.md": "\n".join([*card, _LOAD]).encode()}
   with writing(folder, _FREE), _new_folder(folder) as local:
-    for name, content in (files | {"README.md": card.encode()}).items():
+    for name, content in files.items():
       (local / name).write_bytes(content)
+    metadata = {"format": "perceiver_ar_jax", "step": str(step)}
     save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), metadata)
     shutil.copymode(local / "config.json", local / config_from_run.WEIGHTS)  # which safetensors keeps private
 
@@ -140,28 +145,13 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
   return arrays
 
 
-def _card(name: str, summary: str, sections: dict[str, Any], metrics: Sequence[str]) -> str:
-  """The text of README.md, with the settings that are not the defaults."""
-  lines = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {name}", "", summary, ""]
-  for title, section in sections.items():
-    values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
-    changed = {field.name: value for field, value in values.items() if value != field.default}
-    rows = [f"| {name} | {value} |" for name, value in changed.items() if not dataclasses.is_dataclass(value)]
-    lines += [f"## {title}", "", "| setting | value |", "|---|---|", *rows, ""]
-  if metrics:
-    lines += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
-  return "\n".join([*lines, *metrics, "", _LOAD])
-
-
 def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
   train = config_from_run.load_config(workdir, config).train  # raises InputError if it contains no run
-  check_output(folder)
-  problem = f"The run in {workdir} has no averaged weights (train.ema_decay=0): leave out --ema."
-  require(not flags.FLAGS.ema or train.ema_decay > 0, problem)
+  _check_output(folder)
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   here = dataclasses.replace(config, model=model, mesh=MeshConfig())
-  averaged = flags.FLAGS.ema is not False
+  averaged = flags.FLAGS.ema
   _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step, averaged=averaged)
   metrics = []
   for path in sorted(workdir.glob(f"eval-*-{step}.json")) if averaged or not train.ema_decay else ():  # of the average
@@ -182,6 +172,6 @@ if __name__ == "__main__":
 
   flags.DEFINE_string("output", None, "The folder to write: new or empty.")
   flags.DEFINE_enum("dtype", "float32", list(pretrained.DTYPES), "Type of the values in the file.")
-  flags.DEFINE_boolean("ema", None, "Export the averaged weights; --noema: the last ones. Default: averaged if any.")
+  flags.DEFINE_boolean("ema", True, "Export the averaged weights, if any; --noema: the last ones.")
   flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
   command_line.run(_run, required=("workdir", "output"))
