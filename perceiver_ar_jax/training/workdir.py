@@ -38,7 +38,6 @@ _SAME_WEIGHTS = tuple(
 """Beginnings of the settings under other values of which trained weights keep their meaning."""
 _SAME_INITIAL_WEIGHTS = (*_SAME_WEIGHTS, "model.max_context", "model.zero_init")
 """Likewise for weights that training starts from; the longest wavelength, which depends on max_context, is compared."""
-_DATA = tuple(f"data.{name}" for name in "task files split_by validation_files validation_fraction".split())
 _FINGERPRINT = "data.sentencepiece_fingerprint"  # always compared: it decides what token ids mean
 
 
@@ -51,9 +50,6 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
   """
   with writing(f"--workdir={workdir}", "give a folder that you may write to"):
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
-    probe.touch()
-    probe.unlink()
   with contextlib.nullcontext() if jax.process_index() else _locked(workdir):
     path = workdir / "config.json"
     saved = load_config(workdir) if path.exists() and has_checkpoints(workdir) else None
@@ -81,17 +77,10 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
 
 
 def check_model(config: Config, workdir: epath.Path) -> None:
-  """Raises InputError unless the weights of `workdir`, and token ids and positions, have the same meaning in `config`.
-
-  Prints a line if the data differ from the training data.
-  """
+  """Raises InputError unless weights, token ids and positions have the same meaning in `config` as in `workdir`."""
   saved = load_config(workdir, config)
   config = _with_fingerprint(config, saved)
-  new, old = flatten(config), flatten(saved)
-  if jax.process_index() == 0 and (data := [name for name in _DATA if new[name] != old[name]]):
-    hint = "(Without --config, the settings of the run are used.)"
-    print(f"The data differ from the training data of {workdir}: {', '.join(data)} differ. {hint}")
-  changed = _differences(new, old, ignored=_SAME_WEIGHTS)
+  changed = _differences(flatten(config), flatten(saved), ignored=_SAME_WEIGHTS)
   require(not changed, f"--workdir={workdir} contains another model: {changed}. Use the config it was trained with.")
   if config.data == saved.data:
     return
