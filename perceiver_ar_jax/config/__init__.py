@@ -74,11 +74,6 @@ class Config:
     return _build(cls, values)
 
 
-def model_from_json(text: str) -> ModelConfig:
-  """Returns the model's settings in a config.json, which may lack all others; raises as `Config.from_json`."""
-  return _build(ModelConfig, json.loads(text)["model"], "model.")
-
-
 def defaults(section: type = Config) -> config_dict.ConfigDict:
   """Returns a ConfigDict of all defaults, with None for settings that have no default: the config file sets them."""
   result = config_dict.ConfigDict()

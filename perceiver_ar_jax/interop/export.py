@@ -3,9 +3,9 @@
   python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N] [--noema]
 
 The folder contains model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate,
-kernels [in, out]; its metadata have the step), config.json (all settings of the run, or the model's alone), the
-SentencePiece model if the run has one, and a model card. It appears as a whole or not at all; on an object store,
-model.safetensors is written last. training/pretrained.py reads it.
+kernels [in, out]; its metadata have the step), config.json (all settings of the run), the SentencePiece model if the
+run has one, and a model card. It appears as a whole or not at all; on an object store, model.safetensors is written
+last. training/pretrained.py reads it.
 """
 
 import contextlib
@@ -46,28 +46,26 @@ To start another run from these weights: `--config.train.init_from=FOLDER`.
 """
 
 
-def export_params(
-  config: ModelConfig, params: Any, folder: epath.PathLike, *, dtype: str = "float32", step: int = 0
-) -> None:
-  """Writes a model to `folder`, which is new or empty; its config.json has the model's settings alone.
-
-  `params` are as `PerceiverAR(config).init` or `load_checkpoint` returns them, `dtype` is float32 or bfloat16, `step`
-  is that of training. Raises InputError if `params` are not those of `config`, or `folder` is not empty or cannot be
-  written, TransientError if it cannot be written now, such as on a full disk.
-  """
-  text = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
-  _write(epath.Path(folder), config, params, dtype, step, {"config.json": text.encode()})
-
-
 def export_run(
-  config: Config, params: Any, folder: epath.PathLike, *, dtype: str, step: int, metrics: Sequence[str] = ()
+  config: Config,
+  params: Any,
+  folder: epath.PathLike,
+  *,
+  dtype: str = "float32",
+  step: int = 0,
+  metrics: Sequence[str] = (),
 ) -> None:
-  """Writes a model with all settings of its run and its SentencePiece model; as `export_params`.
+  """Writes the weights of a run, its settings and its SentencePiece model to `folder`, which is new or empty.
 
-  config.json has the mesh and attention kernel of no particular machine. `metrics` are lines of the model card.
+  `params` are as `PerceiverAR(config.model).init` or `load_checkpoint` returns them, `dtype` is float32 or bfloat16,
+  `step` is that of training, and `metrics` are lines of the model card. config.json has the mesh and attention kernel
+  of no particular machine. Raises InputError if `params` are not those of `config.model`, or `folder` is not empty or
+  cannot be written, TransientError if it cannot be written now, such as on a full disk.
   """
+  _check_output(folder := epath.Path(folder))
+  require_choice("dtype", dtype, pretrained.DTYPES)
   files: dict[str, bytes] = {}
-  data = config.data
+  data, model = config.data, config.model
   if data.sentencepiece:
     from perceiver_ar_jax.data.sources import sentencepiece_fingerprint  # imports TensorFlow
 
@@ -75,23 +73,8 @@ def export_run(
     with reading(data.sentencepiece, "set --config.data.sentencepiece to where the file is now"):
       files[name] = epath.Path(data.sentencepiece).read_bytes()
     data = dataclasses.replace(data, sentencepiece=name, sentencepiece_fingerprint=sentencepiece_fingerprint(data))
-  model = dataclasses.replace(config.model, attention=ModelConfig.attention)
-  text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
-  _write(epath.Path(folder), config.model, params, dtype, step, files | {"config.json": text.encode()}, metrics)
-
-
-def _check_output(folder: epath.Path) -> None:
-  """Raises InputError unless `folder` does not exist or is empty."""
-  with writing(folder, _FREE):
-    is_free = not folder.exists() or folder.is_dir() and not any(True for _ in folder.iterdir())
-    require(is_free, f"{folder} already exists and is not empty: give a new folder.")
-
-
-def _write(
-  folder: epath.Path, model: ModelConfig, params: Any, dtype: str, step: int, files: dict[str, bytes], metrics=()
-) -> None:
-  _check_output(folder)
-  require_choice("dtype", dtype, pretrained.DTYPES)
+  here = dataclasses.replace(model, attention=ModelConfig.attention)
+  files["config.json"] = dataclasses.replace(config, data=data, model=here, mesh=MeshConfig()).to_json().encode()
   arrays = _arrays(model, params, jnp.dtype(dtype))
   size = f"{sum(x.size for x in arrays.values()):,} parameters ({dtype})"
   card = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {folder.name}", ""]
@@ -100,13 +83,19 @@ def _write(
   if metrics:
     card += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
     card += [*metrics, ""]
-  files = files | {"README.md": "\n".join([*card, _LOAD]).encode()}
+  files["README.md"] = "\n".join([*card, _LOAD]).encode()
   with writing(folder, _FREE), _new_folder(folder) as local:
     for name, content in files.items():
       (local / name).write_bytes(content)
-    metadata = {"format": "perceiver_ar_jax", "step": str(step)}
-    save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), metadata)
+    save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), {"format": "perceiver_ar_jax", "step": str(step)})
     shutil.copymode(local / "config.json", local / config_from_run.WEIGHTS)  # which safetensors keeps private
+
+
+def _check_output(folder: epath.Path) -> None:
+  """Raises InputError unless `folder` does not exist or is empty."""
+  with writing(folder, _FREE):
+    is_free = not folder.exists() or folder.is_dir() and not any(True for _ in folder.iterdir())
+    require(is_free, f"{folder} already exists and is not empty: give a new folder.")
 
 
 @contextlib.contextmanager
@@ -147,7 +136,7 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
 
 def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
-  train = config_from_run.load_config(workdir, config).train  # raises InputError if it contains no run
+  train = config_from_run.load_config(workdir).train  # raises InputError if it contains no run
   _check_output(folder)
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   here = dataclasses.replace(config, model=model, mesh=MeshConfig())

@@ -27,7 +27,6 @@ from perceiver_ar_jax.models import architectures, decode_cache
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
-from perceiver_ar_jax.training import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,24 +81,16 @@ class Sampler:
 
   @classmethod
   def from_workdir(cls, workdir: epath.PathLike, config: Config | None = None) -> "Sampler":
-    """Returns a sampler with the newest good checkpoint of a run, by default with the config of the run.
+    """Returns a sampler with the newest good checkpoint of a run or exported weights, by default with their config.
 
-    Raises InputError without a readable checkpoint, or if it is of another model than that of `config`.
+    Raises InputError without readable weights, or if they are of another model than that of `config`.
     """
     workdir = epath.Path(workdir).expanduser()
     config = config or config_from_run.load_config(workdir)
     mesh, step, params = evaluate.restore(config, workdir)
     return cls(config, params, mesh, step)
 
-  @classmethod
-  def from_pretrained(cls, folder: epath.PathLike, config: Config | None = None) -> "Sampler":
-    """Returns a sampler with exported weights (interop/export.py); where they lack all other settings, with `config`.
-
-    Raises InputError if the weights are missing, damaged, or not those of the model of the folder's config.json.
-    """
-    folder = epath.Path(folder).expanduser()
-    pretrained.check(config_from_run.load_model_config(folder), folder)
-    return cls.from_workdir(folder, config)
+  from_pretrained = from_workdir  # a folder of exported weights (interop/export.py) is used like a run
 
   def __call__(self, prompt: str | os.PathLike | np.ndarray | list | None = None, **settings) -> list[Sample]:
     """Returns samples.

@@ -84,7 +84,7 @@ def restore(config: ModelConfig, folder: epath.PathLike, abstract_params: dict) 
 
 def load(folder: epath.PathLike) -> tuple[ModelConfig, dict]:
   """Returns (the model's settings, its parameters on the default device); raises as `read`."""
-  config = config_from_run.load_model_config(folder)
+  config = config_from_run.load_config(folder).model
   return config, jax.tree.map(jnp.asarray, read(config, folder)[1])
 
 

@@ -78,7 +78,7 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
 
 def check_model(config: Config, workdir: epath.Path) -> None:
   """Raises InputError unless weights, token ids and positions have the same meaning in `config` as in `workdir`."""
-  saved = load_config(workdir, config)
+  saved = load_config(workdir)
   config = _with_fingerprint(config, saved)
   changed = _differences(flatten(config), flatten(saved), ignored=_SAME_WEIGHTS)
   require(not changed, f"--workdir={workdir} contains another model: {changed}. Use the config it was trained with.")
@@ -102,7 +102,7 @@ def has_checkpoints(workdir: epath.Path) -> bool:
 
 def check_initial_weights(config: Config, folder: epath.PathLike) -> None:
   """Raises InputError unless exported weights have the same meaning, and the same SentencePiece model, in `config`."""
-  saved = load_config(folder, config)
+  saved = load_config(folder)
   new, old = flatten(_with_fingerprint(config, saved)), flatten(saved)
   if "rotary" in config.model.position_encoding.split("+") and not config.model.rotary_axes:
     wavelength = "model.rotary_max_wavelength"
