@@ -10,7 +10,6 @@ computations on the device.
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import Config, InputError, SampleConfig, config_from_run, nearest, require
+from perceiver_ar_jax.config import Config, SampleConfig, config_from_run, nearest, require
 from perceiver_ar_jax.data import EOS, registry, tasks, warn_once
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import architectures, decode_cache
@@ -117,7 +116,8 @@ class Sampler:
     for name in settings:
       require(name in known, f"Unknown setting {name!r} of a sample. {nearest(name, known)}")
     chosen = dataclasses.replace(self.config.sample, **settings)
-    given, context = self._find(prompt, chosen), self.config.model.max_context
+    given = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
+    context = self.config.model.max_context
     require(bool(given), "The list of prompts is empty: give at least one, or None to sample without a prompt.")
     if isinstance(prompt, list) and "num_samples" not in settings:
       chosen = dataclasses.replace(chosen, num_samples=len(given))
@@ -126,21 +126,6 @@ class Sampler:
       warn_once.warn_once("shortened", f"{problem}: the model sees its newest ones, at most {context:,}", "prompt")
     rows = [_Row(given[index % len(given)], chosen.length, context) for index in range(chosen.num_samples)]
     return self._generate(rows, chosen)
-
-  def _find(self, prompt, chosen: SampleConfig) -> list[prompts.Prompt]:
-    if isinstance(prompt, prompts.Prompt):
-      return [prompt]
-    if isinstance(prompt, np.ndarray):
-      return [prompts.from_events(self.task, prompt)]
-    if isinstance(prompt, list):
-      convert = functools.partial(prompts.given, self.config, self.task, prompt_tokens=chosen.prompt_tokens)
-      several = (convert(each) if isinstance(each, str) else self._find(each, chosen) for each in prompt)
-      return list(itertools.chain.from_iterable(several))
-    if prompt is None:
-      prompt = prompts.parse(self.task, chosen.prompt)
-    if not isinstance(prompt, (str, os.PathLike, type(None))):
-      raise InputError(f"The prompt {prompt!r} is not a text, a path or an array: give events as np.array([2, ...]).")
-    return prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
 
   def _generate(self, rows: list["_Row"], chosen: SampleConfig) -> Iterator[list[Sample]]:
     for first in range(0, len(rows), chosen.batch_size):
