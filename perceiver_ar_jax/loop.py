@@ -58,7 +58,6 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   starts_from = settings.init_from if settings.init_from and not workdir_lib.has_checkpoints(workdir) else None
   if starts_from:
     workdir_lib.check_initial_weights(config, starts_from)
-    pretrained.check(config.model, starts_from)
   evaluator = evaluate.Evaluator(config, mesh)
   num_samples = config.eval.num_samples
   if num_samples is None:

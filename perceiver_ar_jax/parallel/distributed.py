@@ -11,7 +11,6 @@ import importlib.util
 import os
 import pathlib
 import platform
-import signal
 import sys
 import time
 import zlib
@@ -25,8 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.config.checks import EXIT_TRANSIENT, for_user, require
+from perceiver_ar_jax.config import require
+from perceiver_ar_jax.config.checks import report
 
 HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead, and the others exit
 
@@ -132,15 +131,9 @@ def end_together() -> Iterator[None]:
     if jax.process_count() == 1:
       raise
     name = f"process {jax.process_index()} of {jax.process_count()}"
-    explained = for_user(error)
-    if explained:
-      print(f"Error: {' '.join(str(explained).split())} ({name})", file=sys.stderr, flush=True)
-      os._exit(1 if isinstance(explained, InputError) else EXIT_TRANSIENT)
-    if isinstance(error, KeyboardInterrupt):
-      os._exit(128 + signal.SIGINT)
-    sys.excepthook(type(error), error, error.__traceback__)
+    code = report(error)
     if isinstance(error, jax.errors.JaxRuntimeError):
       print(f"A computation failed in {name}; probably another process has died.", file=sys.stderr, flush=True)
       time.sleep(HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died
     print(f"{name} exits.", file=sys.stderr, flush=True)
-    os._exit(EXIT_TRANSIENT)
+    os._exit(code)

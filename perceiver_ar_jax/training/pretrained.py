@@ -10,7 +10,6 @@ import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -56,20 +55,28 @@ def parameters(config: ModelConfig) -> list[Parameter]:
   return result
 
 
-def check(config: ModelConfig, folder: epath.PathLike) -> None:
-  """Raises InputError unless the folder contains the parameters of `config`; reads no values."""
-  with _open(config, epath.Path(folder)):
-    pass
-
-
 def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
   """Returns (step, parameters as a tree of float32 NumPy arrays).
 
   Raises InputError if they are missing, damaged or not those of `config`, TransientError if they may be read later.
   """
-  arrays = {}
-  with _open(config, epath.Path(folder)) as (file, step, expected):
-    for each in expected:
+  path, arrays = epath.Path(folder) / config_from_run.WEIGHTS, {}
+  fix = "give a folder that perceiver_ar_jax.interop.export wrote"
+  require(path.exists() and not path.is_dir(), f"{folder} contains no {path.name}: {fix}.")
+  with contextlib.ExitStack() as stack, reading(path, "give this user access"):
+    local = path
+    if is_object_store(path):
+      local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
+      with path.open("rb") as source, local.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    try:
+      file = stack.enter_context(safetensors.safe_open(local, framework="np"))
+      names = list(file.keys())
+      types = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names}
+      step = int((file.metadata() or {}).get("step", "0"))
+    except (safetensors.SafetensorError, ValueError) as error:
+      raise InputError(f"{path} is damaged, or not a safetensors file ({checks.one_line(error)}): {_AGAIN}.") from error
+    for each in _check(path, config, types):
       values = [np.asarray(file.get_tensor(name)).astype(np.float32) for name in each.names]
       arrays[each.path] = np.stack(values) if each.is_stacked else values[0]
   return step, traverse_util.unflatten_dict(arrays, sep="/")
@@ -86,28 +93,6 @@ def load(folder: epath.PathLike) -> tuple[ModelConfig, dict]:
   """Returns (the model's settings, its parameters on the default device); raises as `read`."""
   config = config_from_run.load_config(folder).model
   return config, jax.tree.map(jnp.asarray, read(config, folder)[1])
-
-
-@contextlib.contextmanager
-def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
-  """Yields (the opened file, its step, the parameters of `config`); raises as `read`."""
-  path = folder / config_from_run.WEIGHTS
-  fix = "give a folder that perceiver_ar_jax.interop.export wrote"
-  require(path.exists() and not path.is_dir(), f"{folder} contains no {path.name}: {fix}.")
-  with contextlib.ExitStack() as stack, reading(path, "give this user access"):
-    local = path
-    if is_object_store(path):
-      local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
-      with path.open("rb") as source, local.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    try:
-      file = stack.enter_context(safetensors.safe_open(local, framework="np"))
-      names = list(file.keys())
-      types = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names}
-      step = int((file.metadata() or {}).get("step", "0"))
-    except (safetensors.SafetensorError, ValueError) as error:
-      raise InputError(f"{path} is damaged, or not a safetensors file ({checks.one_line(error)}): {_AGAIN}.") from error
-    yield file, step, _check(path, config, types)
 
 
 def _check(path: epath.Path, config: ModelConfig, actual: dict[str, tuple[str, tuple[int, ...]]]) -> list[Parameter]:
