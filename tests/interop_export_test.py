@@ -211,19 +211,13 @@ def test_compiled_programs_are_not_read_from_a_path_in_the_folder(copied):
   assert config_from_run.load_config(copied).compilation_cache == tiny.config().compilation_cache
 
 
-def test_on_an_object_store_the_weights_are_written_last(tmp_path):
-  names, is_remote = [], mock.Mock(return_value=True)
-  params, copy = _params(CONFIG), shutil.copyfileobj
-
-  def record(source, target):
-    names.append(pathlib.Path(source.name).name)
-    copy(source, target)
-
-  with mock.patch.object(export, "is_object_store", is_remote), mock.patch.object(shutil, "copyfileobj", record):
-    tiny.export_model(CONFIG, params, tmp_path / "folder")
-  assert sorted(names) == ["README.md", "config.json", "model.safetensors"] and names[-1] == "model.safetensors"
+def test_weights_are_read_from_an_object_store_and_written_to_local_folders(tmp_path):
+  params, is_remote = _params(CONFIG), mock.Mock(return_value=True)
+  tiny.export_model(CONFIG, params, tmp_path / "folder")
   with mock.patch.object(pretrained, "is_object_store", is_remote):
     jax.tree.map(np.testing.assert_array_equal, pretrained.read(CONFIG, tmp_path / "folder")[1], params)
+  with pytest.raises(InputError, match="gs://bucket/folder is not a local folder"):
+    tiny.export_model(CONFIG, params, "gs://bucket/folder")
 
 
 @pytest.mark.slow

@@ -4,8 +4,7 @@
 
 The folder contains model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate,
 kernels [in, out]; its metadata have the step), config.json (all settings of the run), the SentencePiece model if the
-run has one, and a model card. It appears as a whole or not at all; on an object store, model.safetensors is written
-last. training/pretrained.py reads it.
+run has one, and a model card. It appears as a whole or not at all. training/pretrained.py reads it.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -92,7 +90,8 @@ def export_run(
 
 
 def _check_output(folder: epath.Path) -> None:
-  """Raises InputError unless `folder` does not exist or is empty."""
+  """Raises InputError unless `folder` is local, and does not exist or is empty."""
+  require(not is_object_store(folder), f"{folder} is not a local folder: give one, and copy it.")
   with writing(folder, _FREE):
     is_free = not folder.exists() or folder.is_dir() and not any(True for _ in folder.iterdir())
     require(is_free, f"{folder} already exists and is not empty: give a new folder.")
@@ -100,23 +99,15 @@ def _check_output(folder: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _new_folder(folder: epath.Path) -> Iterator[epath.Path]:
-  """Yields a temporary local folder, which becomes `folder` unless an error is raised."""
-  remote = is_object_store(folder)
-  target = folder if remote else epath.Path(os.path.abspath(folder))
-  (target if remote else target.parent).mkdir(parents=True, exist_ok=True)
-  parent = epath.Path(tempfile.gettempdir()) if remote else target.parent
-  local = parent / f".{target.name}-{uuid.uuid4().hex}"
-  local.mkdir(mode=0o700 if remote else 0o777)
+  """Yields a temporary folder, which becomes `folder` unless an error is raised."""
+  target = epath.Path(os.path.abspath(folder))
+  temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+  temporary.mkdir(parents=True)
   try:
-    yield local
-    if remote:
-      for path in sorted(local.iterdir(), key=lambda path: path.name == config_from_run.WEIGHTS):
-        with path.open("rb") as source, (target / path.name).open("wb") as copy:
-          shutil.copyfileobj(source, copy)
-    else:
-      os.replace(local, target)
+    yield temporary
+    os.replace(temporary, target)
   finally:
-    shutil.rmtree(local, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.ndarray]:

@@ -1,9 +1,9 @@
-"""Converts official Perceiver AR checkpoints (Haiku) to this project's parameters and checkpoints.
+"""Converts official Perceiver AR checkpoints (Haiku) to this project's parameters.
 
   python -m perceiver_ar_jax.interop.haiku --checkpoint=checkpoint.dill --config=configs/imagenet64.py --workdir=DIR
 
-writes the weights as step 0 of a run in DIR. The file does not contain the architecture, so --config must describe the
-model it was trained with.
+writes the weights to DIR in the form of interop/export.py. The file does not contain the architecture, so --config must
+describe the model it was trained with.
 
 A .dill file is a pickle, a program that may call anything. Here its names stand for classes of this module alone.
 """
@@ -13,21 +13,15 @@ import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import flags
-from etils import epath
 from flax import traverse_util
 
 from perceiver_ar_jax.config import Config, InputError, ModelConfig, lookup, nearest, require
+from perceiver_ar_jax.interop import export
 from perceiver_ar_jax.models import perceiver_ar, positions
-from perceiver_ar_jax.parallel.mesh import make_mesh
-from perceiver_ar_jax.training import checkpoint
-from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import step as step_lib
-from perceiver_ar_jax.training import workdir as workdir_lib
 
 HaikuParams = Mapping[str, Mapping[str, np.ndarray]]
 # Official names of modules, by the names here.
@@ -276,28 +270,16 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
 
 
 def _run(config: Config) -> int:
-  workdir = epath.Path(flags.FLAGS.workdir)
-  require(not (workdir / "checkpoints").exists(), f"--workdir={workdir} already contains a run: give a new folder.")
+  folder = flags.FLAGS.workdir
   haiku_params, trained_steps = load(flags.FLAGS.checkpoint)
-  mesh = make_mesh(config.mesh)
-  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  abstract = step_lib.abstract_state(config, optimizer, mesh)
   params, unused = convert_params(haiku_params, config.model)
   shown = ", ".join(unused[:5]) + (" and others" if len(unused) > 5 else "")
   problem = f"The checkpoint contains parameters that the model of --config does not have: {shown}"
   require(not unused, f"{problem}. Give the config of its model.")
-  given = traverse_util.flatten_dict(params, sep="/")
-  for name, leaf in traverse_util.flatten_dict(abstract.params, sep="/").items():
-    shape = given[name].shape if name in given else None
-    problem = f"The checkpoint's parameter {name} has shape {shape}, and with --config it has {leaf.shape}"
-    require(shape == leaf.shape, f"{problem}: give the config of its model.")
-  with workdir_lib.own(config, workdir), jax.set_mesh(mesh), checkpoint.Checkpointer(workdir) as checkpointer:
-    params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
-    checkpointer.save(step_lib.init_state(config, optimizer, mesh, params), data=None)
-  print(
-    f"Wrote the weights, trained for {trained_steps:,} steps, as step 0 of {workdir}. To evaluate them, run python -m"
-    " perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without --mode, it trains them."
-  )
+  export.export_run(config, params, folder, step=trained_steps)
+  print(f"Wrote the weights, trained for {trained_steps:,} steps, to {folder}.")
+  print(f"Evaluate them with perceiver_ar_jax.main --workdir={folder} --mode=eval, or train them further in a new")
+  print(f"--workdir, with this --config and --config.train.init_from={folder}.")
   return 0
 
 
