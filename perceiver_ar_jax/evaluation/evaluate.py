@@ -188,12 +188,10 @@ def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
   return {name: total / num_bytes for name, total in totals.items() if total}
 
 
-def restore(
-  config: Config, workdir: epath.PathLike, step: int | None = None, *, averaged: bool = True
-) -> tuple[Mesh, int, dict]:
+def restore(config: Config, workdir: epath.PathLike, step: int | None = None) -> tuple[Mesh, int, dict]:
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
-  Of a run with train.ema_decay, these are the averaged weights unless `averaged` is False. The workdir, which may be a
+  Of a run with train.ema_decay, these are the averaged weights. The workdir, which may be a
   folder of exported weights, is only read. Raises InputError without a readable checkpoint of this model.
   """
   workdir = epath.Path(workdir)
@@ -204,7 +202,7 @@ def restore(
   if (workdir / config_from_run.WEIGHTS).exists() and not workdir_lib.has_checkpoints(workdir):
     return mesh, *pretrained.restore(config.model, workdir, abstract_params)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
-    restored = checkpointer.restore_params(abstract_params, step, averaged=averaged)
+    restored = checkpointer.restore_params(abstract_params, step)
   require(restored is not None, f"--workdir={workdir} contains no checkpoint: train first, with the same --workdir.")
   return mesh, *restored
 

@@ -1,6 +1,6 @@
 """Exports trained weights to a folder that other programs read.
 
-  python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N] [--noema]
+  python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N]
 
 The folder contains model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate,
 kernels [in, out]; its metadata have the step), config.json (all settings of the run), the SentencePiece model if the
@@ -127,21 +127,18 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
 
 def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
-  train = config_from_run.load_config(workdir).train  # raises InputError if it contains no run
+  config_from_run.load_config(workdir)  # raises InputError if it contains no run
   _check_output(folder)
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   here = dataclasses.replace(config, model=model, mesh=MeshConfig())
-  averaged = flags.FLAGS.ema
-  _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step, averaged=averaged)
+  _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step)
   metrics = []
-  for path in sorted(workdir.glob(f"eval-*-{step}.json")) if averaged or not train.ema_decay else ():  # of the average
+  for path in sorted(workdir.glob(f"eval-*-{step}.json")):
     with contextlib.suppress(ValueError, KeyError):  # half a file, or not one of this project
       result = json.loads(path.read_text())
       result["summary"] = units.UNITS[result["unit"]].summary.format_map(result)
       columns = "| {split} | {step} | {summary} | {bits_per_token:.4f} | {accuracy:.4f} | {num_tokens:,} |"
       metrics.append(columns.format_map(result))
-  ema_decay = train.ema_decay if averaged else 0.0  # without averaging, training has the same last weights
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=ema_decay))
   export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, metrics=metrics)
   print(f"Wrote the weights of step {step} in {flags.FLAGS.dtype} to {folder}.")
   return 0
@@ -152,6 +149,5 @@ if __name__ == "__main__":
 
   flags.DEFINE_string("output", None, "The folder to write: new or empty.")
   flags.DEFINE_enum("dtype", "float32", list(pretrained.DTYPES), "Type of the values in the file.")
-  flags.DEFINE_boolean("ema", True, "Export the averaged weights, if any; --noema: the last ones.")
   flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
   command_line.run(_run, required=("workdir", "output"))
