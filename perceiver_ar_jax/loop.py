@@ -100,9 +100,8 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   if num_skipped := warn_once.count("skipped"):
     distributed.log(f"{num_skipped} files or records were skipped, each with its reason above.")
   evaluator.write(result, workdir)
-  curves = f"Curves: {epath.Path(sys.executable).with_name('tensorboard')} --logdir={workdir}"
-  files = f"{curves}   Metrics: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
-  distributed.log(f"Done. {evaluator.describe(result)}\n{files}")
+  curves = f"{epath.Path(sys.executable).with_name('tensorboard')} --logdir={workdir}"
+  distributed.log(f"Done. {evaluator.describe(result)}\nCurves: {curves}   Metrics: {workdir}/metrics.jsonl")
   return 0
 
 

@@ -60,6 +60,7 @@ def test_config_json_of_an_older_version_may_contain_removed_settings():
   old["data"] |= {"cache_dir": "/removed"}
   old["train"] |= {"tracker": "wandb"}
   old["mesh"] |= {"across_slices": "data"}
+  old["attention_map"] |= {"prompt": "data"}
   assert config_lib.Config.from_json(json.dumps(old)) == config
 
 

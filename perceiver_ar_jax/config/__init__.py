@@ -21,8 +21,8 @@ from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
 _REMOVED_SETTINGS = (
-  "plan.search plan.max_compiles mesh.cpu_devices mesh.across_slices data.cache_dir train.tracker".split()
-)
+  "attention_map.prompt data.cache_dir mesh.across_slices mesh.cpu_devices plan.max_compiles plan.search train.tracker"
+).split()
 """Ignored in the config.json of older runs."""
 
 

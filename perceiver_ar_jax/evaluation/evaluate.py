@@ -191,8 +191,8 @@ def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
 def restore(config: Config, workdir: epath.PathLike, step: int | None = None) -> tuple[Mesh, int, dict]:
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
-  Of a run with train.ema_decay, these are the averaged weights. The workdir, which may be a
-  folder of exported weights, is only read. Raises InputError without a readable checkpoint of this model.
+  Of a run with train.ema_decay, these are the averaged weights. The workdir, which may be a folder of exported weights,
+  is only read. Raises InputError without a readable checkpoint of this model.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)

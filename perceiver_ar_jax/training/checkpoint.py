@@ -158,8 +158,8 @@ class Checkpointer(contextlib.AbstractContextManager):
   def restore_params(self, abstract_params: dict, step: int | None = None) -> tuple[int, dict] | None:
     """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
 
-    If it has averaged weights, returns these. Raises as `restore`, also if it is damaged (an
-    older one is never used instead) or is not one of those kept.
+    If it has averaged weights, returns these. Raises as `restore`, also if it is damaged (an older one is never used
+    instead) or is not one of those kept.
     """
     steps = self._steps()
     if not steps:
