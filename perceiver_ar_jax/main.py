@@ -51,7 +51,7 @@ def main(config: Config) -> int:
     return 0
   if mode == "plan":
     return plan.plan(config, workdir)
-  distributed.cache_compiled(config.compilation_cache)
+  distributed.cache_compiled()
   mesh.keep_host_memory()
   if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in ("train", "eval"):
     train_rows = config.train.batch_size // config.train.microbatches

@@ -58,6 +58,7 @@ def test_config_json_of_an_older_version_may_contain_removed_settings():
   old = json.loads(config.to_json())
   old["plan"] |= {"search": False, "max_compiles": 8}
   old["data"] |= {"cache_dir": "/removed"}
+  old["compilation_cache"] = "/removed"
   old["train"] |= {"tracker": "wandb"}
   old["mesh"] |= {"across_slices": "data"}
   old["attention_map"] |= {"prompt": "data"}

@@ -197,12 +197,6 @@ def test_the_vocabulary_is_part_of_the_folder(tmp_path):
   assert loaded.mesh.fsdp == 1  # of the machine that loads it
 
 
-def test_compiled_programs_are_not_read_from_a_path_in_the_folder(copied):
-  settings = json.loads((copied / "config.json").read_text())
-  (copied / "config.json").write_text(json.dumps(settings | {"compilation_cache": str(copied / "programs")}))
-  assert config_from_run.load_config(copied).compilation_cache == tiny.config().compilation_cache
-
-
 def test_weights_are_read_from_an_object_store_and_written_to_local_folders(tmp_path):
   params, is_remote = _params(CONFIG), mock.Mock(return_value=True)
   tiny.export_model(CONFIG, params, tmp_path / "folder")

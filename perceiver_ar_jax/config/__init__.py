@@ -32,8 +32,6 @@ class Config:
 
   seed: int = 0
   """Seed of weights, dropout, shuffling and crops: 0..2^32-1."""
-  compilation_cache: str | None = "~/.cache/perceiver_ar_jax"
-  """Folder of compiled programs for later starts of any run, or None; JAX_COMPILATION_CACHE_DIR takes precedence."""
   model: ModelConfig
   data: DataConfig
   train: TrainConfig
@@ -65,6 +63,7 @@ class Config:
   def from_json(cls, text: str) -> "Config":
     """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
     values = json.loads(text)
+    values.pop("compilation_cache", None)
     for section, name in (setting.split(".") for setting in _REMOVED_SETTINGS):
       values.get(section, {}).pop(name, None)
     data = values.get("data", {})

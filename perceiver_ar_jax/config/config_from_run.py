@@ -34,12 +34,9 @@ def load_config(workdir: str | os.PathLike) -> Config:
     config = Config.from_json(content.decode())
   except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
     raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
-  if (path.parent / WEIGHTS).exists():
-    # The folder may come from anyone: compiled programs, which are run, are not read from a path that it gives.
-    config = dataclasses.replace(config, compilation_cache=Config.compilation_cache)
-    if config.data.sentencepiece == SENTENCEPIECE:  # relative to the folder
-      data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
-      config = dataclasses.replace(config, data=data)
+  if config.data.sentencepiece == SENTENCEPIECE and (path.parent / WEIGHTS).exists():  # relative to the folder
+    data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
+    config = dataclasses.replace(config, data=data)
   return config
 
 

@@ -27,6 +27,7 @@ from orbax.checkpoint import multihost
 from perceiver_ar_jax.config import require
 from perceiver_ar_jax.config.checks import report
 
+_COMPILED = "~/.cache/perceiver_ar_jax"
 HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead, and the others exit
 
 
@@ -64,15 +65,15 @@ def _on_tpu() -> bool:
   return bool(allowed and present and importlib.util.find_spec("libtpu"))
 
 
-def cache_compiled(folder: str | None) -> None:
-  """Sets JAX's compilation cache to a folder for this kind of CPU in `folder`, unless None or JAX has one already."""
-  if folder is None or jax.config.jax_compilation_cache_dir:
+def cache_compiled() -> None:
+  """Stores compiled programs for later starts, by kind of CPU, unless JAX_COMPILATION_CACHE_DIR has been set."""
+  if jax.config.jax_compilation_cache_dir:
     return
   cpu = pathlib.Path("/proc/cpuinfo")
   lines = cpu.read_text().splitlines() if cpu.exists() else []
   flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
   name = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-  jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(folder), name))
+  jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(_COMPILED), name))
 
 
 def log(message: str) -> None:

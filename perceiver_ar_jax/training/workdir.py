@@ -21,7 +21,7 @@ from perceiver_ar_jax.config import Config, InputError, require, writing
 from perceiver_ar_jax.config.config_from_run import WEIGHTS, flatten, load_config
 
 _RESUMABLE = tuple(
-  "attention_map. compilation_cache eval. mesh. plan. sample. model.attention model.logits_chunk model.remat"
+  "attention_map. eval. mesh. plan. sample. model.attention model.logits_chunk model.remat"
   " train.checkpoint_every train.keep_checkpoints train.log_every train.max_skipped train.microbatches"
   " train.on_nonfinite train.optimizer.clip_norm train.optimizer.decay_steps train.optimizer.end_learning_rate"
   " train.optimizer.learning_rate train.init_from train.profile_at train.steps"
@@ -31,7 +31,7 @@ _RESUMABLE = tuple(
 )
 """Beginnings of the settings that may change when a run resumes; any other change would make it another experiment."""
 _SAME_WEIGHTS = tuple(
-  "attention_map. compilation_cache data. eval. mesh. plan. sample. seed train. model.attention"
+  "attention_map. data. eval. mesh. plan. sample. seed train. model.attention"
   " model.cross_attend_dropout model.dropout model.dtype model.latent_dropout model.logits_chunk model.memory"
   " model.num_latents model.remat model.segment".split()
 )
