@@ -91,16 +91,15 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
     ours, jax = map(importlib.metadata.version, ("perceiver_ar_jax", "jax"))
     print(f"perceiver_ar_jax {ours}, Python {platform.python_version()}, JAX {jax}")
     sys.exit(0)
-  unexpected = next(iter(argv[1:]), None)
-  fix = "every setting is a flag, --config.name=value"
-  checks.require(unexpected is None, f"Unexpected argument {unexpected!r}: {fix}.")
+  others = " ".join(argv[1:])
+  checks.require(not others, f"Unexpected argument {others!r}: every setting is a flag, --config.name=value.")
   for name in ("config", *required):
     checks.require(flags.FLAGS[name].value is not None, f"--{name} is missing. {flags.FLAGS[name].help}")
   try:
     return config_lib.resolve(_CONFIG.value)
   except _UNLOADABLE as error:  # raised when the config is first read
-    problem = f"The file given as --config cannot be loaded: {error}."
-    raise config_lib.InputError(f"{problem} Run from the folder that contains configs/.") from error
+    fix = "run from the folder that contains configs/"
+    raise config_lib.InputError(f"The file given as --config cannot be loaded ({error}): {fix}.") from error
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -199,11 +199,10 @@ class _Run:
       self._skipped_in_a_row = 0
       return
     self._skipped_in_a_row += 1
-    problem = f"At step {step} the loss is {loss} and the gradient norm {grad_norm}"
-    continues = self.config.train.on_nonfinite == "skip" and self._skipped_in_a_row < self.config.train.max_skipped
-    fix = "resume with a lower --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm"
-    stopped = f"({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are unchanged"
-    require(continues, f"{problem} {stopped}: {fix} (or start over with a longer warm-up, or in float32).")
+    problem, count = f"At step {step} the loss is {loss} and the gradient norm {grad_norm}", self._skipped_in_a_row
+    continues = self.config.train.on_nonfinite == "skip" and count < self.config.train.max_skipped
+    fix = "resume with a lower train.optimizer.learning_rate or clip_norm, or start over with a longer warm-up"
+    require(continues, f"{problem} ({count} such steps in a row), so training stopped, and saved no such step: {fix}.")
     self.log.print(f"{problem}: the update was skipped.")
 
   def _evaluate(self, params, step: int) -> dict | None:

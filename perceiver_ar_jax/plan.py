@@ -35,11 +35,10 @@ def plan(config: Config, workdir: str | os.PathLike) -> int:
   Raises InputError if the step does not fit (plan.json is written all the same), the compiler is not installed or
   failed, the topology is unknown, or the mesh or the batch does not fit it.
   """
-  example = "such as --config.plan.topology=v5e:16x16"
-  require(config.plan.topology is not None, f"--mode=plan needs the chips to plan for, {example}.")
-  topology, fix = parse_topology(config.plan.topology), "pip install -e '.[plan]'. It needs no TPU."
-  is_installed = importlib.util.find_spec("libtpu") is not None
-  require(is_installed, f"--mode=plan compiles with the package libtpu, which is not installed: {fix}")
+  name, is_installed = config.plan.topology, importlib.util.find_spec("libtpu") is not None
+  require(name is not None, "--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16.")
+  topology = parse_topology(name)
+  require(is_installed, "--mode=plan needs the package libtpu: pip install -e '.[plan]'. It needs no TPU.")
   print(f"Compiling the train step for {topology} ({topology.num_chips} chips): one minute to several.", flush=True)
   result = assemble(config, topology, compile_plan(config, topology))
   path = pathlib.Path(workdir) / "plan.json"

@@ -30,16 +30,15 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   fixed = math.prod(size for size in sizes if size != -1)
   if -1 in sizes and len(devices) % fixed == 0:
     sizes[sizes.index(-1)] = len(devices) // fixed
-  shape = dict(zip(AXES, sizes))
-  mistake = f"The product of the mesh sizes {shape} must be the number of devices, {len(devices)}"
-  fix = "change mesh.data, fsdp, tensor or context (one of them may be -1, for the remaining devices)"
-  require(math.prod(sizes) == len(devices), f"{mistake}: {fix}.")
+  shape, count = dict(zip(AXES, sizes)), len(devices)
+  mistake = f"The product of the mesh sizes {shape} must be the number of devices, {count} (-1: all that remain)"
+  require(math.prod(sizes) == count, f"{mistake}: change mesh.data, fsdp, tensor or context.")
   axis_types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
-  fix = f"mesh.data={sizes[0]}, the only axis that spans slices, must be a multiple of {slices}"
-  require(sizes[0] % slices == 0, f"The {len(devices)} devices form {slices} slices: {fix}.")
+  mistake = f"mesh.data={sizes[0]}, the only axis that spans slices, must be a multiple of {slices}"
+  require(sizes[0] % slices == 0, f"The {count} devices form {slices} slices: {mistake}.")
   grid = mesh_utils.create_hybrid_device_mesh([sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1], devices)
   return Mesh(grid, AXES, axis_types=axis_types)
 

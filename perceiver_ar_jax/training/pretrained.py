@@ -61,8 +61,7 @@ def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
   Raises InputError if they are missing, damaged or not those of `config`, TransientError if they may be read later.
   """
   path, arrays = epath.Path(folder) / config_from_run.WEIGHTS, {}
-  fix = "give a folder that perceiver_ar_jax.interop.export wrote"
-  require(path.exists() and not path.is_dir(), f"{folder} contains no {path.name}: {fix}.")
+  require(path.is_file(), f"{folder} contains no {path.name}: give a folder that interop.export wrote.")
   with contextlib.ExitStack() as stack, reading(path, "give this user access"):
     local = path
     if is_object_store(path):

@@ -53,13 +53,12 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
   with contextlib.nullcontext() if jax.process_index() else _locked(workdir):
     path = workdir / "config.json"
     saved = load_config(workdir) if path.exists() and has_checkpoints(workdir) else None
-    fix = f"give a new --workdir, with --config.train.init_from={workdir}"
     is_run = saved is not None or not (workdir / WEIGHTS).exists()
-    require(is_run, f"--workdir={workdir} contains exported weights, which training would not resume: {fix}.")
+    fix = f"to train them, give a new --workdir with --config.train.init_from={workdir}"
+    require(is_run, f"--workdir={workdir} contains exported weights: {fix}.")
     config = _with_fingerprint(config, saved)
     changed = saved and _differences(flatten(config), flatten(saved), ignored=_RESUMABLE)
-    fix = "Use its settings, or another --workdir."
-    require(not changed, f"--workdir={workdir} contains the checkpoints of another config: {changed}. {fix}")
+    require(not changed, f"--workdir={workdir} contains the checkpoints of another config: {changed}. Use another.")
     if jax.process_index():
       yield lambda: None
       return
