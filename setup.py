@@ -50,9 +50,6 @@ setuptools.setup(
     "torch": ["torch>=2.4,<3"],
     # For examples/server.py.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
-    # For train.tracker.
-    "trackio": ["trackio>=0.20,<1"],
-    "wandb": ["wandb>=0.19,<1"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "dev": [
       "fastapi>=0.115,<1",

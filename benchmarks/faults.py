@@ -172,6 +172,7 @@ def _start(
     port = probe.getsockname()[1]
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={_DEVICES.value} --xla_backend_optimization_level=1",
   }
@@ -180,8 +181,8 @@ def _start(
     program = (programs or {}).get(index, ["-m", "perceiver_ar_jax.main"])
     command = [sys.executable, *program, *ARGUMENTS, f"--config.train.steps={_STEPS.value}"]
     command += [f"--config.eval.every={_EVAL_EVERY}", "--config.eval.num_samples=1"]
-    command += [f"--workdir={workdir}", f"--config.compilation_cache={folder / 'compiled'}"]
-    command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={_PROCESSES.value}", f"--process_id={index}"]
+    command += [f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}"]
+    command += [f"--num_processes={_PROCESSES.value}", f"--process_id={index}"]
     with (folder / f"{workdir.name}-{index}.log").open("a") as log:
       processes.append(subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=log, stderr=log))
   return processes

@@ -6,7 +6,6 @@ mistakes are answered at once.
 
 import argparse
 import contextlib
-import glob
 import importlib.metadata
 import io
 import os
@@ -55,16 +54,10 @@ def run(command: Callable[[config_lib.Config], int], required: tuple[str, ...]) 
       logging.set_verbosity(logging.ERROR)  # libraries report every file they write; --verbosity=0 shows it
     try:
       return command(_resolve(argv, required))
-    except KeyboardInterrupt:
-      return 128 + signal.SIGINT
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
       if isinstance(error, BrokenPipeError) and not _stdout_has_reader():
         raise
-      explained = checks.for_user(error)
-      if explained is None:
-        sys.excepthook(type(error), error, error.__traceback__)
-        return checks.EXIT_TRANSIENT
-      return _fail(explained, 1 if isinstance(explained, config_lib.InputError) else checks.EXIT_TRANSIENT)
+      return checks.report(error)
 
   with _tolerant_stdout():
     app.run(main, flags_parser=_parse)
@@ -98,20 +91,15 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
     ours, jax = map(importlib.metadata.version, ("perceiver_ar_jax", "jax"))
     print(f"perceiver_ar_jax {ours}, Python {platform.python_version()}, JAX {jax}")
     sys.exit(0)
-  unexpected = next(iter(argv[1:]), None)
-  fix = "every setting is a flag, --config.name=value"
-  checks.require(unexpected is None, f"Unexpected argument {unexpected!r}: {fix}.")
+  others = " ".join(argv[1:])
+  checks.require(not others, f"Unexpected argument {others!r}: every setting is a flag, --config.name=value.")
   for name in ("config", *required):
     checks.require(flags.FLAGS[name].value is not None, f"--{name} is missing. {flags.FLAGS[name].help}")
-  for name, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
-    if name.removeprefix("data.") in config_lib.DATA_PATHS and value and "://" not in value:
-      exists = glob.has_magic(value) or os.path.exists(os.path.expanduser(value))
-      checks.require(exists, f"--config.{name}={value} does not exist: give an existing file or folder.")
   try:
     return config_lib.resolve(_CONFIG.value)
   except _UNLOADABLE as error:  # raised when the config is first read
-    problem = f"The file given as --config cannot be loaded: {error}."
-    raise config_lib.InputError(f"{problem} Run from the folder that contains configs/.") from error
+    fix = "run from the folder that contains configs/"
+    raise config_lib.InputError(f"The file given as --config cannot be loaded ({error}): {fix}.") from error
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -122,7 +110,8 @@ def _parse(argv: list[str]) -> list[str]:
   except BrokenPipeError:  # --help | head
     raise
   except (*_INVALID_FLAGS, *_UNLOADABLE) as error:
-    return _fail(error)
+    message = str(error.args[0] if isinstance(error, KeyError) else error)
+    return sys.exit(checks.report(config_lib.InputError(message)))
 
 
 def _with_config(arguments: list[str]) -> list[str]:
@@ -149,10 +138,3 @@ def _with_config(arguments: list[str]) -> list[str]:
       checks.require(word in known, f"Unknown config key {key!r}. {config_lib.nearest(word, known)}")
       section = known[word]
   return [f"--{name}={value}" for name, value in vars(given).items() if value] + others
-
-
-def _fail(error: Exception, code: int = 1):
-  message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-  with contextlib.suppress(OSError):  # standard error may be a file on the full disk
-    print(f"Error: {message}", file=sys.stderr, flush=True)
-  sys.exit(code)

@@ -55,11 +55,9 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   architectures.check(config.model, mesh)
   rows = "train.batch_size" + (" / train.microbatches" if settings.microbatches > 1 else "")
   check_batch(settings.batch_size // settings.microbatches, rows, mesh)
-  tracker = metrics.import_tracker(settings.tracker)
   starts_from = settings.init_from if settings.init_from and not workdir_lib.has_checkpoints(workdir) else None
   if starts_from:
     workdir_lib.check_initial_weights(config, starts_from)
-    pretrained.check(config.model, starts_from)
   evaluator = evaluate.Evaluator(config, mesh)
   num_samples = config.eval.num_samples
   if num_samples is None:
@@ -79,9 +77,6 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     stop_signals = stack.enter_context(Signals())
     stack.enter_context(jax.set_mesh(mesh))
     train_step = memory.compile_step(config, optimizer, abstract, data.spec, mesh)
-    if preview:
-      memory.check_samples(num_samples, abstract, preview.bytes_per_device)
-    track = stack.enter_context(metrics.track(tracker, workdir, config))  # closed after the last save
     checkpointer = checkpoint.Checkpointer(workdir, keep=settings.keep_checkpoints, before_save=check_owner)
     stack.enter_context(checkpointer)
     if state := checkpointer.restore(abstract, data):
@@ -96,7 +91,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     distributed.log(f"Started in {time.time() - psutil.Process().create_time():.1f} s.")
     stop_signals.agree(wait=True)  # with those that arrived before the first update
     bits_name = units.UNITS[data.task.unit].token_loss
-    log = stack.enter_context(metrics.MetricsLog(workdir, config, int(state.step), bits_name, track))
+    log = stack.enter_context(metrics.MetricsLog(workdir, config, int(state.step), bits_name))
     run = _Run(config, workdir, mesh, train_step, evaluator, preview, checkpointer, stop_signals, log)
     state, result = run(state, data, profile=stack.enter_context(contextlib.ExitStack()))
   if stop_signals.agreed:
@@ -105,9 +100,8 @@ def train(config: Config, workdir: epath.PathLike) -> int:
   if num_skipped := warn_once.count("skipped"):
     distributed.log(f"{num_skipped} files or records were skipped, each with its reason above.")
   evaluator.write(result, workdir)
-  curves = f"Curves: {epath.Path(sys.executable).with_name('tensorboard')} --logdir={workdir}"
-  files = f"{curves}   Metrics: {workdir}/metrics.jsonl   Score again: --workdir={workdir} --mode=eval"
-  distributed.log(f"Done. {evaluator.describe(result)}\n{files}")
+  curves = f"{epath.Path(sys.executable).with_name('tensorboard')} --logdir={workdir}"
+  distributed.log(f"Done. {evaluator.describe(result)}\nCurves: {curves}   Metrics: {workdir}/metrics.jsonl")
   return 0
 
 
@@ -205,11 +199,10 @@ class _Run:
       self._skipped_in_a_row = 0
       return
     self._skipped_in_a_row += 1
-    problem = f"At step {step} the loss is {loss} and the gradient norm {grad_norm}"
-    continues = self.config.train.on_nonfinite == "skip" and self._skipped_in_a_row < self.config.train.max_skipped
-    fix = "resume with a lower --config.train.optimizer.learning_rate or --config.train.optimizer.clip_norm"
-    stopped = f"({self._skipped_in_a_row} such steps in a row), so training stopped. The checkpoints are unchanged"
-    require(continues, f"{problem} {stopped}: {fix} (or start over with a longer warm-up, or in float32).")
+    problem, count = f"At step {step} the loss is {loss} and the gradient norm {grad_norm}", self._skipped_in_a_row
+    continues = self.config.train.on_nonfinite == "skip" and count < self.config.train.max_skipped
+    fix = "resume with a lower train.optimizer.learning_rate or clip_norm, or start over with a longer warm-up"
+    require(continues, f"{problem} ({count} such steps in a row), so training stopped, and saved no such step: {fix}.")
     self.log.print(f"{problem}: the update was skipped.")
 
   def _evaluate(self, params, step: int) -> dict | None:

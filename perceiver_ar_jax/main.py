@@ -42,7 +42,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: the i
 def main(config: Config) -> int:
   mode, workdir = _MODE.value, command_line.WORKDIR.value
   if mode in ("eval", "sample", "score", "attention", "report"):
-    config_from_run.load_config(workdir, config)  # raises InputError if the workdir contains no run
+    config_from_run.load_config(workdir)  # raises InputError if the workdir contains no run
   if mode == "data":
     inspect.inspect(config, workdir)
     return 0
@@ -51,7 +51,7 @@ def main(config: Config) -> int:
     return 0
   if mode == "plan":
     return plan.plan(config, workdir)
-  distributed.cache_compiled(config.compilation_cache)
+  distributed.cache_compiled()
   mesh.keep_host_memory()
   if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in ("train", "eval"):
     train_rows = config.train.batch_size // config.train.microbatches

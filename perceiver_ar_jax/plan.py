@@ -30,24 +30,25 @@ from perceiver_ar_jax.training.memory import LESS_MEMORY, bytes_beside_arguments
 
 
 def plan(config: Config, workdir: str | os.PathLike) -> int:
-  """Plans for `config.plan.topology`, prints a report and writes WORKDIR/plan.json; returns the exit code 0.
+  """Plans for `config.plan.topology`, prints whether it fits and writes WORKDIR/plan.json; returns the exit code 0.
 
   Raises InputError if the step does not fit (plan.json is written all the same), the compiler is not installed or
   failed, the topology is unknown, or the mesh or the batch does not fit it.
   """
-  example = "such as --config.plan.topology=v5e:16x16 or v4-128"
-  require(config.plan.topology is not None, f"--mode=plan needs the chips to plan for, {example}.")
-  topology, fix = parse_topology(config.plan.topology), "pip install -e '.[plan]'. It needs no TPU."
-  is_installed = importlib.util.find_spec("libtpu") is not None
-  require(is_installed, f"--mode=plan compiles with the package libtpu, which is not installed: {fix}")
+  name, is_installed = config.plan.topology, importlib.util.find_spec("libtpu") is not None
+  require(name is not None, "--mode=plan needs the chips to plan for, such as --config.plan.topology=v5e:16x16.")
+  topology = parse_topology(name)
+  require(is_installed, "--mode=plan needs the package libtpu: pip install -e '.[plan]'. It needs no TPU.")
   print(f"Compiling the train step for {topology} ({topology.num_chips} chips): one minute to several.", flush=True)
   result = assemble(config, topology, compile_plan(config, topology))
   path = pathlib.Path(workdir) / "plan.json"
   with writing(path, "give another --workdir"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-  print(f"{describe(result)}\nWritten to {path}", flush=True)
   needed, available = format_bytes(result["peak_bytes"]), format_bytes(result["hbm_bytes"])
+  limit = f"compute-bound lower limit {result['compute_bound_seconds']:.3g} seconds per step"
+  print(f"{'fits' if result['fits'] else 'DOES NOT FIT'}: {needed} of {available} per chip; {limit}")
+  print(f"Written, with FLOPs and all bytes, to {path}", flush=True)
   reason = f"The compiler reports: {result['refused'].split(': ', 1)[-1]} " if "refused" in result else ""
   problem = f"The train step of {config.data.task} does not fit {topology}: it needs {needed} on each of"
   require(result["fits"], f"{problem} {topology.num_chips} chips, which have {available}. {reason}{LESS_MEMORY}")
@@ -88,20 +89,6 @@ def assemble(config: Config, topology: Topology, measured: dict) -> dict:
     "step_flops": step_flops,
     "compute_bound_seconds": step_flops / (topology.num_chips * topology.chip.peak_flops),
   }
-
-
-def describe(plan: dict) -> str:
-  """Returns the report that is printed."""
-  mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
-  size = {name: format_bytes(value) for name, value in plan.items() if name.endswith("_bytes")}
-  return (
-    f"{plan['task']} on {plan['topology']}: {plan['num_devices']} chips, mesh {mesh}\n"
-    f"  {plan['num_params'] / 1e6:,.1f}M parameters, microbatches {plan['microbatches']}\n"
-    f"  {'fits' if plan['fits'] else 'DOES NOT FIT'}: {size['peak_bytes']} of {size['hbm_bytes']} per chip (state and"
-    f" batch {size['argument_bytes']}, temporary {size['temp_bytes']})\n"
-    f"  {plan['step_flops']:.3g} FLOPs per step; compute-bound lower limit (FLOPs over peak):"
-    f" {plan['compute_bound_seconds']:.3g} seconds per step; compiled in {plan['compile_seconds']:.0f} s"
-  )
 
 
 def measure(config: Config, topology: Topology) -> dict:

@@ -278,7 +278,7 @@ def test_progress_has_a_total(tmp_path, capfd, monkeypatch):
   monkeypatch.setattr(evaluate, "_SILENT_SECONDS", 0)
   monkeypatch.setattr(distributed, "progress_bar", functools.partial(distributed.progress_bar, mininterval=0))
   _fresh_result(_texts(tmp_path, ["x" * 999], eval__batch_size=1, eval__max_tokens=100))
-  assert re.search(r"Evaluating: +\d+%.* \d+\.?\d*/100 ", capfd.readouterr().err)
+  assert re.search(r"Evaluating: +\d+%.* 1/1 ", capfd.readouterr().err)
 
 
 def test_a_held_out_file_that_cannot_be_read_is_left_out(tmp_path, capfd, monkeypatch):

@@ -151,13 +151,12 @@ def test_mistakes_are_explained(restored, tmp_path):
   with pytest.raises(InputError, match="contains 33, and the document has 32 outputs"):
     attention_pictures.write(tiny.config(attention_map__outputs=(33,)), tmp_path)
   with pytest.raises(InputError, match="task copy has no files: .* not .*a.txt"):
-    attention_pictures.write(tiny.config(attention_map__prompt="a.txt"), tmp_path)
+    attention_pictures.write(tiny.config(sample__prompt="a.txt"), tmp_path)
   (tmp_path / "attention").write_text("")
   with pytest.raises(InputError, match="cannot be written"):
     attention_pictures.write(tiny.config(), tmp_path)
   for wrong, message in (
     ({"outputs": (0,)}, "integers from 1 on"),
-    ({"prompt": ""}, "attention_map.prompt is empty"),
     ({"cross_attend": 1}, r"attention_map.cross_attend=1 must be in 0..0"),
   ):
     with pytest.raises(InputError, match=message):

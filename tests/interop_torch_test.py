@@ -14,7 +14,6 @@ import pytest
 from flax import linen as nn
 
 from perceiver_ar_jax import ModelConfig, PerceiverAR, Sampler
-from perceiver_ar_jax.interop import export
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -109,7 +108,7 @@ def _batch(config: ModelConfig, length: int = 12) -> tuple[np.ndarray, np.ndarra
 
 def _both(folder: pathlib.Path, config: ModelConfig):
   params = _params(config)
-  export.export_params(config, params, folder / "export")
+  tiny.export_model(config, params, folder / "export")
   return params, perceiver_ar_torch.load(folder / "export")
 
 
@@ -248,7 +247,7 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
 def test_half_precision_weights_are_read(tmp_path):
   config = _config("everything")
   params = _params(config)
-  export.export_params(config, params, tmp_path / "half", dtype="bfloat16")
+  tiny.export_model(config, params, tmp_path / "half", dtype="bfloat16")
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
   _compare(config, rounded, perceiver_ar_torch.load(tmp_path / "half"), *_batch(config))
 

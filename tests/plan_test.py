@@ -33,12 +33,10 @@ def _config(name="imagenet64", **overrides):
   ("name", "expected", "num_chips"),
   [
     ("v5e:16x16", "v5e:16x16", 256),
-    ("v5litepod-256", "v5e:16x16", 256),
-    ("V6E-8", "v6e:2x4", 8),
-    ("v4-128", "v4:4x4x4", 64),  # two cores per chip
-    ("v5p-1024", "v5p:8x8x8", 512),
+    ("V6E:2x4", "v6e:2x4", 8),
+    ("v4:4x4x4", "v4:4x4x4", 64),
     ("v5e:1x1", "v5e:1x1", 1),
-    ("2xv5litepod-256", "2xv5e:16x16", 512),
+    ("2xv5e:16x16", "2xv5e:16x16", 512),
   ],
 )
 def test_names_of_topologies(name, expected, num_chips):
@@ -55,7 +53,7 @@ def test_names_of_topologies(name, expected, num_chips):
     ("v5e:4", ["2 numbers"]),
     ("cuda:8", ["cuda:8", "v4:4x4x8"]),
     ("v4:4x4", ["v4:4x4x8, 3 numbers"]),
-    ("v4-100", ["not a size of v4", "v4-128"]),
+    ("v4-128", ["v4-128", "not a slice", "v4:4x4x8"]),
   ],
 )
 def test_unknown_topologies_are_explained(name, words):
@@ -102,7 +100,6 @@ def test_a_plan_compares_bytes_and_states_the_compute_bound_limit():
   assert result["fits"]
   assert result["step_flops"] == architectures.train_flops(config)
   assert result["compute_bound_seconds"] == pytest.approx(architectures.train_flops(config) / (256 * 197e12))
-  assert "fits: 7.00 GiB of 15.75 GiB per chip" in plan.describe(result)
   assert not plan.assemble(config, topology, _measured(peak_bytes=16 * GIB))["fits"]
 
 
@@ -173,7 +170,9 @@ def test_plan_json_is_written_whether_or_not_the_step_fits(fits, monkeypatch, tm
     words = ("does not fit v5e:2x2", "103.00 GiB", "exceeds available HBM (15.75G)", "model.attention=streamed")
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
   written = json.loads((tmp_path / "plan.json").read_text())
-  assert written["fits"] == fits and ("DOES NOT FIT" in capsys.readouterr().out) != fits
+  printed = capsys.readouterr().out
+  assert written["fits"] == fits and ("fits: 1.00 GiB of 15.75 GiB per chip" in printed) == fits
+  assert ("DOES NOT FIT: 103.00 GiB" in printed) != fits
   contract = "topology num_devices mesh num_params argument_bytes temp_bytes peak_bytes hbm_bytes fits compile_seconds"
   assert {*contract.split(), "step_flops", "compute_bound_seconds"} <= written.keys()
 
@@ -196,7 +195,7 @@ def test_the_real_compiler_plans_and_refuses(tmp_path):
   assert written["argument_bytes"] == pytest.approx(state_bytes, rel=0.5, abs=2**20)
   with pytest.raises(InputError, match="must be the number of devices, 4"):
     plan.compile_plan(tiny.config(mesh__data=3), parse_topology("v5e:2x2"))
-  with pytest.raises(InputError, match="form 2 slices, over which the axis mesh.across_slices=data"):
+  with pytest.raises(InputError, match="form 2 slices: mesh.data=1, the only axis that spans slices"):
     plan.compile_plan(tiny.config(mesh__fsdp=8, train__batch_size=8), parse_topology("2xv5e:2x2"))
   multislice = _plan(tiny.config(mesh__data=2, mesh__fsdp=4), "2xv5e:2x2")
   assert multislice["fits"] and multislice["num_devices"] == 8

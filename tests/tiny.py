@@ -1,6 +1,7 @@
 """A copy experiment that trains in seconds, and its command line, in this process or in another."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -64,6 +65,13 @@ def random_params(model: config_lib.ModelConfig, seed: int = 0) -> dict:
   shapes = nn.meta.unbox(architectures.abstract_params(model))
   rng = np.random.default_rng(seed)
   return jax.tree.map(lambda leaf: jax.numpy.array(rng.normal(scale=0.3, size=leaf.shape), "float32"), shapes)
+
+
+def export_model(model: config_lib.ModelConfig, params, folder, **settings) -> None:
+  """Exports parameters of any model with the other settings of the experiment."""
+  from perceiver_ar_jax.interop import export  # imports TensorFlow, which most tests do not need
+
+  export.export_run(dataclasses.replace(config(), model=model), params, folder, **settings)
 
 
 app.define_help_flags()  # absl defines them once per process, so before `run_module` saves the flags

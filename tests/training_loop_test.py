@@ -17,7 +17,6 @@ from perceiver_ar_jax import loop
 from perceiver_ar_jax.config import InputError
 from perceiver_ar_jax.data.loader import TrainLoader
 from perceiver_ar_jax.models import architectures
-from perceiver_ar_jax.sampling import sampler
 from perceiver_ar_jax.training import memory, optimizer
 from tests import batches, tiny
 
@@ -159,14 +158,6 @@ def test_tensorboard_compares_settings(trained):
   assert settings["train.optimizer.schedule"].string_value == "cosine"
   assert not [name for name in settings if not name.startswith(("model.", "train."))]
   assert {"loss", "eval_nats_per_token", "learning_rate"} < {*events.Tags()["tensors"]}
-
-
-@pytest.mark.slow
-def test_samples_that_exceed_the_memory_are_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(sampler.Sampler, "bytes_per_device", lambda self, params: 2**60)
-  with pytest.raises(InputError, match="memory on each device .*3 samples 1073741824.00 GiB.*eval.num_samples=0"):
-    loop.train(tiny.config(eval__num_samples=3), tmp_path)
-  assert not (tmp_path / "checkpoints").exists()
 
 
 def test_an_unreadable_held_out_file_is_found_before_anything_else(tmp_path):

@@ -15,12 +15,14 @@ from typing import Any
 from ml_collections import config_dict
 
 from perceiver_ar_jax.config.checks import InputError, TransientError, lookup, nearest, reading, require, writing
-from perceiver_ar_jax.config.data import DATA_PATHS, HELD_OUT_BY_NAME, IMAGE_ORDERS, DataConfig
+from perceiver_ar_jax.config.data import HELD_OUT_BY_NAME, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig
 
-_REMOVED_SETTINGS = (("plan", "search"), ("plan", "max_compiles"), ("mesh", "cpu_devices"), ("data", "cache_dir"))
+_REMOVED_SETTINGS = (
+  "attention_map.prompt data.cache_dir mesh.across_slices mesh.cpu_devices plan.max_compiles plan.search train.tracker"
+).split()
 """Ignored in the config.json of older runs."""
 
 
@@ -30,8 +32,6 @@ class Config:
 
   seed: int = 0
   """Seed of weights, dropout, shuffling and crops: 0..2^32-1."""
-  compilation_cache: str | None = "~/.cache/perceiver_ar_jax"
-  """Folder of compiled programs for later starts of any run, or None; JAX_COMPILATION_CACHE_DIR takes precedence."""
   model: ModelConfig
   data: DataConfig
   train: TrainConfig
@@ -63,18 +63,14 @@ class Config:
   def from_json(cls, text: str) -> "Config":
     """Inverts `to_json`; raises InputError for unknown or wrong settings, ValueError for text that is not JSON."""
     values = json.loads(text)
-    for section, name in _REMOVED_SETTINGS:
+    values.pop("compilation_cache", None)
+    for section, name in (setting.split(".") for setting in _REMOVED_SETTINGS):
       values.get(section, {}).pop(name, None)
     data = values.get("data", {})
     rule = data.pop("split_rule", "path" if "sentencepiece_fingerprint" in data else "name")  # 0.1.0 has neither
     if rule == "name" and data.get("files") and not data.get("validation_files"):
       data["validation_files"] = HELD_OUT_BY_NAME
     return _build(cls, values)
-
-
-def model_from_json(text: str) -> ModelConfig:
-  """Returns the model's settings in a config.json, which may lack all others; raises as `Config.from_json`."""
-  return _build(ModelConfig, json.loads(text)["model"], "model.")
 
 
 def defaults(section: type = Config) -> config_dict.ConfigDict:

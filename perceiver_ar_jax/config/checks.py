@@ -6,6 +6,8 @@ import errno
 import functools
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -75,6 +77,19 @@ def for_user(error: BaseException) -> InputError | TransientError | None:
   if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError", "MemoryError") or not is_transient(error):
     return None
   return TransientError(f"{one_line(error)}: {WHEN_STORAGE_IS_BACK}")
+
+
+def report(error: BaseException) -> int:
+  """Prints the error to standard error, in one paragraph or with its traceback; returns the exit code of main.py."""
+  if isinstance(error, KeyboardInterrupt):
+    return 128 + signal.SIGINT
+  explained = for_user(error)
+  if explained is None:
+    sys.excepthook(type(error), error, error.__traceback__)
+    return EXIT_TRANSIENT
+  with contextlib.suppress(OSError):  # standard error may be a file on the full disk
+    print(f"Error: {' '.join(str(explained).split())}", file=sys.stderr, flush=True)
+  return 1 if isinstance(explained, InputError) else EXIT_TRANSIENT
 
 
 @contextlib.contextmanager

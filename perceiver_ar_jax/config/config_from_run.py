@@ -1,16 +1,13 @@
-"""The config of an existing run or of exported weights, from the config.json in the folder.
+"""The config of an existing run or of exported weights (interop/export.py), from the config.json in the folder.
 
-Exported weights (interop/export.py) may have only the model's settings, {"model": {...}}. This module is also the
-config file of commands that are given --workdir and no --config (command_line.py).
+This module is also the config file of commands that are given --workdir and no --config (command_line.py).
 """
 
-import contextlib
 import dataclasses
-import json
 import os
 from typing import Any
 
-from perceiver_ar_jax.config import Config, InputError, ModelConfig, defaults, model_from_json, reading, require
+from perceiver_ar_jax.config import Config, InputError, defaults, reading, require
 
 WEIGHTS, SENTENCEPIECE = "model.safetensors", "sentencepiece.model"  # files of exported weights
 
@@ -27,46 +24,20 @@ def exists(workdir: str | os.PathLike) -> bool:
   return _path(workdir).exists()
 
 
-def load_config(workdir: str | os.PathLike, others: Config | None = None) -> Config:
-  """Returns the config of a run or of a folder of exported weights.
-
-  Where exported weights have only the model's settings, all other settings are those of `others`. Raises InputError if
-  config.json is missing or invalid, or has only the model's settings and `others` is None.
-  """
-  with _opened(workdir) as (path, text):
-    has_all = json.loads(text).keys() != {"model"}
-    config = Config.from_json(text) if has_all else others
-    model = model_from_json(text)
-  if config is None:
-    raise InputError(f"{path} has only the model's settings: give the --config whose data the model is for.")
-  if not has_all:
-    return dataclasses.replace(config, model=model)
-  if (path.parent / WEIGHTS).exists():
-    # The folder may come from anyone: compiled programs, which are run, are not read from a path that it gives.
-    config = dataclasses.replace(config, compilation_cache=Config.compilation_cache)
-    if config.data.sentencepiece == SENTENCEPIECE:  # relative to the folder
-      data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
-      config = dataclasses.replace(config, data=data)
-  return config
-
-
-def load_model_config(workdir: str | os.PathLike) -> ModelConfig:
-  """Returns the model's settings of a run or of exported weights; InputError where they are missing or invalid."""
-  with _opened(workdir) as (_, text):
-    return model_from_json(text)
-
-
-@contextlib.contextmanager
-def _opened(workdir: str | os.PathLike):
-  """Yields the path and text of config.json; in the context, errors of parsing it become InputErrors."""
+def load_config(workdir: str | os.PathLike) -> Config:
+  """Returns the config of a run or of a folder of exported weights; InputError where it is missing or invalid."""
   path = _path(workdir)
   require(path.exists(), f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
   with reading(path, "give this user access"):
     content = path.read_bytes()
   try:
-    yield path, content.decode()
+    config = Config.from_json(content.decode())
   except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
     raise InputError(f"{path} cannot be read ({error}): restore it, or use another --workdir.") from error
+  if config.data.sentencepiece == SENTENCEPIECE and (path.parent / WEIGHTS).exists():  # relative to the folder
+    data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
+    config = dataclasses.replace(config, data=data)
+  return config
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -73,16 +73,14 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionMapConfig:
-  """What --mode=attention shows: the inputs that a cross-attention attends to for some outputs of one document."""
+  """What --mode=attention shows: the inputs that a cross-attention attends to, for outputs of the first document of
+  sample.prompt (None: "data")."""
 
-  prompt: str = "data"
-  """The document, as in sample.prompt; of several the first."""
   outputs: tuple[int, ...] = ()
   """The outputs: 1 is the first event that is predicted, the document's second. Empty: a few, spread evenly."""
   cross_attend: int = 0
   """Index of the cross-attention: 0 is the first, and each entry of model.cross_attend_after adds one."""
 
   def __post_init__(self):
-    require(bool(self.prompt), 'attention_map.prompt is empty: give a file or a text, or leave it out for "data".')
     is_valid = all(isinstance(output, int) and output >= 1 for output in self.outputs)
     require(is_valid, f"attention_map.outputs={self.outputs} must be integers from 1 on, such as (100,2000).")

@@ -101,8 +101,7 @@ class ModelConfig:
     axes, form = self.rotary_axes, "(fraction of a head, shortest, longest wavelength) for each position dimension"
     is_valid = all(len(axis) == 3 and axis[0] >= 0 and 0 < axis[1] <= axis[2] for axis in axes)
     is_valid = is_valid and sum(axis[0] for axis in axes) <= 1
-    limits = "with 0 < shortest <= longest and fractions that sum to at most 1"
-    require(is_valid, f"model.rotary_axes={axes} must have {form}, {limits}.")
+    require(is_valid, f"model.rotary_axes={axes} must have {form}, with fractions that sum to at most 1.")
     features, taps, layers = self.value_features, self.conv_taps, self.cross_attend_after
     require(features % 2 == 0, f"model.value_features={features} must be even: sines and cosines.")
     is_valid = not (taps and self.cross_attend_dropout)

@@ -71,8 +71,6 @@ class TrainConfig:
   """Decay per update of an average of the weights, which evaluation, samples and export then use; 0: none."""
   log_every: int = 10
   """Steps between lines of metrics, whose times are means over the steps fetched from the devices with the line."""
-  tracker: str = "none"
-  """wandb or trackio also receive the metrics (extras of the same names); none: only metrics.jsonl and TensorBoard."""
   checkpoint_every: int = 1000
   """Steps between checkpoints."""
   keep_checkpoints: int = 3
@@ -96,7 +94,6 @@ class TrainConfig:
     )
     require_choice("train.loss_reduction", self.loss_reduction, ("mean", "sum"))
     require_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
-    require_choice("train.tracker", self.tracker, ("none", "wandb", "trackio"))
     require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1).")
     require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1).")
     warmup, decay = self.optimizer.warmup_steps, self.optimizer.cosine_steps
@@ -110,19 +107,16 @@ class MeshConfig:
   """Sizes of the mesh axes; one axis may be -1: all remaining devices."""
 
   data: int = -1
-  """Copies of the model; each trains on its part of the batch."""
+  """Copies of the model; each trains on its part of the batch. A multiple of the slices of a TPU multislice."""
   fsdp: int = 1
   """Devices over which weights and optimizer state (ZeRO-3) are sharded, and the batch as well."""
   tensor: int = 1
   """Devices over which heads and MLP hidden units are sharded."""
   context: int = 1
   """Devices over which the key/value axis of the cross-attention is sharded."""
-  across_slices: str = "data"
-  """The axis that spans the slices of a TPU multislice, which a slow network connects; others stay within a slice."""
 
   def __post_init__(self):
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-    require_choice("mesh.across_slices", self.across_slices, MESH_AXES)
     valid = list(sizes.values()).count(-1) <= 1 and all(size == -1 or size >= 1 for size in sizes.values())
     require(valid, f"mesh sizes {sizes} must be positive, and at most one may be -1 (all remaining devices).")
 
@@ -132,4 +126,4 @@ class PlanConfig:
   """What --mode=plan compiles for; training ignores it."""
 
   topology: str | None = None
-  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:..., v6e:... or its usual name, v4-128; or several, 2xv5e:16x16."""
+  """A slice of TPUs, v5e:16x16, v4:4x4x8, v5p:... or v6e:...; or several, 2xv5e:16x16."""

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import PIL.Image
-import tqdm
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -107,9 +106,10 @@ class Evaluator:
         self._compressors = compress(splits.eval_documents(config))
       num_documents = splits.num_documents(config, config.eval.split, config.eval.max_sequences)
       documents = splits.eval_documents(config)
-    bar_settings = {"desc": "Evaluating", "unit": "token", "unit_scale": True, "leave": False}
-    with jax.set_mesh(self._mesh), distributed.progress_bar(delay=_SILENT_SECONDS, **bar_settings) as bar:
-      batches, pending = splits.eval_batches(config, _extend_total(bar, documents, num_documents), rows), None
+    bar_settings = {"desc": "Evaluating", "unit": "document", "leave": False, "delay": _SILENT_SECONDS}
+    bar = distributed.progress_bar(iterable=documents, total=num_documents, **bar_settings)
+    with jax.set_mesh(self._mesh), bar as opened_documents:
+      batches, pending = splits.eval_batches(config, opened_documents, rows), None
       while (batch := _next_on_all(batches)) is not None:
         if should_stop():
           return None
@@ -117,7 +117,6 @@ class Evaluator:
         layout = sharding.batch_shardings(self._mesh, {name: (size, *x.shape[1:]) for name, x in batch.items()})
         sums, pending = pending, self._step(params, loader.to_global(batch, size, layout))
         totals.add(sums)
-        bar.update(totals.num_tokens - bar.n)
       totals.add(pending)
     if not totals.num_tokens:
       raise splits.none_readable(config, config.eval.split)
@@ -189,23 +188,11 @@ def compress(documents: Iterable[tuple[Task, Document]]) -> dict[str, float]:
   return {name: total / num_bytes for name, total in totals.items() if total}
 
 
-def _extend_total(bar: tqdm.tqdm, documents: Iterable[tuple[Task, Document]], count: int | None):
-  """Yields the documents; extrapolates the bar's total from those yielded."""
-  num_tokens = 0
-  for index, (task, document) in enumerate(documents, 1):
-    num_tokens += document.num_scored
-    if count:
-      bar.total = max(round(num_tokens * count / index), num_tokens)
-    yield task, document
-
-
-def restore(
-  config: Config, workdir: epath.PathLike, step: int | None = None, *, averaged: bool = True
-) -> tuple[Mesh, int, dict]:
+def restore(config: Config, workdir: epath.PathLike, step: int | None = None) -> tuple[Mesh, int, dict]:
   """Returns (the config's mesh, step, weights on it) of the newest good checkpoint of `workdir`, or of another `step`.
 
-  Of a run with train.ema_decay, these are the averaged weights unless `averaged` is False. The workdir, which may be a
-  folder of exported weights, is only read. Raises InputError without a readable checkpoint of this model.
+  Of a run with train.ema_decay, these are the averaged weights. The workdir, which may be a folder of exported weights,
+  is only read. Raises InputError without a readable checkpoint of this model.
   """
   workdir = epath.Path(workdir)
   workdir_lib.check_model(config, workdir)
@@ -215,7 +202,7 @@ def restore(
   if (workdir / config_from_run.WEIGHTS).exists() and not workdir_lib.has_checkpoints(workdir):
     return mesh, *pretrained.restore(config.model, workdir, abstract_params)
   with checkpoint.Checkpointer(workdir, read_only=True) as checkpointer:
-    restored = checkpointer.restore_params(abstract_params, step, averaged=averaged)
+    restored = checkpointer.restore_params(abstract_params, step)
   require(restored is not None, f"--workdir={workdir} contains no checkpoint: train first, with the same --workdir.")
   return mesh, *restored
 

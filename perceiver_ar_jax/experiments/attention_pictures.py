@@ -41,9 +41,9 @@ _MAX_BYTES_PER_CHARACTER = 4
 def write(config: Config, workdir: epath.PathLike) -> dict:
   """Writes WORKDIR/attention: a picture and the weights of each output, and attention.json, whose content it returns.
 
-  `config.attention_map` chooses the document, outputs and cross-attention. Raises InputError if the run has no
-  checkpoint or its model no cross-attention, a prompt cannot be read, an output is outside of it, or the folder cannot
-  be written.
+  `config.sample.prompt` chooses the document, `config.attention_map` outputs and cross-attention. Raises InputError if
+  the run has no checkpoint or its model no cross-attention, a prompt cannot be read, an output is outside of it, or the
+  folder cannot be written.
   """
   is_supported, name = architecture_of(config.model).has_cross_attention, config.model.architecture
   require(is_supported, f"--mode=attention is not supported with model.architecture={name}.")
@@ -65,7 +65,7 @@ def write(config: Config, workdir: epath.PathLike) -> dict:
       _save(folder, files, window, weights_HxL)
       share = f"{entry['share_before_latents']:.1%} before the latents: {folder / files[0]}"
       print(f"output {output:,}: entropy {entry['entropy_nats']:.2f} nats over {entry['inputs']:,} inputs, {share}")
-  report = {"step": step, "task": task.name, "prompt": settings.prompt, "events": len(document)}
+  report = {"step": step, "task": task.name, "prompt": config.sample.prompt, "events": len(document)}
   report |= {"cross_attend": settings.cross_attend, "num_latents": num_latents, "outputs": entries}
   if jax.process_index() == 0:
     (folder / "attention.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -96,12 +96,12 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
 
 
 def _document(config: Config) -> tuple[Task, Document]:
-  prompt = config.attention_map.prompt
-  if prompt == "data":
+  prompt = config.sample.prompt
+  if prompt in (None, prompts.DATA):
     return next(splits.documents(config, config.eval.split, 1))
   task, _ = get_tasks(config.data, config.model.max_context + 1)[0]
   document = prompts.read(task, prompts.parse(task, prompt))[0]
-  require(document.has_targets(), f"attention_map.prompt={prompt!r} contains nothing to predict: give a longer one.")
+  require(document.has_targets(), f"sample.prompt={prompt!r} contains nothing to predict: give a longer one.")
   return task, document
 
 

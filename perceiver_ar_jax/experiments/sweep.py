@@ -35,7 +35,7 @@ _COSTS = {"flops_per_token": "FLOPs per token", "seconds_per_token": "seconds pe
 
 
 def main(config: Config) -> int:
-  distributed.cache_compiled(config.compilation_cache)
+  distributed.cache_compiled()
   values = {name: _numbers(name, flags.FLAGS[name].value) for name in _AXES if flags.FLAGS[name].value}
   sweep(config, epath.Path(command_line.WORKDIR.value), values)
   return 0

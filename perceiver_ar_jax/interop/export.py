@@ -1,11 +1,10 @@
 """Exports trained weights to a folder that other programs read.
 
-  python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N] [--noema]
+  python -m perceiver_ar_jax.interop.export --workdir=RUN --output=FOLDER [--dtype=bfloat16] [--step=N]
 
 The folder contains model.safetensors (parameters under flat names such as layers.0.mlp.up.kernel, each layer separate,
-kernels [in, out]; its metadata have the step), config.json (all settings of the run, or the model's alone), the
-SentencePiece model if the run has one, and a model card. It appears as a whole or not at all; on an object store,
-model.safetensors is written last. training/pretrained.py reads it.
+kernels [in, out]; its metadata have the step), config.json (all settings of the run), the SentencePiece model if the
+run has one, and a model card. It appears as a whole or not at all. training/pretrained.py reads it.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,28 +44,26 @@ To start another run from these weights: `--config.train.init_from=FOLDER`.
 """
 
 
-def export_params(
-  config: ModelConfig, params: Any, folder: epath.PathLike, *, dtype: str = "float32", step: int = 0
-) -> None:
-  """Writes a model to `folder`, which is new or empty; its config.json has the model's settings alone.
-
-  `params` are as `PerceiverAR(config).init` or `load_checkpoint` returns them, `dtype` is float32 or bfloat16, `step`
-  is that of training. Raises InputError if `params` are not those of `config`, or `folder` is not empty or cannot be
-  written, TransientError if it cannot be written now, such as on a full disk.
-  """
-  text = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
-  _write(epath.Path(folder), {"Model": config}, params, dtype, step, {"config.json": text.encode()})
-
-
 def export_run(
-  config: Config, params: Any, folder: epath.PathLike, *, dtype: str, step: int, metrics: Sequence[str] = ()
+  config: Config,
+  params: Any,
+  folder: epath.PathLike,
+  *,
+  dtype: str = "float32",
+  step: int = 0,
+  metrics: Sequence[str] = (),
 ) -> None:
-  """Writes a model with all settings of its run and its SentencePiece model; as `export_params`.
+  """Writes the weights of a run, its settings and its SentencePiece model to `folder`, which is new or empty.
 
-  config.json has the mesh and attention kernel of no particular machine. `metrics` are lines of the model card.
+  `params` are as `PerceiverAR(config.model).init` or `load_checkpoint` returns them, `dtype` is float32 or bfloat16,
+  `step` is that of training, and `metrics` are lines of the model card. config.json has the mesh and attention kernel
+  of no particular machine. Raises InputError if `params` are not those of `config.model`, or `folder` is not empty or
+  cannot be written, TransientError if it cannot be written now, such as on a full disk.
   """
+  _check_output(folder := epath.Path(folder))
+  require_choice("dtype", dtype, pretrained.DTYPES)
   files: dict[str, bytes] = {}
-  data, sections = config.data, {"Model": config.model, "Data": config.data, "Training": config.train}
+  data, model = config.data, config.model
   if data.sentencepiece:
     from perceiver_ar_jax.data.sources import sentencepiece_fingerprint  # imports TensorFlow
 
@@ -75,54 +71,43 @@ def export_run(
     with reading(data.sentencepiece, "set --config.data.sentencepiece to where the file is now"):
       files[name] = epath.Path(data.sentencepiece).read_bytes()
     data = dataclasses.replace(data, sentencepiece=name, sentencepiece_fingerprint=sentencepiece_fingerprint(data))
-  model = dataclasses.replace(config.model, attention=ModelConfig.attention)
-  text = dataclasses.replace(config, data=data, model=model, mesh=MeshConfig()).to_json()
-  _write(epath.Path(folder), sections, params, dtype, step, files | {"config.json": text.encode()}, metrics)
+  here = dataclasses.replace(model, attention=ModelConfig.attention)
+  files["config.json"] = dataclasses.replace(config, data=data, model=here, mesh=MeshConfig()).to_json().encode()
+  arrays = _arrays(model, params, jnp.dtype(dtype))
+  size = f"{sum(x.size for x in arrays.values()):,} parameters ({dtype})"
+  card = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {folder.name}", ""]
+  card += [f"{model.architecture} with {size}, trained for {step:,} steps with perceiver_ar_jax."]
+  card += ["config.json has all settings.", ""]
+  if metrics:
+    card += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
+    card += [*metrics, ""]
+  files["README.md"] = "\n".join([*card, _LOAD]).encode()
+  with writing(folder, _FREE), _new_folder(folder) as local:
+    for name, content in files.items():
+      (local / name).write_bytes(content)
+    save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), {"format": "perceiver_ar_jax", "step": str(step)})
+    shutil.copymode(local / "config.json", local / config_from_run.WEIGHTS)  # which safetensors keeps private
 
 
-def check_output(folder: epath.Path) -> None:
-  """Raises InputError unless `folder` does not exist or is empty."""
+def _check_output(folder: epath.Path) -> None:
+  """Raises InputError unless `folder` is local, and does not exist or is empty."""
+  require(not is_object_store(folder), f"{folder} is not a local folder: give one, and copy it.")
   with writing(folder, _FREE):
     is_free = not folder.exists() or folder.is_dir() and not any(True for _ in folder.iterdir())
     require(is_free, f"{folder} already exists and is not empty: give a new folder.")
 
 
-def _write(
-  folder: epath.Path, sections: dict[str, Any], params: Any, dtype: str, step: int, files: dict[str, bytes], metrics=()
-) -> None:
-  check_output(folder)
-  require_choice("dtype", dtype, pretrained.DTYPES)
-  arrays = _arrays(sections["Model"], params, jnp.dtype(dtype))
-  size = f"{sum(x.size for x in arrays.values()):,} parameters ({dtype})"
-  summary = f"{sections['Model'].architecture} with {size}, trained for {step:,} steps with perceiver_ar_jax."
-  card = _card(folder.name, summary, sections, metrics)
-  metadata = {"format": "perceiver_ar_jax", "step": str(step)}
-  with writing(folder, _FREE), _new_folder(folder) as local:
-    for name, content in (files | {"README.md": card.encode()}).items():
-      (local / name).write_bytes(content)
-    save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), metadata)
-    shutil.copymode(local / "config.json", local / config_from_run.WEIGHTS)  # which safetensors keeps private
-
-
 @contextlib.contextmanager
 def _new_folder(folder: epath.Path) -> Iterator[epath.Path]:
-  """Yields a temporary local folder, which becomes `folder` unless an error is raised."""
-  remote = is_object_store(folder)
-  target = folder if remote else epath.Path(os.path.abspath(folder))
-  (target if remote else target.parent).mkdir(parents=True, exist_ok=True)
-  parent = epath.Path(tempfile.gettempdir()) if remote else target.parent
-  local = parent / f".{target.name}-{uuid.uuid4().hex}"
-  local.mkdir(mode=0o700 if remote else 0o777)
+  """Yields a temporary folder, which becomes `folder` unless an error is raised."""
+  target = epath.Path(os.path.abspath(folder))
+  temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+  temporary.mkdir(parents=True)
   try:
-    yield local
-    if remote:
-      for path in sorted(local.iterdir(), key=lambda path: path.name == config_from_run.WEIGHTS):
-        with path.open("rb") as source, (target / path.name).open("wb") as copy:
-          shutil.copyfileobj(source, copy)
-    else:
-      os.replace(local, target)
+    yield temporary
+    os.replace(temporary, target)
   finally:
-    shutil.rmtree(local, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -140,38 +125,20 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
   return arrays
 
 
-def _card(name: str, summary: str, sections: dict[str, Any], metrics: Sequence[str]) -> str:
-  """The text of README.md, with the settings that are not the defaults."""
-  lines = ["---", "library_name: perceiver_ar_jax", "---", "", f"# {name}", "", summary, ""]
-  for title, section in sections.items():
-    values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
-    changed = {field.name: value for field, value in values.items() if value != field.default}
-    rows = [f"| {name} | {value} |" for name, value in changed.items() if not dataclasses.is_dataclass(value)]
-    lines += [f"## {title}", "", "| setting | value |", "|---|---|", *rows, ""]
-  if metrics:
-    lines += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
-  return "\n".join([*lines, *metrics, "", _LOAD])
-
-
 def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
-  train = config_from_run.load_config(workdir, config).train  # raises InputError if it contains no run
-  check_output(folder)
-  problem = f"The run in {workdir} has no averaged weights (train.ema_decay=0): leave out --ema."
-  require(not flags.FLAGS.ema or train.ema_decay > 0, problem)
+  config_from_run.load_config(workdir)  # raises InputError if it contains no run
+  _check_output(folder)
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   here = dataclasses.replace(config, model=model, mesh=MeshConfig())
-  averaged = flags.FLAGS.ema is not False
-  _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step, averaged=averaged)
+  _, step, params = evaluate.restore(here, workdir, flags.FLAGS.step)
   metrics = []
-  for path in sorted(workdir.glob(f"eval-*-{step}.json")) if averaged or not train.ema_decay else ():  # of the average
+  for path in sorted(workdir.glob(f"eval-*-{step}.json")):
     with contextlib.suppress(ValueError, KeyError):  # half a file, or not one of this project
       result = json.loads(path.read_text())
       result["summary"] = units.UNITS[result["unit"]].summary.format_map(result)
       columns = "| {split} | {step} | {summary} | {bits_per_token:.4f} | {accuracy:.4f} | {num_tokens:,} |"
       metrics.append(columns.format_map(result))
-  ema_decay = train.ema_decay if averaged else 0.0  # without averaging, training has the same last weights
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=ema_decay))
   export_run(config, params, folder, dtype=flags.FLAGS.dtype, step=step, metrics=metrics)
   print(f"Wrote the weights of step {step} in {flags.FLAGS.dtype} to {folder}.")
   return 0
@@ -182,6 +149,5 @@ if __name__ == "__main__":
 
   flags.DEFINE_string("output", None, "The folder to write: new or empty.")
   flags.DEFINE_enum("dtype", "float32", list(pretrained.DTYPES), "Type of the values in the file.")
-  flags.DEFINE_boolean("ema", None, "Export the averaged weights; --noema: the last ones. Default: averaged if any.")
   flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
   command_line.run(_run, required=("workdir", "output"))

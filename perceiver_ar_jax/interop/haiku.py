@@ -1,9 +1,9 @@
-"""Converts official Perceiver AR checkpoints (Haiku) to this project's parameters and checkpoints.
+"""Converts official Perceiver AR checkpoints (Haiku) to this project's parameters.
 
   python -m perceiver_ar_jax.interop.haiku --checkpoint=checkpoint.dill --config=configs/imagenet64.py --workdir=DIR
 
-writes the weights as step 0 of a run in DIR, or with --output=FOLDER as exported weights (interop/export.py). The file
-does not contain the architecture, so --config must describe the model it was trained with.
+writes the weights to DIR in the form of interop/export.py. The file does not contain the architecture, so --config must
+describe the model it was trained with.
 
 A .dill file is a pickle, a program that may call anything. Here its names stand for classes of this module alone.
 """
@@ -13,23 +13,15 @@ import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import flags
-from etils import epath
 from flax import traverse_util
 
 from perceiver_ar_jax.config import Config, InputError, ModelConfig, lookup, nearest, require
 from perceiver_ar_jax.interop import export
 from perceiver_ar_jax.models import perceiver_ar, positions
-from perceiver_ar_jax.models.architectures import architecture_of
-from perceiver_ar_jax.parallel.mesh import make_mesh
-from perceiver_ar_jax.training import checkpoint
-from perceiver_ar_jax.training import optimizer as optimizer_lib
-from perceiver_ar_jax.training import step as step_lib
-from perceiver_ar_jax.training import workdir as workdir_lib
 
 HaikuParams = Mapping[str, Mapping[str, np.ndarray]]
 # Official names of modules, by the names here.
@@ -278,39 +270,16 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
 
 
 def _run(config: Config) -> int:
-  workdir, output = flags.FLAGS.workdir, flags.FLAGS.output
-  choice = "Give either --workdir, for a run that can be trained, or --output, for a folder of weights."
-  require((workdir is None) != (output is None), choice)
-  if output:
-    export.check_output(epath.Path(output))
+  folder = flags.FLAGS.workdir
   haiku_params, trained_steps = load(flags.FLAGS.checkpoint)
-  name = config.model.architecture
-  is_official = architecture_of(config.model).has_cross_attention
-  require(is_official, f"Official checkpoints are of Perceiver AR, not of model.architecture={name}: leave it out.")
-  mesh = make_mesh(config.mesh)
-  optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
-  abstract = step_lib.abstract_state(config, optimizer, mesh)
   params, unused = convert_params(haiku_params, config.model)
   shown = ", ".join(unused[:5]) + (" and others" if len(unused) > 5 else "")
   problem = f"The checkpoint contains parameters that the model of --config does not have: {shown}"
   require(not unused, f"{problem}. Give the config of its model.")
-  given = traverse_util.flatten_dict(params, sep="/")
-  for name, leaf in traverse_util.flatten_dict(abstract.params, sep="/").items():
-    problem = f"The checkpoint's parameter {name} has shape {given[name].shape}, and with --config it has {leaf.shape}"
-    require(given[name].shape == leaf.shape, f"{problem}: give the config of its model.")
-  if output:
-    export.export_run(config, params, output, dtype="float32", step=trained_steps)
-    print(f"Wrote the weights of step {trained_steps:,} to {output}.")
-    return 0
-  folder = epath.Path(workdir)
-  require(not (folder / "checkpoints").exists(), f"--workdir={folder} already contains a run: give a new folder.")
-  with workdir_lib.own(config, folder), jax.set_mesh(mesh), checkpoint.Checkpointer(folder) as checkpointer:
-    params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract.params)
-    checkpointer.save(step_lib.init_state(config, optimizer, mesh, params), data=None)
-  print(
-    f"Wrote the weights, trained for {trained_steps:,} steps, as step 0 of {folder}. To evaluate them, run python -m"
-    " perceiver_ar_jax.main with this --config and --workdir and --mode=eval; without --mode, it trains them."
-  )
+  export.export_run(config, params, folder, step=trained_steps)
+  print(f"Wrote the weights, trained for {trained_steps:,} steps, to {folder}.")
+  print(f"Evaluate them with perceiver_ar_jax.main --workdir={folder} --mode=eval, or train them further in a new")
+  print(f"--workdir, with this --config and --config.train.init_from={folder}.")
   return 0
 
 
@@ -318,5 +287,4 @@ if __name__ == "__main__":
   from perceiver_ar_jax import command_line  # here, so that importing this module defines no flags
 
   flags.DEFINE_string("checkpoint", None, "An official checkpoint.dill.")
-  flags.DEFINE_string("output", None, "Folder to export the weights to, instead of --workdir.")
-  command_line.run(_run, required=("checkpoint",))
+  command_line.run(_run, required=("checkpoint", "workdir"))

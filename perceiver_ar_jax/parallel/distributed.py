@@ -11,7 +11,6 @@ import importlib.util
 import os
 import pathlib
 import platform
-import signal
 import sys
 import time
 import zlib
@@ -25,9 +24,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.config.checks import EXIT_TRANSIENT, for_user, require
+from perceiver_ar_jax.config import require
+from perceiver_ar_jax.config.checks import report
 
+_COMPILED = "~/.cache/perceiver_ar_jax"
 HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead, and the others exit
 
 
@@ -65,15 +65,15 @@ def _on_tpu() -> bool:
   return bool(allowed and present and importlib.util.find_spec("libtpu"))
 
 
-def cache_compiled(folder: str | None) -> None:
-  """Sets JAX's compilation cache to a folder for this kind of CPU in `folder`, unless None or JAX has one already."""
-  if folder is None or jax.config.jax_compilation_cache_dir:
+def cache_compiled() -> None:
+  """Stores compiled programs for later starts, by kind of CPU, unless JAX_COMPILATION_CACHE_DIR has been set."""
+  if jax.config.jax_compilation_cache_dir:
     return
   cpu = pathlib.Path("/proc/cpuinfo")
   lines = cpu.read_text().splitlines() if cpu.exists() else []
   flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
   name = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-  jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(folder), name))
+  jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(_COMPILED), name))
 
 
 def log(message: str) -> None:
@@ -132,15 +132,9 @@ def end_together() -> Iterator[None]:
     if jax.process_count() == 1:
       raise
     name = f"process {jax.process_index()} of {jax.process_count()}"
-    explained = for_user(error)
-    if explained:
-      print(f"Error: {' '.join(str(explained).split())} ({name})", file=sys.stderr, flush=True)
-      os._exit(1 if isinstance(explained, InputError) else EXIT_TRANSIENT)
-    if isinstance(error, KeyboardInterrupt):
-      os._exit(128 + signal.SIGINT)
-    sys.excepthook(type(error), error, error.__traceback__)
+    code = report(error)
     if isinstance(error, jax.errors.JaxRuntimeError):
       print(f"A computation failed in {name}; probably another process has died.", file=sys.stderr, flush=True)
       time.sleep(HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died
     print(f"{name} exits.", file=sys.stderr, flush=True)
-    os._exit(EXIT_TRANSIENT)
+    os._exit(code)

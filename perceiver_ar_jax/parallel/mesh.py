@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from perceiver_ar_jax.config import MESH_AXES as AXES
-from perceiver_ar_jax.config import Config, InputError, MeshConfig
+from perceiver_ar_jax.config import Config, MeshConfig
 from perceiver_ar_jax.config.checks import require
 
 _MAX_CPU_DEVICES = 8
@@ -22,31 +22,24 @@ _MALLOC = {-4: 0, -1: 2**30, -2: 2**28}  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """A mesh over `devices` (default: all); an axis of -1 gets all devices that the other axes leave.
 
-  Only mesh.across_slices spans several slices. Raises InputError if the sizes do not fit the devices or their slices.
+  Only the axis data spans several slices, which a slow network connects. Raises InputError if the sizes do not fit the
+  devices or their slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [getattr(config, axis) for axis in AXES]
   fixed = math.prod(size for size in sizes if size != -1)
   if -1 in sizes and len(devices) % fixed == 0:
     sizes[sizes.index(-1)] = len(devices) // fixed
-  shape = dict(zip(AXES, sizes))
-  if -1 in sizes or math.prod(sizes) != len(devices):
-    raise InputError(
-      f"The product of the mesh sizes {shape} must be the number of devices, {len(devices)}: change mesh.data, fsdp,"
-      " tensor or context (one of them may be -1, for the remaining devices)."
-    )
+  shape, count = dict(zip(AXES, sizes)), len(devices)
+  mistake = f"The product of the mesh sizes {shape} must be the number of devices, {count} (-1: all that remain)"
+  require(math.prod(sizes) == count, f"{mistake}: change mesh.data, fsdp, tensor or context.")
   axis_types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
-  between = [slices if axis == config.across_slices else 1 for axis in AXES]
-  if any(size % number for size, number in zip(sizes, between)):
-    raise InputError(
-      f"The {len(devices)} devices form {slices} slices, over which the axis mesh.across_slices={config.across_slices}"
-      f" of size {sizes[AXES.index(config.across_slices)]} cannot be spread: make it a multiple of {slices}."
-    )
-  within = [size // number for size, number in zip(sizes, between)]
-  grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+  mistake = f"mesh.data={sizes[0]}, the only axis that spans slices, must be a multiple of {slices}"
+  require(sizes[0] % slices == 0, f"The {count} devices form {slices} slices: {mistake}.")
+  grid = mesh_utils.create_hybrid_device_mesh([sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1], devices)
   return Mesh(grid, AXES, axis_types=axis_types)
 
 

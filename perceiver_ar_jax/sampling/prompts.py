@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -38,30 +38,36 @@ def parse(task: Task, setting: str | None) -> str | epath.Path | None:
   return epath.Path(setting.removeprefix("@")) if is_path else setting
 
 
-def find(
-  config: Config, task: Task, prompt: str | os.PathLike | None, count: int, prompt_tokens: int | None = None
-) -> list[Prompt]:
-  """Returns prompts for `count` samples, at least one: of None, "data", or a text or path as in `read`.
+def find(config: Config, task: Task, prompt: Any, count: int, prompt_tokens: int | None = None) -> list[Prompt]:
+  """Returns the prompts of `count` samples, at least one, of what Sampler.__call__ takes.
 
-  "data" reads documents of eval.split, and so does None for a task whose positions only a document has. Raises
-  InputError as `read`, or if the split has no readable document.
+  None is config.sample.prompt. Without that, a task whose positions only a document has begins with documents of
+  eval.split. Raises InputError as `read`, for a prompt of another type, and if the split has no readable document.
   """
-  if prompt is not None and prompt != DATA:
-    return given(config, task, prompt, prompt_tokens)
+
+  def given(prompt: str | os.PathLike) -> list[Prompt]:
+    return [_beginning(config, task, document, prompt_tokens, is_given=True) for document in read(task, prompt)]
+
+  if isinstance(prompt, list):  # in which "data" is a text
+    several = (given(x) if isinstance(x, str) else find(config, task, x, count, prompt_tokens) for x in prompt)
+    return list(itertools.chain.from_iterable(several))
+  if isinstance(prompt, Prompt):
+    return [prompt]
+  if isinstance(prompt, np.ndarray):
+    return [_from_events(task, prompt)]
+  prompt = parse(task, config.sample.prompt) if prompt is None else prompt
   if prompt is None and task.place is not None:
     return [Prompt(task, np.array([SOS], np.int32), task.place, task.length)]
-  documents = list(itertools.islice(splits.documents(config, config.eval.split, count), count))
-  if prompt is None:  # the document provides only the grid, of a video for example
-    prompt_tokens = 1
-  return [_beginning(config, task, document, prompt_tokens) for task, document in documents]
+  if prompt in (None, DATA):
+    num_tokens = 1 if prompt is None else prompt_tokens  # 1: the document provides only the grid
+    documents = itertools.islice(splits.documents(config, config.eval.split, count), count)
+    return [_beginning(config, task, document, num_tokens) for _, document in documents]
+  is_known = isinstance(prompt, str | os.PathLike)
+  require(is_known, f"The prompt {prompt!r} is not a text, a path or an array: give events as np.array([2, ...]).")
+  return given(prompt)
 
 
-def given(config: Config, task: Task, prompt: str | os.PathLike, prompt_tokens: int | None = None) -> list[Prompt]:
-  """Returns the prompts of a text, "data" included, or of a path; errors as `read`."""
-  return [_beginning(config, task, document, prompt_tokens, is_given=True) for document in read(task, prompt)]
-
-
-def from_events(task: Task, events: np.ndarray) -> Prompt:
+def _from_events(task: Task, events: np.ndarray) -> Prompt:
   """Returns the prompt of given events int32[n]; raises InputError if they are not events of the task."""
   is_int, size = np.issubdtype(events.dtype, np.integer), task.vocab_size
   require(bool(len(events)) and is_int, "The prompt has no events: give integers, such as SOS (2), at least one.")

@@ -10,7 +10,6 @@ computations on the device.
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,14 +19,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from perceiver_ar_jax.config import Config, InputError, SampleConfig, config_from_run, nearest, require
+from perceiver_ar_jax.config import Config, SampleConfig, config_from_run, nearest, require
 from perceiver_ar_jax.data import EOS, registry, tasks, warn_once
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.models import architectures, decode_cache
 from perceiver_ar_jax.parallel import sharding
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import generate, prompts
-from perceiver_ar_jax.training import memory, pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,24 +80,16 @@ class Sampler:
 
   @classmethod
   def from_workdir(cls, workdir: epath.PathLike, config: Config | None = None) -> "Sampler":
-    """Returns a sampler with the newest good checkpoint of a run, by default with the config of the run.
+    """Returns a sampler with the newest good checkpoint of a run or exported weights, by default with their config.
 
-    Raises InputError without a readable checkpoint, or if it is of another model than that of `config`.
+    Raises InputError without readable weights, or if they are of another model than that of `config`.
     """
     workdir = epath.Path(workdir).expanduser()
     config = config or config_from_run.load_config(workdir)
     mesh, step, params = evaluate.restore(config, workdir)
     return cls(config, params, mesh, step)
 
-  @classmethod
-  def from_pretrained(cls, folder: epath.PathLike, config: Config | None = None) -> "Sampler":
-    """Returns a sampler with exported weights (interop/export.py); where they lack all other settings, with `config`.
-
-    Raises InputError if the weights are missing, damaged, or not those of the model of the folder's config.json.
-    """
-    folder = epath.Path(folder).expanduser()
-    pretrained.check(config_from_run.load_model_config(folder), folder)
-    return cls.from_workdir(folder, config)
+  from_pretrained = from_workdir  # a folder of exported weights (interop/export.py) is used like a run
 
   def __call__(self, prompt: str | os.PathLike | np.ndarray | list | None = None, **settings) -> list[Sample]:
     """Returns samples.
@@ -126,7 +116,8 @@ class Sampler:
     for name in settings:
       require(name in known, f"Unknown setting {name!r} of a sample. {nearest(name, known)}")
     chosen = dataclasses.replace(self.config.sample, **settings)
-    given, context = self._find(prompt, chosen), self.config.model.max_context
+    given = prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
+    context = self.config.model.max_context
     require(bool(given), "The list of prompts is empty: give at least one, or None to sample without a prompt.")
     if isinstance(prompt, list) and "num_samples" not in settings:
       chosen = dataclasses.replace(chosen, num_samples=len(given))
@@ -135,21 +126,6 @@ class Sampler:
       warn_once.warn_once("shortened", f"{problem}: the model sees its newest ones, at most {context:,}", "prompt")
     rows = [_Row(given[index % len(given)], chosen.length, context) for index in range(chosen.num_samples)]
     return self._generate(rows, chosen)
-
-  def _find(self, prompt, chosen: SampleConfig) -> list[prompts.Prompt]:
-    if isinstance(prompt, prompts.Prompt):
-      return [prompt]
-    if isinstance(prompt, np.ndarray):
-      return [prompts.from_events(self.task, prompt)]
-    if isinstance(prompt, list):
-      convert = functools.partial(prompts.given, self.config, self.task, prompt_tokens=chosen.prompt_tokens)
-      several = (convert(each) if isinstance(each, str) else self._find(each, chosen) for each in prompt)
-      return list(itertools.chain.from_iterable(several))
-    if prompt is None:
-      prompt = prompts.parse(self.task, chosen.prompt)
-    if not isinstance(prompt, (str, os.PathLike, type(None))):
-      raise InputError(f"The prompt {prompt!r} is not a text, a path or an array: give events as np.array([2, ...]).")
-    return prompts.find(self.config, self.task, prompt, chosen.num_samples, chosen.prompt_tokens)
 
   def _generate(self, rows: list["_Row"], chosen: SampleConfig) -> Iterator[list[Sample]]:
     for first in range(0, len(rows), chosen.batch_size):
@@ -188,17 +164,6 @@ class Sampler:
       for row, tokens_T in zip(rows, np.asarray(tokens_BxT)):
         row.add(tokens_T)
       yield
-
-  def bytes_per_device(self, params) -> int:
-    """Compiles for a batch of the config; returns its bytes on each device beside `params` (abstract or not)."""
-    chosen = self.config.sample
-    (prompt, *_) = prompts.find(self.config, self.task, chosen.prompt, 1, chosen.prompt_tokens)
-    rows = self._padded([_Row(prompt, None, self.config.model.max_context)], chosen.batch_size)
-    with jax.set_mesh(self.mesh):
-      begin = self._begin.lower(params, *self._begin_arguments(rows, 1, 0)).compile()
-      draw = self._draw.lower(params, begin.out_info, *self._draw_arguments(rows, chosen, 0)).compile()
-    begin_bytes, draw_bytes = map(memory.bytes_beside_arguments, (begin, draw))
-    return max(begin_bytes, sharding.bytes_per_device(begin.out_info) + draw_bytes)
 
   def _padded(self, rows: list["_Row"], batch_size: int) -> list["_Row"]:
     """Returns the rows, filled up to a batch that the mesh divides with rows that have ended."""

@@ -155,13 +155,11 @@ class Checkpointer(contextlib.AbstractContextManager):
     require(not damaged, f"{problem}; none was moved. Put back a good copy, or start over with another --workdir.")
     return None
 
-  def restore_params(
-    self, abstract_params: dict, step: int | None = None, *, averaged: bool = True
-  ) -> tuple[int, dict] | None:
+  def restore_params(self, abstract_params: dict, step: int | None = None) -> tuple[int, dict] | None:
     """Returns (step, weights) of the checkpoint of `step` (None: the newest), or None where no checkpoint exists.
 
-    If it has averaged weights, returns these unless `averaged` is False. Raises as `restore`, also if it is damaged (an
-    older one is never used instead) or is not one of those kept.
+    If it has averaged weights, returns these. Raises as `restore`, also if it is damaged (an older one is never used
+    instead) or is not one of those kept.
     """
     steps = self._steps()
     if not steps:
@@ -170,7 +168,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     require(step in steps, f"{self._directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     try:
       has_average = self._read_on_all(step, (self._directory / str(step) / "ema").exists)
-      name = "ema" if averaged and has_average else "params"
+      name = "ema" if has_average else "params"
       return step, self._restore_step(step, {name: abstract_params}, None)[name]
     except _Damaged as error:
       problem = f"The checkpoint of step {step} in {self._directory} is damaged: {error}. An older one is not used"

@@ -1,4 +1,4 @@
-"""Writes the metrics of a run to metrics.jsonl, TensorBoard, the terminal, and a tracker if one is set.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and the terminal.
 
 Lines are appended to metrics.jsonl as they are logged; object stores (gs://) cannot append, so there the whole file is
 written at each flush, that is, with each checkpoint.
@@ -7,22 +7,17 @@ written at each flush, that is, with each checkpoint.
 import contextlib
 import functools
 import html
-import importlib
 import json
 import math
-import os
-import secrets
 import sys
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-import tqdm
 from clu import metric_writers
 from etils import epath
 
-from perceiver_ar_jax.config import Config, InputError, checks, writing
+from perceiver_ar_jax.config import Config, writing
 from perceiver_ar_jax.config.config_from_run import flatten
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.training.workdir import is_object_store, write_atomically
@@ -37,49 +32,6 @@ def read_entries(workdir: epath.Path) -> list[dict]:
   return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
-def import_tracker(name: str) -> types.ModuleType | None:
-  """Returns the package of train.tracker, None for "none"; raises InputError if it is not installed."""
-  with contextlib.suppress(ImportError):
-    package = importlib.import_module(name) if name != "none" else None
-    if package is None or hasattr(package, "init"):  # a folder of this name is imported, too
-      return package
-  fix = f"pip install -e '.[{name}]', or train with --config.train.tracker=none"
-  raise InputError(f"train.tracker={name} needs the package {name}, which is not installed: {fix}.")
-
-
-@contextlib.contextmanager
-def track(package: types.ModuleType | None, workdir: epath.Path, config: Config) -> Iterator[Callable]:
-  """A context whose function (step, metrics) sends metrics, from process 0, to the run of WORKDIR/tracker_id.
-
-  Any failure of the tracker ends tracking and not training.
-  """
-  run, path = None, workdir / "tracker_id"
-
-  def attempt(call: Callable, *arguments, **named):
-    nonlocal run
-    try:
-      return call(*arguments, **named)
-    except Exception as error:  # of a service that training does not need
-      run, problem = None, f"{type(error).__name__}: {checks.one_line(error)}"
-      tqdm.tqdm.write(f"Warning: the tracker failed; training continues without it ({problem}).", file=sys.stderr)
-
-  if package is not None and jax.process_index() == 0:
-    with writing(path, "give this user write access"):
-      if not path.exists():
-        write_atomically(path, secrets.token_hex(4))
-      run_id = path.read_text()
-    settings = {"config": json.loads(config.to_json()), "resume": "allow", "name": f"{workdir.name}-{run_id}"}
-    if package.__name__ == "wandb":  # trackio identifies runs by their names
-      folder = None if is_object_store(workdir) else os.fspath(workdir)
-      settings |= {"id": run_id, "dir": folder, "allow_val_change": True}
-    project = os.environ.get(f"{package.__name__.upper()}_PROJECT", "perceiver_ar_jax")
-    run = attempt(package.init, project=project, **settings)
-  try:
-    yield lambda step, metrics: run and attempt(run.log, metrics, step=step)
-  finally:
-    run and attempt(run.finish)
-
-
 class MetricsLog(contextlib.AbstractContextManager):
   """A context that writes the metrics of one run, from process 0; other processes write nothing.
 
@@ -87,8 +39,8 @@ class MetricsLog(contextlib.AbstractContextManager):
   nats / ln 2, such as bits/dim. Raises InputError or TransientError, as do its methods, if the file cannot be written.
   """
 
-  def __init__(self, workdir: epath.Path, config: Config, first_step: int, bits_name: str, track: Callable):
-    self._writes, self._bits_name, self._track = jax.process_index() == 0, bits_name, track
+  def __init__(self, workdir: epath.Path, config: Config, first_step: int, bits_name: str):
+    self._writes, self._bits_name = jax.process_index() == 0, bits_name
     self._path, self._is_object = workdir / "metrics.jsonl", is_object_store(workdir)
     self._writing = functools.partial(writing, self._path, "give this user write access")
     if self._writes:
@@ -107,7 +59,7 @@ class MetricsLog(contextlib.AbstractContextManager):
     self._bar.update()
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Appends {"step": step, **metrics} to metrics.jsonl and the scalars to TensorBoard and the tracker."""
+    """Appends {"step": step, **metrics} to metrics.jsonl and the scalars to TensorBoard."""
     if self._writes:
       finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN or infinity
       self._lines.append(json.dumps({"step": step, **finite}) + "\n")
@@ -115,7 +67,6 @@ class MetricsLog(contextlib.AbstractContextManager):
         with self._writing(), self._path.open("a") as file:
           file.write(self._lines.pop())
       self._tensorboard.write_scalars(step, finite)
-      self._track(step, finite)
 
   def write_samples(self, step: int, samples: Sequence[str | np.ndarray]) -> None:
     """Writes texts and images uint8[height, width, 3] to TensorBoard."""

@@ -7,11 +7,9 @@ through all groups between cross-attentions.
 
 import contextlib
 import itertools
-import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -57,20 +55,27 @@ def parameters(config: ModelConfig) -> list[Parameter]:
   return result
 
 
-def check(config: ModelConfig, folder: epath.PathLike) -> None:
-  """Raises InputError unless the folder contains the parameters of `config`; reads no values."""
-  with _open(config, epath.Path(folder)):
-    pass
-
-
 def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
   """Returns (step, parameters as a tree of float32 NumPy arrays).
 
   Raises InputError if they are missing, damaged or not those of `config`, TransientError if they may be read later.
   """
-  arrays = {}
-  with _open(config, epath.Path(folder)) as (file, step, expected):
-    for each in expected:
+  path, arrays = epath.Path(folder) / config_from_run.WEIGHTS, {}
+  require(path.is_file(), f"{folder} contains no {path.name}: give a folder that interop.export wrote.")
+  with contextlib.ExitStack() as stack, reading(path, "give this user access"):
+    local = path
+    if is_object_store(path):
+      local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
+      with path.open("rb") as source, local.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    try:
+      file = stack.enter_context(safetensors.safe_open(local, framework="np"))
+      names = list(file.keys())
+      types = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names}
+      step = int((file.metadata() or {}).get("step", "0"))
+    except (safetensors.SafetensorError, ValueError) as error:
+      raise InputError(f"{path} is damaged, or not a safetensors file ({checks.one_line(error)}): {_AGAIN}.") from error
+    for each in _check(path, config, types):
       values = [np.asarray(file.get_tensor(name)).astype(np.float32) for name in each.names]
       arrays[each.path] = np.stack(values) if each.is_stacked else values[0]
   return step, traverse_util.unflatten_dict(arrays, sep="/")
@@ -85,59 +90,22 @@ def restore(config: ModelConfig, folder: epath.PathLike, abstract_params: dict) 
 
 def load(folder: epath.PathLike) -> tuple[ModelConfig, dict]:
   """Returns (the model's settings, its parameters on the default device); raises as `read`."""
-  config = config_from_run.load_model_config(folder)
+  config = config_from_run.load_config(folder).model
   return config, jax.tree.map(jnp.asarray, read(config, folder)[1])
 
 
-@contextlib.contextmanager
-def _open(config: ModelConfig, folder: epath.Path) -> Iterator[tuple]:
-  """Yields (the opened file, its step, the parameters of `config`); raises as `read`."""
-  path = folder / config_from_run.WEIGHTS
-  fix = "give a folder that perceiver_ar_jax.interop.export wrote"
-  require(path.exists() and not path.is_dir(), f"{folder} contains no {path.name}: {fix}.")
-  with contextlib.ExitStack() as stack, reading(path, "give this user access"):
-    local = path
-    if is_object_store(path):
-      local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
-      with path.open("rb") as source, local.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    try:
-      file = stack.enter_context(safetensors.safe_open(local, framework="np"))
-      names = list(file.keys())
-      types = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names}
-      step = (file.metadata() or {}).get("step", "0")
-    except (safetensors.SafetensorError, ValueError) as error:
-      raise InputError(f"{path} is damaged, or not a safetensors file ({checks.one_line(error)}): {_AGAIN}.") from error
-    try:
-      require(bool(re.fullmatch(r"\d{1,15}", step)), f"its step {step[:40]!r} is not a number")
-      expected = _check(config, types)
-    except InputError as error:
-      raise InputError(f"{path} does not fit the model of its config.json: {error}. Please {_AGAIN}.") from error
-    yield file, int(step), expected
-
-
-def _check(config: ModelConfig, actual: dict[str, tuple[str, tuple[int, ...]]]) -> list[Parameter]:
-  """Returns the parameters of `config`; raises InputError unless they are `actual`, types and shapes in the file.
-
-  The message continues a sentence.
-  """
-  # A model larger than the file is refused first: listing its parameters would take time and memory.
-  largest = max((math.prod(shape) for _, shape in actual.values()), default=0)
-  for name in "vocab_size latent_width embed_width cross_attend_width mlp_widening conv_taps value_features".split():
-    value = getattr(config, name) or 0
-    is_listed_quickly = value <= max(largest, 4096)
-    require(is_listed_quickly, f"its largest parameter has {largest:,} values, and model.{name} is {value}")
-  number, most = len(set(config.cross_attend_after)), len(actual)
-  for count, limit, kind in ((config.num_layers, most + 1000, "layers"), (number, most, "cross-attentions")):
-    require(count <= limit, f"it has {most:,} parameters for {count:,} {kind}")
+def _check(path: epath.Path, config: ModelConfig, actual: dict[str, tuple[str, tuple[int, ...]]]) -> list[Parameter]:
+  """Returns the parameters of `config`; raises InputError unless they are `actual`, types and shapes in the file."""
+  wrong = f"{path} does not fit the model of its config.json: it"
   expected = parameters(config)
   shapes = {name: each.shape for each in expected for name in each.names}
   for problem, names in (("lacks", shapes.keys() - actual.keys()), ("has unknown", actual.keys() - shapes.keys())):
     shown = ", ".join(repr(name[:80])[1:-1] for name in sorted(names)[:3])  # without line ends
     rest = f" and {len(names) - 3} others" if len(names) > 3 else ""
-    require(not names, f"it {problem} parameters {shown}{rest}")
+    require(not names, f"{wrong} {problem} parameters {shown}{rest}. Please {_AGAIN}.")
   for name, (dtype, shape) in actual.items():
-    require(shape == shapes[name], f"its parameter {name} has shape {shape}, and the model's has {shapes[name]}")
-    known = ", ".join(DTYPES)
-    require(dtype in DTYPES.values(), f"its parameter {name} is of type {dtype}, which is not one of {known}")
+    problem = f"{wrong}s parameter {name}"
+    require(shape == shapes[name], f"{problem} has shape {shape}, and the model's has {shapes[name]}. Please {_AGAIN}.")
+    known = " or ".join(DTYPES)
+    require(dtype in DTYPES.values(), f"{problem} is of type {dtype} instead of {known}. Please {_AGAIN}.")
   return expected

@@ -21,24 +21,23 @@ from perceiver_ar_jax.config import Config, InputError, require, writing
 from perceiver_ar_jax.config.config_from_run import WEIGHTS, flatten, load_config
 
 _RESUMABLE = tuple(
-  "attention_map. compilation_cache eval. mesh. plan. sample. model.attention model.logits_chunk model.remat"
+  "attention_map. eval. mesh. plan. sample. model.attention model.logits_chunk model.remat"
   " train.checkpoint_every train.keep_checkpoints train.log_every train.max_skipped train.microbatches"
   " train.on_nonfinite train.optimizer.clip_norm train.optimizer.decay_steps train.optimizer.end_learning_rate"
-  " train.optimizer.learning_rate train.init_from train.profile_at train.steps train.tracker"
+  " train.optimizer.learning_rate train.init_from train.profile_at train.steps"
   # Paths of the data, which the pipeline compares with the data before, and of the SentencePiece model, whose
   # fingerprint is compared instead.
   " data.data_dir data.files data.sentencepiece data.validation_files".split()
 )
 """Beginnings of the settings that may change when a run resumes; any other change would make it another experiment."""
 _SAME_WEIGHTS = tuple(
-  "attention_map. compilation_cache data. eval. mesh. plan. sample. seed train. model.attention"
+  "attention_map. data. eval. mesh. plan. sample. seed train. model.attention"
   " model.cross_attend_dropout model.dropout model.dtype model.latent_dropout model.logits_chunk model.memory"
   " model.num_latents model.remat model.segment".split()
 )
 """Beginnings of the settings under other values of which trained weights keep their meaning."""
 _SAME_INITIAL_WEIGHTS = (*_SAME_WEIGHTS, "model.max_context", "model.zero_init")
 """Likewise for weights that training starts from; the longest wavelength, which depends on max_context, is compared."""
-_DATA = tuple(f"data.{name}" for name in "task files split_by validation_files validation_fraction".split())
 _FINGERPRINT = "data.sentencepiece_fingerprint"  # always compared: it decides what token ids mean
 
 
@@ -51,19 +50,15 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
   """
   with writing(f"--workdir={workdir}", "give a folder that you may write to"):
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".writable-{jax.process_index()}-{os.getpid()}"
-    probe.touch()
-    probe.unlink()
   with contextlib.nullcontext() if jax.process_index() else _locked(workdir):
     path = workdir / "config.json"
     saved = load_config(workdir) if path.exists() and has_checkpoints(workdir) else None
-    fix = f"give a new --workdir, with --config.train.init_from={workdir}"
     is_run = saved is not None or not (workdir / WEIGHTS).exists()
-    require(is_run, f"--workdir={workdir} contains exported weights, which training would not resume: {fix}.")
+    fix = f"to train them, give a new --workdir with --config.train.init_from={workdir}"
+    require(is_run, f"--workdir={workdir} contains exported weights: {fix}.")
     config = _with_fingerprint(config, saved)
     changed = saved and _differences(flatten(config), flatten(saved), ignored=_RESUMABLE)
-    fix = "Use its settings, or another --workdir."
-    require(not changed, f"--workdir={workdir} contains the checkpoints of another config: {changed}. {fix}")
+    require(not changed, f"--workdir={workdir} contains the checkpoints of another config: {changed}. Use another.")
     if jax.process_index():
       yield lambda: None
       return
@@ -81,17 +76,10 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
 
 
 def check_model(config: Config, workdir: epath.Path) -> None:
-  """Raises InputError unless the weights of `workdir`, and token ids and positions, have the same meaning in `config`.
-
-  Prints a line if the data differ from the training data.
-  """
-  saved = load_config(workdir, config)
+  """Raises InputError unless weights, token ids and positions have the same meaning in `config` as in `workdir`."""
+  saved = load_config(workdir)
   config = _with_fingerprint(config, saved)
-  new, old = flatten(config), flatten(saved)
-  if jax.process_index() == 0 and (data := [name for name in _DATA if new[name] != old[name]]):
-    hint = "(Without --config, the settings of the run are used.)"
-    print(f"The data differ from the training data of {workdir}: {', '.join(data)} differ. {hint}")
-  changed = _differences(new, old, ignored=_SAME_WEIGHTS)
+  changed = _differences(flatten(config), flatten(saved), ignored=_SAME_WEIGHTS)
   require(not changed, f"--workdir={workdir} contains another model: {changed}. Use the config it was trained with.")
   if config.data == saved.data:
     return
@@ -113,7 +101,7 @@ def has_checkpoints(workdir: epath.Path) -> bool:
 
 def check_initial_weights(config: Config, folder: epath.PathLike) -> None:
   """Raises InputError unless exported weights have the same meaning, and the same SentencePiece model, in `config`."""
-  saved = load_config(folder, config)
+  saved = load_config(folder)
   new, old = flatten(_with_fingerprint(config, saved)), flatten(saved)
   if "rotary" in config.model.position_encoding.split("+") and not config.model.rotary_axes:
     wavelength = "model.rotary_max_wavelength"
