@@ -6,6 +6,7 @@ mistakes are answered at once.
 
 import argparse
 import contextlib
+import glob
 import importlib.metadata
 import io
 import os
@@ -95,6 +96,10 @@ def _resolve(argv: list[str], required: tuple[str, ...]) -> config_lib.Config:
   checks.require(not others, f"Unexpected argument {others!r}: every setting is a flag, --config.name=value.")
   for name in ("config", *required):
     checks.require(flags.FLAGS[name].value is not None, f"--{name} is missing. {flags.FLAGS[name].help}")
+  for name, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
+    if name.removeprefix("data.") in config_lib.DATA_PATHS and value and "://" not in value:
+      exists = glob.has_magic(value) or os.path.exists(os.path.expanduser(value))
+      checks.require(exists, f"--config.{name}={value} does not exist: give an existing file or folder.")
   try:
     return config_lib.resolve(_CONFIG.value)
   except _UNLOADABLE as error:  # raised when the config is first read

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from perceiver_ar_jax.config.checks import InputError, TransientError, lookup, nearest, reading, require, writing
-from perceiver_ar_jax.config.data import HELD_OUT_BY_NAME, IMAGE_ORDERS, DataConfig
+from perceiver_ar_jax.config.data import DATA_PATHS, HELD_OUT_BY_NAME, IMAGE_ORDERS, DataConfig
 from perceiver_ar_jax.config.evaluation import AttentionMapConfig, EvalConfig, SampleConfig
 from perceiver_ar_jax.config.model import ModelConfig
 from perceiver_ar_jax.config.training import MESH_AXES, MeshConfig, OptimizerConfig, PlanConfig, TrainConfig

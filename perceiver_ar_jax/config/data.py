@@ -5,7 +5,7 @@ import os
 
 from perceiver_ar_jax.config.checks import require, require_at_least, require_choice
 
-_PATHS = ("data_dir", "files", "validation_files", "sentencepiece")
+DATA_PATHS = ("data_dir", "files", "validation_files", "sentencepiece")
 HELD_OUT_BY_NAME = "(files held out by a hash of their names)"
 """`validation_files` of older runs, which cannot be found any more."""
 IMAGE_ORDERS = ("pixel_raster", "rgb_planes")
@@ -62,7 +62,7 @@ class DataConfig:
   """Maximum number of encoded records in the shuffle buffer, and of 32 MiB; every checkpoint contains the buffer."""
 
   def __post_init__(self):
-    for name in _PATHS:
+    for name in DATA_PATHS:
       if getattr(self, name) is not None:
         object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
     counts = ("min_crop", "packing", "shards", "shuffle_buffer", "image_size", "codebook_size", "code_levels")
