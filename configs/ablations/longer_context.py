@@ -1,7 +1,7 @@
 """With the recipe for small models, does a longer context lower the loss, at equal latents?
 
 As context.py, but with the recipe of recipe.py, whose convolution taps let a latent find an input by those before it:
-64 latents, 500 steps of 2,048 targets for each context; evaluation windows advance by 32 tokens.
+64 latents, 300 steps of 2,048 targets for each context; evaluation windows advance by 32 tokens.
 """
 
 from configs.ablations import recipe
@@ -16,7 +16,7 @@ VARIANTS = {
 def get_config(variant="512"):
   config = recipe.get_config("all")
   config.model.max_context = int(variant)
-  config.train.update(steps=500, checkpoint_every=250)
-  config.train.optimizer.update(warmup_steps=30, decay_steps=300)
-  config.eval.update(every=250, stride=32)
+  config.train.update(steps=300, checkpoint_every=300)
+  config.train.optimizer.update(warmup_steps=30, decay_steps=200)
+  config.eval.update(every=150, stride=32)
   return config

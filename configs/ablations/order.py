@@ -24,6 +24,6 @@ def get_config(variant="raster-full"):
   config = photos32.get_config()
   config.model.update(max_context=3072 if context == "full" else 512, num_latents=256)
   config.data.update(task="photos32" if order == "raster" else "photos32_rgb_planes", min_crop=257)
-  config.train.update(steps=200, checkpoint_every=100)
-  config.eval.update(stride=256, every=100, max_sequences=32, num_samples=0)
+  config.train.update(steps=120, checkpoint_every=120)
+  config.eval.update(stride=256, every=60, max_sequences=32, num_samples=0)
   return config
