@@ -25,5 +25,6 @@ def get_config(variant="raster-full"):
   config.model.update(max_context=3072 if context == "full" else 512, num_latents=256)
   config.data.update(task="photos32" if order == "raster" else "photos32_rgb_planes", min_crop=257)
   config.train.update(steps=120, checkpoint_every=120)
+  config.train.optimizer.learning_rate = 1.6e-2
   config.eval.update(stride=256, every=60, max_sequences=32, num_samples=0)
   return config
