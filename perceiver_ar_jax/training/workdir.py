@@ -58,7 +58,7 @@ def own(config: Config, workdir: epath.Path) -> Iterator[Callable[[], None]]:
     require(is_run, f"--workdir={workdir} contains exported weights: {fix}.")
     config = _with_fingerprint(config, saved)
     changed = saved and _differences(flatten(config), flatten(saved), ignored=_RESUMABLE)
-    require(not changed, f"--workdir={workdir} contains the checkpoints of another config: {changed}. Use another.")
+    require(not changed, f"--workdir={workdir} contains the checkpoints of another config: {changed}: give a new one.")
     if jax.process_index():
       yield lambda: None
       return
