@@ -120,7 +120,7 @@ def main():
   parser.add_argument("--context", type=int, required=True)
   parser.add_argument("--steps", type=int, default=7)
   parser.add_argument("--seconds", type=float, default=60.0)
-  parser.add_argument("--generate", type=int, default=0, help="measure the cached sampler on so many tokens instead")
+  parser.add_argument("--generate", type=int, default=0, help="measure the cached sampler on N tokens instead")
   arguments = parser.parse_args()
   _restore_old_names()
   sys.path.insert(0, arguments.path)

@@ -8,7 +8,7 @@ Here: photographs of 32x32 pixels, 3 layers of width 64, 512 latents of 3,072 in
 paper's model has learned tables only, and Adam. Muon and Adam have two learning rates each, the recipe three. Each run
 had one core that it partly shared, so compare FLOPs rather than seconds.
 
-Result: in so few steps Adam hardly begins to learn. Muon ends 11% below it at the better of two rates for each, which
+Result: within 100 steps Adam hardly begins to learn. Muon ends 11% below it at the better of two rates for each, which
 is the higher one for both. Features of values lower the loss by 17%, rotary positions by 2%, both by 21%, and twice the
 learning rate by another 7%. The options that help on text do not help here: normalised queries and keys change nothing,
 taps cost 1.1%, zero initialisation 4%. A plain Transformer of 512 inputs ends 1.4% below the recipe at the same rate,
