@@ -39,7 +39,8 @@ def image_files():
   """{name: content} of one small picture in many formats and modes."""
   random = np.random.default_rng(0)
   picture = PIL.Image.fromarray(random.integers(0, 256, (12, 16, 4), np.uint8), "RGBA")
-  variants = [(name, mode, {}) for name in images._FORMATS for mode in ("L", "RGB", "RGBA", "P", "1", "F", "I;16")]
+  formats = "PNG JPEG WEBP AVIF JPEG2000 BMP DIB GIF TIFF PPM TGA DDS QOI PCX SGI PSD".split()
+  variants = [(name, mode, {}) for name in formats for mode in ("L", "RGB", "RGBA", "P", "1", "F", "I;16")]
   variants += [("JPEG", "RGB", {"progressive": True}), ("JPEG", "CMYK", {}), ("GIF", "P", {"save_all": True})]
   variants += [("TIFF", "RGB", {"compression": name}) for name in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")]
   variants += [("DDS", "RGBA", {"pixel_format": name}) for name in ("DXT1", "DXT5", "BC5")]

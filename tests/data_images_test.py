@@ -31,43 +31,22 @@ def load(content, size=2):
 
 
 @pytest.mark.parametrize(
-  ("values", "file_format", "expected"),
-  {
-    "16 bits": (np.array([[0, 16384], [32768, 65535]], np.uint16), "PNG", [[0, 64], [128, 255]]),
-    "16 bits, a TIFF": (np.array([[0, 16384], [32768, 65535]], np.uint16), "TIFF", [[0, 64], [128, 255]]),
-    "16 bits, big-endian": (np.array([[0, 16384], [32768, 65535]], ">u2"), "TIFF", [[0, 64], [128, 255]]),
-    "16 bits of 0..255": (GRAY.astype(np.uint16), "PNG", GRAY.tolist()),
-    "32 bits of 0..255": (GRAY.astype(np.int32), "TIFF", GRAY.tolist()),
-    "32 bits of 0..65535": (np.array([[0, 16384], [32768, 65535]], np.int32), "TIFF", [[0, 64], [128, 255]]),
-    "a mask of 0 and 1": (np.array([[0, 1], [1, 0]], np.int32), "TIFF", [[0, 255], [255, 0]]),
-    "all black": (np.zeros((2, 2), np.int32), "TIFF", [[0, 0], [0, 0]]),
-    "fractions": ((GRAY / 255).astype(np.float32), "TIFF", GRAY.tolist()),
-    "whole floats": (GRAY.astype(np.float32), "TIFF", GRAY.tolist()),
-    "a float map": ((GRAY / 255).astype(np.float32), "PPM", GRAY.tolist()),
-    "16 bits, a graymap": (np.array([[0, 16384], [32768, 65535]], np.int32), "PPM", [[0, 64], [128, 255]]),
-  }.values(),
+  ("values", "file_format"),
+  [
+    (np.array([[0, 16384], [32768, 65535]], np.uint16), "PNG"),
+    (np.array([[0, 16384], [32768, 65535]], ">u2"), "TIFF"),
+    (GRAY.astype(np.int32), "TIFF"),
+    ((GRAY / 255).astype(np.float32), "TIFF"),
+    ((GRAY / 255).astype(np.float32), "PPM"),
+  ],
 )
-def test_wide_values_keep_their_shades(values, file_format, expected):
-  pixels = load(encode(values, file_format))
-  assert pixels[..., 0].tolist() == expected
-  assert (pixels == pixels[..., :1]).all(), "gray has become a color"
+def test_gray_of_more_than_8_bits_is_refused_with_the_fix(values, file_format):
+  with pytest.raises(Unreadable, match="a picture is not an image that can be read .*more than 8 bits.*: convert it"):
+    load(encode(values, file_format))
 
 
-@pytest.mark.parametrize(
-  "values",
-  {
-    "negative": np.array([[-5, 0], [100, 200]], np.int32),
-    "12 bits in 16": np.array([[0, 1000], [2000, 4095]], np.uint16),
-    "more than 16 bits": np.array([[0, 1], [2, 2**20]], np.int32),
-    "linear light above white": np.array([[0, 0.5], [1.0, 3.7]], np.float32),
-    "fractions between whole numbers": np.array([[0, 0.5], [100.25, 200]], np.float32),
-    "NaN": np.array([[0, 0.5], [np.nan, 1]], np.float32),
-    "infinite": np.array([[0, 0.5], [np.inf, 1]], np.float32),
-  }.values(),
-)
-def test_values_of_unknown_range_are_refused_with_their_range(values):
-  with pytest.raises(Unreadable, match="a picture has values from .* to .*: store 8 bits"):
-    load(encode(values, "TIFF"))
+def test_gray_of_8_bits_is_read():
+  assert load(encode(GRAY))[..., 0].tolist() == GRAY.tolist()
 
 
 # Transparency
@@ -137,11 +116,6 @@ def test_files_of_these_endings_are_read(ending):
   assert np.abs(load(encode(pixels, FORMATS[ending])).astype(int) - pixels[::16, ::16]).max() <= 4
 
 
-def test_endings_are_those_of_formats_that_are_tried():
-  known = PIL.Image.registered_extensions()
-  assert {known[ending] for ending in images.SUFFIXES if ending in known} == set(images._FORMATS)
-
-
 def test_of_an_animation_the_first_frame_is_read():
   frames = [PIL.Image.fromarray(np.full((2, 2, 3), value, np.uint8)) for value in (50, 250)]
   for file_format in ("GIF", "PNG", "WEBP", "TIFF"):
@@ -159,8 +133,8 @@ def test_pictures_are_turned_upright():
 # What cannot be read
 
 
-def test_an_empty_file_is_called_empty():
-  with pytest.raises(Unreadable, match="a picture is empty"):
+def test_an_empty_file_is_refused():
+  with pytest.raises(Unreadable, match="a picture is not an image that can be read"):
     load(b"")
 
 

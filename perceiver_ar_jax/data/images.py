@@ -21,9 +21,7 @@ SUFFIXES = tuple(
   ".png .apng .jpg .jpeg .jpe .jfif .webp .avif .jp2 .j2k .jpx .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .tga"
   " .dds .qoi .pcx .sgi .psd".split()
 )
-"""Endings of the pictures in a folder."""
-_FORMATS = "PNG JPEG WEBP AVIF JPEG2000 BMP DIB GIF TIFF PPM TGA DDS QOI PCX SGI PSD".split()
-"""Pillow's names of the formats above. Others are not tried: some start programs, such as Ghostscript for EPS."""
+"""Endings of pictures in a folder. Other formats are not tried: some start programs, such as Ghostscript for EPS."""
 _BACKGROUND = "white"  # background of transparent pixels, whose own colors are not meant to be visible
 
 
@@ -40,48 +38,23 @@ def load(content: bytes, name: str, size: int) -> np.ndarray:
   """Returns the picture uint8[size, size, 3] in an image file: upright, its central square, shrunk by averaging areas.
 
   Transparent parts show white. Of an animation, the first frame is read. Raises Unreadable, with `name`, if Pillow
-  cannot read it, or its values have no known range.
+  cannot read it, or if it is gray with more than 8 bits per pixel: such files do not say which value is white.
   """
-  if not content:
-    raise Unreadable(f"{name} is empty")
-  PIL.Image.init()
+  endings = PIL.Image.registered_extensions()
+  formats = [endings[ending] for ending in SUFFIXES if endings.get(ending) in PIL.Image.OPEN]  # of the installed Pillow
   try:
-    formats = [known for known in _FORMATS if known in PIL.Image.OPEN]  # those that the installed Pillow knows
     with PIL.Image.open(io.BytesIO(content), formats=formats) as image:
+      if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode} has more than 8 bits per pixel: convert it")
       image.draft("RGB", (size, size))  # JPEG decoders can shrink while they decode, which saves most of the time
-      image = _to_rgb(PIL.ImageOps.exif_transpose(image), name)
-    return np.asarray(PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BOX))
-  except Unreadable:
-    raise
+      image = PIL.ImageOps.exif_transpose(image)
+      if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, _BACKGROUND), image)
+    return np.asarray(PIL.ImageOps.fit(image.convert("RGB"), (size, size), method=PIL.Image.Resampling.BOX))
   except Exception as error:  # Decoders raise nearly every class for damaged files.
     reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({str(error) or type(error).__name__})"
     raise Unreadable(f"{name} is not an image that can be read{reason}") from error
-
-
-def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-  if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which Pillow would clip at 255
-    return PIL.Image.fromarray(_to_8_bits(np.asarray(image), name)).convert("RGB")
-  if image.has_transparency_data:
-    image = image.convert("RGBA")
-    image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, _BACKGROUND), image)
-  return image.convert("RGB")
-
-
-def _to_8_bits(values_HxW: np.ndarray, name: str) -> np.ndarray:
-  """Returns uint8[H, W] of the integers or floating-point numbers of a gray picture.
-
-  Files do not say which value is white: it is 1, 255 or 65535, the first that no value exceeds. Doubtful pictures are
-  refused: fractions above 1 (linear light), integers of 9 to 12 bits (from a sensor, or of a very dark picture).
-  """
-  low, high = values_HxW.min(), values_HxW.max()
-  is_whole = np.array_equal(values_HxW, np.rint(values_HxW))  # false if there are NaNs
-  if 0 <= low and high <= 1:
-    return np.rint(values_HxW * 255.0).astype(np.uint8)
-  if 0 <= low and is_whole and (high <= 255 or 4096 <= high <= 65535):
-    return (values_HxW // (1 if high <= 255 else 256)).astype(np.uint8)
-  raise Unreadable(
-    f"{name} has values from {low} to {high}, which do not show what is white: store 8 bits, 16 bits or 0..1"
-  )
 
 
 @functools.lru_cache(maxsize=4)
