@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import DataConfig
-from perceiver_ar_jax.data import music, tasks
+from perceiver_ar_jax.data import midi, tasks
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.music import Note
 
@@ -15,7 +15,7 @@ CASES = 250
 MAX_BYTES = 8 * 2**20
 """What reading a small file may allocate. The longest piece of music, a day, is 86,400 time shifts."""
 
-MIDI = music.to_midi([Note(50 + place, 80, place / 4, place / 4 + 0.3) for place in range(12)])
+MIDI = midi.write([Note(50 + place, 80, place / 4, place / 4 + 0.3) for place in range(12)])
 CODES = np.arange(60).reshape(30, 2) % 16
 VIDEO = CODES.reshape(5, 3, 4)
 

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from perceiver_ar_jax.config import DataConfig, InputError
-from perceiver_ar_jax.data import EOS, SOS, images, inspect, music, render, tasks, warn_once
+from perceiver_ar_jax.data import EOS, SOS, images, inspect, midi, music, render, tasks, warn_once
 from perceiver_ar_jax.data.music import Note
 from tests import batches, tiny
 from tests.batches import write
@@ -104,7 +104,7 @@ def test_only_the_first_documents_of_a_large_split_are_read(tmp_path, monkeypatc
 
 
 def test_the_report_of_music(tmp_path):
-  long, short = music.to_midi([Note(60, 64, 0.0, 2.5)]), music.to_midi([Note(72, 64, 0.0, 0.5)])
+  long, short = midi.write([Note(60, 64, 0.0, 2.5)]), midi.write([Note(72, 64, 0.0, 0.5)])
   files = {"train/a.mid": long, "train/b.midi": short, "validation/c.mid": short, "validation/d.mid": b"broken"}
   config = settings(write(tmp_path / "midi", files), task="midi_files", vocab_size=391)
   report, examples, (width, height) = look(config, tmp_path / "run")
@@ -133,7 +133,7 @@ def test_each_file_of_music_is_parsed_once(tmp_path, monkeypatch):
   parsed = []
   read_notes = music.read_notes
   monkeypatch.setattr(music, "read_notes", lambda content: parsed.append(content) or read_notes(content))
-  files = {f"{split}/{pitch}.mid": music.to_midi([Note(pitch, 64, 0.0, 1.0)]) for split, pitch in SPLIT_PITCHES}
+  files = {f"{split}/{pitch}.mid": midi.write([Note(pitch, 64, 0.0, 1.0)]) for split, pitch in SPLIT_PITCHES}
   look(settings(write(tmp_path / "midi", files), task="midi_files", vocab_size=391), tmp_path / "run")
   assert sorted(parsed) == sorted(files.values())
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, music
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, midi, music
 from perceiver_ar_jax.data.music import Note
 from tests.notes import C4, E4, G4, assert_same_piece, random_piece, read_notes, times
 
@@ -86,19 +86,8 @@ def test_velocity_bins(velocity, number, middle):
 def test_nothing_is_nothing():
   assert music.encode([]).shape == (0,)
   assert music.decode([]) == []
-  assert read_notes(music.to_midi([])) == []
+  assert read_notes(midi.write([])) == []
   assert music.transpose([], 3).shape == music.stretch([], 2.0).shape == (0,)
-
-
-@pytest.mark.parametrize(
-  "note",
-  [Note(128, 80, 0, 1), Note(-1, 80, 0, 1), Note(C4, 0, 0, 1), Note(C4, 128, 0, 1)]
-  + [Note(C4, 80, -0.1, 1), Note(C4, 80, float("nan"), 1), Note(C4, 80, 0, float("inf")), Note(C4, 80, 0, -1)],
-)
-@pytest.mark.parametrize("write", [music.encode, music.to_midi])
-def test_notes_out_of_range_are_named(write, note):
-  with pytest.raises(ValueError, match=f"pitch={note.pitch}, velocity={note.velocity}.*needs"):
-    write([Note(C4, 80, 0, 1), note])
 
 
 def test_decode_crop():
@@ -190,9 +179,3 @@ def test_stretch_does_not_drift(factor):
   for pitch in {n.pitch for n in notes}:
     # Half a step of rounding, and the step that a note lasts at least.
     np.testing.assert_allclose(times(stretched, pitch), times(notes, pitch) * factor, rtol=0, atol=0.0151)
-
-
-@pytest.mark.parametrize("factor", [0, -1, float("nan"), float("inf")])
-def test_stretch_refuses_factor(factor):
-  with pytest.raises(ValueError, match="positive finite"):
-    music.stretch(ids(wait(5)), factor)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data import music, warn_once
+from perceiver_ar_jax.data import midi, warn_once
 from tests import batches
 from tests.batches import evaluate, take, write
 from tests.own_files import (
@@ -114,15 +114,15 @@ def test_a_mixture_of_different_vocabularies_names_them(file_cases):
 
 BAD = {
   "an empty text": ("text_files", "bad.txt", b"", "is empty"),
-  "not MIDI": ("midi_files", "bad.mid", b"hello", "cannot be read as a MIDI file: it does not begin with MThd"),
-  "an empty MIDI file": ("midi_files", "bad.mid", b"", "cannot be read as a MIDI file: it is empty"),
+  "not MIDI": ("midi_files", "bad.mid", b"hello", "cannot be read as a MIDI file: it does not contain the header"),
+  "an empty MIDI file": ("midi_files", "bad.mid", b"", "cannot be read as a MIDI file: it does not contain"),
   "a truncated MIDI file": (
     "midi_files",
     "bad.mid",
-    music.to_midi(NOTES["train"][3])[:60],
+    midi.write(NOTES["train"][3])[:60],
     "cannot be read as a MIDI file: it is truncated",
   ),
-  "MIDI without notes": ("midi_files", "bad.mid", music.to_midi([]), "contains no notes"),
+  "MIDI without notes": ("midi_files", "bad.mid", midi.write([]), "contains no notes"),
   "a truncated image": (
     "image_files",
     "bad.png",
@@ -248,7 +248,7 @@ def test_a_mixture_with_an_unreadable_task_uses_the_others(file_cases, tmp_path)
       "train/a.mid": b"",
       "validation/b.mid": b"",
       "w/maestro-v3.0.0.csv": b"split,midi_filename\ntrain,a.mid\n",
-      "w/a.mid": music.to_midi(NOTES["train"][3]),
+      "w/a.mid": midi.write(NOTES["train"][3]),
     },
   )
   case = Case(

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import DataConfig
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, midi, music
 from perceiver_ar_jax.data.music import Note
 from tests import batches
 from tests.batches import write
@@ -160,7 +160,7 @@ def _write_pg19(folder):
 def _write_maestro(folder):
   """Writes NOTES as a MAESTRO v3 release and returns the folder."""
   files = named(NOTES, ".midi")
-  write(folder, {name: music.to_midi(notes) for name, notes in files.items()})
+  write(folder, {name: midi.write(notes) for name, notes in files.items()})
   columns = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
   with (folder / "maestro-v3.0.0.csv").open("w", newline="") as file:
     table = csv.DictWriter(file, columns)
@@ -216,7 +216,7 @@ def make_cases(make_folder) -> dict[str, Case]:
   """{name: Case}; `make_folder(name)` returns a new folder."""
   random = np.random.default_rng(0)
   played = {split: [[SOS, *music.encode(notes), EOS] for notes in NOTES[split] if notes] for split in NOTES}
-  midi = {name: music.to_midi(notes) for name, notes in named(NOTES, ".mid").items() if not name.startswith("test")}
+  midi_files = {name: midi.write(notes) for name, notes in named(NOTES, ".mid").items() if not name.startswith("test")}
   images = {
     split: [random.integers(0, 256, (3, 3, 3), np.uint8) for _ in range(count)]
     for split, count in (("train", 6), ("validation", 3))
@@ -246,7 +246,7 @@ def make_cases(make_folder) -> dict[str, Case]:
       {"task": "maestro_v3", "data_dir": str(_write_maestro(make_folder("maestro")))}, played, vocab_size=391
     ),
     "midi_files": Case(
-      {"task": "midi_files", **halves(write(make_folder("midi"), midi | {"train/broken.midi": b"MThd?"}))},
+      {"task": "midi_files", **halves(write(make_folder("midi"), midi_files | {"train/broken.midi": b"MThd?"}))},
       played,
       vocab_size=391,
     ),

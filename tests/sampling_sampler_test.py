@@ -15,7 +15,7 @@ from etils import epath
 from configs import image_files, midi_files, text_files
 from perceiver_ar_jax import config as config_lib
 from perceiver_ar_jax.config import InputError
-from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, music, tasks
+from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, midi, music, tasks
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.parallel.mesh import make_mesh
 from perceiver_ar_jax.sampling import prompts, write
@@ -305,7 +305,7 @@ def test_a_picture_is_completed_from_its_top_half(tmp_path):
 @pytest.mark.slow
 def test_music_and_codes_begin_with_files_and_keep_their_grammar(tmp_path):
   notes = [music.Note(60 + index, 64, 0.1 * index, 0.1 * index + 0.1) for index in range(6)]
-  (tmp_path / "a.mid").write_bytes(music.to_midi(notes))
+  (tmp_path / "a.mid").write_bytes(midi.write(notes))
   config = resolve(midi_files, dict(files=str(tmp_path)), dict(num_cross_heads=1, rotary_fraction=0.5))
   (sample,) = sampler(config)(tmp_path / "a.mid", num_samples=1, length=40)
   assert [note.pitch for note in sample.value][:6] == [60, 61, 62, 63, 64, 65] and sample.num_new > 0

@@ -28,7 +28,7 @@ _MAX_SECONDS = 24 * 3600  # a longer file has damaged times, which would become 
 _RUN = re.compile(rb"(?:[\x80-\xff]{0,3}[\x00-\x7f][\x80-\xbf\xe0-\xef]?[\x00-\x7f]{2}){32,}+")
 """Messages of two data bytes, each after its time and, unless it is that of the message before, its status. Fewer than
 32 are read faster one by one."""
-_NOT_READ = 255  # the number of an event that is not read
+_NOT_READ = -1  # the number of an event that is not read
 
 
 def read(content: bytes) -> tuple[np.ndarray, np.ndarray, float]:
@@ -44,10 +44,8 @@ def read(content: bytes) -> tuple[np.ndarray, np.ndarray, float]:
   for number, track in enumerate(tracks, 1):
     try:
       parts.append(_read_track(track))
-    except IndexError as error:
-      raise ValueError(f"track {number} ends in the middle of an event") from error
-    except ValueError as error:
-      raise ValueError(f"in track {number}, {error}") from error
+    except (IndexError, ValueError) as error:
+      raise ValueError(f"track {number} is damaged or truncated: {error}") from error
   events_5xN = np.concatenate(parts, axis=1)
   ticks_N, *messages, tempos_N = events_5xN.take(np.argsort(events_5xN[0], kind="stable"), axis=1)
   # Microseconds are whole numbers, exact up to 2**53, so that errors do not add up; more of them exceed the limit.
@@ -59,16 +57,28 @@ def read(content: bytes) -> tuple[np.ndarray, np.ndarray, float]:
   kinds_N, numbers_N = messages[0] & 0xF0, messages[1]
   is_note_N = (kinds_N < NOTE_ON + 16) & (numbers_N != _NOT_READ)
   is_read_N = is_note_N | (kinds_N == CONTROL_CHANGE) & np.isin(numbers_N, _CONTROLLERS)
-  return seconds_N[is_read_N], np.compress(is_read_N, messages, axis=1), end
+  messages_3xN = np.compress(is_read_N, messages, axis=1)
+  if (largest := messages_3xN[1:].max(initial=0)) > 127:
+    raise ValueError(f"a note or control change has the data byte {largest}, which is above 127")
+  return seconds_N[is_read_N], messages_3xN, end
 
 
-def write(messages: Iterable[tuple[int, int, int, int]]) -> bytes:
-  """Returns a MIDI file with one piano track, of messages (milliseconds, kind, pitch, velocity) in order of time."""
+def write(notes: Iterable[tuple[int, int, float, float]]) -> bytes:
+  """Returns a MIDI file with one piano track of notes (pitch, velocity, onset, offset), times in seconds.
+
+  Times are rounded to 1 ms, and a note lasts at least 1 ms. `music.read_notes` returns the same notes, except that the
+  offsets of two notes of one pitch are exchanged where one lies within the other.
+  """
+  messages = []
+  for pitch, velocity, onset, offset in notes:
+    start = round(onset * 1000)
+    messages.append((start, NOTE_ON, int(pitch), int(velocity)))
+    messages.append((max(round(offset * 1000), start + 1), NOTE_OFF, int(pitch), 0))
   track = bytearray(b"\0\xff\x51\3" + _DEFAULT_TEMPO.to_bytes(3) + b"\0\xc0\0")  # the tempo; program 0, a piano
   last_time = 0
-  for time, *data in messages:
-    delta = time - last_time
-    last_time = time
+  # Note-offs sort before note-ons of the same time, so that a repeated note does not end as it begins.
+  for time, *data in sorted(messages):
+    delta, last_time = time - last_time, time
     shifts = range((max(delta.bit_length(), 1) - 1) // 7 * 7, 0, -7)
     track += bytes([*(0x80 | delta >> shift & 0x7F for shift in shifts), delta & 0x7F, *data])
   track += b"\0\xff\x2f\0"
@@ -81,22 +91,14 @@ def _split(content: bytes) -> tuple[int, list[bytes]]:
 
   Other chunks are skipped. Fewer tracks than the header announces are accepted if the file ends after a whole chunk.
   """
-  if content[:4] == b"RIFF" and content[8:12] == b"RMID":
-    start = content.find(b"MThd", 20)  # after RIFF, size, RMID, data, size
-    if start < 0:
-      raise ValueError("its RIFF container has no MIDI file")
-    content = content[start : start + int.from_bytes(content[start - 4 : start], "little")]
-  if not content:
-    raise ValueError("it is empty")
-  if content[:4] != b"MThd":
-    raise ValueError("it does not begin with MThd")
-  if len(content) < 14:
-    raise ValueError("it is truncated")
+  if content[:4] == b"RIFF":
+    content = content[max(content.find(b"MThd"), 0) :]
+  if content[:4] != b"MThd" or len(content) < 14:
+    raise ValueError("it does not contain the header of a MIDI file")
   header_size, file_type, num_tracks, division = struct.unpack_from(">IHHH", content, 4)
-  if file_type > 1:
-    raise ValueError(f"files of type {file_type} are not supported, only types 0 and 1, whose tracks play together")
-  if not 0 < division < 0x8000:
-    raise ValueError(f"its time division {division:#06x} is not supported, only ticks per beat")
+  if file_type > 1 or not 0 < division < 0x8000:
+    problem = f"type {file_type} with time division {division:#06x} is not supported"
+    raise ValueError(f"{problem}, only types 0 and 1 with ticks per beat")
   tracks, start = [], 8 + header_size
   while start < len(content) and (len(tracks) < num_tracks or content[start : start + 4] == b"MTrk"):
     name, size = content[start : start + 4], int.from_bytes(content[start + 4 : start + 8])
@@ -132,10 +134,8 @@ def _read_track(track: bytes) -> np.ndarray:
       status = running_status
     if status < _SYSTEM:
       running_status = status  # not cancelled by system exclusive and meta events: many files rely on it
-      if status < NOTE_ON + 16 or status & 0xF0 == CONTROL_CHANGE and track[position] in _CONTROLLERS:
+      if _NUM_DATA_BYTES[status] == 2:
         number, value = track[position], track[position + 1]
-        if number > 127 or value > 127:
-          raise ValueError(f"a note or control change has the data byte {max(number, value)}, which is above 127")
       position += _NUM_DATA_BYTES[status]
     elif status == _META:
       kind = track[position]

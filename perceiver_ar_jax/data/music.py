@@ -13,9 +13,7 @@ that began first, which neither MIDI nor the events state.
 """
 
 import collections
-import math
 import operator
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -102,10 +100,9 @@ def encode(notes: Sequence[Note] | np.ndarray) -> np.ndarray:
 
   Times since the start of the piece are rounded to steps of 10 ms, so that errors do not add up, and a note lasts at
   least one step. At one time all note-offs come first, then the note-ons, each sorted by pitch; a velocity event
-  precedes only a note-on that changes the velocity. The silence before the first note is kept. Raises ValueError if a
-  pitch, a velocity or a time is out of range.
+  precedes only a note-on that changes the velocity. The silence before the first note is kept.
   """
-  pitches_N, velocities_N, onsets_N, offsets_N = _checked(notes).T
+  pitches_N, velocities_N, onsets_N, offsets_N = np.array(notes, np.float64).reshape(-1, 4).T
   first_N = np.rint(onsets_N * STEPS_PER_SECOND).astype(np.int64)
   last_N = np.maximum(np.rint(offsets_N * STEPS_PER_SECOND).astype(np.int64), first_N + 1)
   bins_N, pitches_N = ((velocities_N - 1) // _VELOCITIES_PER_BIN).astype(np.int64), pitches_N.astype(np.int64)
@@ -161,22 +158,6 @@ def pitches(ids_N: Sequence[int]) -> np.ndarray:
   return np.where((values_N >= 0) & (values_N < _TIME_SHIFT), values_N % NUM_PITCHES, -1)
 
 
-def to_midi(notes: Sequence[Note]) -> bytes:
-  """Returns a MIDI file with one piano track. Times are rounded to 1 ms, and a note lasts at least 1 ms.
-
-  `read_notes` returns the same notes, except that the offsets of two notes of one pitch are exchanged where one lies
-  within the other. Raises ValueError as `encode`.
-  """
-  _checked(notes)
-  messages = []
-  for pitch, velocity, onset, offset in notes:
-    onset_ms = round(onset * 1000)
-    messages.append((onset_ms, midi.NOTE_ON, int(pitch), int(velocity)))
-    messages.append((max(round(offset * 1000), onset_ms + 1), midi.NOTE_OFF, int(pitch), 0))
-  # Note-offs sort before note-ons of the same time, so that a repeated note does not end as it begins.
-  return midi.write(sorted(messages))
-
-
 def transpose(ids_N: Sequence[int], semitones: int) -> np.ndarray:
   """Returns the event ids int32[N] with all pitches shifted by `semitones`, down if negative.
 
@@ -194,25 +175,12 @@ def stretch(ids_N: Sequence[int], factor: float) -> np.ndarray:
 
   Times since the start are multiplied and then rounded, so that errors do not add up. Only time shifts change; all
   other events, SOS and EOS included, keep their order: a note-off may follow its own note-on at once, which `decode`
-  reads as a note of one step. Raises ValueError if the factor is not a positive finite number.
+  reads as a note of one step.
   """
-  if not (math.isfinite(factor) and factor > 0):
-    raise ValueError(f"factor={factor} must be a positive finite number.")
   values_N = _values(ids_N)
   kept_N = _shift_steps(values_N) == 0
   steps_N = np.rint(steps(ids_N) * factor).astype(np.int64)
   return _with_time_shifts(values_N[kept_N], steps_N[kept_N], end_step=steps_N.max(initial=0))
-
-
-def _checked(notes: Sequence[Note] | np.ndarray) -> np.ndarray:
-  """Returns the notes as float64[N, 4]; raises ValueError if a value is out of range."""
-  notes_Nx4 = np.array(notes, np.float64).reshape(-1, 4)
-  low, high = (0, 1, 0, 0), (NUM_PITCHES - 1, 127, sys.float_info.max, sys.float_info.max)
-  is_valid_N = ((notes_Nx4 >= low) & (notes_Nx4 <= high)).all(axis=1)
-  if not is_valid_N.all():
-    note = notes[np.argmin(is_valid_N)]
-    raise ValueError(f"{note} needs a pitch in 0..127, a velocity in 1..127 and finite times from 0 on.")
-  return notes_Nx4
 
 
 def _values(ids_N: Sequence[int]) -> np.ndarray:

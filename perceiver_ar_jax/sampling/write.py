@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from perceiver_ar_jax.config import Config, InputError, writing
-from perceiver_ar_jax.data import NUM_SPECIAL, codes, music, render
+from perceiver_ar_jax.data import NUM_SPECIAL, codes, midi, render
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.parallel import distributed
 from perceiver_ar_jax.sampling import prompts
@@ -99,7 +99,7 @@ def write_files(folder: epath.Path, sample: Sample, name: str) -> None:
   if modality == "text":
     path.with_suffix(".txt").write_bytes(sample.value.encode())
   elif modality in ("music", "rolls"):
-    path.with_suffix(".mid").write_bytes(music.to_midi(sample.value))
+    path.with_suffix(".mid").write_bytes(midi.write(sample.value))
   elif modality != "image":
     values = np.asarray(sample.value)  # codes of audio [frames, levels], or values of copies [n]
     if modality == "video":
