@@ -161,9 +161,9 @@ def test_a_state_of_another_stream_is_refused(tmp_path):
     batches.train_loader(settings(**CASES["copy"]), 3).restore(tmp_path)
   saved = tmp_path / "shard-00000-of-00001.json"
   saved.write_text(saved.read_text().replace('"cached": false', '"cached": true'))
-  with pytest.raises(InputError, match="data.cache_dir was True and is False"):
+  with pytest.raises(InputError, match="cached was True and is False"):
     batches.train_loader(settings(**CASES["copy"]), 2).restore(tmp_path)
-  with pytest.raises(InputError, match="only for shard-00000-of-00001: set data.shards back"):
+  with pytest.raises(InputError, match="has no state for data.shards=2: set it back"):
     batches.train_loader(settings(**CASES["copy"]), 2, 0, 2).restore(tmp_path)
   with pytest.raises(FileNotFoundError, match="contains no state of a data iterator"):
     batches.train_loader(settings(**CASES["copy"]), 2).restore(tmp_path / "nowhere")

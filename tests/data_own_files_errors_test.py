@@ -110,7 +110,7 @@ def test_a_mixture_of_different_vocabularies_names_them(file_cases):
 
 
 BAD = {
-  "an empty text": ("text_files", "bad.txt", b"", "is empty"),
+  "an empty text": ("text_files", "bad.txt", b"", "bad.txt has nothing to predict"),
   "not MIDI": ("midi_files", "bad.mid", b"hello", "cannot be read as a MIDI file: it does not contain the header"),
   "an empty MIDI file": ("midi_files", "bad.mid", b"", "cannot be read as a MIDI file: it does not contain"),
   "a truncated MIDI file": (
@@ -198,7 +198,7 @@ def test_an_unreadable_file_is_named_once_and_replaced_by_other_crops(bad, file_
 def test_each_record_that_is_skipped_is_counted(name, file_cases, capsys):
   take(batches.train_loader(settings(file_cases[name]), 8), 4)
   expected = {
-    "pg19": [r"The book 'train 2' of pg19 is empty"],
+    "pg19": [r"A record of pg19 has nothing to predict"],
     "midi_files": [r"train.1.mid contains no notes", r"broken.midi cannot be read as a MIDI file"],
   }[name]
   lines = skipped(capsys)
@@ -213,7 +213,7 @@ def test_a_split_of_which_nothing_can_be_read_is_an_error(bad, hosts, file_cases
   name, file, content, _ = BAD[bad]
   write(tmp_path, {f"{split}/{number}-{file}": content for split in ("train", "validation") for number in range(4)})
   case = dataclasses.replace(file_cases[name], data=file_cases[name].data | halves(tmp_path))
-  with pytest.raises(InputError, match=f"'train' of {name} has 4 records, and none can be read: .*bad"):
+  with pytest.raises(InputError, match=f"'train' of {name} contains no document that can be read: .*bad"):
     next(batches.train_loader(settings(case), 3, hosts - 1, hosts))
   assert skipped(capsys), "no reason is reported"
   with pytest.raises(InputError, match=f"'validation' of {name} contains no document that can be read: .*bad"):

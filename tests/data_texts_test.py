@@ -7,7 +7,7 @@ import pytest
 
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, PAD, SOS, texts
 from perceiver_ar_jax.data.documents import Unreadable
-from perceiver_ar_jax.data.texts import ByteDocument, ByteTokenizer, FileText, Text
+from perceiver_ar_jax.data.texts import ByteDocument, ByteTokenizer, FileText
 from tests.texts import LONG_TEXT, CountingText, parts, prefixes, stretches
 
 
@@ -18,7 +18,7 @@ def file_text(folder, content):
 
 
 def test_bytes_are_start_bytes_end():
-  document = ByteDocument(Text(b"hi\n"))
+  document = ByteDocument(b"hi\n")
   assert len(document) == 5
   assert document.read(0, 5).tolist() == [SOS, 107, 108, 13, EOS]
   assert document.read(0, 1).tolist() == [SOS] and document.read(4, 5).tolist() == [EOS]
@@ -27,7 +27,7 @@ def test_bytes_are_start_bytes_end():
 
 def test_all_256_bytes_have_different_ids():
   everything = bytes(range(256))
-  document = ByteDocument(Text(everything))
+  document = ByteDocument(everything)
   assert document.read(0, 258).tolist() == [SOS, *range(3, 259), EOS] and ByteTokenizer.vocab_size == 259
 
 
@@ -42,7 +42,7 @@ def test_decoding_omits_specials_and_marks_bytes_that_are_not_utf8():
 @pytest.mark.parametrize("kept", ["in memory", "in a file"])
 def test_any_stretch_of_bytes_is_that_slice_of_the_whole(kept, tmp_path):
   content = np.random.default_rng(1).integers(0, 256, 60, np.uint8).tobytes()
-  document = ByteDocument(Text(content) if kept == "in memory" else file_text(tmp_path, content))
+  document = ByteDocument(content if kept == "in memory" else file_text(tmp_path, content))
   expected = [SOS, *(byte + NUM_SPECIAL for byte in content), EOS]
   assert len(document) == len(expected)
   for start, end in stretches(len(expected), 200):
@@ -50,7 +50,7 @@ def test_any_stretch_of_bytes_is_that_slice_of_the_whole(kept, tmp_path):
 
 
 def test_positions_count_from_the_start_of_the_stretch():
-  document = ByteDocument(Text(b"abcdefghij"))
+  document = ByteDocument(b"abcdefghij")
   assert document.positions(0, 3).tolist() == document.positions(7, 10).tolist() == [[1], [2], [3]]
   events, positions, _ = document.crop(0.999, longest=3, shortest=2)
   assert events.tolist() == [108, 109, EOS] and positions.tolist() == [[1], [2], [3]]
@@ -64,8 +64,8 @@ def test_a_crop_of_bytes_reads_no_more_than_itself():
 
 def test_a_stretch_of_a_file_contains_nothing_else(tmp_path):
   text = file_text(tmp_path, b"0123456789")
-  assert len(text) == 10 and text.read(0, 10) == b"0123456789" and text.read(3, 5) == b"34"
-  assert text.read(-4, 2) == b"01" and text.read(8, 99) == b"89" and text.read(10, 99) == b""
+  assert len(text) == 10 and text[:] == b"0123456789" and text[3:5] == b"34"
+  assert text[:2] == b"01" and text[8:99] == b"89" and text[10:99] == b""
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,9 @@ def test_a_file_that_shrank_or_vanished_is_unreadable_by_name(content, message, 
 
 def test_a_stretch_beyond_the_end_of_a_file_text_is_empty(tmp_path):
   (tmp_path / "text").write_bytes(b"before0123456789after")
-  assert FileText(str(tmp_path / "text"), 6, 10).read(11, 99) == b""
+  assert FileText(str(tmp_path / "text"), 6, 10)[11:99] == b""
 
 
-@pytest.mark.parametrize("block_bytes", [1, 2, 3, 2**24])
 @pytest.mark.parametrize(
   ("content", "num_words"),
   [
@@ -102,19 +101,17 @@ def test_a_stretch_beyond_the_end_of_a_file_text_is_empty(tmp_path):
     (b"\x1c \x1d\x85 \x00", 3),
   ],
 )
-def test_words_and_bytes_are_counted_across_blocks(content, num_words, block_bytes, monkeypatch):
-  monkeypatch.setattr(texts, "_COUNT_BYTES", block_bytes)
+def test_words_and_bytes_are_counted(content, num_words):
   expected = {"words": num_words, "bytes": len(content)}
-  assert len(content.split()) == num_words and ByteDocument(Text(content)).counts() == expected
+  assert len(content.split()) == num_words and ByteDocument(content).counts() == expected
 
 
-def test_random_texts_are_counted_as_python_splits_them(monkeypatch, tmp_path):
-  monkeypatch.setattr(texts, "_COUNT_BYTES", 3)
+def test_random_texts_are_counted_as_python_splits_them(tmp_path):
   random = np.random.default_rng(0)
   for length in range(1, 80):
     content = bytes(random.choice(list(b"ab \n"), length).tolist())
-    for text in (Text(content), file_text(tmp_path, content)):
-      assert texts.count(text) == {"words": len(content.split()), "bytes": length}, content
+    for text in (content, file_text(tmp_path, content)):
+      assert ByteDocument(text).counts() == {"words": len(content.split()), "bytes": length}, content
 
 
 def test_parts_share_the_ends_of_crops_and_only_the_first_is_evaluated(tmp_path, monkeypatch):
@@ -139,6 +136,6 @@ def test_crops_of_the_parts_are_those_of_one_document(part_bytes, split, tmp_pat
     message = f"{size} bytes in parts of {part_bytes}"
     assert sorted(ends) == list(range(1, size + 3)), f"{message}: an end is in no part, or in two"
     assert [part.continues for part in documents] == [False] + [True] * (len(documents) - 1), message
-    whole = ByteDocument(Text(content)).read(0, size + 2)
+    whole = ByteDocument(content).read(0, size + 2)
     crops = (part.crop(draw, 5, 1)[0] for part in documents for draw in (0, 0.3, 0.6, 0.999))
     assert all(crop.tobytes() in whole.tobytes() for crop in crops), f"{message}: a crop is not in the text"

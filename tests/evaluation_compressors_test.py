@@ -32,7 +32,7 @@ def test_texts_are_compressed_as_one(tmp_path):
   config = tiny.config(data__task="text_files", data__files=str(tmp_path))
   ((task, _),) = get_tasks(config.data, 65)
   contents = ["to be or not to be " * 9, "whether ’tis nobler"]
-  documents = [(task, texts.ByteTokenizer().document(texts.Text(content.encode()))) for content in contents]
+  documents = [(task, texts.ByteTokenizer().document(content.encode())) for content in contents]
   joined = "".join(contents).encode()
   expected = len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME))
   assert evaluate.compress(documents) == {"xz": 8 * expected / len(joined)}
@@ -43,7 +43,7 @@ def test_the_bytes_of_a_text_are_those_of_its_file(tmp_path):
   ((task, _),) = get_tasks(config.data, 65)
   content = b"caf\xe9 " * 20  # Latin-1: each \xe9 is decoded as U+FFFD, which has three bytes in UTF-8
   compressed = len(lzma.compress(content.decode(errors="replace").encode(), preset=9 | lzma.PRESET_EXTREME))
-  document = texts.ByteTokenizer().document(texts.Text(content))
+  document = texts.ByteTokenizer().document(content)
   assert evaluate.compress([(task, document)]) == {"xz": 8 * compressed / len(content)}
 
 

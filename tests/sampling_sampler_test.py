@@ -259,7 +259,7 @@ def test_calls_at_the_same_time_get_different_folders(tmp_path):
     ("x", {"seed": -1}, "sample.seed=-1 must be in"),
     ("x", {"temprature": 1}, "Unknown setting 'temprature'.*Did you mean 'temperature'"),
     ("  ", {}, "prompt is empty"),
-    ("data", {}, "'validation' of text_files contains no document that can be read: .*b.txt is empty"),
+    ("data", {}, "'validation' of text_files contains no document that can be read: .*b.txt has nothing to predict"),
     (np.array([], np.int32), {}, "no events"),
     (np.array([2, 999]), {}, "unknown token 999"),
   ],

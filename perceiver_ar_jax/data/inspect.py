@@ -61,7 +61,7 @@ def inspect(config: Config, workdir: epath.PathLike) -> dict:
 def _describe(config: Config, split: str) -> tuple[dict, list]:
   """Prints and returns statistics of the first documents of a split; also returns the first examples (task, events)."""
   histogram = np.zeros(config.model.vocab_size, np.int64)
-  lengths, largest, sizes, examples, num_unknown = [], 0, collections.Counter(), [], 0
+  lengths, largest, counts, examples = [], 0, collections.Counter(), []
   num_skipped, longest_crop = warn_once.count("skipped"), config.model.max_context + 1
   documents = tqdm.tqdm(
     splits.documents(config, split, _MAX_DOCUMENTS),
@@ -78,9 +78,7 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
       largest = np.maximum(largest, document.positions(start, min(start + longest_crop, length)).max(axis=0))
     histogram += np.bincount(events, minlength=len(histogram))
     lengths.append(length)
-    if task.modality == "text":
-      sizes.update(document.counts())
-      num_unknown += int((events == task.unknown).sum())
+    counts.update(document.counts())
     if len(examples) < _MAX_EXAMPLES:
       examples.append((task, events))
   stats = {
@@ -94,16 +92,8 @@ def _describe(config: Config, split: str) -> tuple[dict, list]:
     "largest_position": largest.tolist(),
     "different_tokens": int((histogram > 0).sum()),
     "histogram_entropy_bits": float(scipy.stats.entropy(histogram, base=2)),
+    **counts,
   }
-  summary = (
-    "{split}: {documents:,} documents{which}, {skipped} skipped, {events:,} events; lengths {shortest:,} to"
-    " {longest:,}, median {median:,}; largest position {largest_position}\n"
-    "  {different_tokens:,} different tokens, entropy {histogram_entropy_bits:.3f} bits"
-  )
-  if sizes:
-    stats |= sizes | {"bytes_per_token": sizes["bytes"] / sum(lengths), "unknown_rate": num_unknown / sum(lengths)}
-    summary += (
-      "\n  {words:,} words, {bytes:,} bytes, {bytes_per_token:.2f} bytes per token, {unknown_rate:.3%} unknown tokens"
-    )
-  print(summary.format(split=split, which="" if stats["all_documents"] else " (the first ones)", **stats))
+  shown = (f"{name} {round(value, 4) if isinstance(value, float) else value}" for name, value in stats.items())
+  print(f"{split}: {', '.join(shown)}")
   return stats, examples

@@ -24,7 +24,7 @@ from etils import epath
 from jax.sharding import Sharding
 
 from perceiver_ar_jax.config import Config, InputError
-from perceiver_ar_jax.data import documents, tasks, warn_once, windows
+from perceiver_ar_jax.data import documents, splits, tasks, windows
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import ListSource, sentencepiece_fingerprint
 from perceiver_ar_jax.data.tf_cpu import seqio, tf
@@ -122,10 +122,7 @@ class TrainLoader(Iterator[windows.Batch]):
       fill_row = functools.partial(self._fill_row, *self._draw(shard), set())
       if all(list(_pool.map(fill_row, shard.rows, rows))):
         return
-    raise InputError(
-      f"The split {self._split!r} of {self._config.data.task} has {num_records} records, and none can be read:"
-      f" {warn_once.skip_reasons()}."
-    )
+    raise splits.none_readable(self._config, self._split)
 
   def _fill_row(self, records, draws, seeds, unreadable: set[int], number: int, row: windows.Batch) -> bool:
     """Fills row `number` of a shard from its records, from the right; returns False if no record can be read."""
@@ -190,23 +187,15 @@ class TrainLoader(Iterator[windows.Batch]):
     Raises InputError if the state is of other shards, data or settings; FileNotFoundError if it contains no state.
     """
     directory = epath.Path(directory)
-    saved_shards = sorted(path.stem for path in directory.glob("shard-*.json")) if directory.exists() else []
+    saved_shards = {path.stem for path in directory.glob("shard-*.json")}
     if not saved_shards:
       raise FileNotFoundError(f"{directory} contains no state of a data iterator")
     for shard in self._shards:
       if self._name(shard) not in saved_shards:
-        raise InputError(
-          f"{directory} contains no data iterator state for {self._name(shard)}, only for {', '.join(saved_shards)}:"
-          " set data.shards back to what it was."
-        )
+        raise InputError(f"{directory} has no state for data.shards={self._num_shards}: set it back to what it was.")
       state = json.loads((directory / f"{self._name(shard)}.json").read_text())
       saved = {"packing": 1} | state["stream"]  # older states lack it
-      names = {"num_records": "number of records", "files": "checksum of the files' names", "cached": "data.cache_dir"}
-      changed = [
-        f"{names.get(name, name)} was {saved.get(name)!r} and is {value!r}"
-        for name, value in self._stream.items()
-        if saved.get(name) != value
-      ]
+      changed = [f"{k} was {saved.get(k)!r} and is {v!r}" for k, v in self._stream.items() if saved.get(k) != v]
       if changed:
         raise InputError(
           f"The data position in {directory} does not apply, since the data or its settings have changed"

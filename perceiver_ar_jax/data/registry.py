@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import wrapt
 
-from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest
+from perceiver_ar_jax.config import Config, DataConfig, InputError, nearest, require
+from perceiver_ar_jax.config.checks import require_choice
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, units, warn_once
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.sources import TfdsSource
@@ -36,7 +38,6 @@ class Task:
   modality: str
   unit: str  # unit of its held-out loss: one of units.UNITS
   vocab_size: int  # number of event ids, PAD, EOS and SOS included
-  counts: tuple[str, ...] = ()  # keys of Document.counts, see units.COUNTS; of text words and bytes
   decode: Callable[[np.ndarray], Any]  # converts events int32[n] to a picture, a text, notes or codes (of video flat)
   position_dims: int = 1
   encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,7 +48,6 @@ class Task:
   """Changes the events of a training crop at random."""
   train_scored_only: bool = False
   """Whether training, too, leaves out what evaluation does not score: ids that nothing predicts."""
-  unknown: int | None = None  # the event for everything that is not in the vocabulary
   read: Callable[[Any], Document] | None = None
   """Returns the document of a prompt: the bytes of a text, or else the path (str) of a file; None: no such prompts."""
   length: int | None = None  # events of every document; None: they vary
@@ -59,11 +59,8 @@ class Task:
   group: Callable[[np.ndarray], np.ndarray] = np.zeros_like  # indices int[n] in a document -> their groups int[n]
 
   def __post_init__(self):
-    if self.modality == "text":
-      object.__setattr__(self, "counts", ("words", "bytes"))
-    for field, known in (("unit", units.UNITS), ("modality", _MODALITIES)):
-      if getattr(self, field) not in known:
-        raise ValueError(f"{field}={getattr(self, field)!r} is unknown. {nearest(getattr(self, field), known)}")
+    require_choice("unit", self.unit, units.UNITS)
+    require_choice("modality", self.modality, _MODALITIES)
 
   def allowed(self) -> np.ndarray:
     """bool[G, V], see `groups`."""
@@ -75,41 +72,37 @@ class Task:
 
     Errors of the settings, memory and the file system are raised: the next record would meet them too.
     """
-    reason: Exception | str = f"{self._describe(record)} has nothing to predict"
+    name = os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
     try:
       document = self.document(record)
       if document.has_targets():
         return document
+      reason = f"{name} has nothing to predict"
     except Unreadable as error:
-      reason = error
+      reason = str(error)
+    except (InputError, MemoryError):
+      raise
     except Exception as error:
-      is_of_file_system = isinstance(error, OSError) and error.errno is not None  # decoders raise it without a number
-      if is_of_file_system or isinstance(error, (InputError, MemoryError)):
+      if isinstance(error, OSError) and error.errno is not None:  # decoders raise it without a number
         raise
-      reason = f"{self._describe(record)} cannot be decoded ({type(error).__name__}: {error})"
+      reason = f"{name} cannot be decoded ({type(error).__name__}: {error})"
     self.skip(record, reason)
     return None
 
-  def skip(self, record: Record, reason: Exception | str) -> None:
+  def skip(self, record: Record, reason: object) -> None:
     """Reports that a record is not used; a file counts once, however many of its records are skipped, and how often."""
-    warn_once.warn_once("skipped", f"Skipped: {reason}", subject=self._describe(record) if "path" in record else None)
-
-  def _describe(self, record: Record) -> str:
-    return os.fsdecode(record["path"]) if "path" in record else f"A record of {self.name}"
+    warn_once.warn_once("skipped", f"Skipped: {reason}", subject=record.get("path"))
 
   def num_records(self, config: Config, split: str) -> int | None:
     """Returns the number of records of a split, None if it is endless.
 
     Raises InputError for an unknown split, missing data, or a model with fewer token ids than the task.
     """
-    if self.vocab_size > config.model.vocab_size:
-      raise InputError(
-        f"The task {self.name} has {self.vocab_size} token ids, PAD, EOS and SOS included:"
-        f" model.vocab_size={config.model.vocab_size} must be at least {self.vocab_size}."
-      )
+    size, given = self.vocab_size, config.model.vocab_size
+    require(size <= given, f"{self.name} has {size} token ids: model.vocab_size={given} must be at least {size}.")
     name = split.partition("[")[0] if isinstance(self.source, TfdsSource) else split  # parts such as train[:90%]
-    if name not in self.source.splits:
-      raise InputError(f"The task {self.name} has no split {name!r}. {nearest(name, self.source.splits)}")
+    known = self.source.splits
+    require(name in known, f"The task {self.name} has no split {name!r}. {nearest(name, known)}")
     return self.source.num_input_examples(split)
 
   def preprocess(self, records: tf.data.Dataset) -> tf.data.Dataset:
@@ -157,9 +150,8 @@ def get_tasks(data: DataConfig, max_events: int) -> list[tuple[Task, float]]:
   rates = _mixture_rates(data.task)
   tasks = [_BUILDERS[name](dataclasses.replace(data, task=name), max_events) for name in rates]
   if len({(task.modality, task.vocab_size, task.position_dims) for task in tasks}) > 1:
-    described = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
-    fix = "mix tasks of one vocabulary"
-    raise InputError(f"The tasks of data.task={data.task!r} have different vocabularies ({described}): {fix}.")
+    kinds = "; ".join(f"{task.name}: {task.modality}, {task.vocab_size} ids" for task in tasks)
+    raise InputError(f"data.task={data.task!r} mixes different vocabularies ({kinds}): mix tasks of one vocabulary.")
   return [(task, rate / sum(rates.values())) for task, rate in zip(tasks, rates.values())]
 
 
@@ -172,46 +164,39 @@ def _mixture_rates(name: str) -> dict[str, float]:
     task, _, rate = part.strip().partition(":")
     if task not in _BUILDERS:
       raise InputError(f"data.task={name!r} is unknown. {nearest(task, names())}")
-    try:
-      rates[task] = float(rate or 1)
-    except ValueError:
-      rates[task] = 0
-    if not 0 < rates[task] < float("inf"):
-      raise InputError(f"data.task={name!r}: {rate!r} is not a valid share of the mixture: give a number above 0.")
+    is_share = re.fullmatch(r"(\d+\.?\d*|\.\d+)?", rate) and float(rate or 1) > 0
+    require(bool(is_share), f"data.task={name!r}: {rate!r} is not a valid share of the mixture: give a number above 0.")
+    rates[task] = float(rate or 1)
   return rates
 
 
 def to_seqio(task: Task) -> seqio.Task:
-  """The seqio task that yields the documents of `task` whole: events, positions, and the counts of `task.counts`."""
-  specs = {
-    "events": tf.TensorSpec([None], tf.int32),
-    "positions": tf.TensorSpec([None, task.position_dims], tf.int32),
-    **{name: tf.TensorSpec([], tf.int64) for name in task.counts},
-  }
+  """The seqio task that yields the documents of `task` whole: their events and positions."""
 
-  def whole(names: Sequence[str], *values: np.ndarray) -> list[np.ndarray]:
+  def whole(names: Sequence[str], *values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     document = task.open(dict(zip(names, values)))
     if document is None or document.continues:
-      document = Document(np.zeros(0, np.int32), np.zeros((0, task.position_dims), np.int32))
+      return np.zeros(0, np.int32), np.zeros((0, task.position_dims), np.int32)  # filtered out below
     events, positions = document.read(0, len(document)), document.positions(0, len(document))
-    arrays = {"events": events, "positions": positions, **dict.fromkeys(task.counts, 0), **document.counts()}
-    return [np.asarray(arrays[name], spec.dtype.as_numpy_dtype) for name, spec in specs.items()]
+    return np.asarray(events, np.int32), np.asarray(positions, np.int32)
 
-  def to_document(record):
-    types = [spec.dtype for spec in specs.values()]
-    values = tf.numpy_function(functools.partial(whole, list(record)), list(record.values()), types, stateful=False)
-    return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in zip(specs.items(), values)}
+  def to_document(record: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    read, values = functools.partial(whole, list(record)), list(record.values())
+    events, positions = tf.numpy_function(read, values, [tf.int32, tf.int32], stateful=False)
+    events.set_shape([None])
+    positions.set_shape([None, task.position_dims])
+    return {"events": events, "positions": positions}
 
   def to_documents(records: tf.data.Dataset) -> tf.data.Dataset:
     # Functions of a record and not a generator, whose iterators cannot be saved.
     return records.map(to_document).filter(lambda document: tf.size(document["events"]) > 1)
 
-  def feature(ids: int, **settings):
-    return seqio.Feature(seqio.PassThroughVocabulary(ids, eos_id=EOS), add_eos=False, dtype=tf.int32, **settings)
+  def feature(ids: int, rank: int) -> seqio.Feature:
+    return seqio.Feature(seqio.PassThroughVocabulary(ids, EOS), add_eos=False, dtype=tf.int32, rank=rank)
 
   return seqio.Task(
     task.name,
     source=task.source,
     preprocessors=[*task.preprocessors, to_documents],
-    output_features={"events": feature(task.vocab_size), "positions": feature(0, rank=2)},
+    output_features={"events": feature(task.vocab_size, 1), "positions": feature(0, 2)},
   )

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from perceiver_ar_jax.config import Config, InputError, require
-from perceiver_ar_jax.data import tasks, warn_once, windows
+from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.data import tasks, units, warn_once, windows
 from perceiver_ar_jax.data.documents import Document
 from perceiver_ar_jax.data.registry import Task
 from perceiver_ar_jax.data.sources import ListSource
@@ -33,9 +33,6 @@ def documents(
     for document in itertools.islice(whole, max_sequences):
       if left is not None:
         document = document.head(left)
-        if not document.num_scored:
-          require(left < max_tokens, f"eval.max_tokens={max_tokens} is less than one character's tokens: raise it.")
-          break
         left -= document.num_scored
       is_empty = False
       yield task, document
@@ -81,8 +78,8 @@ def eval_batches(
   those of each batch to provide, in order; None: all. Raises InputError as loader.TrainLoader.
 
   Batches have more arrays than those of training, int32[B]: `document`, the number of the row's document, -1 for rows
-  of PAD; `end`, the number of events of it up to the row's last target; and each of Task.counts, such as `words` of the
-  original text: those of a document in its first row and 0 in the others.
+  of PAD; `end`, the number of events of it up to the row's last target; and each of units.COUNTS, such as `words` of
+  the original text: those of a document in its first row and 0 in the others.
   """
   settings, num_latents = config.eval, config.eval.num_latents or config.model.num_latents
   task, _ = tasks.get_tasks(config.data, config.model.max_context + 1)[0]
@@ -96,14 +93,14 @@ def eval_batches(
     dims = task.position_dims if config.model.positions_from_data else 0
     sizes = {"context": config.model.max_context, "latents": num_latents, "position_dims": dims}
     batch = windows.empty_batch(len(rows), **sizes) | {"document": np.full(len(rows), -1, np.int32)}
-    batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *task.counts)}
+    batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *units.COUNTS)}
     for index, row in enumerate(row for row in rows if row < len(batch_blocks)):
       number, document, end, num_new = batch_blocks[row]
       batch["document"][index], batch["end"][index] = number, end
       windows.eval_window(windows.row_of(batch, index), document, end, num_new)
       if end - num_new == 1:  # the document's first block
         counts = document.counts()
-        for name in task.counts:
+        for name in units.COUNTS:
           batch[name][index] = counts.get(name, 0)
     windows.check_positions(batch, config)
     yield batch

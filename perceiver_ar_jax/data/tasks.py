@@ -82,14 +82,11 @@ def _photos(size: int, order: str, data: DataConfig, max_events: int) -> Task:
   return _image_task(data, size, order, NumberSource(photos.NUM_CROPS), lambda record: photos.crop(record, size))
 
 
-def _text_of_file(record: Record) -> tuple[texts.Text, tuple[int, int]]:
+def _text_of_file(record: Record) -> tuple[texts.FileText, tuple[int, int]]:
   """Returns the text of a record of `_parts`, and the range of its bytes at which crops end."""
-  path = os.fsdecode(record["path"])
-  text = texts.FileText(path, int(record["offset"]), int(record["size"]))
-  if not len(text):
-    raise Unreadable(f"{path} is empty")
+  path, start = os.fsdecode(record["path"]), int(record["part"]) * texts.PART_BYTES
   texts.check_file(path)
-  start = int(record["part"]) * texts.PART_BYTES
+  text = texts.FileText(path, int(record["offset"]), int(record["size"]))
   return text, (start, min(start + texts.PART_BYTES, len(text)))
 
 
@@ -104,8 +101,7 @@ def _text_task(data: DataConfig, unit: str, source: seqio.DataSource, text: Call
     unit=unit,
     vocab_size=tokens.vocab_size,
     decode=tokens.decode,
-    unknown=tokens.unknown,
-    read=lambda content: tokens.document(texts.Text(content)),
+    read=tokens.document,
     groups=[[EOS, *tokens.drawable]],
   )
 
@@ -119,12 +115,8 @@ def _parts(path: str, start: float = 0.0, end: float = 1.0) -> list[Record]:
 
 
 def _pg19(data: DataConfig, max_events: int) -> Task:
-  def text(record):
-    if not record["book_text"]:
-      raise Unreadable(f"The book {os.fsdecode(record['book_title'])!r} of pg19 is empty")
-    return (texts.Text(record["book_text"]),)
-
-  return _text_task(data, "word_perplexity", TfdsSource("pg19:0.1.1", data_dir=data.data_dir), text)
+  source = TfdsSource("pg19:0.1.1", data_dir=data.data_dir)
+  return _text_task(data, "word_perplexity", source, lambda record: (record["book_text"],))
 
 
 def _wikitext103(data: DataConfig, max_events: int) -> Task:
@@ -224,7 +216,6 @@ def _piano_rolls(data: DataConfig, max_events: int) -> Task:
     document=document,
     modality="rolls",
     unit="nats_per_frame",
-    counts=("frames",),
     vocab_size=rolls.VOCAB_SIZE,
     decode=rolls.decode,
     augment=augment if data.max_transposition else None,

@@ -21,14 +21,12 @@ _TYPICAL_BYTES_PER_SUBWORD = 4
 _LONGEST_WORD_BYTES = 64
 _WHITESPACE, _WORDS = re.compile(rb"\s"), re.compile(rb"\S+")
 _CHARACTER = re.compile(rb"[^\x80-\xbf]")  # its first byte, in UTF-8
-_COUNT_BYTES = 2**24
 
 
 class ByteTokenizer:
   """The vocabulary of the 256 byte values."""
 
   vocab_size = 256 + NUM_SPECIAL
-  unknown: int | None = None
   drawable = range(NUM_SPECIAL, vocab_size)
 
   def decode(self, events: np.ndarray) -> str:
@@ -46,11 +44,9 @@ class SubwordTokenizer:
   def __init__(self, path: str):
     import sentencepiece  # slow, and not needed for bytes
 
+    self._model = model = sentencepiece.SentencePieceProcessor()
     try:
-      content = read_bytes(path)
-      if not content:
-        raise Unreadable(f"{path} is empty")
-      self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
+      model.LoadFromSerializedProto(read_bytes(path))
     except (Unreadable, RuntimeError) as error:
       raise InputError(
         f"data.sentencepiece does not name a SentencePiece model: {path} ({error}). Set it to where the file is now,"
@@ -58,7 +54,6 @@ class SubwordTokenizer:
         " --config.model.vocab_size=259."
       ) from error
     self.vocab_size = model.get_piece_size() + NUM_SPECIAL
-    self.unknown = model.unk_id() + NUM_SPECIAL  # the event of text for which the model has no token
     without_text = (model.is_unknown, model.is_control, model.is_unused)
     tokens = range(model.get_piece_size())
     self.drawable = [token + NUM_SPECIAL for token in tokens if not any(test(token) for test in without_text)]
@@ -88,45 +83,33 @@ def check_file(path: str) -> None:
   """Warns once if files are not plain UTF-8: they were probably not meant to be read as they are."""
   head = read_bytes(path, 0, min(4096, file_size(path)))
   try:
-    is_plain = b"\0" not in head and not head.startswith(codecs.BOM_UTF8)
-    codecs.getincrementaldecoder("utf-8")().decode(head)  # the head may end within a character
+    characters = set(codecs.getincrementaldecoder("utf-8")().decode(head))  # the head may end within a character
   except UnicodeDecodeError:
-    is_plain = False
-  if not is_plain:
+    characters = {"\0"}
+  if characters & {"\0", "\ufeff"}:
     kind = "not plain UTF-8 (but UTF-16, a byte order mark, or compressed, for example)"
     warn_once(None, f"{path} is {kind}: it is read byte by byte. Convert or unpack such files.", kind)
 
 
-class Text:
-  """Bytes in memory; `name` is for messages."""
-
-  def __init__(self, content: bytes, name: str = "A text"):
-    self._content, self.name = content, name
-
-  def __len__(self) -> int:
-    return len(self._content)
-
-  def read(self, start: int, end: int) -> bytes:
-    """Returns bytes start..end-1, as far as they exist."""
-    return self._content[max(start, 0) : end]
-
-
-class FileText(Text):
-  """Bytes offset..offset+size-1 of a file, read on demand."""
+class FileText:
+  """Bytes offset..offset+size-1 of a file; a slice of it is read on demand, as `bytes`."""
 
   def __init__(self, path: str, offset: int, size: int):
-    self.name, self._offset, self._size = path, offset, size
+    self._path, self._offset, self._size = path, offset, size
 
   def __len__(self) -> int:
     return self._size
 
-  def read(self, start: int, end: int) -> bytes:
-    start, end = max(start, 0), min(end, self._size)
-    return read_bytes(self.name, self._offset + start, max(end - start, 0))
+  def __getitem__(self, part: slice) -> bytes:
+    start, end, _ = part.indices(self._size)
+    return read_bytes(self._path, self._offset + start, max(end - start, 0))
+
+
+Text = bytes | FileText
 
 
 class _TextDocument(Document):
-  """A text that is not empty. Training crops may end in its bytes `part` = (first, last + 1); None: anywhere."""
+  """A text. Training crops may end in its bytes `part` = (first, last + 1); None: anywhere."""
 
   _positions = _scored = None
 
@@ -134,12 +117,15 @@ class _TextDocument(Document):
     self.text, self._part = text, part or (0, len(text))
     self.continues = self._part[0] > 0
 
+  def has_targets(self) -> bool:
+    return len(self.text) > 0
+
   def counts(self, end: int | None = None) -> dict[str, int]:
-    return count(self.text)
+    return count(self.text[:])
 
 
 class ByteDocument(_TextDocument):
-  """A text as bytes, never all in memory."""
+  """A text as bytes, never all in memory but to count its words."""
 
   def __init__(self, text: Text, part: tuple[int, int] | None = None):
     super().__init__(text, part)
@@ -153,12 +139,12 @@ class ByteDocument(_TextDocument):
     events = np.empty(end - start, np.int32)
     first, last = int(start == 0), int(end == len(self))
     events[:first], events[len(events) - last :] = SOS, EOS
-    bytes_N = np.frombuffer(self.text.read(start - 1, end - 1), np.uint8)
+    bytes_N = np.frombuffer(self.text[max(start - 1, 0) : end - 1], np.uint8)
     np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
     return events
 
   def counts(self, end: int | None = None) -> dict[str, int]:
-    return count(self.text, None if end is None else end - 1)
+    return count(self.text[: len(self.text) if end is None else end - 1])
 
 
 class SubwordDocument(_TextDocument):
@@ -170,45 +156,30 @@ class SubwordDocument(_TextDocument):
 
   @functools.cached_property
   def _events(self) -> np.ndarray:
-    return self._encode(0, self.text.read(0, len(self.text)))
+    return self._encode(0, self.text[:])
 
   def _encode(self, start: int, content: bytes) -> np.ndarray:
     """Encodes `content` from byte `start` on, with SOS and EOS at the ends of the text: int32[N]."""
-    try:
-      content.decode("utf-8")
-    except UnicodeDecodeError:
-      warn_once("such texts", f"{self.text.name} is not all UTF-8: SentencePiece reads U+FFFD where it is not")
     sos, eos = [SOS] * (start == 0), [EOS] * (start + len(content) == len(self.text))
     return np.array([*sos, *self._tokenizer.encode(content), *eos], np.int32)
 
-  def has_targets(self) -> bool:
-    return len(self.text) > 0  # without encoding it
-
   def head(self, num_scored: int) -> Document:
-    """As Document.head, but cut between words and with up to some percent fewer events: only the part is encoded."""
-    num_bytes = min(num_scored * _BYTES_PER_SUBWORD, len(self.text))
-    if num_bytes == len(self.text) and self.num_scored <= num_scored:
+    """As Document.head, but encodes no more of a long text; words and bytes are those of the decoded events."""
+    part = SubwordDocument(self.text[: num_scored * _BYTES_PER_SUBWORD], self._tokenizer)
+    if len(part.text) == len(self.text) and part.num_scored <= num_scored:
       return self
-    while True:
-      if num_bytes < len(self.text):  # back to the end of a word; without a space nearby, to where a character begins
-        before = self.text.read(max(num_bytes - _LONGEST_WORD_BYTES, 1), num_bytes + 1)
-        num_bytes -= _next_boundary(before[::-1])
-      part = SubwordDocument(Text(self.text.read(0, num_bytes), self.text.name), self._tokenizer)
-      num_subwords = len(part) - 2
-      if num_subwords <= num_scored:
-        # Without the part's EOS, which is not the text's.
-        return Document(part.read(0, 1 + num_subwords), count=lambda events, text=part.text: count(text))
-      num_bytes = min(num_bytes * num_scored // num_subwords, num_bytes - 1)
+    events = part.read(0, min(1 + num_scored, len(part) - 1))  # without the part's EOS, which is not the text's
+    return Document(events, count=lambda events: count(self._tokenizer.decode(events).encode()))
 
   def crop(self, draw: float, longest: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As Document.crop, but drawn in bytes and cut between words, so that only the crop of a long text is encoded."""
     first, last = self._part
     first = max(first, 1, min(shortest * _TYPICAL_BYTES_PER_SUBWORD, last))
     end = first + int(draw * (last - first + 1))
-    ahead = self.text.read(end, end + _LONGEST_WORD_BYTES)
+    ahead = self.text[end : end + _LONGEST_WORD_BYTES]
     end += _next_boundary(ahead if len(ahead) == _LONGEST_WORD_BYTES else ahead + b"\n")  # a text's end ends a word
     start = max(end - longest * _BYTES_PER_SUBWORD, 0)
-    text = self.text.read(start, end)
+    text = self.text[start:end]
     if start > 0:
       cut = _next_boundary(text[:_LONGEST_WORD_BYTES])
       start, text = start + cut, text[cut:]
@@ -222,11 +193,6 @@ def _next_boundary(text: bytes) -> int:
   return boundary.start() if boundary else 0
 
 
-def count(text: Text, num_bytes: int | None = None) -> dict[str, int]:
-  """Counts {"words": separated by whitespace, "bytes": all} of the first `num_bytes`, `_COUNT_BYTES` at a time."""
-  words, inside, end = 0, False, len(text) if num_bytes is None else num_bytes
-  for start in range(0, end, _COUNT_BYTES):
-    part = text.read(start, min(start + _COUNT_BYTES, end))
-    words += len(_WORDS.findall(part)) - (inside and not part[:1].isspace())  # the part before ended in a word
-    inside = not part[-1:].isspace()
-  return {"words": words, "bytes": end}
+def count(content: bytes) -> dict[str, int]:
+  """Returns {"words": the number of those separated by whitespace, "bytes": the number of all}."""
+  return {"words": sum(1 for _ in _WORDS.finditer(content)), "bytes": len(content)}

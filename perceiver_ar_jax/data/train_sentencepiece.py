@@ -69,7 +69,7 @@ def _lines(config: Config) -> Iterator[bytes]:
   with tqdm.tqdm(unit="B", unit_scale=True, desc="Reading") as bar:
     for _, document in splits.documents(config, config.data.train_split):
       for start in range(0, len(document.text), _STRETCH_BYTES):
-        stretch = document.text.read(start, start + _STRETCH_BYTES)
+        stretch = document.text[start : start + _STRETCH_BYTES]
         bar.update(len(stretch))
         yield from _LINES.findall(stretch)
 
