@@ -129,7 +129,7 @@ class _Run:
   def __call__(self, state: step_lib.TrainState, data: TrainLoader, profile: contextlib.ExitStack):
     """Returns (the last state, the result of the evaluation at the last step, None after a signal)."""
     train, first = self.config.train, int(state.step) + 1
-    dropout_key = jax.random.fold_in(jax.random.key(self.config.seed), 1)  # the key of the seed initialises the weights
+    dropout_key = jax.random.fold_in(jax.random.key(self.config.seed), 1)  # the key of the seed initializes the weights
     result, pending, ahead = None, [], min(_MAX_AHEAD, train.log_every)
     self._skipped_in_a_row, self._last_fetch = 0, time.monotonic()
     shardings = sharding.batch_shardings(self.mesh, {name: array.shape for name, array in data.spec.items()})

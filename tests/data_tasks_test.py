@@ -192,7 +192,7 @@ def lines_of_a_fork():
   """A task as docs/extending.md makes one."""
 
   def lines(split, shuffle_files):
-    return tf.data.Dataset.from_tensor_slices({"text": ["ab", "", "c"]})
+    return tf.data.Dataset.from_tensor_slices({"text": ["ab", "b", "c"]})
 
   def build(data, max_events):
     tokens = texts.tokenizer(data.sentencepiece)
@@ -237,7 +237,7 @@ def test_the_position_in_a_seqio_task_can_be_saved(lines_of_a_fork, tmp_path):
 
 def test_a_fork_adds_a_task_in_a_few_lines(lines_of_a_fork):
   rows = documents(lines_of_a_fork, "train", count=9)
-  assert [row["events"].tolist() for row in rows] == [[2, 100, 101, 1], [2, 102, 1]]
+  assert [row["events"].tolist() for row in rows] == [[2, 100, 101, 1], [2, 101, 1], [2, 102, 1]]
   assert rows[0]["positions"].tolist() == [[1], [2], [3], [4]]
 
 

@@ -88,6 +88,7 @@ def test_a_stretch_beyond_the_end_of_a_file_text_is_empty(tmp_path):
   assert FileText(str(tmp_path / "text"), 6, 10)[11:99] == b""
 
 
+@pytest.mark.parametrize("block_bytes", [1, 3, 2**24])
 @pytest.mark.parametrize(
   ("content", "num_words"),
   [
@@ -101,12 +102,14 @@ def test_a_stretch_beyond_the_end_of_a_file_text_is_empty(tmp_path):
     (b"\x1c \x1d\x85 \x00", 3),
   ],
 )
-def test_words_and_bytes_are_counted(content, num_words):
+def test_words_and_bytes_are_counted_across_blocks(content, num_words, block_bytes, monkeypatch):
+  monkeypatch.setattr(texts, "_COUNT_BYTES", block_bytes)
   expected = {"words": num_words, "bytes": len(content)}
   assert len(content.split()) == num_words and ByteDocument(content).counts() == expected
 
 
-def test_random_texts_are_counted_as_python_splits_them(tmp_path):
+def test_random_texts_are_counted_as_python_splits_them(monkeypatch, tmp_path):
+  monkeypatch.setattr(texts, "_COUNT_BYTES", 3)
   random = np.random.default_rng(0)
   for length in range(1, 80):
     content = bytes(random.choice(list(b"ab \n"), length).tolist())

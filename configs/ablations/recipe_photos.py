@@ -2,7 +2,7 @@
 
 The recipe of configs/photos32.py: Muon, rotary positions over row, column and channel beside learned tables, and
 Fourier features of each sub-pixel's value. Then the options that text gains from, added to it: two convolution taps,
-normalised queries and keys, output projections that start at zero.
+normalized queries and keys, output projections that start at zero.
 
 Here: photographs of 32x32 pixels, 3 layers of width 64, 512 latents of 3,072 inputs, 100 steps of 8 pictures; the
 paper's model has learned tables only, and Adam. Muon and Adam have two learning rates each, the recipe three. Each run
@@ -10,8 +10,8 @@ had one core that it partly shared, so compare FLOPs rather than seconds.
 
 Result: within 100 steps Adam hardly begins to learn. Muon ends 11% below it at the better of two rates for each, which
 is the higher one for both. Features of values lower the loss by 17%, rotary positions by 2%, both by 21%, and twice the
-learning rate by another 7%. The options that help on text do not help here: normalised queries and keys change nothing,
-taps cost 1.1%, zero initialisation 4%. A plain Transformer of 512 inputs ends 1.4% below the recipe at the same rate,
+learning rate by another 7%. The options that help on text do not help here: normalized queries and keys change nothing,
+taps cost 1.1%, zero initialization 4%. A plain Transformer of 512 inputs ends 1.4% below the recipe at the same rate,
 with 43% fewer FLOPs: the context of the whole picture does not pay within 100 steps.
 """
 

@@ -28,7 +28,7 @@ class TransientError(RuntimeError):
 def _kind(types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], statuses: str) -> Callable[..., bool]:
   """Returns whether an error, or one that it was raised from or while handling, is of a kind.
 
-  A kind is recognised by class, errno, HTTP code, or a text or the name of a status in the message.
+  A kind is recognized by class, errno, HTTP code, or a text or the name of a status in the message.
   """
   numbers = [getattr(errno, name) for name in errnos.split() if hasattr(errno, name)]
   in_message = rf"(?:\bHTTP|[Ss]tatus)\D{{0,20}}(?:{'|'.join(map(str, http_codes))})\b"
@@ -108,7 +108,7 @@ reading, writing = functools.partial(_accessing, "read"), functools.partial(_acc
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """Returns a hint for a misspelt name: the closest known name and the whole list."""
+  """Returns a hint for a misspelled name: the closest known name and the whole list."""
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   return (f"Did you mean {close[0]!r}? " if close else "") + "Known: " + ", ".join(known) + "."

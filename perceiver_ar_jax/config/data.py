@@ -42,7 +42,7 @@ class DataConfig:
   codebook_size: int = 1024
   """audio_codes, video_codes: codes of each level, or of the grid, are 0..codebook_size-1."""
   code_levels: int = 8
-  """audio_codes: levels of the residual quantiser that are used, the coarse ones first."""
+  """audio_codes: levels of the residual quantizer that are used, the coarse ones first."""
   code_layout: str = "frames_levels"
   """audio_codes: the axes of the arrays, frames_levels or levels_frames, after leading axes of 1; never guessed."""
   recall_pairs: int = 64

@@ -50,7 +50,7 @@ class SampleConfig:
   batch_size: int = 4
   """Samples drawn at a time."""
   temperature: float = 1.0
-  """Divides the logits: below 1 favours likely tokens, above 1 unlikely ones, and 0 always takes the likeliest."""
+  """Divides the logits: below 1 favors likely tokens, above 1 unlikely ones, and 0 always takes the likeliest."""
   top_k: int = 0
   """Draw only from the k likeliest tokens; 0: from all."""
   top_p: float = 1.0

@@ -12,7 +12,7 @@ class ModelConfig:
   architecture: str = "perceiver_ar"
   """perceiver_ar or transformer_xl (models/architectures.py), which has no cross-attention."""
   vocab_size: int
-  """Number of token ids, PAD 0, EOS 1 and SOS 2 included (259 for bytes and colour values)."""
+  """Number of token ids, PAD 0, EOS 1 and SOS 2 included (259 for bytes and color values)."""
   max_context: int
   """L: the maximum number of input tokens; shorter inputs are padded on the left."""
   num_latents: int
@@ -53,7 +53,7 @@ class ModelConfig:
   conv_taps: int = 0
   """Cross-attention: taps of a causal convolution of keys and values, by which an input is found by those before it."""
   qk_norm: bool = False
-  """RMS normalisation of each head's queries and keys, with a learned scale, before they are rotated."""
+  """RMS normalization of each head's queries and keys, with a learned scale, before they are rotated."""
   zero_init: bool = False
   """Attention and MLP blocks start with output projections of zero, so each block is the identity at first."""
   value_features: int = 0

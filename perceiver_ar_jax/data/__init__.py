@@ -10,4 +10,4 @@ library, so that images.py stays quick to load; tf_cpu.py alone imports TensorFl
 """
 
 PAD, EOS, SOS = range(3)
-NUM_SPECIAL = 3  # ids before the first value: a byte or colour value v is the event v + NUM_SPECIAL
+NUM_SPECIAL = 3  # ids before the first value: a byte or color value v is the event v + NUM_SPECIAL

@@ -1,4 +1,4 @@
-"""Codes of neural codecs as events: audio from residual vector quantisers, video from a VQ-GAN. NumPy only.
+"""Codes of neural codecs as events: audio from residual vector quantizers, video from a VQ-GAN. NumPy only.
 
 Audio: `frames` x `levels` codes (SoundStream, EnCodec, DAC, ...) are flattened frame by frame, the coarse level first,
 as in the paper. Each level has its own ids: code c of level q is the value q * codebook_size + c. Positions are (frame,

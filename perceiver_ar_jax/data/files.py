@@ -191,4 +191,5 @@ def _real_path(path: str) -> str:
     return path
   if os.path.islink(path):
     return os.path.realpath(path)
-  return os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))
+  folder, name = os.path.split(path)
+  return os.path.join(_real_folder(os.path.join(os.getcwd(), folder)), name)

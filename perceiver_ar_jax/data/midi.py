@@ -133,7 +133,7 @@ def _read_track(track: bytes) -> np.ndarray:
     else:
       status = running_status
     if status < _SYSTEM:
-      running_status = status  # not cancelled by system exclusive and meta events: many files rely on it
+      running_status = status  # not canceled by system exclusive and meta events: many files rely on it
       if _NUM_DATA_BYTES[status] == 2:
         number, value = track[position], track[position + 1]
       position += _NUM_DATA_BYTES[status]

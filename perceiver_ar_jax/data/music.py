@@ -60,22 +60,22 @@ def read_notes(content: bytes) -> np.ndarray:
 
   # Messages are referred to by their index, the end of the file by M.
   note_messages = np.flatnonzero(is_note_M)
-  all_off = _neighbours(is_control_M & ~is_pedal_M, channels_M, note_messages)
+  all_off = _neighbors(is_control_M & ~is_pedal_M, channels_M, note_messages)
   # The note-offs after a message that ends all notes belong to the notes after it.
   ons, offs = _pair(all_off * _NUM_KEYS + keys_M[note_messages], is_struck_M[note_messages])
   ends_N = np.append(note_messages, len(times_M))[offs]
   last_N, ons_N = all_off[ons], note_messages[ons]
   released = np.flatnonzero(ends_N < len(times_M))
-  pedals = _neighbours(is_pedal_M, channels_M, ends_N[released], before=True)
+  pedals = _neighbors(is_pedal_M, channels_M, ends_N[released], before=True)
   held = released[np.append(is_down_M, False)[pedals]]
-  pedal_up = _neighbours(is_pedal_M & ~is_down_M, channels_M, ends_N[held])
-  ends_N[held] = np.minimum(pedal_up, _neighbours(is_struck_M, keys_M, ends_N[held]))
+  pedal_up = _neighbors(is_pedal_M & ~is_down_M, channels_M, ends_N[held])
+  ends_N[held] = np.minimum(pedal_up, _neighbors(is_struck_M, keys_M, ends_N[held]))
   offsets_N = np.append(times_M, end_time)[np.minimum(ends_N, last_N)]
   notes_Nx4 = np.stack([numbers_M[ons_N], values_M[ons_N], times_M[ons_N], offsets_N], axis=1)
   return notes_Nx4.take(np.lexsort((offsets_N, numbers_M[ons_N], times_M[ons_N])), axis=0)
 
 
-def _neighbours(is_set_M: np.ndarray, keys_M: np.ndarray, messages: np.ndarray, before: bool = False) -> np.ndarray:
+def _neighbors(is_set_M: np.ndarray, keys_M: np.ndarray, messages: np.ndarray, before: bool = False) -> np.ndarray:
   """Returns, for each of `messages`, the next message with its key that is set, or the last one before; M if none."""
   size = len(keys_M) + 1
   places_M = keys_M.astype(np.int64) * size + np.arange(len(keys_M))

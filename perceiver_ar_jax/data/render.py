@@ -8,7 +8,7 @@ from etils import epath
 
 from perceiver_ar_jax.data import NUM_SPECIAL, music, registry
 
-_GAP, _GREY, _MIN_PIXELS = 2, 128, 128
+_GAP, _GRAY, _MIN_PIXELS = 2, 128, 128
 _MAX_STEPS = 1000  # columns of a piano roll: 10 s
 
 
@@ -53,7 +53,7 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
   """Arranges pictures uint8[height, width, 3] in rows of `columns`, in cells as large as the largest."""
   height, width = (max(picture.shape[axis] for picture in pictures) + _GAP for axis in (0, 1))
   rows = -(-len(pictures) // columns)
-  sheet = np.full((rows * height + _GAP, min(columns, len(pictures)) * width + _GAP, 3), _GREY, np.uint8)
+  sheet = np.full((rows * height + _GAP, min(columns, len(pictures)) * width + _GAP, 3), _GRAY, np.uint8)
   for index, pixels in enumerate(pictures):
     top, left = index // columns * height + _GAP, index % columns * width + _GAP
     sheet[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels

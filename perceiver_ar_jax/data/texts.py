@@ -20,6 +20,7 @@ _BYTES_PER_SUBWORD = 8  # read per subword token of a crop: ample, since with fe
 _TYPICAL_BYTES_PER_SUBWORD = 4
 _LONGEST_WORD_BYTES = 64
 _WHITESPACE, _WORDS = re.compile(rb"\s"), re.compile(rb"\S+")
+_COUNT_BYTES = 2**24
 _CHARACTER = re.compile(rb"[^\x80-\xbf]")  # its first byte, in UTF-8
 
 
@@ -121,11 +122,11 @@ class _TextDocument(Document):
     return len(self.text) > 0
 
   def counts(self, end: int | None = None) -> dict[str, int]:
-    return count(self.text[:])
+    return count(self.text)
 
 
 class ByteDocument(_TextDocument):
-  """A text as bytes, never all in memory but to count its words."""
+  """A text as bytes, never all in memory."""
 
   def __init__(self, text: Text, part: tuple[int, int] | None = None):
     super().__init__(text, part)
@@ -144,7 +145,7 @@ class ByteDocument(_TextDocument):
     return events
 
   def counts(self, end: int | None = None) -> dict[str, int]:
-    return count(self.text[: len(self.text) if end is None else end - 1])
+    return count(self.text, end and end - 1)
 
 
 class SubwordDocument(_TextDocument):
@@ -193,6 +194,11 @@ def _next_boundary(text: bytes) -> int:
   return boundary.start() if boundary else 0
 
 
-def count(content: bytes) -> dict[str, int]:
-  """Returns {"words": the number of those separated by whitespace, "bytes": the number of all}."""
-  return {"words": sum(1 for _ in _WORDS.finditer(content)), "bytes": len(content)}
+def count(text: Text, num_bytes: int | None = None) -> dict[str, int]:
+  """Counts {"words": separated by whitespace, "bytes": all} of the first `num_bytes`, `_COUNT_BYTES` at a time."""
+  words, inside, end = 0, False, len(text) if num_bytes is None else min(num_bytes, len(text))
+  for start in range(0, end, _COUNT_BYTES):
+    part = text[start : min(start + _COUNT_BYTES, end)]
+    words += len(_WORDS.findall(part)) - (inside and not part[:1].isspace())  # the part before ended in a word
+    inside = not part[-1:].isspace()
+  return {"words": words, "bytes": end}

@@ -3,7 +3,7 @@
   python -m perceiver_ar_jax.data.train_sentencepiece --config=configs/text_files.py --output=subwords.model
 
 The same data and settings give the same model. Tokenization is lossless but for U+2581, by which SentencePiece
-represents a space: no normalisation, spaces are kept, and characters outside the vocabulary are encoded as bytes.
+represents a space: no normalization, spaces are kept, and characters outside the vocabulary are encoded as bytes.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ from perceiver_ar_jax.sampling import prompts
 from perceiver_ar_jax.sampling.sampler import Sample, Sampler
 from perceiver_ar_jax.training.workdir import write_atomically
 
-_UNSEEN = 128  # grey level of pixels that are not generated yet
+_UNSEEN = 128  # gray level of pixels that are not generated yet
 
 
 def sample(config: Config, workdir: epath.PathLike) -> list[Sample]:

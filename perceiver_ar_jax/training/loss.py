@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class TokenLosses(NamedTuple):
-  """float32[B, M] each, unweighted; the optimised loss is `cross_entropy + z_loss`, in nats."""
+  """float32[B, M] each, unweighted; the optimized loss is `cross_entropy + z_loss`, in nats."""
 
   cross_entropy: jax.Array
   z_loss: jax.Array
@@ -18,7 +18,7 @@ class TokenLosses(NamedTuple):
 def token_losses(logits_BxMxV, targets_BxM, z_loss: float = 0.0, label_smoothing: float = 0.0) -> TokenLosses:
   """Returns the losses of each target.
 
-  The z-loss is `z_loss` * log(Z)^2 with Z the softmax's normaliser; it keeps logits from drifting. Label smoothing
+  The z-loss is `z_loss` * log(Z)^2 with Z the softmax's normalizer; it keeps logits from drifting. Label smoothing
   moves this much probability to the other V - 1 tokens, less the entropy of the smoothed target, so that a perfect
   model has loss 0.
   """
