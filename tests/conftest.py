@@ -6,6 +6,7 @@ tests/tiny.py, jax 0.10), and compiled programs are kept. Child processes inheri
 """
 
 import concurrent.futures
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -32,6 +33,7 @@ _LONGEST = (
   *("interop_export", "training_loop", "parallel_context", "models_golden", "main", "plan", "pretrained"),
   *("models_perceiver_ar", "parallel_mesh"),
 )
+_GARBAGE = (50_000, 10, 10)  # thresholds of its collection
 _SLOW_FIXTURES = {"trained", "eight_devices"}
 
 
@@ -43,6 +45,12 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if _SLOW_FIXTURES & {*item.fixturenames}:
       item.add_marker("slow")
+
+
+def pytest_collection_finish():
+  """Collects garbage rarely, and not in what is imported: it took up to half of the time that JAX traces."""
+  gc.freeze()
+  gc.set_threshold(*_GARBAGE)
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +92,8 @@ def eight_devices():
   """Calls functions of modules in a process with eight virtual devices: eight_devices(function, *arguments)."""
   import jax
 
-  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+  spawn = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, spawn, gc.set_threshold, _GARBAGE) as pool:
     with mock.patch.dict(os.environ, tiny.environment(8)):
       assert pool.submit(jax.device_count).result() == 8  # the process starts here
 
