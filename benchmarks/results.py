@@ -29,6 +29,9 @@ _SEEDS = {
   "positions": "0",
   "dropout": "0",
   "recipe": "0",
+  "recipe_photos": "0",
+  "recipe_recall": "0,1",
+  "longer_context": "0",
   "maestro": "0",
 }
 _SWEEPS = {
@@ -42,7 +45,7 @@ _SWEEPS = {
     "Evaluation-time compute: fewer and more latents than the 256 of training",
     "order",
     "raster-full",
-    ["--num_latents=32,64,128,256,512,1024", "--stride=32", "--config.eval.max_sequences=8"],
+    ["--num_latents=128,256,512,1024", "--stride=128", "--config.eval.max_sequences=8"],
   ),
 }
 """Title, ablation, variant (its run with seed 0 is scored) and arguments of each sweep."""
