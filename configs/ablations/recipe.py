@@ -17,20 +17,14 @@ from configs.ablations import context
 VARIANTS = {
   "adam": "the paper's: Adam, rate 4e-3, cosine, none of the options",
   "adam-low": "the same with rate 2e-3",
-  "adam-high": "the same with rate 8e-3",
   "muon": "Muon, rate 8e-3, wsd with decay over the second half, none of the options",
   "muon-low": "the same with rate 4e-3",
-  "muon-high": "the same with rate 1.6e-2",
   "taps": "muon with model.conv_taps=2",
   "qk-norm": "muon with model.qk_norm",
   "zero-init": "muon with model.zero_init",
   "all": "muon with all three options",
-  "all-high": "all, with rate 1.6e-2",
   "transformer": "all, with as many inputs as latents, 64: a plain Transformer",
-  "transformer-128": "the same with 128 of both, half as many rows",
-  "transformer-xl": "muon, segments of 64 and a memory of 64 in each layer, two segments per row",
 }
-_RATES = {"adam": 4e-3, "adam-low": 2e-3, "muon-low": 4e-3, "muon-high": 1.6e-2, "all-high": 1.6e-2}
 _OPTIONS = {"taps": {"conv_taps": 2}, "qk-norm": {"qk_norm": True}, "zero-init": {"zero_init": True}}
 
 
@@ -40,22 +34,15 @@ def get_config(variant="all"):
   config.data.min_crop = 65
   config.train.update(batch_size=32, checkpoint_every=200)
   config.eval.update(batch_size=32, stride=64, every=100)
-  config.train.optimizer.update(learning_rate=_RATES.get(variant, 8e-3), warmup_steps=20)
+  rate = {"adam": 4e-3, "adam-low": 2e-3, "muon-low": 4e-3}.get(variant, 8e-3)
+  config.train.optimizer.update(learning_rate=rate, warmup_steps=20)
   if not variant.startswith("adam"):
     config.train.optimizer.update(name="muon", schedule="wsd", decay_steps=100, b2=0.98, end_learning_rate=0.0)
-  has_all = variant in ("all", "all-high", "transformer", "transformer-128", "long")
-  for options in _OPTIONS.values() if has_all else [_OPTIONS.get(variant, {})]:
+  for options in _OPTIONS.values() if variant in ("all", "transformer", "long") else [_OPTIONS.get(variant, {})]:
     config.model.update(options)
   if variant == "transformer":
     config.model.max_context = 64
     config.data.min_crop = 64
-  if variant in ("transformer-128", "transformer-xl"):
-    config.model.num_latents = 128
-    config.train.batch_size = 16
-    config.data.min_crop = 128
-  if variant == "transformer-xl":
-    config.model.update(architecture="transformer_xl", position_encoding="relative", segment=64)
-    config.model.rotary_max_wavelength = None
   if variant == "long":  # no variant of the ablation: 22 minutes on one shared core
     config.train.update(steps=1700, checkpoint_every=850)
     config.train.optimizer.update(warmup_steps=50, decay_steps=1000)
