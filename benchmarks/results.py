@@ -31,7 +31,6 @@ _SEEDS = {
   "recipe": "0",
   "recipe_photos": "0",
   "recipe_recall": "0,1",
-  "longer_context": "0",
   "maestro": "0",
 }
 _SWEEPS = {

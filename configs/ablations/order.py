@@ -7,6 +7,10 @@ pixel of the previous plane is thousands of sub-pixels back.
 Here: photographs of 32x32 pixels from installed packages, with planes of 1,024 sub-pixels, 256 latents and the model of
 configs/photos32.py. At full scale: configs/imagenet64.py and configs/imagenet64_rgb_planes.py with and without
 --config.model.max_context=1024.
+
+Result: not seen at this scale. Within 120 steps planes are 5.2% better than raster order with the full context and 4.6%
+better with 512 inputs, half a plane, and the full context helps neither (raster 0.8%, planes 0.2% worse). In planes the
+left and upper neighbors of the same channel are the nearest inputs.
 """
 
 from configs import photos32

@@ -17,7 +17,6 @@ VARIANTS = {
   "mid-cross": "muon, two layers with a second cross-attention between them",
   "all": "taps with model.qk_norm and model.zero_init",
   "transformer": "muon, two layers, 128 latents of 128 inputs",
-  "transformer-xl": "muon, two layers, segments of 64 and a memory of 64",
 }
 _RATES = {"adam-taps-low": 1e-3, "taps-high": 1e-2}
 
@@ -40,7 +39,4 @@ def get_config(variant="taps"):
     config.model.update(num_layers=2, cross_attend_after=(0,))
   if variant == "transformer":
     config.model.update(num_layers=2, num_latents=128)
-  if variant == "transformer-xl":
-    config.model.update(architecture="transformer_xl", position_encoding="relative", segment=64, num_layers=2)
-    config.model.update(num_latents=128, rotary_max_wavelength=None, rotary_fraction=1.0)
   return config
