@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import signal
 import sys
 import types
 
@@ -145,3 +146,17 @@ def test_a_missing_run_is_reported_before_slow_imports(mode, tmp_path, monkeypat
   monkeypatch.setitem(sys.modules, "perceiver_ar_jax.parallel", None)  # importing it raises ImportError
   monkeypatch.setitem(sys.modules, "perceiver_ar_jax.experiments", None)
   tiny.expect_error(tiny.run(tmp_path, f"--mode={mode}"), "contains no run")
+
+
+def test_the_start_up_lines_of_tensorflow_are_hidden_and_other_lines_are_not():
+  program = """
+import os
+from perceiver_ar_jax.data.tf_cpu import _without_start_up_lines
+with _without_start_up_lines():
+  os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called\\nI0000 00:00:1.2 1 a.cc:1] Hidden\\n")
+  os.write(2, b"Shown\\nF0000 00:00:1.2 1 a.cc:1] Last words\\n")
+  os.abort()
+"""
+  result = tiny.python("-c", program)
+  assert result.returncode == -signal.SIGABRT
+  assert result.stderr == "Shown\nF0000 00:00:1.2 1 a.cc:1] Last words\n"

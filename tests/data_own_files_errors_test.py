@@ -60,9 +60,11 @@ def test_missing_files_are_explained(name, file_cases, tmp_path):
       read()
   for pattern in (tmp_path, tmp_path / "nowhere", tmp_path / "*.xyz"):
     for read in both(file_cases[name], files=str(pattern)):
-      with pytest.raises(InputError, match=r"No file matches .*\. Set data.files \(or data.validation_files\)"):
+      with pytest.raises(
+        InputError, match=r"(contains no matching file|does not exist)\. Set data.files \(or data.validation_files\)"
+      ):
         read()
-  with pytest.raises(InputError, match="No file matches 'nothing_here'"):
+  with pytest.raises(InputError, match="'nothing_here' does not exist"):
     evaluate(settings(file_cases[name], validation_files="nothing_here"))
 
 
@@ -70,17 +72,18 @@ def test_missing_files_are_explained(name, file_cases, tmp_path):
   "name, release, missing",
   [
     ("wikitext103 raw", "WikiText-103", "wiki.train.raw"),
-    ("enwik8", "enwik8", "enwik8"),
-    ("maestro_v3", "MAESTRO", "maestro-v3.0.0.csv"),
+    ("enwik8", "enwik8", "enwik8 does not exist"),
+    ("maestro_v3", "MAESTRO", "maestro-v3.0.0.csv does not exist"),
   ],
 )
 def test_a_missing_release_is_explained(name, release, missing, file_cases, tmp_path):
   train, evaluation = both(file_cases[name], data_dir=None)
   for read in (train, evaluation):
-    with pytest.raises(InputError, match=f"reads your copy of {release}.* data.data_dir=None: set it to the folder"):
+    with pytest.raises(InputError, match=f"reads your copy of {release}: set data.data_dir"):
       read()
-  with pytest.raises(InputError, match=f"not in data.data_dir='{tmp_path}': set it to the folder that .*{missing}"):
+  with pytest.raises(InputError, match=missing) as error:
     next(batches.train_loader(settings(file_cases[name], data_dir=str(tmp_path)), 2))
+  assert str(tmp_path) in str(error.value) and "data.data_dir" in str(error.value)
 
 
 def test_books_that_are_not_prepared_are_explained(file_cases, tmp_path):

@@ -5,8 +5,6 @@ Paths with a scheme (gs://...) go through TensorFlow, all others through the ope
 
 import collections
 import concurrent.futures
-import contextlib
-import errno
 import functools
 import glob
 import hashlib
@@ -21,39 +19,36 @@ from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.tf_cpu import tf
 from perceiver_ar_jax.data.warn_once import warn_once
 
+_CROSSING = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
 
 def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
   """Returns `size` bytes of a file from `start` on (-1: the rest).
 
-  Raises Unreadable as `file_size`, or if the file has become shorter.
+  Raises Unreadable if it is not a regular file, cannot be read, or has become shorter.
   """
   if not _is_remote(path):
-    file_size(path)  # opening a named pipe would wait forever
-  with _reading(path), tf.io.gfile.GFile(path, "rb") if _is_remote(path) else open(path, "rb") as file:
-    file.seek(start)
-    content = file.read(size)
+    _stat(path)
+  try:
+    with tf.io.gfile.GFile(path, "rb") if _is_remote(path) else open(path, "rb") as file:
+      file.seek(start)
+      content = file.read(size)
+  except (OSError, tf.errors.OpError) as error:
+    raise Unreadable(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
   if len(content) < size:
     raise Unreadable(f"{path} ends at byte {start + len(content):,} now, and was longer when training began")
   return content
 
 
 def file_size(path: str) -> int:
-  """Returns the size of a file in bytes; raises Unreadable if it is not a regular file, or cannot be read."""
-  with _reading(path):
-    if _is_remote(path):
-      return tf.io.gfile.stat(path).length
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-      raise OSError(errno.EINVAL, "it is not a regular file")
-    return status.st_size
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
+  """Returns the size of a file in bytes; raises Unreadable as `read_bytes`."""
+  if not _is_remote(path):
+    return _stat(path).st_size
   try:
-    yield
-  except (OSError, ValueError, tf.errors.OpError) as error:  # ValueError: a zero byte in the name
-    raise Unreadable(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return tf.io.gfile.stat(path).length
+  except tf.errors.OpError as error:
+    raise Unreadable(f"{path} cannot be read: {error}") from error
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
@@ -65,23 +60,26 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
   try:
     is_folder = tf.io.gfile.isdir(pattern)
     if is_folder:
-      paths = [os.path.join(folder, name) for folder, names in _walk(pattern) for name in names]
+      folders = tf.io.gfile.walk(pattern) if _is_remote(pattern) else _walk(pattern)
+      paths = [os.path.join(top, name) for top, _, names in folders for name in names if not name.startswith(".")]
     else:
-      paths = _glob(pattern)
+      paths = _expand(pattern)
   except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError, tf.errors.PermissionDeniedError) as error:
     raise InputError(f"{pattern!r} cannot be listed: {error.message}") from error
-  if is_folder:
-    others = [path for path in paths if not path.lower().endswith(tuple(suffixes))]
+  others = [name for name in paths if is_folder and not name.lower().endswith(tuple(suffixes))]
+  if others:
     paths = set(paths).difference(others)
-    endings = collections.Counter(pathlib.PurePath(path).suffix.lower() or "no ending" for path in others)
-    counts = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
-    if others:
-      warn_once(None, f"Not read in {pattern!r}: {len(others):,} files of other endings ({counts}); a glob takes any.")
-  paths = _once_each(filter(_is_usable, paths))
+    endings = collections.Counter(pathlib.PurePath(name).suffix.lower() or "no ending" for name in others)
+    described = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
+    notice = f"Not read in {pattern!r} because of their endings: {len(others):,} files ({described})."
+    warn_once(None, f"{notice} A glob takes any ending.")
+  paths = _once_each(filter(_is_usable, paths), _base_folder(pattern))
   if not paths:
+    exists = is_folder or glob.has_magic(pattern) or os.path.lexists(pattern)
     raise InputError(
-      f"No file matches {pattern!r}. Set data.files (or data.validation_files) to a folder with {', '.join(suffixes)}"
-      f" files, or to a glob in quotes, of any ending, such as 'folder/**/*{suffixes[0]}'."
+      f"{pattern!r} {'contains no matching file' if exists else 'does not exist'}. Set data.files (or"
+      f" data.validation_files) to a folder with {', '.join(suffixes)} files, or to a glob in quotes, of any ending,"
+      f" such as 'folder/**/*{suffixes[0]}'."
     )
   return paths
 
@@ -106,9 +104,11 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
       " training, give a folder of those files (or of links to them) as --config.data.validation_files=FOLDER."
     )
   validation = find_files(data.validation_files, suffixes) if data.validation_files else _hold_out(data, files)
-  held_out = set(map(_real_path, validation))
-  train = [path for path in files if _real_path(path) not in held_out]
-  warn_once(None, f"Held out for validation: {len(validation):,} of {len(validation) + len(train):,} files.")
+  held_out = set(_real_paths(validation))
+  train = [path for path, real in zip(files, _real_paths(files)) if real not in held_out]
+  total, setting = len(validation) + len(train), "validation_files" if data.validation_files else "validation_fraction"
+  counts = f"{len(validation):,} of {total:,} files (data.{setting}={getattr(data, setting)!r})"
+  warn_once(None, f"Held out for validation: {counts}.")
   if split == "train" and not train:
     raise InputError(
       f"All {len(files)} files of data.files={data.files!r} are held out for validation: add files, name those to hold"
@@ -119,11 +119,9 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
 
 def _hold_out(data: DataConfig, files: Sequence[str]) -> list[str]:
   """The files to hold out by `data.validation_fraction`, sorted: at least one, but no empty one if there is another."""
-  fixed = re.split(r"[*?\[]", data.files)[0]  # paths are relative to the folder of a glob's first wildcard
-  folder = data.files if tf.io.gfile.isdir(data.files) else fixed[: fixed.rfind("/") + 1]
-  names = {path: os.fsencode(os.path.relpath(path, folder)) for path in files}
-  digests = {path: int.from_bytes(hashlib.blake2b(name, digest_size=4).digest()) for path, name in names.items()}
-  chosen = [path for path in files if digests[path] < data.validation_fraction * 2**32]
+  folder = _base_folder(data.files)
+  digests = {path: hashlib.blake2b(_relative(path, folder).encode(), digest_size=4).digest() for path in files}
+  chosen = [path for path in files if int.from_bytes(digests[path]) < data.validation_fraction * 2**32]
   with concurrent.futures.ThreadPoolExecutor(16) as pool:  # sizes of remote files are requests over the network
     chosen = [path for path, size in zip(chosen, pool.map(file_size, chosen)) if size]
   ranked = sorted(files, key=digests.get)
@@ -134,62 +132,99 @@ def _is_remote(path: str) -> bool:
   return "://" in path
 
 
-def _glob(pattern: str) -> list[str]:
+def _base_folder(path: str) -> str:
+  """The folder that files are named relative to: `path`, or the folder in which the first wildcard of a glob is."""
+  fixed = re.split(r"[*?\[]", path)[0]
+  return path if tf.io.gfile.isdir(path) else fixed[: fixed.rfind("/") + 1]
+
+
+def _relative(path: str, folder: str) -> str:
+  if path.startswith(folder):  # nearly always, and much faster
+    return os.path.normpath(path.removeprefix(folder).lstrip("/"))
+  return os.path.relpath(path, folder)
+
+
+def _expand(pattern: str) -> list[str]:
   """As glob.glob(pattern, recursive=True), which lists files again and again where a link leads to a parent folder."""
   if _is_remote(pattern):
     return tf.io.gfile.glob(pattern)
-  start, crosses_folders, rest = f"{pattern}/".partition("**/")
-  if not crosses_folders:
+  crossing = _CROSSING.search(pattern)
+  if not crossing:
     return [path for path in glob.glob(pattern) if not os.path.isdir(path)]
-  folders = [folder for top in (glob.glob(start) if start else ["."]) for folder, _ in _walk(top)]
-  rest = rest.rstrip("/") or "*"
-  return [path for folder in folders for path in _glob(os.path.join(glob.escape(folder), rest))]
+  start, rest = pattern[: crossing.start()], pattern[crossing.end() :] or "*"
+  folders = [folder for top in (glob.glob(start) if start else ["."]) for folder, _, _ in _walk(top)]
+  return [path for folder in folders for path in _expand(os.path.join(glob.escape(folder), rest))]
 
 
-def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
-  """Yields (folder, names of files) of `top` and all below it, each real folder once; nothing that is hidden.
+def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+  """Yields (folder, subfolders, names of files) of `top` and all below it but hidden folders, each real folder once.
 
   Links are followed, but not to a folder that contains `top`. Folders come before links to them, so that a link added
   later does not change the path of any file.
   """
-  local_walk = functools.partial(os.walk, onerror=lambda error: warn_once(None, f"Skipped a folder: {error}"))
-  walk = tf.io.gfile.walk if _is_remote(top) else local_walk
-  starts, seen = [top], {os.fspath(parent) for parent in pathlib.Path(os.path.realpath(top)).parents}
+
+  def report(error: OSError) -> None:
+    warn_once(None, f"Skipped: the folder {error.filename} cannot be read: {error.strerror}.")
+
+  real_top, seen, starts = os.path.realpath(top), set(), [top]
   for start in starts:  # grows in the loop
-    for folder, subfolders, names in walk(start):
-      real = folder if _is_remote(folder) else os.path.realpath(folder)
-      if real in seen:
+    for folder, subfolders, names in os.walk(start, onerror=report):
+      real = os.path.realpath(folder)
+      is_around = real != real_top and real_top.startswith(os.path.join(real, ""))
+      if is_around:
+        warn_once(None, f"Not followed: {folder} links to {real}, which contains {top}.")
+      if is_around or real in seen:
         subfolders.clear()
         continue
       seen.add(real)
       subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
       starts += [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
-      yield folder, [name for name in names if not name.startswith(".")]
+      yield folder, subfolders, names
 
 
 def _is_usable(path: str) -> bool:
-  """Returns whether a local file is regular, with a notice if not; for a remote one, that would take a request."""
+  """False, with a notice, for what is not a regular file and for names that TensorFlow cannot represent."""
   try:
-    return _is_remote(path) or file_size(path) >= 0
+    path.encode("utf-8")
+    return _is_remote(path) or bool(_stat(path))
+  except UnicodeEncodeError:
+    reason = f"the name of {path!r} is not UTF-8"
   except Unreadable as error:
-    warn_once("skipped", f"Skipped: {error}", subject=path)
-    return False
+    reason = str(error)
+  warn_once("skipped", f"Skipped: {reason}", subject=path)
+  return False
 
 
-def _once_each(paths: Iterable[str]) -> list[str]:
-  """Returns one path of each real file, sorted; one without links if there is such a path."""
-  links_first = sorted(paths, key=lambda path: (_real_path(path) != os.path.abspath(path), path), reverse=True)
-  return sorted({_real_path(path): path for path in links_first}.values())
+def _stat(path: str) -> os.stat_result:
+  """Raises Unreadable for what is not a regular file, since opening a named pipe would wait forever."""
+  try:
+    result = os.stat(path)
+  except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+      reason = f"it links to {os.readlink(path)}, which does not exist"
+    raise Unreadable(f"{path} cannot be read: {reason}") from error
+  if not stat.S_ISREG(result.st_mode):
+    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(result.st_mode), 'a device')}, not a regular file")
+  return result
 
 
-_real_folder = functools.lru_cache(maxsize=2**16)(os.path.realpath)
+def _once_each(paths: Iterable[str], folder: str) -> list[str]:
+  """One path of each real file, sorted; one without links if there is such a path."""
+  paths, real_folder, by_file = sorted(paths), os.path.realpath(folder), {}
+  for path, real in zip(paths, _real_paths(paths)):
+    if by_file.setdefault(real, path) != path and real == os.path.join(real_folder, _relative(path, folder)):
+      by_file[real] = path
+  return sorted(by_file.values())
 
 
-def _real_path(path: str) -> str:
-  """Returns the path without links, the same for all spellings of it; faster than os.path.realpath."""
-  if _is_remote(path):
-    return path
-  if os.path.islink(path):
-    return os.path.realpath(path)
-  folder, name = os.path.split(path)
-  return os.path.join(_real_folder(os.path.join(os.getcwd(), folder)), name)
+def _real_paths(paths: Sequence[str]) -> Iterator[str]:
+  """Yields each path as it is without links, the same for all spellings of a path."""
+  real_folder = functools.cache(os.path.realpath)
+  for path in paths:
+    if _is_remote(path):
+      yield path
+    elif os.path.islink(path):
+      yield os.path.realpath(path)
+    else:
+      yield os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))

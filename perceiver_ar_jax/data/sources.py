@@ -15,7 +15,7 @@ import numpy as np
 
 from perceiver_ar_jax.config import DataConfig, InputError
 from perceiver_ar_jax.data.files import read_bytes
-from perceiver_ar_jax.data.tf_cpu import seqio, tf, tfds
+from perceiver_ar_jax.data.tf_cpu import tf, tfds
 
 
 class _Source:
@@ -102,9 +102,15 @@ class ListSource(_Source):
     return f"{zlib.crc32(json.dumps(records).encode()):08x}"
 
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
-    records = [{**record, "path": os.fsencode(record["path"])} for record in self._list(split)]
+    records = self._list(split)
     columns = {name: np.array([record[name] for record in records]) for name in records[0]}
-    return _shard(tf.data.Dataset.from_tensor_slices(columns), shard_info)
+    dataset = tf.data.Dataset.from_tensor_slices(columns)
+    return dataset if shard_info is None else dataset.shard(shard_info.num_shards, shard_info.index)
+
+
+def sentencepiece_fingerprint(data: DataConfig) -> str | None:
+  """Returns a checksum of the SentencePiece model, whose path may differ between machines; None for bytes."""
+  return None if data.sentencepiece is None else f"crc32 {zlib.crc32(read_bytes(data.sentencepiece)):08x}"
 
 
 class NumberSource(_Source):
@@ -113,22 +119,18 @@ class NumberSource(_Source):
   `counts` has the number of records of each split, None for an endless one.
   """
 
+  supports_arbitrary_sharding = False
+
   def __init__(self, counts: Mapping[str, int | None]):
     self._counts, self.splits = dict(counts), tuple(counts)
 
   def num_input_examples(self, split: str) -> int | None:
     return self._counts[split]
 
+  def list_shards(self, split: str) -> list[str]:
+    return [split]
+
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     count = self._counts[split]
     numbers = tf.data.Dataset.range(2**62).repeat() if count is None else tf.data.Dataset.range(count)
-    return _shard(numbers.map(lambda number: {"number": number, "validation": split == "validation"}), shard_info)
-
-
-def _shard(records: tf.data.Dataset, shard_info: seqio.ShardInfo | None) -> tf.data.Dataset:
-  return records if shard_info is None else records.shard(shard_info.num_shards, shard_info.index)
-
-
-def sentencepiece_fingerprint(data: DataConfig) -> str | None:
-  """Returns a checksum of the SentencePiece model, whose path may differ between machines; None for bytes."""
-  return None if data.sentencepiece is None else f"crc32 {zlib.crc32(read_bytes(data.sentencepiece)):08x}"
+    return numbers.map(lambda number: {"number": number, "validation": split == "validation"})

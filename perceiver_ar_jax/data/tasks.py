@@ -34,11 +34,14 @@ def _file_task(data: DataConfig, read: Callable[[str], Document], suffixes: Sequ
 
 def _release_file(data: DataConfig, release: str, *names: str) -> str:
   """Returns the path of the first of `names` that exists in the folder of a release that the user has unpacked."""
-  paths = [os.path.join(data.data_dir, name) for name in names] if data.data_dir else []
+  if not data.data_dir:
+    raise InputError(
+      f"The task {data.task} reads your copy of {release}: set data.data_dir to the folder of {names[0]}."
+    )
+  paths = [os.path.join(data.data_dir, name) for name in names]
   path = next(filter(tf.io.gfile.exists, paths), None)
   if path is None:
-    problem = f"The task {data.task} reads your copy of {release}, which is not in data.data_dir={data.data_dir!r}"
-    raise InputError(f"{problem}: set it to the folder that contains {' or '.join(names)}.")
+    raise InputError(f"{' or '.join(paths)} does not exist: set data.data_dir to the folder of the unpacked {release}.")
   return path
 
 
