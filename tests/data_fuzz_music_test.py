@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.config import DataConfig
-from perceiver_ar_jax.data import midi, tasks
+from perceiver_ar_jax.data import codes, midi, tasks
 from perceiver_ar_jax.data.documents import Unreadable
 from perceiver_ar_jax.data.music import Note
 
@@ -48,8 +48,7 @@ def mutate(content: bytes, random: np.random.Generator) -> bytes:
 
 
 def read_or_refuse(task, contents, folder):
-  """Returns how many contents are read and how many refused; fails for other exceptions, and for music that takes too
-  much memory."""
+  """Returns how many contents are read and how many refused; fails for other exceptions and for too much memory."""
   num_read = num_refused = 0
   tracemalloc.start()
   try:
@@ -67,7 +66,7 @@ def read_or_refuse(task, contents, folder):
         assert str(path) in str(error)
         num_refused += 1
       peak = tracemalloc.get_traced_memory()[1] - before
-      assert peak < MAX_BYTES or task.modality != "music", f"{peak:,} bytes for {content!r}"
+      assert peak < MAX_BYTES, f"{peak:,} bytes for {content!r}"
   finally:
     tracemalloc.stop()
   return num_read, num_refused
@@ -121,6 +120,13 @@ def npy_header(shape, dtype="<i8"):
 )
 def test_arrays_that_announce_more_than_they_contain_are_refused(content, tmp_path):
   assert read_or_refuse(get_task("audio_codes"), [content], tmp_path) == (0, 1)
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+  zeros = saved(np.savez_compressed, np.zeros((2**21, 2), np.int64))
+  monkeypatch.setattr(codes, "_MAX_BYTES", 2**20)
+  assert len(zeros) < 2**16
+  assert read_or_refuse(get_task("audio_codes"), [zeros], tmp_path) == (0, 1)
 
 
 def midi_file(track, num_tracks=1, size=None):

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from perceiver_ar_jax.config import DataConfig
-from perceiver_ar_jax.data import NUM_SPECIAL, images, tasks
+from perceiver_ar_jax.data import NUM_SPECIAL, images, tasks, texts
 from perceiver_ar_jax.data.documents import Unreadable
 
 
@@ -117,7 +117,8 @@ def text_contents():
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_any_bytes_are_a_text(kind, sentencepiece_model, tmp_path):
+def test_any_bytes_are_a_text(kind, sentencepiece_model, tmp_path, monkeypatch):
+  monkeypatch.setattr(texts, "_COUNT_BYTES", 64)
   random = np.random.default_rng(3)
   model = sentencepiece_model if kind == "sentencepiece" else None
   ((task, _),) = tasks.get_tasks(DataConfig(task="text_files", files=str(tmp_path), sentencepiece=model), 12)

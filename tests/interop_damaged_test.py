@@ -115,7 +115,7 @@ BIAS = np.zeros(16, np.float32)
     (_with("two\nlines\x1b[31m", BIAS), "has unknown parameters two\\nlines\\x1b[31m."),
     (_with("final_norm.bias", BIAS.astype(np.float64)), "final_norm.bias is of type F64"),
     (_with("final_norm.bias", BIAS[:8]), "final_norm.bias has shape (8,)"),
-    (_with("final_norm.bias", BIAS, step="x"), "is damaged"),
+    (_with("final_norm.bias", BIAS, step="-3"), "its step '-3' is not a number"),
   ],
 )
 def test_a_file_that_is_damaged_or_of_another_model_is_refused(change, words, copied):

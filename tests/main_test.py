@@ -75,6 +75,7 @@ def test_the_papers_config_trains_and_evaluates_on_prepared_data(data_dir, tmp_p
       ["num_latents=64", "max_context=32"],
     ),
     (["--config=configs/copy.py", "--config.train.steps=many", "--workdir=x"], ["train.steps", "many"]),
+    (["--config=configs/copy.py", "--config.data.files=~/nowhere", "--workdir=x"], ["data.files=~/nowhere", "exist"]),
     (["--config=configs/cpoy.py", "--workdir=x"], ["configs/cpoy.py", "Did you mean 'configs/copy.py'"]),
     (
       ["--config=nowhere/copy.py", "--workdir=x"],

@@ -102,7 +102,6 @@ def test_streamed_equals_reference_with_gradients_of_the_projection(chunk):
     np.testing.assert_allclose(array, expected, atol=5e-6)
 
 
-@pytest.mark.slow
 def test_cpus_scan_as_many_rows_at_a_time_as_fit_their_caches(monkeypatch):
   inputs = _inputs(4, 13)
   expected = _values_and_gradients(attention.reference, *inputs)
@@ -123,6 +122,7 @@ def test_cpus_scan_as_many_rows_at_a_time_as_fit_their_caches(monkeypatch):
     np.testing.assert_allclose(array, expected_array, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_queries", "num_keys", "block"), [(4, 13, 512), (130, 130, 512), (130, 130, 128)])
 def test_splash_equals_reference(num_queries, num_keys, block, monkeypatch):
   monkeypatch.setattr(attention, "_MAX_BLOCK", block)

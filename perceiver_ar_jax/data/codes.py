@@ -9,45 +9,58 @@ SOS comes first, at position 1 in all dimensions; codes have positions from 2 on
 """
 
 import io
+import math
 import threading
+import zipfile
 
 import numpy as np
 
 from perceiver_ar_jax.data import NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Unreadable
 
-_HEADERS = threading.Lock()  # NumPy parses headers with `ast`, which fails at random in several threads of CPython 3.11
-
-
-def load_arrays(content: bytes) -> dict[str, np.ndarray]:
-  """Returns the arrays of a .npz file by name, or that of a .npy file as "codes"; nothing in the file is executed.
-
-  NumPy, zipfile and zlib raise many types of errors for damaged files.
-  """
-  with _HEADERS:
-    arrays = np.load(io.BytesIO(content), allow_pickle=False)
-    arrays = {"codes": arrays} if isinstance(arrays, np.ndarray) else arrays
-    return {name: np.asarray(array) for name, array in arrays.items()}
+_MAX_BYTES = 2**31  # the largest array read from a compressed file, which may be a thousandth of this
+HEADERS = threading.Lock()  # NumPy parses headers with `ast`, which fails at random in several threads of CPython 3.11
 
 
 def load(content: bytes, name: str, codebook_size: int) -> np.ndarray:
   """Returns the codes in a .npy file, or in a .npz file with one array or with one called "codes".
 
-  Raises Unreadable, with `name`, if it is not such a file, or if it contains anything but codes 0..codebook_size-1.
+  Nothing in the file is executed, and no more memory is allocated than its content takes. Raises Unreadable, with
+  `name`, if it is not such a file, its numbers are not integers, or codes are outside 0..codebook_size-1.
   """
   try:
-    arrays = load_arrays(content)
-    if "codes" not in arrays and len(arrays) != 1:
-      raise ValueError(f"it has the arrays {', '.join(arrays)}: name one of them codes")
-    codes = arrays["codes"] if "codes" in arrays else next(iter(arrays.values()))
-  except Exception as error:
+    codes = _array(content)
+  except Exception as error:  # zipfile, zlib and NumPy raise many types of errors for damaged files
     raise Unreadable(f"{name} is not a .npy or .npz file of codes ({error})") from error
-  if not np.issubdtype(codes.dtype, np.integer) or not codes.size:
-    raise Unreadable(f"{name} contains {codes.size} numbers of type {codes.dtype}, and codes are integers")
+  if not np.issubdtype(codes.dtype, np.integer):
+    raise Unreadable(f"{name} contains {codes.dtype}, and codes are integers")
+  if codes.size == 0:
+    raise Unreadable(f"{name} contains no codes")
   low, high = codes.min(), codes.max()
   if low < 0 or high >= codebook_size:
     raise Unreadable(f"{name} has codes from {low} to {high}, outside 0..{codebook_size - 1} (data.codebook_size)")
   return codes
+
+
+def _array(content: bytes) -> np.ndarray:
+  """Returns the array of a .npy or .npz file, without a copy."""
+  if content[:2] == b"PK":
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+      sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+      if "codes" not in sizes and len(sizes) != 1:
+        raise ValueError(f"it has the arrays {', '.join(sizes)}: name one of them codes")
+      name = "codes" if "codes" in sizes else next(iter(sizes))
+      if sizes[name] > _MAX_BYTES:
+        raise ValueError(f"its codes take {sizes[name]:,} bytes, more than {_MAX_BYTES:,}: split it into several files")
+      content = archive.read(f"{name}.npy")
+  file = io.BytesIO(content)
+  version = np.lib.format.read_magic(file)
+  read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+  with HEADERS:
+    shape, is_fortran, dtype = read_header(file)
+  if min(shape, default=0) < 0:
+    raise ValueError(f"it has the shape {shape}")
+  return np.frombuffer(content, dtype, math.prod(shape), file.tell()).reshape(shape, order="F" if is_fortran else "C")
 
 
 def audio_positions(levels: int, start: int, end: int) -> np.ndarray:
@@ -82,16 +95,20 @@ def audio_frames(codes: np.ndarray, levels: int, layout: str, name: str) -> np.n
   `layout` (data.code_layout) is the order of the array's axes, frames_levels or levels_frames; leading axes of 1 are
   dropped. Raises Unreadable, with `name`, if the array has other dimensions or fewer levels, or contradicts the layout.
   """
-  shape = codes.shape
+  axes, shape = layout.replace("_", " x "), codes.shape
   while codes.ndim > 2 and len(codes) == 1:
     codes = codes[0]
-  codes = codes if layout == "frames_levels" else codes.T
-  if codes.ndim != 2 or codes.shape[1] < levels or codes.shape[1] > len(codes) >= levels:
-    raise Unreadable(
-      f"{name} has the shape {shape}, and codes of audio are {layout.replace('_', ' x ')} (data.code_layout), at least"
-      f" {levels} levels (data.code_levels) and more frames than levels"
-    )
-  return codes[:, :levels]
+  if codes.ndim != 2:
+    raise Unreadable(f"{name} has the shape {shape}, and codes of audio are {axes} (data.code_layout={layout})")
+  codes, opposite = (codes, "levels_frames") if layout == "frames_levels" else (codes.T, "frames_levels")
+  num_frames, num_levels = codes.shape
+  if num_levels < levels:
+    problem = f"is {num_levels:,} levels, fewer than data.code_levels={levels}: lower it, or"
+  elif num_levels > num_frames >= levels:
+    problem = f"would be {num_levels:,} levels of only {num_frames:,} frames:"
+  else:
+    return codes[:, :levels]
+  raise Unreadable(f"{name} has the shape {shape}, which as {axes} {problem} set data.code_layout={opposite}")
 
 
 def video_document(codes: np.ndarray, name: str) -> Document:

@@ -49,7 +49,7 @@ class Document:
     return np.ones(end - start, bool) if self._scored is None else self._scored[start:end]
 
   def counts(self, end: int | None = None) -> Mapping[str, int]:
-    """What evaluation divides by beside tokens, for the events before `end`: Task.counts, such as words and bytes."""
+    """What evaluation divides by beside tokens, for the events before `end`: units.COUNTS, such as words and bytes."""
     return self._count(self._events[:end])
 
   @property

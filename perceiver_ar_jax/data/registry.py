@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -164,9 +163,12 @@ def _mixture_rates(name: str) -> dict[str, float]:
     task, _, rate = part.strip().partition(":")
     if task not in _BUILDERS:
       raise InputError(f"data.task={name!r} is unknown. {nearest(task, names())}")
-    is_share = re.fullmatch(r"(\d+\.?\d*|\.\d+)?", rate) and float(rate or 1) > 0
-    require(bool(is_share), f"data.task={name!r}: {rate!r} is not a valid share of the mixture: give a number above 0.")
-    rates[task] = float(rate or 1)
+    try:
+      rates[task] = float(rate or 1)
+    except ValueError:
+      rates[task] = 0
+    is_share = 0 < rates[task] < float("inf")
+    require(is_share, f"data.task={name!r}: {rate!r} is not a valid share of the mixture: give a number above 0.")
   return rates
 
 

@@ -34,20 +34,21 @@ def load(content: bytes, name: str) -> Mapping[str, list[np.ndarray]]:
       arrays = scipy.io.loadmat(io.BytesIO(content))
       arrays = {key: list(value.ravel()) for key, value in arrays.items() if key.endswith("data")}
     else:
-      arrays = {key: list(array) if array.ndim == 3 else [array] for key, array in codes.load_arrays(content).items()}
+      with codes.HEADERS, np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = {key: list(file[key]) if file[key].ndim == 3 else [file[key]] for key in file.files}
+  except MemoryError:
+    raise
   except Exception as error:  # the parsers raise errors of many kinds
     raise Unreadable(f"{name} cannot be read as piano rolls: {type(error).__name__}: {error}") from error
   rolls = {
     split: [roll for key in sorted(arrays) if key.startswith(prefix) for roll in arrays[key]]
     for split, prefix in _SPLITS.items()
   }
-  pieces = list(itertools.chain(*rolls.values()))
-  is_roll = (isinstance(a, np.ndarray) and a.shape[1:] == (NUM_KEYS,) and a.dtype.kind in "buif" for a in pieces)
-  if not pieces or not all(is_roll):
-    raise Unreadable(
-      f"{name} must contain piano rolls of {NUM_KEYS} columns, one row per frame, in arrays whose names begin with"
-      " train, valid or test"
-    )
+  if not any(rolls.values()):
+    raise Unreadable(f"{name} contains no arrays whose names begin with train, valid or test.")
+  for roll in itertools.chain(*rolls.values()):
+    if not isinstance(roll, np.ndarray) or roll.shape[1:] != (NUM_KEYS,) or roll.dtype.kind not in "buif":
+      raise Unreadable(f"{name} must contain piano rolls of {NUM_KEYS} columns, one row per frame.")
   return rolls
 
 

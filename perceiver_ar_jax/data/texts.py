@@ -166,8 +166,12 @@ class SubwordDocument(_TextDocument):
 
   def head(self, num_scored: int) -> Document:
     """As Document.head, but encodes no more of a long text; words and bytes are those of the decoded events."""
-    part = SubwordDocument(self.text[: num_scored * _BYTES_PER_SUBWORD], self._tokenizer)
-    if len(part.text) == len(self.text) and part.num_scored <= num_scored:
+    text = self.text[: num_scored * _BYTES_PER_SUBWORD]
+    if len(text) < len(self.text):
+      starts = [character.start() for character in _CHARACTER.finditer(text[-4:])]
+      text = text[: len(text) - 4 + starts[-1]] if starts else text  # without its last character, which may be cut
+    part = SubwordDocument(text, self._tokenizer)
+    if len(text) == len(self.text) and part.num_scored <= num_scored:
       return self
     events = part.read(0, min(1 + num_scored, len(part) - 1))  # without the part's EOS, which is not the text's
     return Document(events, count=lambda events: count(self._tokenizer.decode(events).encode()))

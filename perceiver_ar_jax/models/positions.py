@@ -4,7 +4,6 @@ Positions are integers, 1-based, 0 on padding. ENCODINGS is the table of encodin
 entry; `model.position_encoding` then accepts its name. Learned tables are parameters of layers.Embed.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -115,12 +114,17 @@ def _rotate(x_BxLxHxK, positions_BxLxN, frequencies_N: np.ndarray):
     return x_BxLxHxK
   angles_BxLxN = positions_BxLxN.astype(jnp.float32) * jnp.asarray(frequencies_N, jnp.float32)[None, None]
   # A product copies cosines and sines, with their signs, to both elements of each pair. Compilers would fuse any other
-  # copy with what follows, and compute them again for every head and element.
+  # copy with what follows, and compute them again for every head and element. It is one product for each row, because
+  # remat=dots keeps the results of those without such an axis.
   copies_Nx2N = np.repeat(np.eye(count), 2, axis=1)
   signs_2N = np.tile([-1.0, 1.0], count)
-  copy = functools.partial(jnp.einsum, "bln,nk->blk", precision=jax.lax.Precision.HIGHEST)
-  cos_BxLx1x2N = copy(jnp.cos(angles_BxLxN), jnp.asarray(copies_Nx2N, jnp.float32))[:, :, None]
-  sin_BxLx1x2N = copy(jnp.sin(angles_BxLxN), jnp.asarray(copies_Nx2N * signs_2N, jnp.float32))[:, :, None]
+
+  def copied(x_BxLxN, copies_Nx2N):
+    copies_BxNx2N = jnp.broadcast_to(jnp.asarray(copies_Nx2N, jnp.float32)[None], (len(x_BxLxN), *copies_Nx2N.shape))
+    return jnp.einsum("bln,bnk->blk", x_BxLxN, copies_BxNx2N, precision=jax.lax.Precision.HIGHEST)[:, :, None]
+
+  cos_BxLx1x2N = copied(jnp.cos(angles_BxLxN), copies_Nx2N)
+  sin_BxLx1x2N = copied(jnp.sin(angles_BxLxN), copies_Nx2N * signs_2N)
   head_BxLxHx2N = x_BxLxHxK[..., : 2 * count].astype(jnp.float32)
   pairs = head_BxLxHx2N.reshape(*head_BxLxHx2N.shape[:-1], count, 2)
   exchanged_BxLxHx2N = jnp.flip(pairs, axis=-1).reshape(head_BxLxHx2N.shape)

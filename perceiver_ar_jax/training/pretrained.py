@@ -72,13 +72,15 @@ def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
       file = stack.enter_context(safetensors.safe_open(local, framework="np"))
       names = list(file.keys())
       types = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names}
-      step = int((file.metadata() or {}).get("step", "0"))
+      step = (file.metadata() or {}).get("step", "0")
+      if not re.fullmatch(r"\d{1,15}", step):
+        raise ValueError(f"its step {step[:40]!r} is not a number")
     except (safetensors.SafetensorError, ValueError) as error:
       raise InputError(f"{path} is damaged, or not a safetensors file ({checks.one_line(error)}): {_AGAIN}.") from error
     for each in _check(path, config, types):
       values = [np.asarray(file.get_tensor(name)).astype(np.float32) for name in each.names]
       arrays[each.path] = np.stack(values) if each.is_stacked else values[0]
-  return step, traverse_util.unflatten_dict(arrays, sep="/")
+  return int(step), traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def restore(config: ModelConfig, folder: epath.PathLike, abstract_params: dict) -> tuple[int, dict]:
