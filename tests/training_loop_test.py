@@ -168,7 +168,8 @@ def test_an_unreadable_held_out_file_is_found_before_anything_else(tmp_path):
   data = {"data__task": "text_files", "data__files": f"{files}/train", "data__validation_files": f"{files}/held-out"}
   model = {"model__position_encoding": "rotary", "model__position_sizes": ()}
   config = tiny.config(**data, **model)
-  with pytest.raises(InputError, match=r"'validation' of text_files contains no document.*empty\.txt is empty"):
+  message = r"'validation' of text_files contains no document.*empty\.txt has nothing to predict"
+  with pytest.raises(InputError, match=message):
     loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
