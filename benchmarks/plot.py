@@ -33,8 +33,8 @@ def main(results: str, picture: str):
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(True, which="both", alpha=0.3)
-  memory_axes.set_yticks([0.5, 0.7, 1, 1.5, 2, 3, 4])
-  memory_axes.set_ylim(0.5, 4)
+  memory_axes.set_yticks([0.5, 0.7, 1, 1.5, 2, 3, 4, 5])
+  memory_axes.set_ylim(0.5, 6)
   figure.legend(loc="outside lower center", ncols=3, fontsize=8)
   figure.savefig(picture, dpi=110)
 
