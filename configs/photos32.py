@@ -26,9 +26,9 @@ def get_config():
     value_features=32,
   )
   config.data.update(task="photos32", min_crop=513)
-  config.train.update(steps=480, batch_size=8, checkpoint_every=80)
+  config.train.update(steps=600, batch_size=8, checkpoint_every=100)
   config.train.optimizer.update(
-    name="muon", learning_rate=8e-3, warmup_steps=30, schedule="cosine", end_learning_rate=2e-4, b2=0.98
+    name="muon", learning_rate=1.6e-2, warmup_steps=30, schedule="cosine", end_learning_rate=2e-4, b2=0.98
   )
-  config.eval.update(batch_size=8, every=160)
+  config.eval.update(batch_size=8, every=200)
   return config

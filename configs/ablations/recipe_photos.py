@@ -4,7 +4,7 @@ The recipe of configs/photos32.py: Muon, rotary positions over row, column and c
 Fourier features of each sub-pixel's value. Then the options that text gains from, added to it: two convolution taps,
 normalized queries and keys, output projections that start at zero.
 
-Here: photographs of 32x32 pixels, 3 layers of width 64, 512 latents of 3,072 inputs, 200 steps of 8 pictures; the
+Here: photographs of 32x32 pixels, 3 layers of width 64, 512 latents of 3,072 inputs, 120 steps of 8 pictures; the
 paper's model has learned tables only, and Adam. Learning rates of each are doubled until the loss rises.
 """
 
@@ -46,9 +46,9 @@ def get_config(variant="all"):
     config.model.max_context = 512
   if variant == "average":
     config.train.ema_decay = 0.98
-  config.train.update(steps=200, checkpoint_every=200)
-  config.train.optimizer.update(learning_rate=_RATES.get(variant, _RATES.get(rate, 1.6e-2)), warmup_steps=20)
+  config.train.update(steps=120, checkpoint_every=120)
+  config.train.optimizer.update(learning_rate=_RATES.get(variant, _RATES.get(rate, 1.6e-2)), warmup_steps=15)
   if name == "adam":
     config.train.optimizer.update(name="adam", b2=0.999)
-  config.eval.update(every=50, max_sequences=32, num_samples=0)
+  config.eval.update(every=60, max_sequences=32, num_samples=0)
   return config

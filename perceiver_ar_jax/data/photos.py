@@ -40,12 +40,8 @@ weigh less, because dark crops are learned quickly.
 
 NUM_CROPS = {"train": 50_000, "validation": 64}  # per epoch; 64, so that scoring all of them takes minutes on a laptop
 _FIELDS_OF_VIEW = (2.0, 5.0, 9.0, 13.0)  # shorter side of a pyramid level in sides of a crop: from a scene to a detail
-_TONES = np.stack(
-  [(255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8) for gamma in np.geomspace(0.5, 1.5, 9)]
-)
-"""uint8[curves, 256]: brighter and darker versions for training, because few photographs have few tones."""
-
 _SALTS = {"train": 1, "validation": 3}
+_TONES_SALT, _NOISE_SALT = 5, 6
 
 
 def crop(record: dict[str, tf.Tensor], size: int) -> tf.Tensor:
@@ -59,7 +55,7 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
   # A larger level has more different crops, so it is drawn more often: in proportion to its shorter side.
   shares = weights * sides.min(axis=1)
   shares = np.cumsum(shares / shares.sum()).astype(np.float32)
-  draws = tf.random.stateless_uniform((5,), seed=tf.stack([_SALTS[split], number]), alg="philox")
+  draws = _uniform((4,), _SALTS[split], number)
   level = tf.minimum(tf.searchsorted(shares, draws[:1], side="right")[0], len(sides) - 1)
   room = tf.cast(tf.gather(tf.constant(sides), level) - size + 1, tf.float32)
   corner = tf.cast(draws[1:3] * room, tf.int32)
@@ -67,8 +63,15 @@ def _crop(number: tf.Tensor, split: str, size: int) -> tf.Tensor:
   if split == "validation":
     return picture
   picture = tf.where(draws[3] < 0.5, picture[:, ::-1], picture)
-  tones = tf.constant(_TONES)[tf.cast(draws[4] * len(_TONES), tf.int32)]
-  return tf.gather(tones, tf.cast(picture, tf.int32))
+  # A tone curve for each channel, because few photographs have few tones and colors. A value stands for an interval,
+  # of which a random element is taken: rounded values would have gaps, which no other picture has.
+  exponents = 0.5 * 3.2 ** _uniform((3,), _TONES_SALT, number)
+  values = tf.cast(picture, tf.float32) + _uniform((size, size, 3), _NOISE_SALT, number)
+  return tf.cast(tf.minimum(256 * (values / 256) ** exponents, 255), tf.uint8)
+
+
+def _uniform(shape: tuple[int, ...], salt: int, number: tf.Tensor) -> tf.Tensor:
+  return tf.random.stateless_uniform(shape, seed=tf.stack([salt, number]), alg="philox")
 
 
 @functools.lru_cache
