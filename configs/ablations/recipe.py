@@ -12,25 +12,22 @@ from configs.ablations import context
 
 VARIANTS = {
   "adam": "the paper's: Adam, rate 4e-3, cosine, none of the options",
-  "adam-low": "the same with rate 2e-3",
   "adam-high": "the same with rate 8e-3",
   "muon": "Muon, rate 8e-3, wsd with decay over the second half, none of the options",
-  "muon-low": "the same with rate 4e-3",
   "muon-high": "the same with rate 1.6e-2",
   "taps": "muon with model.conv_taps=2",
   "qk-norm": "muon with model.qk_norm",
   "zero-init": "muon with model.zero_init",
   "all": "muon with all three options",
   "all-high": "the same with rate 1.6e-2",
-  "average": "all, and evaluated with an average of the weights, train.ema_decay=0.98",
-  "average-constant": "the same without the decay of the learning rate",
+  "average": "all with a constant rate, evaluated with an average of the weights, train.ema_decay=0.98",
   "transformer-64": "all, with 64 latents of 64 inputs: a plain Transformer",
   "transformer-128": "all, with 128 latents of 128 inputs and half the rows: a plain Transformer",
   "transformer-xl": "muon with zero-init, segments of 64 and a memory of 64 in each layer, 4 segments per row",
 }
-_RATES = {"adam": 4e-3, "adam-low": 2e-3, "muon-low": 4e-3, "muon-high": 1.6e-2, "all-high": 1.6e-2}
+_RATES = {"adam": 4e-3, "muon-high": 1.6e-2, "all-high": 1.6e-2}
 _OPTIONS = {"taps": {"conv_taps": 2}, "qk-norm": {"qk_norm": True}, "zero-init": {"zero_init": True}}
-_WITHOUT = ("adam", "adam-low", "adam-high", "muon", "muon-low", "muon-high", *_OPTIONS)
+_WITHOUT = ("adam", "adam-high", "muon", "muon-high", *_OPTIONS)
 
 
 def get_config(variant="all"):
@@ -44,9 +41,9 @@ def get_config(variant="all"):
     config.train.optimizer.update(name="muon", schedule="wsd", decay_steps=200, b2=0.98, end_learning_rate=0.0)
   for options in [_OPTIONS.get(variant, {})] if variant in _WITHOUT else _OPTIONS.values():
     config.model.update(options)
-  if variant.startswith("average"):
+  if variant == "average":
     config.train.ema_decay = 0.98
-    config.train.optimizer.schedule = "constant" if variant == "average-constant" else "wsd"
+    config.train.optimizer.schedule = "constant"
   if variant == "transformer-64":
     config.model.max_context = 64
   if variant == "transformer-128":

@@ -12,10 +12,8 @@ from configs import photos32
 
 VARIANTS = {
   "adam": "the paper's: Adam, rate 8e-3, learned tables of row, column and channel",
-  "adam-low": "the same with rate 4e-3",
   "adam-high": "the same with rate 1.6e-2",
   "muon": "Muon, rate 1.6e-2",
-  "muon-low": "the same with rate 8e-3",
   "muon-high": "the same with rate 3.2e-2",
   "rotary": "muon, and rotary positions over row, column and channel",
   "values": "muon, and features of values",
@@ -25,11 +23,10 @@ VARIANTS = {
   "taps": "all, and model.conv_taps=2",
   "qk-norm": "all, and model.qk_norm",
   "zero-init": "all, and model.zero_init",
-  "average": "all, and evaluated with an average of the weights, train.ema_decay=0.98",
   "transformer": "all, with as many inputs as latents, 512: a plain Transformer",
   "transformer-low": "the same with rate 8e-3",
 }
-_RATES = {"adam": 8e-3, "adam-low": 4e-3, "adam-high": 1.6e-2, "low": 8e-3, "high": 3.2e-2}
+_RATES = {"adam": 8e-3, "adam-high": 1.6e-2, "low": 8e-3, "high": 3.2e-2}
 _OPTIONS = {"taps": {"conv_taps": 2}, "qk-norm": {"qk_norm": True}, "zero-init": {"zero_init": True}}
 _PLAIN = ("adam", "muon")
 
@@ -44,8 +41,6 @@ def get_config(variant="all"):
     config.model.value_features = 0
   if name == "transformer":
     config.model.max_context = 512
-  if variant == "average":
-    config.train.ema_decay = 0.98
   config.train.update(steps=120, checkpoint_every=120)
   config.train.optimizer.update(learning_rate=_RATES.get(variant, _RATES.get(rate, 1.6e-2)), warmup_steps=15)
   if name == "adam":
