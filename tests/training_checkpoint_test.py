@@ -268,6 +268,25 @@ def test_a_run_that_may_no_longer_write_saves_nothing(workdir):
   assert _steps(workdir) == _INTACT
 
 
+def test_a_save_that_fails_after_another_run_has_taken_over_names_that_run(workdir, monkeypatch):
+  """Not a TransientError, after which the same command would be restarted and replace the other run in turn."""
+  is_lost = []
+
+  def check():
+    if is_lost:
+      raise InputError("taken over")
+
+  def fail(*unused, **also_unused):
+    is_lost.append(True)
+    raise OSError(errno.EIO, "Input/output error")
+
+  monkeypatch.setattr(ocp.JsonCheckpointHandler, "async_save", fail)
+  with pytest.raises(InputError, match="taken over"):
+    with checkpoint.Checkpointer(workdir, keep=3, before_save=check) as checkpointer:
+      checkpointer.save(_state(4), Position(40))
+  assert _restore(workdir) == 3
+
+
 def test_checkpoints_of_a_url_are_not_written_to_a_local_folder(monkeypatch):
   folders = []
   monkeypatch.setattr(checkpoint, "_Manager", lambda directory, **options: folders.append(str(directory)))

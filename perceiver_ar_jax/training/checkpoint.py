@@ -184,6 +184,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     try:
       yield
     except Exception as error:
+      self._before_save()  # raises if another run has taken over, which deletes unfinished saves when it starts
       message = f"A checkpoint could not be written to {self._directory} ({checks.one_line(error)})."
       message += " The checkpoints before it are intact."
       if checks.is_transient(error):
