@@ -152,6 +152,17 @@ def test_crops_stay_inside_their_photograph():
     assert (crop[-1].max(axis=-1) > 0).any() and (crop[:, -1].max(axis=-1) > 0).any()
 
 
+def test_tone_curves_of_photographs_differ_by_channel_and_leave_no_gaps(monkeypatch):
+  gray = np.random.default_rng(0).integers(64, 192, (64, 64, 1), np.uint8).repeat(3, axis=2)
+  monkeypatch.setattr(photos, "_pyramids", lambda *_: (gray[None], np.array([[64, 64]], np.int32), np.ones(1)))
+  for number in range(4):
+    crop = photos.crop({"number": tf.constant(number, tf.int64), "validation": tf.constant(False)}, 64).numpy()
+    assert len({channel.tobytes() for channel in np.moveaxis(crop, 2, 0)}) == 3
+    for channel in np.moveaxis(crop, 2, 0):
+      assert np.diff(np.unique(channel)).max() <= 2, "values between two others never occur"
+      assert np.corrcoef(channel.ravel(), crop[..., 0].ravel())[0, 1] > 0.95, "not a curve of the same picture"
+
+
 def test_a_missing_package_of_photographs_is_named():
   with pytest.raises(InputError, match="pip install scikit-image"):
     photos._load("skimage", "data/no_such_photograph.png")
