@@ -1,4 +1,4 @@
-"""Measures the training step of the official release (Haiku), and prints the same fields as step.py; or its sampler.
+"""Measures the training step of the original release (Haiku), and prints the same fields as step.py; or its sampler.
 
 Runs in an environment of its own, which run.py --peers official creates, on a checkout of the release,
 github.com/google-research/perceiver-ar:
@@ -104,7 +104,7 @@ def _generate(network, context: int, num_tokens: int, rows: int = 4) -> dict:
     jax.block_until_ready(compiled(params, events, memory))
     times.append(time.perf_counter() - start)
   return {
-    "implementation": "official release",
+    "implementation": "original release",
     "context": context,
     "batch": rows,
     "tokens": num_tokens,
@@ -170,7 +170,7 @@ def main():
       break
   timed = times[1:] or times
   metrics = {
-    "implementation": "official release",
+    "implementation": "original release",
     "version": f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
     "attention": "its own",
     "context": arguments.context,

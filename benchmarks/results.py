@@ -28,8 +28,9 @@ _SEEDS = {
   "order": "0",
   "positions": "0",
   "dropout": "0",
-  "recipe": "0",
-  "recipe_photos": "0",
+  "longer_context": "0",
+  "recipe": "0,1",
+  "recipe_photos": "0,1",
   "recipe_recall": "0,1",
   "maestro": "0",
 }
@@ -165,7 +166,7 @@ def _sweep(name: str) -> str:
       "\n".join(lines),
       f"![the unit over FLOPs and seconds per token](results/{name}.png)",
       f"`python -m perceiver_ar_jax.experiments.sweep --config=configs/ablations/{ablation}.py:{variant}"
-      f" {shlex.join(flags)}` on that run of the ablation, seed 0.",
+      f" {shlex.join(flags)} --workdir=runs/{ablation}/{variant}-seed0` on that run of the ablation, seed 0.",
     ]
   )
 

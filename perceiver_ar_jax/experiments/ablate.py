@@ -61,6 +61,7 @@ def ablate(path: str, workdir: epath.Path, seeds: Sequence[str], settings: Seque
   module, fix = runpy.run_path(path), "give a file such as configs/ablations/context.py"
   require("VARIANTS" in module, f"--config={path} does not define VARIANTS: {fix}.")
   command = ["python", "-m", "perceiver_ar_jax.experiments.ablate", f"--config={path}", f"--seeds={','.join(seeds)}"]
+  command.append(f"--workdir=runs/{epath.Path(path).stem}")
   results = {
     "about": module["__doc__"],
     "command": shlex.join([*command, *settings]),
