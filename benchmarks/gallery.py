@@ -38,7 +38,12 @@ _INTRODUCTION = """# Gallery
 Samples of small models. They are not selected: each section shows every sample of its seed. The command
 `python -m benchmarks.gallery` draws those of the weights in the repository, `python -m benchmarks.gallery WORKDIR...`
 those of your own runs. Models of data whose terms forbid sharing it are not in the repository; their music starts from
-nothing, or from a few bars that do not belong to the data."""
+nothing, or from a few bars that do not belong to the data.
+
+The held-out pictures are crops of two photographs: chelsea.png of scikit-image, by Stéfan van der Walt (CC0), and
+china.jpg of scikit-learn, by [danielbuechele](https://www.flickr.com/photos/danielbuechele/6061409035)
+([CC BY 2.0](https://creativecommons.org/licenses/by/2.0/)). The originals are cropped and reduced; the
+completions are the model's."""
 
 
 def main():

@@ -184,7 +184,7 @@ def _attention() -> str:
       "![the known part of a held-out picture, and the weight of each pixel](results/attention.png)",
       "\n".join(lines),
       "`--mode=attention` with the weights in pretrained/photos32. The sub-pixel in the red frame is predicted from all"
-      " sub-pixels before it. Colors are the root of a weight's share of the largest.",
+      " sub-pixels before it. Color intensity is the square root of weight / largest weight.",
     ]
   )
 

@@ -3,8 +3,8 @@
 Reproduces: the paper's long copy task: 6 layers, 1,024 latents, width 1,024, 16 heads, sinusoidal positions, batch
   4,096 in microbatches, Adam at 3e-4, 1,000 steps of warm-up, cosine, about 25,000 steps; crops of at least 65,536.
 Published: perfect copies.
-Cost: 90M parameters. The context is streamed, so memory depends on the latents: on a CPU, batch 1 trains in 2.8 GiB
-  (docs/benchmarks.md). configs/copy.py is the same task at 32 tokens, for a laptop.
+Cost: 90M parameters. The context is streamed, so memory depends on the latents. configs/copy.py
+  is the same task at 32 tokens, for a laptop.
 """
 
 from configs import copy

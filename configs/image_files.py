@@ -3,7 +3,7 @@
 Your files: --config.data.files=folder. Another size S needs three settings: --config.data.image_size=S
   --config.model.max_context=S*S*3 --config.model.position_sizes="(S+2,S+2,5)".
 --config.data.image_order=rgb_planes: all red, then all green, then all blue.
-Cost: 0.24M parameters, a laptop.
+Cost: 0.25M parameters, a laptop.
 """
 
 from configs import photos32

@@ -9,7 +9,7 @@ Evaluations in training score the first 65,536 events of the validation split. A
 Measured: 2.420 nats per event on 107 of the 137 validation performances after half of the steps of this file, with
   --config.train.steps=3000 --config.train.optimizer.decay_steps=1500. On its first 65,536 events, which are harder,
   3.10, 2.89, 2.80, 2.71, 2.62, 2.57 nats after 500, 1,000, ..., 3,000 steps.
-Cost: 2.4M parameters; 3,000 steps took 1.9 hours on one core: 6.1M targets, 2.1 seconds for a step.
+Cost: 2.4M parameters; 3,000 steps took 1.9 hours on one core: 6.1M targets, 2.2 seconds per step.
 Data: the unpacked release (maestro-v3.0.0.csv and its folders) in --config.data.data_dir.
 """
 

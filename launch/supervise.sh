@@ -9,7 +9,8 @@
 # unexpected error) or 137 (kill -9). SIGTERM, SIGINT, SIGHUP and SIGUSR1 are forwarded once to the command, which saves,
 # and end the script.
 # The pause before a restart is PAUSE_SECONDS (5), and doubles up to 300 while the command dies within HEALTHY_SECONDS
-# (300) of its start. MAX_RESTARTS (10) such deaths in a row, about 25 minutes, end the script with the last code.
+# (300) of its start. After MAX_RESTARTS (10) restarts in a row, about 25 minutes, the next such death ends the script with
+# its code.
 set -uo pipefail
 set -m # a process group of its own for the command: the terminal's Ctrl-C must not reach it a second time
 (($#)) || { echo "Usage: launch/supervise.sh COMMAND [ARGUMENT...]" >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""Reads the golden files: arrays that the published reference implementation computed once, in float32."""
+"""Reads the golden files: arrays that the original release computed once, in float32."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ FOLDER = pathlib.Path(__file__).parent / "golden"
 
 
 class Case:
-  """One golden file: its arrays, the reference's constructor arguments, and its parameters by module path."""
+  """One golden file: its arrays, the original constructor's arguments, and its parameters by module path."""
 
   def __init__(self, name: str):
     with np.load(FOLDER / f"{name}.npz") as file:

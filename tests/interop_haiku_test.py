@@ -18,7 +18,7 @@ KWARGS = golden.Case("a_abs_sinusoidal").kwargs
 
 
 def _official_params(width=16, vocab=259):
-  """Random weights of a model with one self-attention layer, under the official names."""
+  """Random weights of a model with one self-attention layer, under the names of the original release."""
   rng = np.random.default_rng(0)
 
   def dense(inputs, outputs):

@@ -1,4 +1,4 @@
-"""The model against the reference implementation: logits, losses and gradients of converted parameters."""
+"""The model against the original release: logits, losses and gradients of converted parameters."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Generation with a cache against full passes and the published implementation; rows do not influence each other."""
+"""Generation with a cache against full passes and the original release; rows do not influence each other."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The loss against the reference implementation, over a grid of label smoothing and z-loss."""
+"""The loss against the original release, over a grid of label smoothing and z-loss."""
 
 import jax
 import jax.numpy as jnp

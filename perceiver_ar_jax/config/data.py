@@ -20,7 +20,8 @@ class DataConfig:
   data_dir: str | None = None
   """Folder of prepared TFDS datasets (None: TFDS's own default), or of the unpacked release that the task reads."""
   files: str | None = None
-  """Your own files, for text_files, midi_files, image_files, audio_codes, video_codes: a folder, or a glob with **."""
+  """Your own files, for text_files, midi_files, image_files, audio_codes, video_codes, piano_rolls: a folder, or a glob
+  with **."""
   validation_files: str | None = None
   """The files held out for validation, likewise; None: `validation_fraction` of them."""
   validation_fraction: float = 0.05

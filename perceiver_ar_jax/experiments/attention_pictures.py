@@ -222,7 +222,7 @@ def _draw_text(figure: SubFigure, window: Window, weights_N: np.ndarray) -> None
 
 
 def _scale(weights: np.ndarray) -> dict:
-  """Returns the color scale of some weights: the root of each one's share of the largest."""
+  """Returns the color scale of some weights: intensity is the square root of weight / largest weight."""
   return {"cmap": _COLORS, "norm": PowerNorm(0.5, vmin=0, vmax=max(weights.max(initial=0), 1e-30))}
 
 

@@ -24,7 +24,7 @@ from perceiver_ar_jax.interop import export
 from perceiver_ar_jax.models import perceiver_ar, positions
 
 HaikuParams = Mapping[str, Mapping[str, np.ndarray]]
-# Official names of modules, by the names here.
+# Names of modules in the original release, by the names here.
 _ENDS = {"to_latents": "linear", "final_norm": "layer_norm", "to_logits": "logits"}
 _ATTENTION_AND_MLP = {
   "attention/query": "attention/linear",
@@ -39,7 +39,7 @@ _LAYER = {"norm_attention": "layer_norm", "norm_mlp": "layer_norm_1"}
 _NORM_PARAMETERS, _DENSE_PARAMETERS = {"scale": "scale", "bias": "offset"}, {"kernel": "w", "bias": "b"}
 
 _REQUIRED = object()
-# Options that are a field of ModelConfig, with the default of the official constructor.
+# Options that are a field of ModelConfig, with the default of the original constructor.
 _FIELDS: dict[str, tuple[str, Any]] = {
   "num_classes": ("vocab_size", _REQUIRED),
   "max_context_length": ("max_context", _REQUIRED),
@@ -174,11 +174,11 @@ def load(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int]:
 
 
 def convert(haiku_params: HaikuParams, model_kwargs: Mapping[str, Any]) -> tuple[ModelConfig, dict]:
-  """Returns (config, parameters) of an official model.
+  """Returns (config, parameters) of a model of the original release.
 
   Args:
     haiku_params: {module path: {name: array}} as in an official checkpoint; Dense weights `w` are [in, out].
-    model_kwargs: arguments of the official constructor, including num_classes, input_idx_size and max_context_length.
+    model_kwargs: arguments of the original constructor, including num_classes, input_idx_size and max_context_length.
 
   Raises InputError if an option is not supported, or a parameter is missing.
   """
@@ -187,7 +187,7 @@ def convert(haiku_params: HaikuParams, model_kwargs: Mapping[str, Any]) -> tuple
 
 
 def convert_params(haiku_params: HaikuParams, config: ModelConfig) -> tuple[dict, list[str]]:
-  """Returns (the parameters of `config`, names of official parameters that are not used).
+  """Returns (the parameters of `config`, names of the checkpoint's parameters that are not used).
 
   Self-attention layers are stacked for nn.scan. Constant position tables, which official checkpoints contain as well,
   are ignored if they equal those of `config`. Raises InputError if a parameter is missing.
@@ -238,32 +238,28 @@ def _config(model_kwargs: Mapping[str, Any]) -> ModelConfig:
   defaults = _CONVERTED | {name: default for name, (_, default) in _FIELDS.items()}
   options = {*defaults, *_UNSUPPORTED, *_IGNORED}
   for name, value in model_kwargs.items():
-    require(name in options, f"The official option {name}={value!r} is unknown. {nearest(name, options)}")
+    require(name in options, f"The original release's option {name}={value!r} is unknown. {nearest(name, options)}")
     only = _UNSUPPORTED.get(name, value)
-    require(value == only, f"The official option {name}={value!r} is not supported; only {only!r} can be converted.")
+    require(value == only, f"The option {name}={value!r} is not supported; only {only!r} can be converted.")
   kwargs = defaults | dict(model_kwargs)
   for name, value in kwargs.items():
-    require(value is not _REQUIRED, f"The official argument {name} is missing: add it to model_kwargs.")
+    require(value is not _REQUIRED, f"The argument {name} is missing: add it to model_kwargs.")
   cross, layers = kwargs["cross_attend_widening_factor"], kwargs["transformer_widening_factor"]
   problem = f"cross_attend_widening_factor={cross} and transformer_widening_factor={layers} differ"
   require(cross == layers, f"{problem}; only equal ones can be converted.")
 
   widths = {"kv": kwargs["input_embed_dim"], "q": kwargs["num_z_channels"]}
   encodings = {"sinusoidal": "sinusoidal", "fourier": "fourier", "random": "learned"}
-  encoding = lookup("official position_encoding", kwargs["position_encoding"], encodings)
+  encoding = lookup("position_encoding", kwargs["position_encoding"], encodings)
   if kwargs["learnable_position_embeddings"]:
     encoding = "learned"
   sizes = tuple(size if size > 0 else kwargs["max_context_length"] for size in kwargs["input_idx_size"])
   is_rotary = kwargs["position_encoding_type"] == "rotary"
   return ModelConfig(
     **{field: kwargs[name] for name, (field, _) in _FIELDS.items()},
-    cross_attend_width=lookup(
-      "official cross_attention_shape_for_attn", kwargs["cross_attention_shape_for_attn"], widths
-    ),
+    cross_attend_width=lookup("cross_attention_shape_for_attn", kwargs["cross_attention_shape_for_attn"], widths),
     cross_attend_after=tuple(kwargs["additional_cross_attend_after_layers"] or ()),
-    activation=lookup(
-      "official activation_name", kwargs["activation_name"], {"sq_relu": "squared_relu", "gelu": "gelu"}
-    ),
+    activation=lookup("activation_name", kwargs["activation_name"], {"sq_relu": "squared_relu", "gelu": "gelu"}),
     position_encoding="rotary" if is_rotary else encoding,
     position_sizes=() if is_rotary else sizes,
   )

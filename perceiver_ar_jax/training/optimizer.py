@@ -15,7 +15,7 @@ from perceiver_ar_jax.config import OptimizerConfig, lookup
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Returns the learning rate by update index: linear warm-up from 0 to the peak, then the configured decay.
 
-  The cosine reaches `end_learning_rate` at the last of `steps`; in the published code it never does.
+  The cosine reaches `end_learning_rate` at the last of `steps`; in the original release it never does.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   after_warmup = lookup("train.optimizer.schedule", config.schedule, SCHEDULES)(config, steps)
