@@ -10,9 +10,9 @@ from configs import photos32
 
 def get_config():
   config = photos32.get_config()
-  config.model.update(max_context=12_288, latent_width=96, position_sizes=(66, 66, 5))
-  config.data.task = "photos64"
-  config.train.update(steps=3600, batch_size=4, checkpoint_every=300)
+  config.model.update(max_context=12_288, num_latents=256, latent_width=96, position_sizes=(66, 66, 5))
+  config.data.update(task="photos64", min_crop=257)
+  config.train.update(steps=6000, batch_size=4, checkpoint_every=500)
   config.train.optimizer.learning_rate = 1.2e-2
-  config.eval.update(batch_size=4, every=1200)
+  config.eval.update(batch_size=4, every=2000)
   return config

@@ -32,6 +32,13 @@ def get_config(variant="long"):
     name="muon", learning_rate=4e-3, warmup_steps=50, schedule="wsd", decay_steps=400, b2=0.98
   )
   config.eval.update(batch_size=16, stride=256, every=500)
+  if variant == "large":
+    config.model.update(max_context=256, num_latents=128, num_layers=6, latent_width=192, dropout=0.15)
+    config.model.update(num_cross_heads=3, num_self_heads=3)
+    config.data.min_crop = 129
+    config.train.update(steps=6000, batch_size=16, log_every=20, checkpoint_every=500)
+    config.train.optimizer.update(warmup_steps=100, decay_steps=3000)
+    config.eval.update(batch_size=32, stride=64, every=1000)
   if variant == "quick":
     # Twice as many targets per second as with 4 layers of this width and 256 latents of 512 inputs: what counts here.
     config.model.update(max_context=128, num_latents=64, num_layers=2, latent_width=128)
