@@ -15,7 +15,7 @@ def get_config():
   config.model.update(
     vocab_size=259,
     max_context=3072,
-    num_latents=512,
+    num_latents=128,
     num_layers=3,
     latent_width=64,
     num_cross_heads=1,
@@ -25,10 +25,10 @@ def get_config():
     rotary_axes=((0.25, 4, 128), (0.25, 4, 128), (0.125, 4, 8)),
     value_features=32,
   )
-  config.data.update(task="photos32", min_crop=513)
-  config.train.update(steps=600, batch_size=8, checkpoint_every=100)
+  config.data.update(task="photos32", min_crop=129)
+  config.train.update(steps=1500, batch_size=8, log_every=20, checkpoint_every=250)
   config.train.optimizer.update(
     name="muon", learning_rate=1.6e-2, warmup_steps=30, schedule="cosine", end_learning_rate=2e-4, b2=0.98
   )
-  config.eval.update(batch_size=8, every=200)
+  config.eval.update(batch_size=32, every=750)
   return config
