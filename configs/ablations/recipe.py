@@ -20,12 +20,14 @@ VARIANTS = {
   "zero-init": "muon with model.zero_init",
   "all": "muon with all three options",
   "all-high": "the same with rate 1.6e-2",
+  "all-higher": "the same with rate 3.2e-2",
   "average": "all with a constant rate, evaluated with an average of the weights, train.ema_decay=0.98",
-  "transformer-64": "all, with 64 latents of 64 inputs: a plain Transformer",
-  "transformer-128": "all, with 128 latents of 128 inputs and half the rows: a plain Transformer",
+  "transformer-64": "all-high, with 64 latents of 64 inputs: a plain Transformer",
+  "transformer-128": "all-high, with 128 latents of 128 inputs and half the rows: a plain Transformer",
   "transformer-xl": "muon with zero-init, segments of 64 and a memory of 64 in each layer, 4 segments per row",
 }
-_RATES = {"adam": 4e-3, "muon-high": 1.6e-2, "all-high": 1.6e-2}
+_RATES = {"adam": 4e-3, "muon-high": 1.6e-2, "all-high": 1.6e-2, "all-higher": 3.2e-2}
+_RATES |= {"transformer-64": 1.6e-2, "transformer-128": 1.6e-2}
 _OPTIONS = {"taps": {"conv_taps": 2}, "qk-norm": {"qk_norm": True}, "zero-init": {"zero_init": True}}
 _WITHOUT = ("adam", "adam-high", "muon", "muon-high", *_OPTIONS)
 
