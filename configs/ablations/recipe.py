@@ -11,25 +11,20 @@ the loss rises; the options were added to Muon at its better rate.
 from configs.ablations import context
 
 VARIANTS = {
-  "adam": "the paper's: Adam, rate 4e-3, cosine, none of the options",
-  "adam-high": "the same with rate 8e-3",
-  "muon": "Muon, rate 8e-3, wsd with decay over the second half, none of the options",
-  "muon-high": "the same with rate 1.6e-2",
+  "adam": "the paper's: Adam, cosine, none of the options; rate 4e-3",
+  "muon": "Muon, wsd with decay over the second half, none of the options; rate 8e-3",
   "taps": "muon with model.conv_taps=2",
   "qk-norm": "muon with model.qk_norm",
   "zero-init": "muon with model.zero_init",
-  "all": "muon with all three options",
-  "all-high": "the same with rate 1.6e-2",
-  "all-higher": "the same with rate 3.2e-2",
+  "all": "muon with all three options; rate 3.2e-2",
   "average": "all with a constant rate, evaluated with an average of the weights, train.ema_decay=0.98",
-  "transformer-64": "all-high, with 64 latents of 64 inputs: a plain Transformer",
-  "transformer-128": "all-high, with 128 latents of 128 inputs and half the rows: a plain Transformer",
-  "transformer-xl": "muon with zero-init, segments of 64 and a memory of 64 in each layer, 4 segments per row",
+  "transformer-64": "all, with 64 latents of 64 inputs: a plain Transformer",
+  "transformer-128": "all, with 128 latents of 128 inputs and half the rows: a plain Transformer",
+  "transformer-xl": "muon with zero-init, segments of 64 and a memory of 64 in each layer, 4 segments per row; rate 8e-3",
 }
-_RATES = {"adam": 4e-3, "muon-high": 1.6e-2, "all-high": 1.6e-2, "all-higher": 3.2e-2}
-_RATES |= {"transformer-64": 1.6e-2, "transformer-128": 1.6e-2}
+_RATES = {"adam": 4e-3, "all": 3.2e-2, "average": 3.2e-2, "transformer-64": 3.2e-2, "transformer-128": 3.2e-2}
 _OPTIONS = {"taps": {"conv_taps": 2}, "qk-norm": {"qk_norm": True}, "zero-init": {"zero_init": True}}
-_WITHOUT = ("adam", "adam-high", "muon", "muon-high", *_OPTIONS)
+_WITHOUT = ("adam", "muon", *_OPTIONS)
 
 
 def get_config(variant="all"):
@@ -39,7 +34,7 @@ def get_config(variant="all"):
   config.train.update(batch_size=32, checkpoint_every=200)
   config.eval.update(batch_size=32, stride=32, every=100)
   config.train.optimizer.update(learning_rate=_RATES.get(variant, 8e-3), warmup_steps=20)
-  if not variant.startswith("adam"):
+  if variant != "adam":
     config.train.optimizer.update(name="muon", schedule="wsd", decay_steps=200, b2=0.98, end_learning_rate=0.0)
   for options in [_OPTIONS.get(variant, {})] if variant in _WITHOUT else _OPTIONS.values():
     config.model.update(options)
