@@ -20,7 +20,7 @@ VARIANTS = {
   "average": "all with a constant rate, evaluated with an average of the weights, train.ema_decay=0.98",
   "transformer-64": "all, with 64 latents of 64 inputs: a plain Transformer",
   "transformer-128": "all, with 128 latents of 128 inputs and half the rows: a plain Transformer",
-  "transformer-xl": "muon with zero-init, segments of 64 and a memory of 64 in each layer, 4 segments per row; rate 8e-3",
+  "transformer-xl": "muon with zero-init, segments of 64, a memory of 64 in each layer, 4 segments per row; rate 8e-3",
 }
 _RATES = {"adam": 4e-3, "all": 3.2e-2, "average": 3.2e-2, "transformer-64": 3.2e-2, "transformer-128": 3.2e-2}
 _OPTIONS = {"taps": {"conv_taps": 2}, "qk-norm": {"qk_norm": True}, "zero-init": {"zero_init": True}}
