@@ -12,29 +12,24 @@ from configs import photos32
 
 VARIANTS = {
   "adam": "the paper's: Adam, rate 8e-3, learned tables of row, column and channel",
-  "adam-high": "the same with rate 1.6e-2",
   "muon": "Muon, rate 1.6e-2",
-  "muon-high": "the same with rate 3.2e-2",
   "rotary": "muon, and rotary positions over row, column and channel",
   "values": "muon, and features of values",
   "all": "muon with both",
   "all-low": "the same with rate 8e-3",
   "all-high": "the same with rate 3.2e-2",
-  "taps": "all, and model.conv_taps=2",
-  "qk-norm": "all, and model.qk_norm",
   "zero-init": "all, and model.zero_init",
   "transformer-128": "all, with 128 latents of 128 inputs: a plain Transformer",
   "transformer-512": "all, with 512 latents of 512 inputs and 2 pictures for each step, so as many targets",
 }
-_RATES = {"adam": 8e-3, "adam-high": 1.6e-2, "low": 8e-3, "high": 3.2e-2}
-_OPTIONS = {"taps": {"conv_taps": 2}, "qk-norm": {"qk_norm": True}, "zero-init": {"zero_init": True}}
+_RATES = {"adam": 8e-3, "low": 8e-3, "high": 3.2e-2}
 _PLAIN = ("adam", "muon")
 
 
 def get_config(variant="all"):
   name, _, rate = variant.partition("-")
   config = photos32.get_config()
-  config.model.update(_OPTIONS.get(variant, {}))
+  config.model.zero_init = variant == "zero-init"
   if name in _PLAIN or variant == "values":
     config.model.update(position_encoding="learned", rotary_axes=())
   if name in _PLAIN or variant == "rotary":
