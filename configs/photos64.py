@@ -1,8 +1,8 @@
 """Photographs of 64x64 pixels from installed packages: configs/photos32.py with four times the context.
 
 Reproduces no published result: 12,288 sub-pixels, as many as in the paper's ImageNet experiment, on a laptop.
-Measured: 4.27 bits/dim on the validation crops (PNG 4.93, lossless WebP 4.04).
-Cost: 0.53M parameters, 28 minutes on one core of a machine with AVX-512, whose other core was busy.
+Measured: 4.22 bits/dim on the validation crops (PNG 4.93, lossless WebP 4.04).
+Cost: 0.53M parameters, 30 minutes on one core of a machine with AVX-512, whose other core was busy.
 """
 
 from configs import photos32
