@@ -10,7 +10,8 @@ configs/photos32.py. At full scale: configs/imagenet64.py and configs/imagenet64
 
 Result: not seen at this scale. Within 120 steps planes are 5.2% better than raster order with the full context and 4.6%
 better with 512 inputs, half a plane, and the full context helps neither (raster 0.8%, planes 0.2% worse). In planes the
-left and upper neighbors of the same channel are the nearest inputs.
+left and upper neighbors of the same channel are the nearest inputs. (Training crops had one tone curve for all
+channels then.)
 """
 
 from configs import photos32
