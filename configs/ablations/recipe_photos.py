@@ -4,8 +4,8 @@ The recipe of configs/photos32.py: Muon, rotary positions over row, column and c
 Fourier features of each sub-pixel's value.
 
 Here: photographs of 32x32 pixels, 3 layers of width 64, 128 latents of 3,072 inputs, 400 steps of 8 pictures; the
-paper's model has learned tables only, and Adam. Rate 8e-3 for Adam and 1.6e-2 for Muon, at which each was better than at
-half of it in earlier runs of 100 steps with 512 latents; 3.2e-2 was worse for Muon.
+paper's model has learned tables only, and Adam. Rate 8e-3 for Adam and 1.6e-2 for Muon: in earlier runs with 512
+latents, half of these rates was worse, and so was 3.2e-2 for Muon.
 """
 
 from configs import photos32
@@ -16,7 +16,7 @@ VARIANTS = {
   "rotary": "muon, and rotary positions over row, column and channel",
   "values": "muon, and features of values",
   "all": "muon with both",
-  "transformer": "all, with 512 latents of 512 inputs and 2 pictures for each step, so as many targets: a plain Transformer",
+  "transformer": "all, with 512 latents of 512 inputs and 2 pictures for each step: a plain Transformer",
 }
 
 
