@@ -4,8 +4,17 @@ The recipe of configs/text_files.py and others: Muon with a long linear decay (w
 and values of the cross-attention, normalized queries and keys, and output projections that start at zero.
 
 Here: the source code of Python's standard library (as in context.py), 3 layers of width 128, 64 latents of 128 inputs,
-400 steps of 2,048 targets; evaluation windows advance by 32 tokens. Learning rates of each optimizer are doubled until
-the loss rises; the options were added to Muon at its better rate.
+400 steps of 2,048 targets; evaluation windows advance by 32 tokens. Each run had one core, and the other was busy.
+
+Rates were doubled until the loss rose, with one seed: Adam 1.849 at 4e-3 and 1.900 at 8e-3 (2e-3 was worse in earlier
+runs); Muon 1.671 at 8e-3 and 1.691 at 1.6e-2, with normalized queries and keys 1.653 and 1.646; all options 1.622,
+1.556, 1.516 and 1.502 at 8e-3, 1.6e-2, 3.2e-2 and 6.4e-2, of which the table has 3.2e-2.
+
+Result: Muon ends 10% below Adam. Taps gain 1.6% more, normalized queries and keys 1.0%, zero initialization 0.1%. All
+together they also allow four times the rate, and gain 9.5%. An average of the weights at a constant rate is 1.4% better
+than the decay of the rate. Plain Transformers of 64 and 128 inputs with the same recipe are 7.4% and 8.4% worse after
+as many targets, in about as many seconds, and Transformer-XL with what it supports of the recipe is 12% worse; its
+steps take a sixth less time.
 """
 
 from configs.ablations import context
