@@ -6,6 +6,10 @@ Fourier features of each sub-pixel's value.
 Here: photographs of 32x32 pixels, 3 layers of width 64, 128 latents of 3,072 inputs, 400 steps of 8 pictures; the
 paper's model has learned tables only, and Adam. Rate 8e-3 for Adam and 1.6e-2 for Muon: in earlier runs with 512
 latents, half of these rates was worse, and so was 3.2e-2 for Muon.
+
+Result: Muon ends 21% below Adam, which hardly begins to learn. Rotary positions gain 14% more, features of values 14%,
+both 21%. A plain Transformer of 512 inputs with the same recipe is 7.2% worse after as many targets; its steps take a
+bit more than half of the time, and after as many seconds it is still worse (last column).
 """
 
 from configs import photos32
