@@ -53,9 +53,10 @@ def main(config: Config) -> int:
     return plan.plan(config, workdir)
   distributed.cache_compiled()
   mesh.keep_host_memory()
-  if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in ("train", "eval"):
-    train_rows = config.train.batch_size // config.train.microbatches
-    mesh.use_cpu_cores(config, [config.eval.batch_size, *([train_rows] if mode == "train" else [])])
+  rows = {"eval": [config.eval.batch_size], "sample": [config.sample.batch_size]}
+  rows["train"] = [*rows["eval"], config.train.batch_size // config.train.microbatches]
+  if _NUM_PROCESSES.value is None and not distributed.in_slurm_step() and mode in rows:
+    mesh.use_cpu_cores(config, rows[mode])
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   with distributed.end_together():
     architectures.check(config.model)  # before the seconds that importing TensorFlow takes

@@ -122,6 +122,16 @@ def test_settings_of_jax_take_precedence(monkeypatch, name, value):
   mesh_lib.use_cpu_cores(tiny.config(), [8])
 
 
+@pytest.mark.parametrize(("mode", "rows"), [("train", [4, 3]), ("eval", [4]), ("sample", [5])])
+def test_each_mode_splits_its_own_batches_over_the_cores(monkeypatch, trained, mode, rows):
+  def stop(config, batch_sizes):
+    raise InputError(f"{batch_sizes}")
+
+  monkeypatch.setattr(mesh_lib, "use_cpu_cores", stop)
+  settings = {"eval__batch_size": 4, "train__batch_size": 6, "train__microbatches": 2, "sample__batch_size": 5}
+  tiny.expect_error(tiny.run(trained, f"--mode={mode}", **settings), f"{rows}")
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is a function of glibc")
 def test_freed_buffers_are_reused_without_page_faults():
   code = """
