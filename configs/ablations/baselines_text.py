@@ -7,7 +7,8 @@ opposite result on PG-19 (Transformer 1.057 bits per byte, Perceiver AR 1.104) a
 Here: the source code of Python's standard library (as in context.py); equal width, heads and layers, as many steps as
 the same training FLOPs allow, and a constant learning rate, so that the curves are comparable at any FLOPs and seconds.
 
-With the recipe for small models the order is reversed, at one learning rate for each: see recipe.py.
+With the recipe for small models the order is reversed, at the best of three or more learning rates for each: see
+recipe.py.
 """
 
 from configs.ablations import context
