@@ -94,14 +94,13 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
   """Returns a batch of random tokens with all targets scored; positions are within the config's tables."""
   model, rows = config.model, config.train.batch_size
   rng = np.random.default_rng(0)
-  dimensions = len(model.position_sizes) or 1
-  if dimensions == 1:
+  if model.position_dims == 1:
     positions = np.broadcast_to(
       np.arange(1, model.max_context + 1, dtype=np.int32)[None, :, None], (rows, model.max_context, 1)
     )
   else:
-    sizes = np.array(model.position_sizes)
-    positions = rng.integers(1, sizes, (rows, model.max_context, dimensions), np.int32)
+    sizes = np.array(model.position_sizes or [model.max_context] * model.position_dims)
+    positions = rng.integers(1, sizes, (rows, model.max_context, len(sizes)), np.int32)
   return {
     "inputs": rng.integers(3, model.vocab_size, (rows, model.max_context), np.int32),
     "positions": positions,

@@ -114,6 +114,8 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(sys.argv)
   except BrokenPipeError:  # --help | head
     raise
+  except config_lib.TransientError as error:  # the run's config.json is out of reach
+    return sys.exit(checks.report(error))
   except (*_INVALID_FLAGS, *_UNLOADABLE) as error:
     message = str(error.args[0] if isinstance(error, KeyError) else error)
     return sys.exit(checks.report(config_lib.InputError(message)))

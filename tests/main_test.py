@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 from etils import epath
 
 from perceiver_ar_jax import command_line
+from perceiver_ar_jax.config import TransientError, config_from_run
 from perceiver_ar_jax.training import workdir as workdir_lib
 from tests import tiny
 
@@ -229,6 +230,16 @@ def test_without_a_config_that_of_the_run_is_used(copy_of_trained):
   tiny.expect_error(tiny.main(workdir, "--mode=eval"), f"{config} cannot be read", "restore it")
   config.unlink()
   tiny.expect_error(tiny.main(workdir, "--mode=eval"), "--config is missing", "configs/photos32.py")
+
+
+def test_a_run_whose_storage_is_out_of_reach_may_be_restarted(copy_of_trained, monkeypatch):
+  def fail(workdir):
+    raise TransientError("config.json cannot be read: Stale file handle")
+
+  monkeypatch.setattr(config_from_run, "load_config", fail)
+  result = tiny.main(f"--workdir={copy_of_trained}", "--mode=eval")
+  assert result.returncode == 75, result.stderr
+  assert "Error: config.json cannot be read" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_model_that_exceeds_the_memory_is_refused_before_it_is_initialized(tmp_path):

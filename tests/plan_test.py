@@ -4,7 +4,9 @@ import ast
 import importlib
 import importlib.util
 import json
+import types
 
+import jax
 import pytest
 
 from benchmarks import plans
@@ -152,6 +154,20 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(InputError, match=r"pip install -e '.\[plan\]'"):
     plan.plan(_planning("v5e:2x2"), tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(34, 34, 5), ()])
+def test_the_step_is_lowered_with_the_dimensions_of_its_positions(sizes, monkeypatch):
+  def lower(config, optimizer, state, batch, mesh):
+    raise InputError(f"{batch['positions'].shape}")
+
+  encoding = "learned+rotary" if sizes else "rotary"
+  config = _config("photos32", model__position_encoding=encoding, model__position_sizes=sizes)
+  described = types.SimpleNamespace(devices=jax.devices()[:1])
+  monkeypatch.setattr(plan.topologies, "get_topology_desc", lambda **settings: described)
+  monkeypatch.setattr(plan.step_lib, "lower", lower)
+  with pytest.raises(InputError, match="8, 3072, 3"):
+    plan.measure(config, parse_topology("v5e:2x2"))
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -115,6 +115,11 @@ class ModelConfig:
     return self.embed_width or self.latent_width
 
   @property
+  def position_dims(self) -> int:
+    """P: dimensions of a position, as the tables or the rotary axes need them."""
+    return len(self.position_sizes) or len(self.rotary_axes) or 1
+
+  @property
   def num_cross_attends(self) -> int:
     """Number of cross-attentions: the first, and one after each layer in `cross_attend_after`."""
     return 1 + len(set(self.cross_attend_after))

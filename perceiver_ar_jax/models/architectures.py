@@ -64,8 +64,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
   """Fresh parameters, boxed with their logical axes."""
   # Parameters do not depend on the context, so a sequence as short as the model allows traces fastest.
   tokens_1xM = jnp.ones((1, config.num_latents), jnp.int32)
-  dimensions = len(config.position_sizes) or len(config.rotary_axes) or 1
-  positions_1xMxP = jnp.ones((1, config.num_latents, dimensions), jnp.int32)
+  positions_1xMxP = jnp.ones((1, config.num_latents, config.position_dims), jnp.int32)
   return make_model(config).init(key, tokens_1xM, positions_1xMxP)["params"]
 
 
