@@ -294,6 +294,26 @@ def test_checkpoints_of_a_url_are_not_written_to_a_local_folder(monkeypatch):
   assert folders == ["gs://bucket/run/checkpoints"]
 
 
+def _raised_from(error: Exception, cause: Exception) -> Exception:
+  error.__cause__ = cause
+  return error
+
+
+_DEAD_PEER = jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo AllGather failed: Connection reset by peer")
+_DEAD_PEER_AT_BARRIER = _raised_from(TimeoutError("Timed out while waiting for a barrier."), _DEAD_PEER)
+
+
+@pytest.mark.parametrize("error", [_DEAD_PEER, _DEAD_PEER_AT_BARRIER])
+def test_a_process_that_dies_during_a_save_is_not_reported_as_a_storage_failure(error, tmp_path, monkeypatch):
+  def fail(*args, **names):
+    raise error
+
+  with checkpoint.Checkpointer(tmp_path) as checkpointer, pytest.raises(type(error)) as raised:
+    monkeypatch.setattr(checkpointer._manager, "save", fail)
+    checkpointer.save(_state(1), None)
+  assert raised.value is error
+
+
 @pytest.mark.parametrize(
   ("error", "expected"),
   [
@@ -306,6 +326,7 @@ def test_checkpoints_of_a_url_are_not_written_to_a_local_folder(monkeypatch):
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), type(None)),
     (KeyError("x"), type(None)),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), type(None)),
+    (_DEAD_PEER_AT_BARRIER, type(None)),
   ],
 )
 def test_errors_that_users_see(error, expected):

@@ -25,6 +25,14 @@ class TransientError(RuntimeError):
   """Storage or memory failed in a way that may pass, such as a full disk; then the same command resumes."""
 
 
+def _chain(error: BaseException) -> list[BaseException]:
+  """Returns the error and those that it was raised from or while handling."""
+  chain = [error]
+  for link in chain:
+    chain += [cause for cause in (link.__context__, link.__cause__) if cause is not None and cause not in chain]
+  return chain
+
+
 def _kind(types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], statuses: str) -> Callable[..., bool]:
   """Returns whether an error, or one that it was raised from or while handling, is of a kind.
 
@@ -35,15 +43,12 @@ def _kind(types: tuple[type, ...], errnos: str, http_codes: tuple[int, ...], sta
   message = re.compile("|".join([*(re.escape(os.strerror(number)) for number in numbers), in_message, statuses]))
 
   def is_kind(error: BaseException) -> bool:
-    chain = [error]
-    for link in chain:
-      chain += [cause for cause in (link.__context__, link.__cause__) if cause is not None and cause not in chain]
     return any(
       isinstance(link, types)
       or getattr(link, "errno", None) in numbers
       or getattr(link, "code", None) in http_codes
       or message.search(str(link))
-      for link in chain
+      for link in _chain(error)
     )
 
   return is_kind
@@ -62,6 +67,14 @@ is_denied = _kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERM
 """Whether the user may not access a file."""
 
 
+def is_computation(error: BaseException) -> bool:
+  """Whether a computation, or the processes' coordination, failed: out of device memory, or another process died.
+
+  Its status may be one of storage as well, such as UNAVAILABLE.
+  """
+  return any(type(link).__name__ in ("JaxRuntimeError", "XlaRuntimeError") for link in _chain(error))
+
+
 def one_line(error: BaseException) -> str:
   """Returns the first 300 characters of the error's message on one line; its type if it has no message."""
   return " ".join(str(error).split())[:300] or type(error).__name__
@@ -70,11 +83,11 @@ def one_line(error: BaseException) -> str:
 def for_user(error: BaseException) -> InputError | TransientError | None:
   """Returns the error as one that a paragraph explains to the user; None for one that needs a traceback.
 
-  A full disk is a TransientError; a computation that fails with the same status (out of memory, a dead peer) is not.
+  A full disk is a TransientError; a computation that fails with the same status (`is_computation`) is not.
   """
   if isinstance(error, (InputError, TransientError)):
     return error
-  if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError", "MemoryError") or not is_transient(error):
+  if isinstance(error, MemoryError) or is_computation(error) or not is_transient(error):
     return None
   return TransientError(f"{one_line(error)}: {WHEN_STORAGE_IS_BACK}")
 

@@ -24,8 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from perceiver_ar_jax.config import require
-from perceiver_ar_jax.config.checks import report
+from perceiver_ar_jax.config import checks, require
 
 _COMPILED = "~/.cache/perceiver_ar_jax"
 HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead, and the others exit
@@ -132,9 +131,9 @@ def end_together() -> Iterator[None]:
     if jax.process_count() == 1:
       raise
     name = f"process {jax.process_index()} of {jax.process_count()}"
-    code = report(error)
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    code = checks.report(error)
+    if checks.is_computation(error):
       print(f"A computation failed in {name}; probably another process has died.", file=sys.stderr, flush=True)
-      time.sleep(HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died
+      time.sleep(2 * HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died
     print(f"{name} exits.", file=sys.stderr, flush=True)
     os._exit(code)

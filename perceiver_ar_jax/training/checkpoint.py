@@ -184,6 +184,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     try:
       yield
     except Exception as error:
+      if checks.is_computation(error):  # another process died during the save: storage is not the cause
+        raise
       self._before_save()  # raises if another run has taken over, which deletes unfinished saves when it starts
       message = f"A checkpoint could not be written to {self._directory} ({checks.one_line(error)})."
       message += " The checkpoints before it are intact."
