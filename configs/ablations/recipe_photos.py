@@ -20,13 +20,16 @@ alone, or an average of the weights at a constant rate, gains nothing (4.33, 4.3
 from configs import photos32
 
 VARIANTS = {
-  "adam": "the paper's: Adam, learned tables of row, column and channel",
-  "muon": "the same with Muon",
-  "rotary": "muon, and rotary positions over row, column and channel",
-  "values": "muon, and features of values",
-  "all": "muon with both",
+  "adam": "the paper's: Adam, learned tables of row, column and channel; rate 8e-3",
+  "muon": "the same with Muon; rate 1.6e-2",
+  "rotary": "muon, and rotary positions over row, column and channel; rate 1.6e-2",
+  "values": "muon, and features of values; rate 1.6e-2",
+  "both": "muon with both",
+  "taps": "both, and model.conv_taps=2",
+  "all": "taps, and model.qk_norm",
   "transformer": "all, with 512 latents of 512 inputs and 2 pictures for each step: a plain Transformer",
 }
+_RATES = {"adam": 8e-3}
 
 
 def get_config(variant="all"):
@@ -35,12 +38,15 @@ def get_config(variant="all"):
     config.model.update(position_encoding="learned", rotary_axes=())
   if variant in ("adam", "muon", "rotary"):
     config.model.value_features = 0
+  config.model.conv_taps = 2 if variant in ("taps", "all", "transformer") else 0
+  config.model.qk_norm = variant in ("all", "transformer")
   if variant == "transformer":
     config.model.update(max_context=512, num_latents=512)
     config.data.min_crop = 513
     config.train.batch_size = 2
   config.train.update(steps=400, checkpoint_every=400)
+  config.train.optimizer.learning_rate = _RATES.get(variant, 1.6e-2)
   if variant == "adam":
-    config.train.optimizer.update(name="adam", learning_rate=8e-3, b2=0.999)
+    config.train.optimizer.update(name="adam", b2=0.999)
   config.eval.update(every=200, max_sequences=32, num_samples=0)
   return config

@@ -22,6 +22,7 @@ VARIANTS = {
   "mid-cross": "muon, two layers with a second cross-attention between them",
   "all": "taps with model.qk_norm and model.zero_init",
   "transformer": "muon, two layers, 128 latents of 128 inputs",
+  "transformer-xl": "muon, two layers, segments of 64 and a memory of 64 in each layer",
 }
 _RATES = {"adam-taps-low": 1e-3, "taps-high": 1e-2}
 
@@ -42,6 +43,9 @@ def get_config(variant="taps"):
     config.model.update(qk_norm=True, zero_init=True)
   if variant == "mid-cross":
     config.model.update(num_layers=2, cross_attend_after=(0,))
-  if variant == "transformer":
+  if variant.startswith("transformer"):
     config.model.update(num_layers=2, num_latents=128)
+  if variant == "transformer-xl":
+    config.model.update(architecture="transformer_xl", position_encoding="relative", segment=64)
+    config.model.rotary_max_wavelength = None
   return config
