@@ -14,6 +14,8 @@ def get_config():
     position_encoding="learned+rotary",
     rotary_axes=((0.25, 4, 256), (0.25, 4, 256), (0.125, 4, 8)),
     value_features=32,
+    conv_taps=2,
+    qk_norm=True,
   )
   config.train.loss_reduction = "mean"
   config.train.optimizer.name = "muon"
