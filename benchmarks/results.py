@@ -42,10 +42,10 @@ _SWEEPS = {
     ["--context=64,128,256,512", "--num_latents=64", "--stride=32"],
   ),
   "latents": (
-    "Evaluation-time compute: fewer and more latents than the 256 of training",
+    "Evaluation-time compute: fewer and more latents than the 128 of training",
     "order",
     "raster-full",
-    ["--num_latents=128,256,512,1024", "--stride=128", "--config.eval.max_sequences=8"],
+    ["--num_latents=64,128,256,512", "--stride=64", "--config.eval.max_sequences=8"],
   ),
 }
 """Title, ablation, variant (its run with seed 0 is scored) and arguments of each sweep."""
