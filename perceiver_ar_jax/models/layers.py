@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from perceiver_ar_jax.config import InputError, ModelConfig
 from perceiver_ar_jax.models import attention, positions, streamed
-from perceiver_ar_jax.models.keys import CachedKeys, Keys
+from perceiver_ar_jax.models.keys import CachedKeys, Keys, write
 from perceiver_ar_jax.parallel.sharding import constrain
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -288,8 +288,7 @@ class CrossAttention(nn.Module):
       x_BxCxE = embed.apply(weights[0], tokens_BxC, positions_BxCxP)
       return unbound.apply(weights[1], x_BxCxE, method="project")
 
-    def from_table(tables, tokens_BxC, positions_BxCxP):
-      del positions_BxCxP
+    def from_table(tables, tokens_BxC, unused_positions_BxCxP):
       return tuple(table_VxHxK[tokens_BxC].astype(config.dtype) for table_VxHxK in tables)
 
     # Weights are gathered once, whole: sharded weights would make the results, as long as the context, be exchanged.
@@ -351,7 +350,7 @@ class SelfAttentionLayer(nn.Module):
     k_BxMxHxK = rotate(config, k_BxMxHxK, positions_BxMxP)
     new_cache = CachedKeys.from_arrays(k_BxMxHxK, v_BxMxHxK)
     if cache is not None:
-      new_cache = cache.write(new_cache, slot)
+      new_cache = write(cache, new_cache, slot)
     keys = Keys.from_arrays(k_BxMxHxK, v_BxMxHxK) if cache is None else new_cache
     attend = Attention(config, heads, width, name="attention")
     attended_BxMxD = attend(normed_BxMxD, keys, positions_BxMxP, valid_BxM, keep_own)
