@@ -159,12 +159,7 @@ def attention_map(
   They sum to 1 and are 0 on padding. Arguments as for the model's call; `cross_attention`: its index, the first is 0.
   """
   _, state = PerceiverAR(config).apply(
-    {"params": params},
-    tokens_BxL,
-    positions_BxLxP,
-    num_latents=num_latents,
-    method="latents",
-    mutable=[layers.MAPS],
+    {"params": params}, tokens_BxL, positions_BxLxP, num_latents=num_latents, method="latents", mutable=[layers.MAPS]
   )
   (weights_BxHxL,) = state[layers.MAPS][f"cross_attend_{cross_attention}"]["attention"]["weights_BxHxL"]
   return weights_BxHxL[..., -tokens_BxL.shape[1] :]  # without the padding that pad_context added
