@@ -5,7 +5,6 @@ This module is also the config file of commands that are given --workdir and no 
 
 import dataclasses
 import os
-from typing import Any
 
 from perceiver_ar_jax.config import Config, InputError, defaults, reading, require
 
@@ -38,13 +37,6 @@ def load_config(workdir: str | os.PathLike) -> Config:
     data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
     config = dataclasses.replace(config, data=data)
   return config
-
-
-def flatten(config: Config) -> dict[str, Any]:
-  """Returns every setting by its dotted name, such as train.steps."""
-  from flax import traverse_util  # imports JAX, which the command line does not need
-
-  return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
 
 
 def _path(workdir: str | os.PathLike):
