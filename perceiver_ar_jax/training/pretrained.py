@@ -8,7 +8,6 @@ through all groups between cross-attentions.
 import contextlib
 import itertools
 import re
-import shutil
 import tempfile
 from typing import NamedTuple
 
@@ -66,8 +65,7 @@ def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
     local = path
     if is_object_store(path):
       local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
-      with path.open("rb") as source, local.open("wb") as target:
-        shutil.copyfileobj(source, target)
+      path.copy(local)
     try:
       file = stack.enter_context(safetensors.safe_open(local, framework="np"))
       names = list(file.keys())
