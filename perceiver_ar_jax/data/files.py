@@ -29,7 +29,7 @@ def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
   Raises Unreadable if it is not a regular file, cannot be read, or has become shorter.
   """
   if not _is_remote(path):
-    _stat(path)
+    file_size(path)  # opening a named pipe would wait forever
   try:
     with tf.io.gfile.GFile(path, "rb") if _is_remote(path) else open(path, "rb") as file:
       file.seek(start)
@@ -43,12 +43,18 @@ def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
 
 def file_size(path: str) -> int:
   """Returns the size of a file in bytes; raises Unreadable as `read_bytes`."""
-  if not _is_remote(path):
-    return _stat(path).st_size
   try:
-    return tf.io.gfile.stat(path).length
-  except tf.errors.OpError as error:
-    raise Unreadable(f"{path} cannot be read: {error}") from error
+    if _is_remote(path):
+      return tf.io.gfile.stat(path).length
+    result = os.stat(path)
+  except (OSError, ValueError, tf.errors.OpError) as error:  # ValueError: a zero byte in the name
+    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+      reason = f"it links to {os.readlink(path)}, which does not exist"
+    raise Unreadable(f"{path} cannot be read: {reason}") from error
+  if not stat.S_ISREG(result.st_mode):
+    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(result.st_mode), 'a device')}, not a regular file")
+  return result.st_size
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
@@ -186,27 +192,13 @@ def _is_usable(path: str) -> bool:
   """False, with a notice, for what is not a regular file and for names that TensorFlow cannot represent."""
   try:
     path.encode("utf-8")
-    return _is_remote(path) or bool(_stat(path))
+    return _is_remote(path) or file_size(path) >= 0
   except UnicodeEncodeError:
     reason = f"the name of {path!r} is not UTF-8"
   except Unreadable as error:
     reason = str(error)
   warn_once("skipped", f"Skipped: {reason}", subject=path)
   return False
-
-
-def _stat(path: str) -> os.stat_result:
-  """Raises Unreadable for what is not a regular file, since opening a named pipe would wait forever."""
-  try:
-    result = os.stat(path)
-  except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-    reason = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, FileNotFoundError) and os.path.islink(path):
-      reason = f"it links to {os.readlink(path)}, which does not exist"
-    raise Unreadable(f"{path} cannot be read: {reason}") from error
-  if not stat.S_ISREG(result.st_mode):
-    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(result.st_mode), 'a device')}, not a regular file")
-  return result
 
 
 def _once_each(paths: Iterable[str], folder: str) -> list[str]:
