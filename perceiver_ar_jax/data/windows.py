@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, require
 from perceiver_ar_jax.data.documents import Document
 
 Batch = dict[str, np.ndarray]
@@ -34,11 +34,10 @@ def check_positions(batch: Batch, config: Config) -> None:
     return  # without tables, or refused by the model
   # One dimension at a time: over all at once, NumPy takes ten times as long.
   largest = tuple(int(positions_BxLxP[..., dimension].max()) for dimension in range(len(sizes)))
-  if any(position >= size for position, size in zip(largest, sizes)):
-    raise InputError(
-      f"The task {config.data.task} has positions up to {largest}, beyond model.position_sizes={sizes}: make each size"
-      " at least the largest position + 1 of all documents, which --mode=data shows."
-    )
+  is_inside = all(position < size for position, size in zip(largest, sizes))
+  problem = f"The task {config.data.task} has positions up to {largest}, beyond model.position_sizes={sizes}"
+  fix = "make each size at least the largest position + 1 of all documents, which --mode=data shows"
+  require(is_inside, f"{problem}: {fix}.")
 
 
 def empty_batch(size: int, *, context: int, latents: int, position_dims: int, packed: bool = False) -> Batch:
