@@ -104,22 +104,19 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
   no empty one. Raises InputError if none is left to train on.
   """
   files = own_files(data, suffixes)
-  if data.validation_files == HELD_OUT_BY_NAME:
-    raise InputError(
-      "This run is of an older version, which held out files by a hash of their names: to evaluate it or to resume its"
-      " training, give a folder of those files (or of links to them) as --config.data.validation_files=FOLDER."
-    )
+  problem = "This run is of an older version, which held out files by a hash of their names"
+  fix = "give a folder of those files (or of links to them) as --config.data.validation_files=FOLDER"
+  is_found = data.validation_files != HELD_OUT_BY_NAME
+  require(is_found, f"{problem}: to evaluate it or to resume its training, {fix}.")
   validation = find_files(data.validation_files, suffixes) if data.validation_files else _hold_out(data, files)
   held_out = set(_real_paths(validation))
   train = [path for path, real in zip(files, _real_paths(files)) if real not in held_out]
   total, setting = len(validation) + len(train), "validation_files" if data.validation_files else "validation_fraction"
   counts = f"{len(validation):,} of {total:,} files (data.{setting}={getattr(data, setting)!r})"
   warn_once(None, f"Held out for validation: {counts}.")
-  if split == "train" and not train:
-    raise InputError(
-      f"All {len(files)} files of data.files={data.files!r} are held out for validation: add files, name those to hold"
-      " out in data.validation_files, or, for text, hold out the last part of each (data.split_by=position)."
-    )
+  problem = f"All {len(files)} files of data.files={data.files!r} are held out for validation"
+  fix = "add files, name those to hold out in data.validation_files, or, for text, hold out the last part of each"
+  require(split != "train" or bool(train), f"{problem}: {fix} (data.split_by=position).")
   return train if split == "train" else validation
 
 
