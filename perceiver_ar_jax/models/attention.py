@@ -160,11 +160,7 @@ def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   if mesh is None:
     return
   actual, needed, shards = mesh.devices.flat[0].platform, kernel.platform or "", mesh.shape["context"]
-  require(
-    needed in ("", actual),
-    f"{setting} runs on {needed.upper()}s only, and these are {actual.upper()}s: choose one of {general}.",
-  )
-  require(
-    kernel.shards_context or shards == 1,
-    f"{setting} needs all keys on each device: set mesh.context={shards} to 1, or choose one of {general}.",
-  )
+  problem = f"{setting} runs on {needed.upper()}s only, and these are {actual.upper()}s"
+  require(needed in ("", actual), f"{problem}: choose one of {general}.")
+  problem = f"{setting} needs all keys on each device: set mesh.context={shards} to 1"
+  require(kernel.shards_context or shards == 1, f"{problem}, or choose one of {general}.")

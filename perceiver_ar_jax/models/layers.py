@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from perceiver_ar_jax.config import InputError, ModelConfig
+from perceiver_ar_jax.config import ModelConfig, require
 from perceiver_ar_jax.models import attention, positions, streamed
 from perceiver_ar_jax.models.keys import CachedKeys, Keys, write
 from perceiver_ar_jax.parallel.sharding import constrain
@@ -128,12 +128,10 @@ class Embed(nn.Module):
     x_BxLxE = table_VxE[tokens_BxL].astype(dtype)  # cast last: the gradients of a row are accumulated in float32
     if not encoding.is_added:
       return x_BxLxE
-    if positions_BxLxP.shape[-1] != len(config.position_sizes):
-      raise InputError(
-        f"Positions of this task have {positions_BxLxP.shape[-1]} dimensions, but"
-        f" model.position_sizes={config.position_sizes} has {len(config.position_sizes)}: give a size for each."
-      )
-    for dimension, size in enumerate(config.position_sizes):
+    dimensions, sizes = positions_BxLxP.shape[-1], config.position_sizes
+    problem = f"Positions of this task have {dimensions} dimensions, but model.position_sizes={sizes} has {len(sizes)}"
+    require(dimensions == len(sizes), f"{problem}: give a size for each.")
+    for dimension, size in enumerate(sizes):
       positions_BxL = positions_BxLxP[..., dimension]
       if encoding.table is not None:
         x_BxLxE += encoding.table(positions_BxL, size=size, width=width).astype(dtype)

@@ -150,9 +150,8 @@ def _backward(project, chunk, keep_own, layout, residuals, grad_BxMxHxK):
     grad_q_BxHxKxM += product("bhck,bhcm->bhkm", k_BxHxCxK, grad_scores_BxHxCxM)
     grad_k_BxHxCxK = product("bhcm,bhmk->bhck", grad_scores_BxHxCxM, q_BxHxMxK)
     grad_v_BxHxCxK = product("bhcm,bhmk->bhck", p_BxHxCxM.astype(dtype), grad_BxHxMxK)
-    chunk_grad_weights, chunk_grad_inputs = pull_back(
-      (grad_k_BxHxCxK.swapaxes(1, 2).astype(k.dtype), grad_v_BxHxCxK.swapaxes(1, 2).astype(v.dtype))
-    )
+    grad_k, grad_v = grad_k_BxHxCxK.swapaxes(1, 2).astype(k.dtype), grad_v_BxHxCxK.swapaxes(1, 2).astype(v.dtype)
+    chunk_grad_weights, chunk_grad_inputs = pull_back((grad_k, grad_v))
     grad_weights = jax.tree.map(jnp.add, grad_weights, chunk_grad_weights)
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
     grad_inputs = jax.tree.map(lambda x, new: write(x, new) if _is_float(x) else x, grad_inputs, chunk_grad_inputs)
