@@ -91,10 +91,10 @@ def resolve(config: config_dict.ConfigDict) -> Config:
   return _build(Config, config.to_dict(preserve_field_references=False))
 
 
-def _typed_fields(cls: type) -> Iterator[tuple[dataclasses.Field, Any, bool]]:
+def _typed_fields(cls: type) -> Iterator[tuple[dataclasses.Field, type, bool]]:
   """Yields (field, its plain type, whether None is allowed) of each field."""
   for field in dataclasses.fields(cls):
-    kinds = typing.get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+    kinds: Any = typing.get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
     yield field, typing.get_origin(kinds[0]) or kinds[0], len(kinds) > 1
 
 

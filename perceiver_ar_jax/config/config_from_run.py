@@ -18,14 +18,16 @@ def get_config(workdir: str):
   return config
 
 
-def exists(workdir: str | os.PathLike) -> bool:
-  """Returns whether `workdir` contains a run."""
-  return _path(workdir).exists()
+def config_path(workdir: str | os.PathLike):
+  """Returns the path of the config.json of a run, which exists if `workdir` contains one."""
+  from etils import epath  # takes longer to import than the rest of the command line
+
+  return epath.Path(workdir) / "config.json"
 
 
 def load_config(workdir: str | os.PathLike) -> Config:
   """Returns the config of a run or of a folder of exported weights; InputError where it is missing or invalid."""
-  path = _path(workdir)
+  path = config_path(workdir)
   require(path.exists(), f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
   with reading(path, "give this user access"):
     content = path.read_bytes()
@@ -37,9 +39,3 @@ def load_config(workdir: str | os.PathLike) -> Config:
     data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
     config = dataclasses.replace(config, data=data)
   return config
-
-
-def _path(workdir: str | os.PathLike):
-  from etils import epath  # takes longer to import than the rest of the command line
-
-  return epath.Path(workdir) / "config.json"
