@@ -19,7 +19,6 @@ from perceiver_ar_jax.models.architectures import architecture_of
 from perceiver_ar_jax.models.keys import CachedKeys, Keys, write
 from perceiver_ar_jax.models.perceiver_ar import PerceiverAR, group_depths
 from perceiver_ar_jax.models.positions import encoding_of
-from perceiver_ar_jax.parallel.sharding import constrain
 
 
 def check(config: ModelConfig) -> None:
@@ -75,7 +74,7 @@ class CachedModel:
     crossed_BxMxD = model.cross_attend[0](latents_BxMxD, Keys.from_arrays(*keys_values[0]), positions_BxMxP, valid_BxL)
     unused, first = jnp.argmax(valid_BxL.any(axis=0)).astype(jnp.int32), valid_BxL.shape[1] - self._config.conv_taps
     return ContextCache(
-      cross=tuple(_shard(_roll(CachedKeys.from_arrays(*arrays), -unused)) for arrays in keys_values),
+      cross=tuple(_roll(CachedKeys.from_arrays(*arrays), -unused).sharded() for arrays in keys_values),
       valid_BxL=_roll(valid_BxL, -unused),
       used=valid_BxL.shape[1] - unused,
       latents=_pad(Latents(crossed_BxMxD, positions_BxMxP, valid_BxM), 1),
@@ -106,7 +105,7 @@ class CachedModel:
     model = self._bind()
     keys_values = model.cross_keys_values(tokens_BxT, positions_BxTxP, halo=self._config.conv_taps)
     new = tuple(CachedKeys.from_arrays(*arrays) for arrays in keys_values)
-    cross = tuple(map(_shard, write(context.cross, new, context.used)))
+    cross = tuple(cache.sharded() for cache in write(context.cross, new, context.used))
     valid_BxL = write(context.valid_BxL, valid_Bx1, context.used)
     latents_Bx1xD = model.initial_latents(token_Bx1, position_Bx1xP)
     latents_Bx1xD = model.cross_attend[0](latents_Bx1xD, cross[0], position_Bx1xP, valid_BxL)
@@ -159,8 +158,3 @@ def _roll(tree, shift):
 def _pad(tree, count: int):
   """A tree of [B, S, ...] with `count` more slots of zeros."""
   return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2)), tree)
-
-
-def _shard(cache: CachedKeys) -> CachedKeys:
-  """Shards the cache of a long context over the mesh axis `context`."""
-  return CachedKeys(*(constrain(x, "batch_heads", "context", None) for x in cache))

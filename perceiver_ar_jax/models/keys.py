@@ -66,6 +66,10 @@ class CachedKeys(NamedTuple):
     """Converts back to the layout of the layers; B = `num_rows`."""
     return Keys.from_arrays(*(x.reshape(num_rows, -1, *x.shape[1:]).swapaxes(1, 2) for x in self))
 
+  def sharded(self) -> "CachedKeys":
+    """The cache, sharded over the mesh in use: rows and heads as in the models, slots over its axis `context`."""
+    return CachedKeys(*(sharding.constrain(x, "batch_heads", "context", None) for x in self))
+
   def attend(self, q_Bx1xHxK, valid_BxS):
     """attended_Bx1xHxK: one query per row attends to all valid slots."""
     rows, _, heads, width = q_Bx1xHxK.shape

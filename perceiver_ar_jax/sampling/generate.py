@@ -110,7 +110,7 @@ def _sharded(state: DecodeState) -> DecodeState:
 
   def constrain(leaf):
     if isinstance(leaf, keys.CachedKeys):
-      return jax.tree.map(lambda x: sharding.constrain(x, "batch_heads", "context", None), leaf)
+      return leaf.sharded()
     return sharding.constrain(leaf, *("batch", *(None,) * leaf.ndim)[: leaf.ndim])
 
   return jax.tree.map(constrain, state, is_leaf=lambda leaf: isinstance(leaf, keys.CachedKeys))
