@@ -14,19 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar_jax.config import ModelConfig, require
-from perceiver_ar_jax.models import layers
-from perceiver_ar_jax.models.architectures import architecture_of
+from perceiver_ar_jax.models import architectures, layers, perceiver_ar, positions
 from perceiver_ar_jax.models.keys import CachedKeys, Keys, write
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR, group_depths
-from perceiver_ar_jax.models.positions import encoding_of
 
 
 def check(config: ModelConfig) -> None:
   """Raises InputError if generation with the model does not support a KV cache."""
   fix = "set --config.sample.cache=False, which is slow, or in training --config.eval.num_samples=0."
-  has_cache = architecture_of(config).has_cross_attention
+  has_cache = architectures.architecture_of(config).has_cross_attention
   require(has_cache, f"model.architecture={config.architecture} has no KV cache for sampling: {fix}")
-  is_fixed = config.positions_from_data or not encoding_of(config).is_added
+  is_fixed = config.positions_from_data or not positions.encoding_of(config).is_added
   problem = f"model.positions_from_data=False changes all {config.position_encoding} positions with each token"
   require(is_fixed, f"{problem}, so nothing can be cached: {fix}")
 
@@ -62,7 +59,7 @@ class CachedModel:
     # By group of layers, and unstacked: stacked parameters would be copied for every token.
     self._layers = [
       [jax.tree.map(lambda stacked, index=index: stacked[index], params[f"layers_{group}"]) for index in range(depth)]
-      for group, depth in enumerate(group_depths(config))
+      for group, depth in enumerate(perceiver_ar.group_depths(config))
     ]
 
   def prefill(self, tokens_BxL, positions_BxLxP) -> ContextCache:
@@ -129,8 +126,8 @@ class CachedModel:
     """float32 logits_BxV of the token after the newest input."""
     return self._bind().logits(latents_Bx1xD)[:, 0]
 
-  def _bind(self) -> PerceiverAR:
-    return PerceiverAR(self._config).bind({"params": self._params})
+  def _bind(self) -> perceiver_ar.PerceiverAR:
+    return perceiver_ar.PerceiverAR(self._config).bind({"params": self._params})
 
   def _apply_layers(self, latents: Latents, cross, valid_BxL, caches: LatentCaches | None = None, slot=None):
     """(latents_Bx1xD of the last latent after all layers and the final norm, KV caches of the layers).
