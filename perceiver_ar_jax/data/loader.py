@@ -81,10 +81,7 @@ class TrainLoader(Iterator[windows.Batch]):
     return jax.eval_shape(lambda: self._empty(self._config.train.batch_size))
 
   def _empty(self, size: int) -> windows.Batch:
-    model = self._config.model
-    dims = self.task.position_dims if model.positions_from_data else 0
-    sizes = {"context": model.max_context, "latents": model.num_latents, "position_dims": dims}
-    return windows.empty_batch(size, **sizes, packed=self._packing > 1)
+    return windows.empty_batch(size, self._config.model, self.task.position_dims, packed=self._packing > 1)
 
   def _start(self, shard: _Shard) -> None:
     shard.num_batches, shard.batches = 0, [iter(self._batches(task, shard.index)) for task in self._tasks]
