@@ -48,7 +48,7 @@ class ContextCache(NamedTuple):
 
 
 LatentCaches = list[list[CachedKeys]]
-"""Keys and values of the newest latents in every self-attention layer, by group; M slots, used as context.latents."""
+"""Of each layer, by group of layers between cross-attentions: the first M slots, as those of ContextCache.latents."""
 
 
 class CachedModel:
