@@ -82,8 +82,8 @@ class CachedKeys(NamedTuple):
 
 def write(tree, updates, slot):
   """A tree of [B, S, ...] with the `updates` [B, 1, ...] at slot int32[]."""
-  put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-  return jax.tree.map(lambda x, update: put(x, update.astype(x.dtype)), tree, updates)
+  at_slot = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+  return jax.tree.map(lambda x, update: at_slot(x, update.astype(x.dtype)), tree, updates)
 
 
 def scaled(q_BxMxHxK):
