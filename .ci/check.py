@@ -14,7 +14,7 @@ import tokenize
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = (".ci", "benchmarks", "configs", "docs", "examples", "perceiver_ar_jax", "tests")
 MAX_FILE_LINES = 400
-MAX_PACKAGE_LINES = {"perceiver_ar_jax/experiments": 800, "perceiver_ar_jax": 9_200}
+MAX_PACKAGE_LINES = {"perceiver_ar_jax/experiments": 800, "perceiver_ar_jax": 9_000}
 """Lines of Python, without packages listed before. The target of perceiver_ar_jax is 7,500: lower the limit with it."""
 PROSE = (
   ".ci/*.py",

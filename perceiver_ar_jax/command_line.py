@@ -132,7 +132,7 @@ def _with_config(arguments: list[str]) -> list[str]:
     siblings = list(map(str, pathlib.Path(path).parent.glob("*.py")))
     hint = config_lib.nearest(path, siblings) if siblings else "Run from the folder that contains configs/."
     raise config_lib.InputError(f"--config={path} does not exist. {hint}")
-  if not path and workdir and config_from_run.exists(workdir):
+  if not path and workdir and config_from_run.config_path(workdir).exists():
     config_from_run.load_config(workdir)  # raises InputError if it cannot be read
     given.config = path = f"{config_from_run.__file__}:{workdir}"
   overrides = [argument for argument in others if argument.lstrip("-").startswith("config.")]  # unknown flags to absl

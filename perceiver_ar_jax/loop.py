@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import jax
 import psutil
-import tqdm
 from clu import parameter_overview
 from etils import epath
 
@@ -203,7 +202,7 @@ class _Run:
     continues = self.config.train.on_nonfinite == "skip" and count < self.config.train.max_skipped
     fix = "resume with a lower train.optimizer.learning_rate or clip_norm, or start over with a longer warm-up"
     require(continues, f"{problem} ({count} such steps in a row), so training stopped, and saved no such step: {fix}.")
-    self.log.print(f"{problem}: the update was skipped.")
+    distributed.log(f"{problem}: the update was skipped.")
 
   def _evaluate(self, params, step: int) -> dict | None:
     """Scores the saved `step`, logs the metrics, and draws samples; returns None after a signal or a failure.
@@ -220,29 +219,27 @@ class _Run:
       if is_last:
         problem = f"Training is complete and step {step} is saved, but its evaluation failed: {reason}"
         raise InputError(f"{problem} Score it with --mode=eval, or run the same command again.") from error
-      _warn(f"The evaluation of step {step} failed, and training continues without it: {reason}")
+      # On every process: the cause may be known to one alone.
+      warning = f"Warning: The evaluation of step {step} failed, and training continues without it: {reason}"
+      warn_once.warn_once(None, warning)
     if result:
-      self.log.print(self.evaluator.describe(result))
+      distributed.log(self.evaluator.describe(result))
       if not self._has_metrics(step):
         self.log.write(step, {f"eval_{name}": value for name, value in result.items() if isinstance(value, float)})
         self.log.flush()
         self.checkpointer.add_metrics(step, {"nats_per_token": result["nats_per_token"]})
         if self.preview and not self.signals.agreed:
-          self.log.print("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
+          distributed.log("Drawing samples for TensorBoard (--config.eval.num_samples=0: none).")
           try:
             self.log.write_samples(step, write.preview(self.preview, params, self.signals.agree))
           except Exception as error:
-            _warn(f"No samples of step {step} were drawn: {_explain(error)}")
+            warn_once.warn_once(None, f"Warning: No samples of step {step} were drawn: {_explain(error)}")
     self._last_fetch = time.monotonic()
     return result
 
   def _has_metrics(self, step: int) -> bool:
     """Whether the saved `step` was evaluated; agreed on, since another process may write its metrics any moment."""
     return bool(distributed.maximum(self.checkpointer.has_metrics(step)))
-
-
-def _warn(message: str) -> None:
-  tqdm.tqdm.write(f"Warning: {message}", file=sys.stderr)  # on every process: the cause may be known to one alone
 
 
 def _explain(error: Exception) -> str:

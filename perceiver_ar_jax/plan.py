@@ -114,9 +114,8 @@ def measure(config: Config, topology: Topology) -> dict:
   optimizer = optimizer_lib.make_optimizer(config.train.optimizer, config.train.steps)
   state = step_lib.abstract_state(config, optimizer, mesh)
   model, rows = config.model, config.train.batch_size
-  dims = model.position_dims if model.positions_from_data else 0
-  sizes = {"context": model.max_context, "latents": model.num_latents, "position_dims": dims}
-  batch = jax.eval_shape(lambda: windows.empty_batch(rows, **sizes, packed=config.data.packing > 1))
+  is_packed = config.data.packing > 1
+  batch = jax.eval_shape(lambda: windows.empty_batch(rows, model, model.position_dims, packed=is_packed))
   result = {"mesh": dict(mesh.shape), "num_params": architectures.num_params(model)}
   start = time.monotonic()
   with jax.set_mesh(mesh):

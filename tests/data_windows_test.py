@@ -8,6 +8,7 @@ import pytest
 
 from perceiver_ar_jax.data import EOS, SOS, documents, windows
 from perceiver_ar_jax.data.documents import Document
+from tests import tiny
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "data.npz")
 INDEX = json.loads(str(GOLDEN["index"]))
@@ -21,8 +22,12 @@ def document(events, positions=None, scored=None):
   return Document(events, documents.count_positions(len(events)) if positions is None else positions, scored=scored)
 
 
+def model(context, latents):
+  return tiny.config(model__max_context=context, model__num_latents=latents).model
+
+
 def window(events, end, num_new, context, latents, dims=1, **more):
-  batch = windows.empty_batch(1, context=context, latents=latents, position_dims=dims)
+  batch = windows.empty_batch(1, model(context, latents), dims)
   row = windows.row_of(batch, 0)
   windows.eval_window(row, document(events, **more), end, num_new)
   return row
@@ -69,7 +74,7 @@ def test_only_new_targets_that_are_scored_weigh():
 
 
 def test_a_row_that_is_not_filled_is_all_padding():
-  batch = windows.empty_batch(2, context=3, latents=2, position_dims=2)
+  batch = windows.empty_batch(2, model(3, 2), 2)
   assert {name: value.shape for name, value in batch.items()} == {
     "inputs": (2, 3),
     "positions": (2, 3, 2),
@@ -98,7 +103,7 @@ def test_inputs_and_targets_are_the_events_shifted_by_one():
 
 def train_rows(events, min_crop, context, count, first_seed=0, **more):
   """`count` training crops of one document, stacked."""
-  batch = windows.empty_batch(count, context=context, latents=context, position_dims=1)
+  batch = windows.empty_batch(count, model(context, context), 1)
   for index in range(count):
     draw = np.random.default_rng([7, first_seed + index]).random()
     windows.train_window(windows.row_of(batch, index), document(events, **more), draw, min_crop=min_crop)
@@ -154,7 +159,7 @@ def test_a_part_of_a_document_ends_its_crops_there_and_reaches_back_beyond_it():
 
 @pytest.mark.parametrize(("scored_only", "weights"), [(False, [1, 1, 1]), (True, [0, 1, 0])])
 def test_training_leaves_out_events_that_are_not_scored_where_asked(scored_only, weights):
-  batch = windows.empty_batch(1, context=3, latents=3, position_dims=1)
+  batch = windows.empty_batch(1, model(3, 3), 1)
   scored = np.array([False, False, True, False])
   windows.train_window(
     windows.row_of(batch, 0), Document(np.arange(4, 8), scored=scored), 0.5, min_crop=4, scored_only=scored_only
@@ -166,7 +171,7 @@ def test_an_augmented_crop_keeps_its_newest_events_and_counts_them_anew():
   def double(events):
     return np.repeat(events, 2)
 
-  batch = windows.empty_batch(1, context=5, latents=5, position_dims=1)
+  batch = windows.empty_batch(1, model(5, 5), 1)
   plain = Document(np.array([2, 10, 11, 12], np.int32))
   windows.train_window(windows.row_of(batch, 0), plain, 0.5, min_crop=4, augment=double)
   assert batch["inputs"].tolist() == [[10, 10, 11, 11, 12]] and batch["targets"].tolist() == [[10, 11, 11, 12, 12]]

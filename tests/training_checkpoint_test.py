@@ -315,19 +315,22 @@ def test_a_process_that_dies_during_a_save_is_not_reported_as_a_storage_failure(
 
 
 @pytest.mark.parametrize(
-  ("error", "expected"),
+  ("error", "exit_code", "is_explained"),
   [
-    (InputError("x"), InputError),
-    (TransientError("x"), TransientError),
-    (OSError(errno.ENOSPC, "No space left on device"), TransientError),
-    (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), TransientError),
-    (tf.errors.ResourceExhaustedError(None, None, "events; No space left on device"), TransientError),
-    (OSError(errno.ENOENT, "No such file or directory"), type(None)),
-    (BrokenPipeError(errno.EPIPE, "Broken pipe"), type(None)),
-    (KeyError("x"), type(None)),
-    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), type(None)),
-    (_DEAD_PEER_AT_BARRIER, type(None)),
+    (InputError("x"), 1, True),
+    (TransientError("x"), 75, True),
+    (OSError(errno.ENOSPC, "No space left on device"), 75, True),
+    (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), 75, True),
+    (tf.errors.ResourceExhaustedError(None, None, "events; No space left on device"), 75, True),
+    (OSError(errno.ENOENT, "No such file or directory"), 75, False),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), 75, False),
+    (KeyError("x"), 75, False),
+    (MemoryError(), 75, False),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 75, False),
+    (_DEAD_PEER_AT_BARRIER, 75, False),
   ],
 )
-def test_errors_that_users_see(error, expected):
-  assert type(checks.for_user(error)) is expected
+def test_errors_that_users_see(error, exit_code, is_explained, capsys):
+  assert checks.report(error) == exit_code
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("Error: ") if is_explained else type(error).__name__ in lines[-1]

@@ -304,7 +304,14 @@ def test_the_average_of_the_weights_follows_its_definition_and_changes_nothing_e
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params_to_evaluate, expected)
   jax.tree.map(np.testing.assert_array_equal, state.params, plain.params)
   assert plain.params_to_evaluate is plain.params
-  assert step_lib._ema_weight(0.85, 1000) == pytest.approx(0.15)
+  *others, scale = state.opt_state
+  late, before = (
+    state.replace(opt_state=(*others, scale._replace(count=jnp.int32(1000)))),
+    jax.tree.map(np.array, state.ema),
+  )
+  late, _ = step(late, batch, jax.random.key(0))
+  expected = jax.tree.map(lambda a, b: 0.85 * a + 0.15 * b, before, late.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), late.params_to_evaluate, expected)
 
 
 def test_positions_that_the_model_ignores_are_neither_made_nor_needed():

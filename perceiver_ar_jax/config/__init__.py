@@ -93,10 +93,8 @@ def resolve(config: config_dict.ConfigDict) -> Config:
 
 def _typed_fields(cls: type) -> Iterator[tuple[dataclasses.Field, type, bool]]:
   """Yields (field, its plain type, whether None is allowed) of each field."""
-  hints = typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
-    hint = hints[field.name]
-    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds: Any = typing.get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
     yield field, typing.get_origin(kinds[0]) or kinds[0], len(kinds) > 1
 
 

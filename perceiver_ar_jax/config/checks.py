@@ -80,29 +80,21 @@ def one_line(error: BaseException) -> str:
   return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def for_user(error: BaseException) -> InputError | TransientError | None:
-  """Returns the error as one that a paragraph explains to the user; None for one that needs a traceback.
-
-  A full disk is a TransientError; a computation that fails with the same status (`is_computation`) is not.
-  """
-  if isinstance(error, (InputError, TransientError)):
-    return error
-  if isinstance(error, MemoryError) or is_computation(error) or not is_transient(error):
-    return None
-  return TransientError(f"{one_line(error)}: {WHEN_STORAGE_IS_BACK}")
-
-
 def report(error: BaseException) -> int:
-  """Prints the error to standard error, in one paragraph or with its traceback; returns the exit code of main.py."""
+  """Prints the error to standard error, in one paragraph or with its traceback; returns the exit code of main.py.
+
+  A full disk gets a paragraph; a computation that fails with the same status (`is_computation`) gets a traceback.
+  """
   if isinstance(error, KeyboardInterrupt):
     return 128 + signal.SIGINT
-  explained = for_user(error)
-  if explained is None:
-    sys.excepthook(type(error), error, error.__traceback__)
-    return EXIT_TRANSIENT
+  if not isinstance(error, (InputError, TransientError)):
+    if isinstance(error, MemoryError) or is_computation(error) or not is_transient(error):
+      sys.excepthook(type(error), error, error.__traceback__)
+      return EXIT_TRANSIENT
+    error = TransientError(f"{one_line(error)}: {WHEN_STORAGE_IS_BACK}")
   with contextlib.suppress(OSError):  # standard error may be a file on the full disk
-    print(f"Error: {' '.join(str(explained).split())}", file=sys.stderr, flush=True)
-  return 1 if isinstance(explained, InputError) else EXIT_TRANSIENT
+    print(f"Error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+  return 1 if isinstance(error, InputError) else EXIT_TRANSIENT
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ This module is also the config file of commands that are given --workdir and no 
 
 import dataclasses
 import os
-from typing import Any
 
 from perceiver_ar_jax.config import Config, InputError, defaults, reading, require
 
@@ -19,14 +18,16 @@ def get_config(workdir: str):
   return config
 
 
-def exists(workdir: str | os.PathLike) -> bool:
-  """Returns whether `workdir` contains a run."""
-  return _path(workdir).exists()
+def config_path(workdir: str | os.PathLike):
+  """Returns the path of the config.json of a run, which exists if `workdir` contains one."""
+  from etils import epath  # takes longer to import than the rest of the command line
+
+  return epath.Path(workdir) / "config.json"
 
 
 def load_config(workdir: str | os.PathLike) -> Config:
   """Returns the config of a run or of a folder of exported weights; InputError where it is missing or invalid."""
-  path = _path(workdir)
+  path = config_path(workdir)
   require(path.exists(), f"--workdir={workdir} contains no run (no config.json): train first, or check the path.")
   with reading(path, "give this user access"):
     content = path.read_bytes()
@@ -38,16 +39,3 @@ def load_config(workdir: str | os.PathLike) -> Config:
     data = dataclasses.replace(config.data, sentencepiece=str(path.parent / SENTENCEPIECE))
     config = dataclasses.replace(config, data=data)
   return config
-
-
-def flatten(config: Config) -> dict[str, Any]:
-  """Returns every setting by its dotted name, such as train.steps."""
-  from flax import traverse_util  # imports JAX, which the command line does not need
-
-  return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
-
-
-def _path(workdir: str | os.PathLike):
-  from etils import epath  # takes longer to import than the rest of the command line
-
-  return epath.Path(workdir) / "config.json"

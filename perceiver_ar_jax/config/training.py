@@ -89,9 +89,8 @@ class TrainConfig:
     require_at_least(1, "train", self, *counts, "max_skipped")
     require_at_least(0, "train", self, "z_loss")
     rows, parts = self.batch_size, self.microbatches
-    require(
-      rows % parts == 0, f"train.batch_size={rows} is not divisible by train.microbatches={parts}: change either."
-    )
+    problem = f"train.batch_size={rows} is not divisible by train.microbatches={parts}"
+    require(rows % parts == 0, f"{problem}: change either.")
     require_choice("train.loss_reduction", self.loss_reduction, ("mean", "sum"))
     require_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
     require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1).")

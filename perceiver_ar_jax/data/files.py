@@ -29,7 +29,7 @@ def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
   Raises Unreadable if it is not a regular file, cannot be read, or has become shorter.
   """
   if not _is_remote(path):
-    _stat(path)
+    file_size(path)  # opening a named pipe would wait forever
   try:
     with tf.io.gfile.GFile(path, "rb") if _is_remote(path) else open(path, "rb") as file:
       file.seek(start)
@@ -43,12 +43,18 @@ def read_bytes(path: str, start: int = 0, size: int = -1) -> bytes:
 
 def file_size(path: str) -> int:
   """Returns the size of a file in bytes; raises Unreadable as `read_bytes`."""
-  if not _is_remote(path):
-    return _stat(path).st_size
   try:
-    return tf.io.gfile.stat(path).length
-  except tf.errors.OpError as error:
-    raise Unreadable(f"{path} cannot be read: {error}") from error
+    if _is_remote(path):
+      return tf.io.gfile.stat(path).length
+    result = os.stat(path)
+  except (OSError, ValueError, tf.errors.OpError) as error:  # ValueError: a zero byte in the name
+    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+      reason = f"it links to {os.readlink(path)}, which does not exist"
+    raise Unreadable(f"{path} cannot be read: {reason}") from error
+  if not stat.S_ISREG(result.st_mode):
+    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(result.st_mode), 'a device')}, not a regular file")
+  return result.st_size
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
@@ -98,22 +104,19 @@ def split_files(data: DataConfig, split: str, suffixes: Sequence[str]) -> list[s
   no empty one. Raises InputError if none is left to train on.
   """
   files = own_files(data, suffixes)
-  if data.validation_files == HELD_OUT_BY_NAME:
-    raise InputError(
-      "This run is of an older version, which held out files by a hash of their names: to evaluate it or to resume its"
-      " training, give a folder of those files (or of links to them) as --config.data.validation_files=FOLDER."
-    )
+  problem = "This run is of an older version, which held out files by a hash of their names"
+  fix = "give a folder of those files (or of links to them) as --config.data.validation_files=FOLDER"
+  is_found = data.validation_files != HELD_OUT_BY_NAME
+  require(is_found, f"{problem}: to evaluate it or to resume its training, {fix}.")
   validation = find_files(data.validation_files, suffixes) if data.validation_files else _hold_out(data, files)
   held_out = set(_real_paths(validation))
   train = [path for path, real in zip(files, _real_paths(files)) if real not in held_out]
   total, setting = len(validation) + len(train), "validation_files" if data.validation_files else "validation_fraction"
   counts = f"{len(validation):,} of {total:,} files (data.{setting}={getattr(data, setting)!r})"
   warn_once(None, f"Held out for validation: {counts}.")
-  if split == "train" and not train:
-    raise InputError(
-      f"All {len(files)} files of data.files={data.files!r} are held out for validation: add files, name those to hold"
-      " out in data.validation_files, or, for text, hold out the last part of each (data.split_by=position)."
-    )
+  problem = f"All {len(files)} files of data.files={data.files!r} are held out for validation"
+  fix = "add files, name those to hold out in data.validation_files, or, for text, hold out the last part of each"
+  require(split != "train" or bool(train), f"{problem}: {fix} (data.split_by=position).")
   return train if split == "train" else validation
 
 
@@ -186,27 +189,13 @@ def _is_usable(path: str) -> bool:
   """False, with a notice, for what is not a regular file and for names that TensorFlow cannot represent."""
   try:
     path.encode("utf-8")
-    return _is_remote(path) or bool(_stat(path))
+    return _is_remote(path) or file_size(path) >= 0
   except UnicodeEncodeError:
     reason = f"the name of {path!r} is not UTF-8"
   except Unreadable as error:
     reason = str(error)
   warn_once("skipped", f"Skipped: {reason}", subject=path)
   return False
-
-
-def _stat(path: str) -> os.stat_result:
-  """Raises Unreadable for what is not a regular file, since opening a named pipe would wait forever."""
-  try:
-    result = os.stat(path)
-  except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-    reason = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, FileNotFoundError) and os.path.islink(path):
-      reason = f"it links to {os.readlink(path)}, which does not exist"
-    raise Unreadable(f"{path} cannot be read: {reason}") from error
-  if not stat.S_ISREG(result.st_mode):
-    raise Unreadable(f"{path} is {_KINDS.get(stat.S_IFMT(result.st_mode), 'a device')}, not a regular file")
-  return result
 
 
 def _once_each(paths: Iterable[str], folder: str) -> list[str]:

@@ -16,6 +16,7 @@ from perceiver_ar_jax.data import NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, Unreadable
 
 ORDERS = IMAGE_ORDERS  # pixel_raster: r, g, b of each pixel in turn; rgb_planes: all of r, then all of g, then all of b
+_AXES = dict(zip(ORDERS, ((0, 1, 2), (2, 0, 1)), strict=True))  # of a picture [height, width, channel], slowest first
 VOCAB_SIZE = 256 + NUM_SPECIAL
 SUFFIXES = tuple(
   ".png .apng .jpg .jpeg .jpe .jfif .webp .avif .jp2 .j2k .jpx .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .tga"
@@ -27,11 +28,9 @@ _BACKGROUND = "white"  # background of transparent pixels, whose own colors are 
 
 def document(image_SxSxC: np.ndarray, order: str) -> Document:
   """Returns the document of a picture uint8[size, size, 3]."""
-  size = len(image_SxSxC)
-  if order == "rgb_planes":
-    image_SxSxC = np.transpose(image_SxSxC, (2, 0, 1))
-  events_N = np.concatenate([[SOS], image_SxSxC.reshape(-1).astype(np.int32) + NUM_SPECIAL], dtype=np.int32)
-  return Document(events_N, positions=positions(size, order))
+  values_N = np.transpose(image_SxSxC, _AXES[order]).reshape(-1).astype(np.int32)
+  events_N = np.concatenate([[SOS], values_N + NUM_SPECIAL], dtype=np.int32)
+  return Document(events_N, positions=positions(len(image_SxSxC), order))
 
 
 def load(content: bytes, name: str, size: int) -> np.ndarray:
@@ -60,11 +59,8 @@ def load(content: bytes, name: str, size: int) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def positions(size: int, order: str) -> np.ndarray:
   """Returns the positions (x, y, channel) of every event, SOS first: int32[1 + size*size*3, 3]."""
-  if order == "rgb_planes":
-    indices_Nx3 = np.argwhere(np.ones((3, size, size)))[:, ::-1]
-  else:
-    indices_Nx3 = np.argwhere(np.ones((size, size, 3)))[:, [1, 0, 2]]
-  return np.concatenate([np.ones((1, 3)), indices_Nx3 + 2]).astype(np.int32)
+  y, x, channel = (index.transpose(_AXES[order]).reshape(-1) for index in np.indices((size, size, 3), np.int32))
+  return np.concatenate([np.ones((1, 3), np.int32), np.stack([x, y, channel], axis=1) + 2])
 
 
 def to_image(events_N: np.ndarray, size: int, order: str) -> np.ndarray:
@@ -73,6 +69,5 @@ def to_image(events_N: np.ndarray, size: int, order: str) -> np.ndarray:
   if values_N.size != size * size * 3:
     raise ValueError(f"{values_N.size} sub-pixels do not make a picture of {size}x{size}x3.")
   values_N = np.clip(values_N, 0, 255).astype(np.uint8)  # a sampled PAD, EOS or SOS becomes black
-  if order == "rgb_planes":
-    return np.transpose(values_N.reshape(3, size, size), (1, 2, 0))
-  return values_N.reshape(size, size, 3)
+  axes = _AXES[order]
+  return np.transpose(values_N.reshape([(size, size, 3)[axis] for axis in axes]), np.argsort(axes))

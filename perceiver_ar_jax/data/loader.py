@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Sharding
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, InputError, require
 from perceiver_ar_jax.data import documents, splits, tasks, windows
 from perceiver_ar_jax.data.registry import Record, Task
 from perceiver_ar_jax.data.sources import ListSource, sentencepiece_fingerprint
@@ -59,10 +59,8 @@ class TrainLoader(Iterator[windows.Batch]):
     self._tasks, self._shares = zip(*tasks.get_tasks(config.data, config.model.max_context + 1))
     self._num_records = [task.num_records(config, self._split) for task in self._tasks]
     for task, count in zip(self._tasks, self._num_records):
-      if count is not None and count < self._num_shards:
-        raise InputError(
-          f"The split {self._split!r} of {task.name} has {count} records, fewer than data.shards={self._num_shards}."
-        )
+      problem = f"The split {self._split!r} of {task.name} has {count} records, fewer than"
+      require(count is None or count >= self._num_shards, f"{problem} data.shards={self._num_shards}.")
     rows_of_hosts = [range(config.train.batch_size)] if rows_of_hosts is None else rows_of_hosts
     self.rows, self._shards = rows_of_hosts[host], []
     for index in range(self._num_shards):
@@ -83,10 +81,7 @@ class TrainLoader(Iterator[windows.Batch]):
     return jax.eval_shape(lambda: self._empty(self._config.train.batch_size))
 
   def _empty(self, size: int) -> windows.Batch:
-    model = self._config.model
-    dims = self.task.position_dims if model.positions_from_data else 0
-    sizes = {"context": model.max_context, "latents": model.num_latents, "position_dims": dims}
-    return windows.empty_batch(size, **sizes, packed=self._packing > 1)
+    return windows.empty_batch(size, self._config.model, self.task.position_dims, packed=self._packing > 1)
 
   def _start(self, shard: _Shard) -> None:
     shard.num_batches, shard.batches = 0, [iter(self._batches(task, shard.index)) for task in self._tasks]
@@ -196,11 +191,8 @@ class TrainLoader(Iterator[windows.Batch]):
       state = json.loads((directory / f"{self._name(shard)}.json").read_text())
       saved = {"packing": 1} | state["stream"]  # older states lack it
       changed = [f"{k} was {saved.get(k)!r} and is {v!r}" for k, v in self._stream.items() if saved.get(k) != v]
-      if changed:
-        raise InputError(
-          f"The data position in {directory} does not apply, since the data or its settings have changed"
-          f" ({'; '.join(changed)}): restore them, or start in a new workdir."
-        )
+      problem = f"The data position in {directory} does not apply, since the data or its settings have changed"
+      require(not changed, f"{problem} ({'; '.join(changed)}): restore them, or start in a new workdir.")
       # From the start: the state of an iterator that was not used does not undo the shuffles of one that was.
       self._start(shard)
       self._checkpoint(shard).read(os.fspath(directory / self._name(shard))).assert_consumed()

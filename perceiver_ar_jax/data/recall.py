@@ -5,7 +5,7 @@ Ids: the special ones, filler, keys (twice as many as pairs), values. Only value
 
 import numpy as np
 
-from perceiver_ar_jax.config import InputError
+from perceiver_ar_jax.config import require
 from perceiver_ar_jax.data import NUM_SPECIAL, SOS
 from perceiver_ar_jax.data.documents import Document, count_positions
 
@@ -24,11 +24,9 @@ def document(rng: np.random.Generator, length: int, pairs: int, queries: int) ->
   No key occurs in two pairs. Raises InputError if `length` is too small, or there are more queries than pairs.
   """
   num_body = length - 1 - 2 * queries
-  if queries > pairs or num_body < 2 * pairs:
-    raise InputError(
-      f"data.recall_pairs={pairs} and data.recall_queries={queries} need at most as many queries as pairs and"
-      f" {1 + 2 * pairs + 2 * queries} events, but model.max_context gives {length}: raise it or lower these."
-    )
+  needed = f"at most as many queries as pairs and {1 + 2 * pairs + 2 * queries} events"
+  problem = f"data.recall_pairs={pairs} and data.recall_queries={queries} need {needed}, but model.max_context gives"
+  require(queries <= pairs and num_body >= 2 * pairs, f"{problem} {length}: raise it or lower these.")
   keys = _FIRST_KEY + rng.permutation(2 * pairs)[:pairs]
   values = _FIRST_KEY + 2 * pairs + rng.integers(0, NUM_VALUES, pairs)
   # A pair and a filler are a unit each; units that are pairs become two events.

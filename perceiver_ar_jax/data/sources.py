@@ -56,9 +56,8 @@ class TfdsSource(_Source):
     try:
       return self.splits[split].num_examples
     except ValueError as error:
-      raise InputError(
-        f"The split {split!r} of {self._name} cannot be read: write 'train[:90%]' or 'train[100:]'."
-      ) from error
+      problem = f"The split {split!r} of {self._name} cannot be read"
+      raise InputError(f"{problem}: write 'train[:90%]' or 'train[100:]'.") from error
 
   def bytes_per_record(self, split: str) -> float:
     """Returns the average size of a stored record."""
@@ -104,8 +103,7 @@ class ListSource(_Source):
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     records = self._list(split)
     columns = {name: np.array([record[name] for record in records]) for name in records[0]}
-    dataset = tf.data.Dataset.from_tensor_slices(columns)
-    return dataset if shard_info is None else dataset.shard(shard_info.num_shards, shard_info.index)
+    return _shard(tf.data.Dataset.from_tensor_slices(columns), shard_info)
 
 
 def sentencepiece_fingerprint(data: DataConfig) -> str | None:
@@ -119,18 +117,17 @@ class NumberSource(_Source):
   `counts` has the number of records of each split, None for an endless one.
   """
 
-  supports_arbitrary_sharding = False
-
   def __init__(self, counts: Mapping[str, int | None]):
     self._counts, self.splits = dict(counts), tuple(counts)
 
   def num_input_examples(self, split: str) -> int | None:
     return self._counts[split]
 
-  def list_shards(self, split: str) -> list[str]:
-    return [split]
-
   def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
     count = self._counts[split]
     numbers = tf.data.Dataset.range(2**62).repeat() if count is None else tf.data.Dataset.range(count)
-    return numbers.map(lambda number: {"number": number, "validation": split == "validation"})
+    return _shard(numbers.map(lambda number: {"number": number, "validation": split == "validation"}), shard_info)
+
+
+def _shard(records: tf.data.Dataset, shard_info) -> tf.data.Dataset:
+  return records if shard_info is None else records.shard(shard_info.num_shards, shard_info.index)

@@ -90,9 +90,8 @@ def eval_batches(
     for end, num_new in windows.eval_blocks(len(document), settings.stride or num_latents)
   )
   while batch_blocks := list(itertools.islice(blocks, settings.batch_size)):
-    dims = task.position_dims if config.model.positions_from_data else 0
-    sizes = {"context": config.model.max_context, "latents": num_latents, "position_dims": dims}
-    batch = windows.empty_batch(len(rows), **sizes) | {"document": np.full(len(rows), -1, np.int32)}
+    batch = windows.empty_batch(len(rows), config.model, task.position_dims, latents=num_latents)
+    batch["document"] = np.full(len(rows), -1, np.int32)
     batch |= {name: np.zeros(len(rows), np.int32) for name in ("end", *units.COUNTS)}
     for index, row in enumerate(row for row in rows if row < len(batch_blocks)):
       number, document, end, num_new = batch_blocks[row]

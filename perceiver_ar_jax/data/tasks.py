@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import wrapt
 
-from perceiver_ar_jax.config import DataConfig, InputError, require
+from perceiver_ar_jax.config import DataConfig, require
 from perceiver_ar_jax.data import EOS, NUM_SPECIAL, SOS, codes, images, music, photos, recall, rolls, texts
 from perceiver_ar_jax.data.documents import Document, Unreadable, count_positions
 from perceiver_ar_jax.data.files import file_size, own_files, read_bytes, split_files
@@ -34,15 +34,13 @@ def _file_task(data: DataConfig, read: Callable[[str], Document], suffixes: Sequ
 
 def _release_file(data: DataConfig, release: str, *names: str) -> str:
   """Returns the path of the first of `names` that exists in the folder of a release that the user has unpacked."""
-  if not data.data_dir:
-    raise InputError(
-      f"The task {data.task} reads your copy of {release}: set data.data_dir to the folder of {names[0]}."
-    )
+  problem = f"The task {data.task} reads your copy of {release}"
+  require(bool(data.data_dir), f"{problem}: set data.data_dir to the folder of {names[0]}.")
   paths = [os.path.join(data.data_dir, name) for name in names]
-  path = next(filter(tf.io.gfile.exists, paths), None)
-  if path is None:
-    raise InputError(f"{' or '.join(paths)} does not exist: set data.data_dir to the folder of the unpacked {release}.")
-  return path
+  existing = list(filter(tf.io.gfile.exists, paths))
+  fix = f"set data.data_dir to the folder of the unpacked {release}"
+  require(bool(existing), f"{' or '.join(paths)} does not exist: {fix}.")
+  return existing[0]
 
 
 def _image_task(data: DataConfig, size: int, order: str, source=None, decode: Callable | None = None) -> Task:

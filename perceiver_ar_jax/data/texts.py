@@ -137,12 +137,9 @@ class ByteDocument(_TextDocument):
     return len(self.text) + 2
 
   def read(self, start: int, end: int) -> np.ndarray:
-    events = np.empty(end - start, np.int32)
-    first, last = int(start == 0), int(end == len(self))
-    events[:first], events[len(events) - last :] = SOS, EOS
     bytes_N = np.frombuffer(self.text[max(start - 1, 0) : end - 1], np.uint8)
-    np.add(bytes_N, NUM_SPECIAL, out=events[first : len(events) - last], dtype=np.int32)
-    return events
+    specials = int(start == 0), int(end == len(self))
+    return np.pad(bytes_N.astype(np.int32) + NUM_SPECIAL, specials, constant_values=(SOS, EOS))
 
   def counts(self, end: int | None = None) -> dict[str, int]:
     return count(self.text, end and end - 1)

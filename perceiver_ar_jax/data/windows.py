@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from perceiver_ar_jax.config import Config, InputError
+from perceiver_ar_jax.config import Config, ModelConfig, require
 from perceiver_ar_jax.data.documents import Document
 
 Batch = dict[str, np.ndarray]
@@ -34,21 +34,23 @@ def check_positions(batch: Batch, config: Config) -> None:
     return  # without tables, or refused by the model
   # One dimension at a time: over all at once, NumPy takes ten times as long.
   largest = tuple(int(positions_BxLxP[..., dimension].max()) for dimension in range(len(sizes)))
-  if any(position >= size for position, size in zip(largest, sizes)):
-    raise InputError(
-      f"The task {config.data.task} has positions up to {largest}, beyond model.position_sizes={sizes}: make each size"
-      " at least the largest position + 1 of all documents, which --mode=data shows."
-    )
+  is_inside = all(position < size for position, size in zip(largest, sizes))
+  problem = f"The task {config.data.task} has positions up to {largest}, beyond model.position_sizes={sizes}"
+  fix = "make each size at least the largest position + 1 of all documents, which --mode=data shows"
+  require(is_inside, f"{problem}: {fix}.")
 
 
-def empty_batch(size: int, *, context: int, latents: int, position_dims: int, packed: bool = False) -> Batch:
-  """B = `size` rows of padding with weight 0; L = `context`, M = `latents`, P = `position_dims`, 0: no positions."""
+def empty_batch(
+  size: int, model: ModelConfig, position_dims: int, *, latents: int | None = None, packed: bool = False
+) -> Batch:
+  """B = `size` rows of padding with weight 0 for `model`; M = `latents` (None: the model's), P = `position_dims`."""
+  context, latents = model.max_context, latents or model.num_latents
   batch = {
     "inputs": np.zeros((size, context), np.int32),
     "targets": np.zeros((size, latents), np.int32),
     "weights": np.zeros((size, latents), np.float32),
   }
-  if position_dims:
+  if model.positions_from_data:
     batch["positions"] = np.zeros((size, context, position_dims), np.int32)
   return batch | ({"segments": np.zeros((size, context), np.int32)} if packed else {})
 

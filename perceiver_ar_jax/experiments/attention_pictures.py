@@ -78,8 +78,8 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
   `outputs` are indices of the document's events, in 1..N - 1.
   """
   num_latents, batch_size = config.eval.num_latents or config.model.num_latents, mesh.shape["data"] * mesh.shape["fsdp"]
-  sizes = {"context": config.model.max_context, "position_dims": document.positions(0, 1).shape[1]}
-  empty_batch = functools.partial(windows.empty_batch, batch_size, latents=num_latents, **sizes)
+  dims = document.positions(0, 1).shape[1]
+  empty_batch = functools.partial(windows.empty_batch, batch_size, config.model, dims, latents=num_latents)
   layout = sharding.batch_shardings(mesh, {name: array.shape for name, array in empty_batch().items()})
   chosen = {"num_latents": num_latents, "cross_attention": config.attention_map.cross_attend}
   weights_of = functools.partial(attention_map, config.model, **chosen)
@@ -91,7 +91,7 @@ def compute(config: Config, mesh: Mesh, params, document: Document, outputs: Seq
       for index, output in enumerate(batch_outputs):
         windows.eval_window(windows.row_of(batch, index), document, output + 1, 1)
       arrays = to_global(batch, batch_size, layout)
-      result += list(np.asarray(run(params, arrays["inputs"], arrays["positions"]))[: len(batch_outputs)])
+      result += list(np.asarray(run(params, arrays["inputs"], arrays.get("positions")))[: len(batch_outputs)])
   return result
 
 

@@ -12,8 +12,8 @@ import dataclasses
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -82,11 +82,16 @@ def export_run(
     card += ["## Metrics", "", "| split | step | metric | bits per token | accuracy | tokens |", "|---" * 6 + "|"]
     card += [*metrics, ""]
   files["README.md"] = "\n".join([*card, _LOAD]).encode()
-  with writing(folder, _FREE), _new_folder(folder) as local:
-    for name, content in files.items():
-      (local / name).write_bytes(content)
-    save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), {"format": "perceiver_ar_jax", "step": str(step)})
-    shutil.copymode(local / "config.json", local / config_from_run.WEIGHTS)  # which safetensors keeps private
+  target = epath.Path(os.path.abspath(folder))
+  with writing(folder, _FREE):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+      (local := epath.Path(temporary) / target.name).mkdir()  # unlike `temporary`, with the user's permissions
+      for name, content in files.items():
+        (local / name).write_bytes(content)
+      save_file(arrays, os.fspath(local / config_from_run.WEIGHTS), {"format": "perceiver_ar_jax", "step": str(step)})
+      shutil.copymode(local / "config.json", local / config_from_run.WEIGHTS)  # which safetensors keeps private
+      os.replace(local, target)
 
 
 def _check_output(folder: epath.Path) -> None:
@@ -95,19 +100,6 @@ def _check_output(folder: epath.Path) -> None:
   with writing(folder, _FREE):
     is_free = not folder.exists() or folder.is_dir() and not any(True for _ in folder.iterdir())
     require(is_free, f"{folder} already exists and is not empty: give a new folder.")
-
-
-@contextlib.contextmanager
-def _new_folder(folder: epath.Path) -> Iterator[epath.Path]:
-  """Yields a temporary folder, which becomes `folder` unless an error is raised."""
-  target = epath.Path(os.path.abspath(folder))
-  temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-  temporary.mkdir(parents=True)
-  try:
-    yield temporary
-    os.replace(temporary, target)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -127,7 +119,6 @@ def _arrays(model: ModelConfig, params: Any, dtype: np.dtype) -> dict[str, np.nd
 
 def _run(config: Config) -> int:
   workdir, folder = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
-  config_from_run.load_config(workdir)  # raises InputError if it contains no run
   _check_output(folder)
   model = dataclasses.replace(config.model, attention=ModelConfig.attention)
   here = dataclasses.replace(config, model=model, mesh=MeshConfig())

@@ -32,7 +32,6 @@ _CUDNN_KINDS = re.compile("NVIDIA (A|L|H|B|GH|GB|RTX|GeForce RTX [3-9])")
 
 def reference(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
   """Plain einsums, which the other kernels are tested against; keeps B x H x M x L scores. `chunk` is ignored."""
-  del chunk
   k_BxLxHxK, v_BxLxHxK = keys.to_arrays()
   weights_BxHxMxL = probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own)
   return jnp.einsum("bhml,blhk->bmhk", weights_BxHxMxL.astype(v_BxLxHxK.dtype), v_BxLxHxK)
@@ -50,7 +49,7 @@ def probabilities(q_BxMxHxK, k_BxLxHxK, valid_BxL, keep_own: bool = False):
 def auto(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
   """The kernel of `choose` for these shapes and the devices of the mesh in use (without one, of any platform)."""
   device = jax.sharding.get_abstract_mesh().abstract_device  # not this process's own: it may compile for others
-  sharded = keys.sharded and sharding.current_axes(("slots",), valid_BxL.shape[1:]) != ((),)
+  sharded = keys.sharded and sharding.mesh_axes(("slots",), valid_BxL.shape[1:]) != [()]
   kind, shape, num_keys = device.device_kind if device else "", q_BxMxHxK.shape[1:], valid_BxL.shape[1]
   name = choose(kind, q_BxMxHxK.dtype, shape, num_keys, keep_own, sharded, chunk)
   return KERNELS[name].attend(q_BxMxHxK, keys, valid_BxL, keep_own, chunk)
@@ -71,7 +70,6 @@ def choose(kind: str, dtype, shape_MxHxK, num_keys: int, keep_own: bool, sharded
 
 def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None):
   """cuDNN's fused attention, for NVIDIA GPUs in bfloat16; `chunk` is ignored."""
-  del chunk
 
   def attend(q_BxMxHxK, k_BxLxHxK, v_BxLxHxK, valid_BxL):
     num_queries, num_keys = q_BxMxHxK.shape[1], valid_BxL.shape[1]
@@ -84,11 +82,11 @@ def cudnn(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int |
 
 def _on_each_device(attend: Callable[..., jax.Array], q_BxMxHxK, keys: Keys, valid_BxL):
   """`attend` (q, k, v, valid) for the rows and heads of each device: XLA does not partition kernels of vendors."""
-  layout, arrays = sharding.current_spec(("batch", None, "heads", None), q_BxMxHxK.shape), keys.to_arrays()
-  if layout is not None:
-    rows = sharding.current_spec(("batch", None), valid_BxL.shape)
+  if not jax.sharding.get_abstract_mesh().empty:
+    layout = sharding.spec(("batch", None, "heads", None), q_BxMxHxK.shape)
+    rows = sharding.spec(("batch", None), valid_BxL.shape)
     attend = jax.shard_map(attend, in_specs=(layout, layout, layout, rows), out_specs=layout, check_vma=False)
-  return attend(q_BxMxHxK, *arrays, valid_BxL)
+  return attend(q_BxMxHxK, *keys.to_arrays(), valid_BxL)
 
 
 def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int | None = None, interpret: bool = False):
@@ -97,7 +95,6 @@ def splash(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int 
   Padding and documents are expressed by segment ids, so latent dropout is refused. `interpret` runs it on any platform,
   slowly.
   """
-  del chunk
   require(not keep_own, "model.attention=splash does not support model.latent_dropout: set that to 0.")
   return _on_each_device(functools.partial(_splash, interpret=interpret), scaled(q_BxMxHxK), keys, valid_BxL)
 
@@ -163,11 +160,7 @@ def check(config: ModelConfig, mesh: Mesh | None = None) -> None:
   if mesh is None:
     return
   actual, needed, shards = mesh.devices.flat[0].platform, kernel.platform or "", mesh.shape["context"]
-  require(
-    needed in ("", actual),
-    f"{setting} runs on {needed.upper()}s only, and these are {actual.upper()}s: choose one of {general}.",
-  )
-  require(
-    kernel.shards_context or shards == 1,
-    f"{setting} needs all keys on each device: set mesh.context={shards} to 1, or choose one of {general}.",
-  )
+  problem = f"{setting} runs on {needed.upper()}s only, and these are {actual.upper()}s"
+  require(needed in ("", actual), f"{problem}: choose one of {general}.")
+  problem = f"{setting} needs all keys on each device: set mesh.context={shards} to 1"
+  require(kernel.shards_context or shards == 1, f"{problem}, or choose one of {general}.")

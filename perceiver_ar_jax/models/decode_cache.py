@@ -14,20 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar_jax.config import ModelConfig, require
-from perceiver_ar_jax.models import layers
-from perceiver_ar_jax.models.architectures import architecture_of
-from perceiver_ar_jax.models.keys import CachedKeys, Keys
-from perceiver_ar_jax.models.perceiver_ar import PerceiverAR, group_depths
-from perceiver_ar_jax.models.positions import encoding_of
-from perceiver_ar_jax.parallel.sharding import constrain
+from perceiver_ar_jax.models import architectures, layers, perceiver_ar, positions
+from perceiver_ar_jax.models.keys import CachedKeys, Keys, write
 
 
 def check(config: ModelConfig) -> None:
   """Raises InputError if generation with the model does not support a KV cache."""
   fix = "set --config.sample.cache=False, which is slow, or in training --config.eval.num_samples=0."
-  has_cache = architecture_of(config).has_cross_attention
+  has_cache = architectures.architecture_of(config).has_cross_attention
   require(has_cache, f"model.architecture={config.architecture} has no KV cache for sampling: {fix}")
-  is_fixed = config.positions_from_data or not encoding_of(config).is_added
+  is_fixed = config.positions_from_data or not positions.encoding_of(config).is_added
   problem = f"model.positions_from_data=False changes all {config.position_encoding} positions with each token"
   require(is_fixed, f"{problem}, so nothing can be cached: {fix}")
 
@@ -51,12 +47,8 @@ class ContextCache(NamedTuple):
   recent: tuple[jax.Array, jax.Array]  # tokens [B, T] and positions [B, T, P] of the newest T = conv_taps inputs
 
 
-class LatentCache(NamedTuple):
-  """Keys and values of the newest latents in every self-attention layer, M slots each."""
-
-  layers: list[list[CachedKeys]]  # by group of layers between cross-attentions
-  valid_BxM: jax.Array
-  used: jax.Array  # int32[]: slots in use
+LatentCaches = list[list[CachedKeys]]
+"""Of each layer, by group of layers between cross-attentions: the first M slots, as those of ContextCache.latents."""
 
 
 class CachedModel:
@@ -67,7 +59,7 @@ class CachedModel:
     # By group of layers, and unstacked: stacked parameters would be copied for every token.
     self._layers = [
       [jax.tree.map(lambda stacked, index=index: stacked[index], params[f"layers_{group}"]) for index in range(depth)]
-      for group, depth in enumerate(group_depths(config))
+      for group, depth in enumerate(perceiver_ar.group_depths(config))
     ]
 
   def prefill(self, tokens_BxL, positions_BxLxP) -> ContextCache:
@@ -77,17 +69,17 @@ class CachedModel:
     positions_BxMxP, valid_BxM = positions_BxLxP[:, -num_latents:], valid_BxL[:, -num_latents:]
     latents_BxMxD = model.initial_latents(tokens_BxL[:, -num_latents:], positions_BxMxP)
     crossed_BxMxD = model.cross_attend[0](latents_BxMxD, Keys.from_arrays(*keys_values[0]), positions_BxMxP, valid_BxL)
-    unused = jnp.argmax(valid_BxL.any(axis=0)).astype(jnp.int32)
+    unused, first = jnp.argmax(valid_BxL.any(axis=0)).astype(jnp.int32), valid_BxL.shape[1] - self._config.conv_taps
     return ContextCache(
-      cross=tuple(_shard(_roll(CachedKeys.from_arrays(*arrays), -unused)) for arrays in keys_values),
+      cross=tuple(_roll(CachedKeys.from_arrays(*arrays), -unused).sharded() for arrays in keys_values),
       valid_BxL=_roll(valid_BxL, -unused),
       used=valid_BxL.shape[1] - unused,
       latents=_pad(Latents(crossed_BxMxD, positions_BxMxP, valid_BxM), 1),
       num_latents=jnp.int32(num_latents),
-      recent=self._newest_inputs(tokens_BxL, positions_BxLxP),
+      recent=(tokens_BxL[:, first:], positions_BxLxP[:, first:]),
     )
 
-  def refill(self, context: ContextCache, kept: int) -> tuple[Any, ContextCache, LatentCache]:
+  def refill(self, context: ContextCache, kept: int) -> tuple[Any, ContextCache, LatentCaches]:
     """Passes the newest `kept` latents through all layers.
 
     Returns (latents_Bx1xD of the newest input, as PerceiverAR.latents computes it; the context with these latents only;
@@ -100,8 +92,7 @@ class CachedModel:
     unused, rows = context.valid_BxL.shape[1] - context.used, len(context.valid_BxL)
     keys = [_roll(cross, unused).to_keys(rows) for cross in context.cross]
     latents_Bx1xD, caches = self._apply_layers(latents, keys, _roll(context.valid_BxL, unused))
-    free = self._config.num_latents - kept
-    return latents_Bx1xD, context, LatentCache(_pad(caches, free), _pad(latents.valid_BxS, free), jnp.int32(kept))
+    return latents_Bx1xD, context, _pad(caches, self._config.num_latents - kept)
 
   def append(self, context: ContextCache, token_B, position_BxP) -> ContextCache:
     """The context with one more input in each row (PAD: an empty slot) and its latent; updated in place if donated."""
@@ -111,57 +102,50 @@ class CachedModel:
     model = self._bind()
     keys_values = model.cross_keys_values(tokens_BxT, positions_BxTxP, halo=self._config.conv_taps)
     new = tuple(CachedKeys.from_arrays(*arrays) for arrays in keys_values)
-    cross = tuple(map(_shard, _write(context.cross, new, context.used)))
-    valid_BxL = _write(context.valid_BxL, valid_Bx1, context.used)
+    cross = tuple(cache.sharded() for cache in write(context.cross, new, context.used))
+    valid_BxL = write(context.valid_BxL, valid_Bx1, context.used)
     latents_Bx1xD = model.initial_latents(token_Bx1, position_Bx1xP)
     latents_Bx1xD = model.cross_attend[0](latents_Bx1xD, cross[0], position_Bx1xP, valid_BxL)
     return ContextCache(
       cross=cross,
       valid_BxL=valid_BxL,
       used=context.used + 1,
-      latents=_write(context.latents, Latents(latents_Bx1xD, position_Bx1xP, valid_Bx1), context.num_latents),
+      latents=write(context.latents, Latents(latents_Bx1xD, position_Bx1xP, valid_Bx1), context.num_latents),
       num_latents=context.num_latents + 1,
-      recent=self._newest_inputs(tokens_BxT, positions_BxTxP),
+      recent=(tokens_BxT[:, 1:], positions_BxTxP[:, 1:]),
     )
 
-  def decode(self, context: ContextCache, cache: LatentCache) -> tuple[Any, LatentCache]:
-    """(latents_Bx1xD of the newest input, attending to the cached latents before it; the latent cache with it)."""
-    index = context.num_latents - 1
-    newest = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=1), context.latents)
-    valid_BxM = _write(cache.valid_BxM, newest.valid_BxS, cache.used)
-    latents = newest._replace(valid_BxS=valid_BxM)
-    latents_Bx1xD, caches = self._apply_layers(latents, context.cross, context.valid_BxL, cache)
-    return latents_Bx1xD, LatentCache(caches, valid_BxM, cache.used + 1)
+  def decode(self, context: ContextCache, caches: LatentCaches) -> tuple[Any, LatentCaches]:
+    """(latents_Bx1xD of the newest input, attending to the cached latents before it; the KV caches with it)."""
+    slot, latents = context.num_latents - 1, context.latents
+    newest = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1), latents)
+    newest = newest._replace(valid_BxS=latents.valid_BxS[:, : self._config.num_latents])
+    return self._apply_layers(newest, context.cross, context.valid_BxL, caches, slot)
 
   def logits(self, latents_Bx1xD):
     """float32 logits_BxV of the token after the newest input."""
     return self._bind().logits(latents_Bx1xD)[:, 0]
 
-  def _bind(self) -> PerceiverAR:
-    return PerceiverAR(self._config).bind({"params": self._params})
+  def _bind(self) -> perceiver_ar.PerceiverAR:
+    return perceiver_ar.PerceiverAR(self._config).bind({"params": self._params})
 
-  def _apply_layers(self, latents: Latents, cross, valid_BxL, cache: LatentCache | None = None):
+  def _apply_layers(self, latents: Latents, cross, valid_BxL, caches: LatentCaches | None = None, slot=None):
     """(latents_Bx1xD of the last latent after all layers and the final norm, KV caches of the layers).
 
-    With `cache`, there is one latent, which is written to it, and `latents.valid_BxS` is about the slots of the cache.
+    With `caches`, one latent is written to their `slot`, and `latents.valid_BxS` is about the slots of the caches.
     """
     model, (latents_BxSxD, positions_BxSxP, valid_BxS) = self._bind(), latents
-    caches: list[list[Any]] = []
+    new_caches: list[list[Any]] = []
     for group, params_of_layers in enumerate(self._layers):
       if group:
         latents_BxSxD = model.cross_attend[group](latents_BxSxD, cross[group], positions_BxSxP, valid_BxL)
-      caches.append([])
+      new_caches.append([])
       for index, params in enumerate(params_of_layers):
         layer, inputs = layers.SelfAttentionLayer(self._config), (latents_BxSxD, positions_BxSxP, valid_BxS)
-        old, slot = (cache.layers[group][index], cache.used) if cache else (None, None)
+        old = caches[group][index] if caches else None
         latents_BxSxD, new = layer.apply({"params": params}, *inputs, cache=old, slot=slot)
-        caches[-1].append(new)
-    return model.final_norm(latents_BxSxD[:, -1:]), caches
-
-  def _newest_inputs(self, tokens_BxC, positions_BxCxP):
-    """The last conv_taps slots of tokens and positions."""
-    first = tokens_BxC.shape[1] - self._config.conv_taps
-    return tokens_BxC[:, first:], positions_BxCxP[:, first:]
+        new_caches[-1].append(new)
+    return model.final_norm(latents_BxSxD[:, -1:]), new_caches
 
 
 def _roll(tree, shift):
@@ -171,17 +155,3 @@ def _roll(tree, shift):
 def _pad(tree, count: int):
   """A tree of [B, S, ...] with `count` more slots of zeros."""
   return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2)), tree)
-
-
-def _write(tree, updates, slot):
-  """A tree of [B, S, ...] with the `updates` [B, 1, ...] at a slot."""
-
-  def write(x, update):
-    return jax.lax.dynamic_update_slice_in_dim(x, update.astype(x.dtype), slot, axis=1)
-
-  return jax.tree.map(write, tree, updates)
-
-
-def _shard(cache: CachedKeys) -> CachedKeys:
-  """Shards the cache of a long context over the mesh axis `context`."""
-  return CachedKeys(*(constrain(x, "batch_heads", "context", None) for x in cache))

@@ -66,10 +66,9 @@ class CachedKeys(NamedTuple):
     """Converts back to the layout of the layers; B = `num_rows`."""
     return Keys.from_arrays(*(x.reshape(num_rows, -1, *x.shape[1:]).swapaxes(1, 2) for x in self))
 
-  def write(self, new: "CachedKeys", slot) -> "CachedKeys":
-    """The cache with those of one token (S = 1) written to slot int32[]."""
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-    return CachedKeys(*map(write, self, new))
+  def sharded(self) -> "CachedKeys":
+    """The cache, sharded over the mesh in use: rows and heads as in the models, slots over its axis `context`."""
+    return CachedKeys(*(sharding.constrain(x, "batch_heads", "context", None) for x in self))
 
   def attend(self, q_Bx1xHxK, valid_BxS):
     """attended_Bx1xHxK: one query per row attends to all valid slots."""
@@ -79,6 +78,12 @@ class CachedKeys(NamedTuple):
     scores_NxS = jnp.where(jnp.repeat(valid_BxS, heads, axis=0), scores_NxS, MASKED)
     weights_NxS = jax.nn.softmax(scores_NxS, axis=-1).astype(q_Bx1xHxK.dtype)
     return jnp.einsum("ns,nsk->nk", weights_NxS, self.v_NxSxK).reshape(q_Bx1xHxK.shape)
+
+
+def write(tree, updates, slot):
+  """A tree of [B, S, ...] with the `updates` [B, 1, ...] at slot int32[]."""
+  at_slot = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+  return jax.tree.map(lambda x, update: at_slot(x, update.astype(x.dtype)), tree, updates)
 
 
 def scaled(q_BxMxHxK):

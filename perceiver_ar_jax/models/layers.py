@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from perceiver_ar_jax.config import InputError, ModelConfig
+from perceiver_ar_jax.config import ModelConfig, require
 from perceiver_ar_jax.models import attention, positions, streamed
-from perceiver_ar_jax.models.keys import CachedKeys, Keys
+from perceiver_ar_jax.models.keys import CachedKeys, Keys, write
 from perceiver_ar_jax.parallel.sharding import constrain
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -128,12 +128,10 @@ class Embed(nn.Module):
     x_BxLxE = table_VxE[tokens_BxL].astype(dtype)  # cast last: the gradients of a row are accumulated in float32
     if not encoding.is_added:
       return x_BxLxE
-    if positions_BxLxP.shape[-1] != len(config.position_sizes):
-      raise InputError(
-        f"Positions of this task have {positions_BxLxP.shape[-1]} dimensions, but"
-        f" model.position_sizes={config.position_sizes} has {len(config.position_sizes)}: give a size for each."
-      )
-    for dimension, size in enumerate(config.position_sizes):
+    dimensions, sizes = positions_BxLxP.shape[-1], config.position_sizes
+    problem = f"Positions of this task have {dimensions} dimensions, but model.position_sizes={sizes} has {len(sizes)}"
+    require(dimensions == len(sizes), f"{problem}: give a size for each.")
+    for dimension, size in enumerate(sizes):
       positions_BxL = positions_BxLxP[..., dimension]
       if encoding.table is not None:
         x_BxLxE += encoding.table(positions_BxL, size=size, width=width).astype(dtype)
@@ -288,8 +286,7 @@ class CrossAttention(nn.Module):
       x_BxCxE = embed.apply(weights[0], tokens_BxC, positions_BxCxP)
       return unbound.apply(weights[1], x_BxCxE, method="project")
 
-    def from_table(tables, tokens_BxC, positions_BxCxP):
-      del positions_BxCxP
+    def from_table(tables, tokens_BxC, unused_positions_BxCxP):
       return tuple(table_VxHxK[tokens_BxC].astype(config.dtype) for table_VxHxK in tables)
 
     # Weights are gathered once, whole: sharded weights would make the results, as long as the context, be exchanged.
@@ -351,7 +348,7 @@ class SelfAttentionLayer(nn.Module):
     k_BxMxHxK = rotate(config, k_BxMxHxK, positions_BxMxP)
     new_cache = CachedKeys.from_arrays(k_BxMxHxK, v_BxMxHxK)
     if cache is not None:
-      new_cache = cache.write(new_cache, slot)
+      new_cache = write(cache, new_cache, slot)
     keys = Keys.from_arrays(k_BxMxHxK, v_BxMxHxK) if cache is None else new_cache
     attend = Attention(config, heads, width, name="attention")
     attended_BxMxD = attend(normed_BxMxD, keys, positions_BxMxP, valid_BxM, keep_own)

@@ -37,13 +37,7 @@ class PerceiverAR(nn.Module):
     self.value_logits = layers.ValueLogits(config) if config.value_features else None
 
   def __call__(
-    self,
-    tokens_BxL,
-    positions_BxLxP=None,
-    *,
-    num_latents: int | None = None,
-    deterministic: bool = True,
-    segments_BxL=None,
+    self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic=True, segments_BxL=None
   ):
     """Returns float32 logits_BxMxV for the token after each of the last M slots.
 
@@ -59,19 +53,11 @@ class PerceiverAR(nn.Module):
     Raises:
       ValueError: more latents than inputs, or positions whose dimensions do not fit the config.
     """
-    inputs = tokens_BxL, positions_BxLxP
-    return self.logits(
-      self.latents(*inputs, num_latents=num_latents, deterministic=deterministic, segments_BxL=segments_BxL)
-    )
+    settings = {"num_latents": num_latents, "deterministic": deterministic, "segments_BxL": segments_BxL}
+    return self.logits(self.latents(tokens_BxL, positions_BxLxP, **settings))
 
   def latents(
-    self,
-    tokens_BxL,
-    positions_BxLxP=None,
-    *,
-    num_latents: int | None = None,
-    deterministic: bool = True,
-    segments_BxL=None,
+    self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic=True, segments_BxL=None
   ):
     """latents_BxMxD after the last layer and the final norm: the input of `logits`. Arguments as for the call."""
     config = self.config
@@ -159,12 +145,7 @@ def attention_map(
   They sum to 1 and are 0 on padding. Arguments as for the model's call; `cross_attention`: its index, the first is 0.
   """
   _, state = PerceiverAR(config).apply(
-    {"params": params},
-    tokens_BxL,
-    positions_BxLxP,
-    num_latents=num_latents,
-    method="latents",
-    mutable=[layers.MAPS],
+    {"params": params}, tokens_BxL, positions_BxLxP, num_latents=num_latents, method="latents", mutable=[layers.MAPS]
   )
   (weights_BxHxL,) = state[layers.MAPS][f"cross_attend_{cross_attention}"]["attention"]["weights_BxHxL"]
   return weights_BxHxL[..., -tokens_BxL.shape[1] :]  # without the padding that pad_context added

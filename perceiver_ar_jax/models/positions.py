@@ -57,11 +57,8 @@ def _sin_cos(positions_BxL, size: int, frequencies: np.ndarray, phases: np.ndarr
   base = math.isqrt(max(size - 1, 0)) + 1
   rows = np.arange(base)[:, None]
   low, high = rows * frequencies, rows * base * frequencies + phases
-  table = [jnp.asarray(fn(angles), jnp.float32) for angles in (high, low) for fn in (np.sin, np.cos)]
-  high_BxL, low_BxL = positions_BxL // base, positions_BxL % base
-  sin_high, cos_high, sin_low, cos_low = (
-    part[index] for part, index in zip(table, (high_BxL, high_BxL, low_BxL, low_BxL), strict=True)
-  )
+  sin_low, cos_low = (jnp.asarray(fn(low), jnp.float32)[positions_BxL % base] for fn in (np.sin, np.cos))
+  sin_high, cos_high = (jnp.asarray(fn(high), jnp.float32)[positions_BxL // base] for fn in (np.sin, np.cos))
   return sin_high * cos_low + cos_high * sin_low, cos_high * cos_low - sin_high * sin_low
 
 
@@ -78,12 +75,10 @@ def terminal_relative(tokens_BxL, segments_BxL=None) -> jnp.ndarray:
 
 def rotary(config: ModelConfig, x_BxLxHxK, positions_BxLxP):
   """Queries or keys rotated by their positions; raises InputError for another number of position dimensions."""
-  dimensions, width = positions_BxLxP.shape[-1], x_BxLxHxK.shape[-1]
-  if dimensions != (len(config.rotary_axes) or 1):
-    raise InputError(
-      f"Positions of this task have {dimensions} dimensions, and rotary positions use {len(config.rotary_axes) or 1}:"
-      " set model.rotary_axes, one entry for each dimension, or --config.model.positions_from_data=False."
-    )
+  dimensions, width, used = positions_BxLxP.shape[-1], x_BxLxHxK.shape[-1], len(config.rotary_axes) or 1
+  problem = f"Positions of this task have {dimensions} dimensions, and rotary positions use {used}"
+  fix = "set model.rotary_axes, one entry for each dimension, or --config.model.positions_from_data=False"
+  require(dimensions == used, f"{problem}: {fix}.")
   if not config.rotary_axes:
     wavelength = config.rotary_max_wavelength or config.max_context
     return rotate(x_BxLxHxK, positions_BxLxP[..., 0], fraction=config.rotary_fraction, max_wavelength=wavelength)
@@ -161,11 +156,9 @@ def encoding_of(config: ModelConfig) -> Encoding:
   added, rotated = [part for part in parts if part.is_added], [part for part in parts if part.rotate]
   if len(parts) == 1:
     return parts[0]
-  if (len(parts), len(added), len(rotated)) != (2, 1, 1):
-    raise InputError(
-      f"model.position_encoding={config.position_encoding} must be one encoding, or one that is added to the embedding"
-      " and one inside attention, such as learned+rotary."
-    )
+  is_pair = (len(parts), len(added), len(rotated)) == (2, 1, 1)
+  form = "one encoding, or one that is added to the embedding and one inside attention, such as learned+rotary"
+  require(is_pair, f"model.position_encoding={config.position_encoding} must be {form}.")
   return added[0]._replace(rotate=rotated[0].rotate)
 
 
@@ -178,9 +171,8 @@ def check(config: ModelConfig) -> None:
     return
   example = f"such as ({config.max_context + 1},)"
   require(bool(sizes), f"model.position_sizes is empty: {name} positions need a size for each dimension, {example}.")
-  require(
-    config.positions_from_data or len(sizes) == 1 and sizes[0] >= config.max_context,
-    f"model.position_sizes={sizes} must be one size of at least model.max_context={config.max_context}.",
-  )
+  is_valid = config.positions_from_data or len(sizes) == 1 and sizes[0] >= config.max_context
+  needed = f"one size of at least model.max_context={config.max_context}"
+  require(is_valid, f"model.position_sizes={sizes} must be {needed}.")
   if encoding.table is fourier and config.input_width % 2:
     raise InputError(f"model.position_encoding={name} needs an even model.embed_width, not {config.input_width}.")

@@ -26,8 +26,8 @@ SAVED = "saved"
 
 def streamed(q_BxMxHxK, keys: Keys, valid_BxL, keep_own: bool = False, chunk: int = 512):
   """Attention over the context in chunks of `chunk` slots, which need not divide L; see attention.py for arguments."""
-  rows, slots = sharding.current_axes(("batch", "slots" if keys.sharded else None), valid_BxL.shape)
-  layout = _Layout(valid_BxL.shape[1], slots, keys.halo)
+  rows, slots = sharding.mesh_axes(("batch", "slots" if keys.sharded else None), valid_BxL.shape)
+  layout = _Layout(q_BxMxHxK.shape[1], valid_BxL.shape[1], slots, keys.halo)
   scan = functools.partial(_scan_context, keys.project, chunk, keep_own, layout)
   scan = functools.partial(_scan_rows, scan, chunk)
   segments_BxM = query_segments(valid_BxL, q_BxMxHxK.shape[1])  # before the slots are split over devices
@@ -67,13 +67,10 @@ def _scan_rows(scan, chunk, q_BxMxHxK, weights, *by_row):
 class _Layout(NamedTuple):
   """Which slots of the context this device scans."""
 
+  num_queries: int  # M
   num_keys: int  # L, over all devices
   axes: tuple[str, ...]  # mesh axes over which the slots are sharded, inside shard_map; (): this device has all slots
   halo: int  # slots before a chunk that its projection reads
-
-  def first_slot(self, num_local: int):
-    """The global number of this device's first slot, where each device has `num_local`."""
-    return jax.lax.axis_index(self.axes) * num_local if self.axes else 0
 
   def chunks(self, inputs):
     """The function (first, size) -> `inputs` of the halo + `size` slots, from local slot first - halo on."""
@@ -83,8 +80,7 @@ class _Layout(NamedTuple):
     # Before the first local slot: the previous device's last slots; ppermute gives zeros to the first device.
     before = jax.tree.map(lambda x: jnp.zeros_like(x[:, :halo]), inputs)
     if self.axes:
-      count = jax.lax.axis_size(self.axes)
-      shift = [(index, index + 1) for index in range(count - 1)]
+      shift = [(index, index + 1) for index in range(jax.lax.axis_size(self.axes) - 1)]
       before = jax.tree.map(lambda x: jax.lax.ppermute(x[:, -halo:], self.axes, shift), inputs)
 
     def chunk(first, size: int):
@@ -99,29 +95,18 @@ class _Layout(NamedTuple):
 
     return chunk
 
-  def merge(self, top, total, out):
-    """Combines the running softmax of each device into that over all slots."""
-    if not self.axes:
-      return top, total, out
-    highest = jax.lax.pmax(top, self.axes)
-    shrink = jnp.exp(top - highest)
-    return highest, *jax.lax.psum((total * shrink, out * shrink[..., None]), self.axes)
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _scan_context(project, chunk, keep_own, layout, *arrays):
   return _forward(project, chunk, keep_own, layout, *arrays)[0]
 
 
-def _forward(project, chunk, keep_own, layout, q_BxMxHxK, weights, inputs, valid_BxL, segments_BxM):
+def _forward(project, chunk, keep_own, layout, q_BxMxHxK, weights, *by_slot):
   q_BxHxMxK = scaled(q_BxMxHxK).swapaxes(1, 2)
-  bias = functools.partial(_bias, valid_BxL, segments_BxM, layout, q_BxMxHxK.shape[1], keep_own)
-  chunk_of_inputs = layout.chunks(inputs)
 
-  def attend(carry, first, size, causal):
+  def attend(carry, unused_first, inputs, bias_Bx1xMxC):
     top_BxHxM, total_BxHxM, out_BxHxMxK = carry
-    k_BxHxCxK, v_BxHxCxK = (x.swapaxes(1, 2) for x in project(weights, chunk_of_inputs(first, size)))
-    bias_Bx1xMxC = bias(first, size, causal)
+    k_BxHxCxK, v_BxHxCxK = (x.swapaxes(1, 2) for x in project(weights, inputs))
     scores_BxHxMxC = product("bhmk,bhck->bhmc", q_BxHxMxK, k_BxHxCxK) + bias_Bx1xMxC
     # The chunk's own softmax first, then its weight: compilers fuse this, but not a maximum carried along.
     chunk_top_BxHxM = scores_BxHxMxC.max(axis=-1)
@@ -134,28 +119,28 @@ def _forward(project, chunk, keep_own, layout, q_BxMxHxK, weights, inputs, valid
 
   rows = q_BxHxMxK.shape[:3]
   carry = jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_BxHxMxK.shape)
-  sizes = valid_BxL.shape[1], q_BxMxHxK.shape[1]
-  top, total, out = layout.merge(*_for_each_chunk(attend, carry, layout, *sizes, chunk))
+  top, total, out = _for_each_chunk(attend, carry, chunk, keep_own, layout, *by_slot)
+  if layout.axes:  # combine the running softmax of each device into that over all slots
+    local_top, top = top, jax.lax.pmax(top, layout.axes)
+    shrink = jnp.exp(local_top - top)
+    total, out = jax.lax.psum((total * shrink, out * shrink[..., None]), layout.axes)
   out_BxMxHxK = checkpoint_name((out / total[..., None]).swapaxes(1, 2).astype(q_BxMxHxK.dtype), SAVED)
   log_total_BxHxM = checkpoint_name(top + jnp.log(total), SAVED)
-  return out_BxMxHxK, (q_BxMxHxK, weights, inputs, valid_BxL, segments_BxM, out_BxMxHxK, log_total_BxHxM)
+  return out_BxMxHxK, (q_BxMxHxK, weights, by_slot, out_BxMxHxK, log_total_BxHxM)
 
 
 def _backward(project, chunk, keep_own, layout, residuals, grad_BxMxHxK):
-  q_BxMxHxK, weights, inputs, valid_BxL, segments_BxM, out_BxMxHxK, log_total_BxHxM = residuals
+  q_BxMxHxK, weights, by_slot, out_BxMxHxK, log_total_BxHxM = residuals
   if layout.axes:  # shard_map gives each device an equal part of the gradient of a replicated output
     grad_BxMxHxK = jax.lax.psum(grad_BxMxHxK, layout.axes)
-  bias = functools.partial(_bias, valid_BxL, segments_BxM, layout, q_BxMxHxK.shape[1], keep_own)
   q_BxHxMxK, grad_BxHxMxK = scaled(q_BxMxHxK).swapaxes(1, 2), grad_BxMxHxK.swapaxes(1, 2)
   inner_BxHxM = product("bmhk,bmhk->bhm", grad_BxMxHxK, out_BxMxHxK)
   dtype = q_BxMxHxK.dtype
-  chunk_of_inputs = layout.chunks(inputs)
 
-  def attend(carry, first, size, causal):
+  def attend(carry, first, inputs, bias_Bx1xMxC):
     grad_q_BxHxKxM, grad_weights, grad_inputs = carry
-    (k, v), pull_back = jax.vjp(project, weights, chunk_of_inputs(first, size))
+    (k, v), pull_back = jax.vjp(project, weights, inputs)
     k_BxHxCxK, v_BxHxCxK = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    bias_Bx1xMxC = bias(first, size, causal)
     # Keys come before queries, and the gradient of the queries is accumulated transposed: then no product below has
     # to transpose its large operand, which on CPUs costs more than the product.
     scores_BxHxCxM = product("bhck,bhmk->bhcm", k_BxHxCxK, q_BxHxMxK) + bias_Bx1xMxC.swapaxes(2, 3)
@@ -165,69 +150,61 @@ def _backward(project, chunk, keep_own, layout, residuals, grad_BxMxHxK):
     grad_q_BxHxKxM += product("bhck,bhcm->bhkm", k_BxHxCxK, grad_scores_BxHxCxM)
     grad_k_BxHxCxK = product("bhcm,bhmk->bhck", grad_scores_BxHxCxM, q_BxHxMxK)
     grad_v_BxHxCxK = product("bhcm,bhmk->bhck", p_BxHxCxM.astype(dtype), grad_BxHxMxK)
-    chunk_grad_weights, chunk_grad_inputs = pull_back(
-      (grad_k_BxHxCxK.swapaxes(1, 2).astype(k.dtype), grad_v_BxHxCxK.swapaxes(1, 2).astype(v.dtype))
-    )
+    grad_k, grad_v = grad_k_BxHxCxK.swapaxes(1, 2).astype(k.dtype), grad_v_BxHxCxK.swapaxes(1, 2).astype(v.dtype)
+    chunk_grad_weights, chunk_grad_inputs = pull_back((grad_k, grad_v))
     grad_weights = jax.tree.map(jnp.add, grad_weights, chunk_grad_weights)
-    return grad_q_BxHxKxM, grad_weights, _write(grad_inputs, chunk_grad_inputs, first)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
+    grad_inputs = jax.tree.map(lambda x, new: write(x, new) if _is_float(x) else x, grad_inputs, chunk_grad_inputs)
+    return grad_q_BxHxKxM, grad_weights, grad_inputs
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype) if _is_float(x) else _no_gradient(x))
-  carry = jnp.zeros(q_BxHxMxK.swapaxes(2, 3).shape), zeros(weights), zeros(inputs)
-  sizes = valid_BxL.shape[1], q_BxMxHxK.shape[1]
-  grad_q_BxHxKxM, grad_weights, grad_inputs = _for_each_chunk(attend, carry, layout, *sizes, chunk)
+  carry = jnp.zeros(q_BxHxMxK.swapaxes(2, 3).shape), zeros(weights), zeros(by_slot[0])
+  grad_q_BxHxKxM, grad_weights, grad_inputs = _for_each_chunk(attend, carry, chunk, keep_own, layout, *by_slot)
   grad_q_BxMxHxK = grad_q_BxHxKxM.transpose(0, 3, 1, 2)
-  no_gradients = jax.tree.map(_no_gradient, (valid_BxL, segments_BxM))
+  no_gradients = jax.tree.map(_no_gradient, by_slot[1:])
   return scaled(grad_q_BxMxHxK).astype(dtype), grad_weights, grad_inputs, *no_gradients
 
 
 _scan_context.defvjp(_forward, _backward)
 
 
-def _for_each_chunk(step, carry, layout: _Layout, num_local: int, num_queries: int, chunk: int):
-  """The carry after `step(carry, first, size, causal)` for each chunk of this device's slots, in order.
+def _for_each_chunk(step, carry, chunk: int, keep_own: bool, layout: _Layout, inputs, valid_BxL, segments_BxM):
+  """The carry after `step(carry, first, inputs, bias_Bx1xMxC)` for each chunk of this device's slots, in order.
 
-  A remainder comes first. Only `causal` chunks may hold some of the last M slots, and so need the causal mask.
+  A step gets the inputs of the halo and the chunk, and what to add to its scores: 0 for visible keys, else MASKED.
+  A remainder comes first. Only chunks that may have some of the last M slots need the causal mask.
   """
+  num_local, inputs_of_chunk = valid_BxL.shape[1], layout.chunks(inputs)
+  first_slot = jax.lax.axis_index(layout.axes) * num_local if layout.axes else 0  # of this device, over all devices
+
+  def visit(carry, first, size: int, causal: bool):
+    valid_BxC = _slice(valid_BxL, first, size)
+    visible_Bx1xMxC = valid_BxC[:, None, None, :]
+    if causal or segments_BxM is not None:
+      slots_C = first_slot + first + jnp.arange(size)
+      visible_Bx1xMxC = visible(slots_C, layout.num_queries, layout.num_keys, valid_BxC, keep_own, segments_BxM)
+    return step(carry, first, inputs_of_chunk(first, size), jnp.where(visible_Bx1xMxC, 0.0, MASKED))
+
   whole, rest = divmod(num_local, chunk)
-  before = layout.num_keys - num_queries - layout.first_slot(num_local)  # local slots that every query may attend to
+  before = layout.num_keys - layout.num_queries - first_slot  # local slots that every query may attend to
   if rest:
-    carry = step(carry, 0, rest, bool(layout.axes) or rest > before)
+    carry = visit(carry, 0, rest, bool(layout.axes) or rest > before)
   # The bounds differ between devices: one program serves all of them, and only chunks near the end are masked.
   clip = jnp.clip if layout.axes else np.clip
   unmasked = clip((before - rest) // chunk, 0, whole)
   for start, end, causal in ((0, unmasked, False), (unmasked, whole, True)):
 
-    def step_at(index, carry, causal=causal):
-      return step(carry, rest + index * chunk, chunk, causal)
+    def visit_at(index, carry, causal=causal):
+      return visit(carry, rest + index * chunk, chunk, causal)
 
     if whole and (layout.axes or start < end):
-      carry = jax.lax.fori_loop(start, end, step_at, carry)
+      carry = jax.lax.fori_loop(start, end, visit_at, carry)
   return carry
 
 
 def _slice(tree, first, size: int):
   """`size` slots, from slot `first`, of a tree of [B, L, ...]."""
   return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), tree)
-
-
-def _write(tree, chunk_values, first):
-  """`tree` with `chunk_values` written to the slots from `first`; arrays without a gradient are returned unchanged."""
-
-  def write(x, values):
-    return jax.lax.dynamic_update_slice_in_dim(x, values, first, axis=1) if _is_float(x) else x
-
-  return jax.tree.map(write, tree, chunk_values)
-
-
-def _bias(valid_BxL, segments_BxM, layout: _Layout, num_queries: int, keep_own: bool, first, size: int, causal: bool):
-  """float32[B, 1, M or 1, C] to add to the scores of a chunk: 0 for visible keys, MASKED for others."""
-  valid_BxC = _slice(valid_BxL, first, size)
-  if causal or segments_BxM is not None:
-    slots_C = layout.first_slot(valid_BxL.shape[1]) + first + jnp.arange(size)
-    visible_Bx1xMxC = visible(slots_C, num_queries, layout.num_keys, valid_BxC, keep_own, segments_BxM)
-  else:
-    visible_Bx1xMxC = valid_BxC[:, None, None, :]
-  return jnp.where(visible_Bx1xMxC, 0.0, MASKED)
 
 
 def _is_float(x) -> bool:

@@ -77,7 +77,6 @@ class TransformerXL(nn.Module):
 
   def latents(self, tokens_BxL, positions_BxLxP=None, *, num_latents: int | None = None, deterministic: bool = True):
     """latents_BxMxD: the normalized states of the last M slots, the input of `logits`. Positions are ignored."""
-    del positions_BxLxP
     config, (rows, length) = self.config, tokens_BxL.shape
     num_latents = num_latents or config.num_latents
     if num_latents > length:

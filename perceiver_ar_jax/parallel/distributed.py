@@ -76,9 +76,10 @@ def cache_compiled() -> None:
 
 
 def log(message: str) -> None:
-  """Prints a message, on process 0 only."""
+  """Prints a message, on process 0 only and without breaking a progress bar."""
   if jax.process_index() == 0:
-    print(message, flush=True)
+    with tqdm.tqdm.external_write_mode(file=sys.stdout):
+      print(message, flush=True)
 
 
 def progress_bar(**settings) -> tqdm.tqdm:

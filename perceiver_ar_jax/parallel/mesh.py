@@ -11,8 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from perceiver_ar_jax.config import MESH_AXES as AXES
-from perceiver_ar_jax.config import Config, MeshConfig
-from perceiver_ar_jax.config.checks import require
+from perceiver_ar_jax.config import Config, MeshConfig, require
 
 _MAX_CPU_DEVICES = 8
 _MAX_COPIES_BYTES = 2**30

@@ -31,31 +31,27 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
-  """The PartitionSpec of an array of `shape` with these logical `axes`, keys of RULES, on `mesh`."""
-  parts = []
+def mesh_axes(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh=None) -> list[tuple[str, ...]]:
+  """The mesh axes over which each dimension of an array with these logical `axes`, keys of RULES, is sharded.
+
+  Without `mesh`, they are those of the mesh in use (jax.set_mesh); () for none.
+  """
+  sizes, result = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape, []
   for axis, size in zip(axes, shape, strict=True):
-    names = tuple(name for name in (RULES[axis] if axis else ()) if mesh.shape[name] > 1)
-    parts.append(names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None)
-  return PartitionSpec(*parts)
+    names = tuple(name for name in (RULES[axis] if axis else ()) if sizes.get(name, 1) > 1)
+    result.append(names if size % math.prod(sizes[name] for name in names) == 0 else ())
+  return result
 
 
-def current_spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec | None:
-  """`spec` on the mesh in use (jax.set_mesh); None without one."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty else spec(axes, shape, mesh)
-
-
-def current_axes(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-  """The mesh axes over which `current_spec` shards each dimension: () for none."""
-  parts = current_spec(axes, shape) or (None,) * len(shape)
-  return tuple((part,) if isinstance(part, str) else part or () for part in parts)
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh=None) -> PartitionSpec:
+  """The PartitionSpec of these `mesh_axes`."""
+  return PartitionSpec(*(names or None for names in mesh_axes(axes, shape, mesh)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """`x` with a sharding constraint by its logical `axes` on the mesh in use; unchanged without a mesh."""
-  layout = current_spec(axes, x.shape)
-  return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
+  is_free = jax.sharding.get_abstract_mesh().empty
+  return x if is_free else jax.lax.with_sharding_constraint(x, spec(axes, x.shape))
 
 
 def shardings(boxed_shapes, mesh: Mesh):
@@ -85,15 +81,15 @@ def batch_shardings(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 def pad_context(x: jax.Array) -> jax.Array:
   """Ids [B, L, ...] padded on the left with zeros until the mesh in use divides L, and sharded."""
-  mesh = jax.sharding.get_abstract_mesh()
-  extra = 0 if mesh.empty else -x.shape[1] % math.prod(mesh.shape[axis] for axis in RULES["slots"])
+  sizes = jax.sharding.get_abstract_mesh().shape
+  extra = -x.shape[1] % math.prod(sizes.get(axis, 1) for axis in RULES["slots"])
   padded = jnp.pad(x, ((0, 0), (extra, 0)) + ((0, 0),) * (x.ndim - 2)) if extra else x
   return constrain(padded, "batch", "slots", *(None,) * (x.ndim - 2))
 
 
 def last_slots(x: jax.Array, size: int) -> jax.Array:
   """The last `size` slots of ids [B, L, ...]; where they are sharded, a slice would be an all-gather of all."""
-  (slots,) = current_axes(("slots",), x.shape[1:2])
+  (slots,) = mesh_axes(("slots",), x.shape[1:2])
   if not slots:
     return x[:, -size:]
 

@@ -68,8 +68,7 @@ def cached_block(
   keys of the rows, the same in all blocks.
   """
   model = decode_cache.CachedModel(config, params)
-  latents_Bx1xD, context, layers = model.refill(state.context, kept)
-  state = state._replace(context=context)
+  latents_Bx1xD, context, caches = model.refill(state.context, kept)
 
   def add(state, latents_Bx1xD, index):
     """Returns (the state with the token that the newest latent predicts, (the token, its logits))."""
@@ -79,18 +78,15 @@ def cached_block(
     return state._replace(context=context), (token_B, logits_BxV)
 
   def step(carry, index):
-    state, layers, latents_Bx1xD = carry
+    state, caches = carry
+    latents_Bx1xD, caches = model.decode(state.context, caches)
     state, drawn = add(state, latents_Bx1xD, index)
-    latents_Bx1xD, layers = model.decode(state.context, layers)
-    return (state, layers, latents_Bx1xD), drawn
+    return (state, caches), drawn
 
-  last_index = plan.group_BxT.shape[1] - 1
-  (state, _, latents_Bx1xD), (tokens_TxB, logits_TxBxV) = jax.lax.scan(
-    step, (state, layers, latents_Bx1xD), jnp.arange(last_index)
-  )
-  state, (token_B, logits_BxV) = add(state, latents_Bx1xD, last_index)
-  tokens_BxT = jnp.concatenate([tokens_TxB, token_B[None]]).T
-  return _sharded(state), tokens_BxT, jnp.moveaxis(jnp.concatenate([logits_TxBxV, logits_BxV[None]]), 0, 1)
+  state, first = add(state._replace(context=context), latents_Bx1xD, 0)
+  (state, _), others = jax.lax.scan(step, (state, caches), jnp.arange(1, plan.group_BxT.shape[1]))
+  tokens_TxB, logits_TxBxV = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, others)
+  return _sharded(state), tokens_TxB.T, jnp.moveaxis(logits_TxBxV, 0, 1)
 
 
 def exact_block(config: ModelConfig, params, state: DecodeState, plan: BlockPlan, settings: SamplingSettings, keys_B):
@@ -114,7 +110,7 @@ def _sharded(state: DecodeState) -> DecodeState:
 
   def constrain(leaf):
     if isinstance(leaf, keys.CachedKeys):
-      return jax.tree.map(lambda x: sharding.constrain(x, "batch_heads", "context", None), leaf)
+      return leaf.sharded()
     return sharding.constrain(leaf, *("batch", *(None,) * leaf.ndim)[: leaf.ndim])
 
   return jax.tree.map(constrain, state, is_leaf=lambda leaf: isinstance(leaf, keys.CachedKeys))

@@ -1,15 +1,10 @@
-"""Writes the metrics of a run to metrics.jsonl, TensorBoard and the terminal.
-
-Lines are appended to metrics.jsonl as they are logged; object stores (gs://) cannot append, so there the whole file is
-written at each flush, that is, with each checkpoint.
-"""
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and the terminal."""
 
 import contextlib
 import functools
 import html
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -18,9 +13,8 @@ from clu import metric_writers
 from etils import epath
 
 from perceiver_ar_jax.config import Config, writing
-from perceiver_ar_jax.config.config_from_run import flatten
 from perceiver_ar_jax.parallel import distributed
-from perceiver_ar_jax.training.workdir import is_object_store, write_atomically
+from perceiver_ar_jax.training.workdir import flatten, is_object_store, write_atomically
 
 
 def read_entries(workdir: epath.Path) -> list[dict]:
@@ -77,16 +71,10 @@ class MetricsLog(contextlib.AbstractContextManager):
         self._tensorboard.write_images(step, {f"sample/{index}": sample[None]})
 
   def flush(self) -> None:
-    """Writes metrics.jsonl on object stores."""
+    """Writes the whole metrics.jsonl on object stores (gs://), where lines cannot be appended as they are logged."""
     if self._writes and self._is_object:
       with self._writing():
         self._path.write_text("".join(self._lines))
-
-  def print(self, message: str) -> None:
-    """Prints a line to standard output without breaking the progress bar."""
-    if self._writes:
-      with self._bar.external_write_mode(file=sys.stdout):
-        print(message, flush=True)
 
   def __exit__(self, *unused) -> None:
     self._bar.close()

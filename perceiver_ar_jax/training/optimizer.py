@@ -3,6 +3,7 @@
 To add one, add an entry to OPTIMIZERS or SCHEDULES; `train.optimizer.name` or `.schedule` then accepts its name.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -96,10 +97,9 @@ def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _wsd(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  after_warmup, peak = steps - config.warmup_steps, config.learning_rate
+  after_warmup = steps - config.warmup_steps
   decay = min(config.decay_steps or after_warmup // 5, after_warmup)
-  linear = optax.linear_schedule(peak, config.end_learning_rate, decay)
-  return optax.join_schedules([optax.constant_schedule(peak), linear], [after_warmup - decay])
+  return optax.linear_schedule(config.learning_rate, config.end_learning_rate, decay, after_warmup - decay)
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -109,9 +109,8 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
   """
   matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
-  def dimensions(params):
-    hidden = jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel" and path[0].key != "to_logits", params)
-    return jax.tree.map(lambda is_hidden: matrix if is_hidden else None, hidden)
+  def dimension(path, unused_weight):
+    return matrix if path[-1].key == "kernel" and path[0].key != "to_logits" else None
 
   # The learning rate of -1 cancels the change of sign: make_optimizer applies the schedule and the sign.
   return optax.contrib.muon(
@@ -121,7 +120,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     adam_b1=config.b1,
     adam_b2=config.b2,
     consistent_rms=0.2,
-    muon_weight_dimension_numbers=dimensions,
+    muon_weight_dimension_numbers=functools.partial(jax.tree.map_with_path, dimension),
   )
 
 

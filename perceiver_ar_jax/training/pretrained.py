@@ -8,7 +8,6 @@ through all groups between cross-attentions.
 import contextlib
 import itertools
 import re
-import shutil
 import tempfile
 from typing import NamedTuple
 
@@ -21,8 +20,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from perceiver_ar_jax.config import InputError, ModelConfig, checks, config_from_run, reading, require
-from perceiver_ar_jax.models import architectures
-from perceiver_ar_jax.models.perceiver_ar import group_depths
+from perceiver_ar_jax.models import architectures, perceiver_ar
 from perceiver_ar_jax.training.workdir import is_object_store
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -43,7 +41,7 @@ class Parameter(NamedTuple):
 
 def parameters(config: ModelConfig) -> list[Parameter]:
   """The parameters of a model; nothing is allocated."""
-  starts, result = [0, *itertools.accumulate(group_depths(config))], []
+  starts, result = [0, *itertools.accumulate(perceiver_ar.group_depths(config))], []
   for path, leaf in traverse_util.flatten_dict(nn.meta.unbox(architectures.abstract_params(config)), sep="/").items():
     if stacked := _STACKED.fullmatch(path):
       first, name = starts[int(stacked[1] or 0)], stacked[2].replace("/", ".")
@@ -66,8 +64,7 @@ def read(config: ModelConfig, folder: epath.PathLike) -> tuple[int, dict]:
     local = path
     if is_object_store(path):
       local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
-      with path.open("rb") as source, local.open("wb") as target:
-        shutil.copyfileobj(source, target)
+      path.copy(local)
     try:
       file = stack.enter_context(safetensors.safe_open(local, framework="np"))
       names = list(file.keys())

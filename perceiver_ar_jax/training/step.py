@@ -141,8 +141,9 @@ def make_train_step(config: Config, optimizer: Optimizer) -> Callable[..., tuple
     metrics["learning_rate"] = schedule(optimizer_lib.num_updates(state.opt_state))
     params, ema = optax.apply_updates(state.params, updates), state.ema
     if ema is not None:
-      weight = _ema_weight(config.train.ema_decay, optimizer_lib.num_updates(opt_state))
-      ema = jax.tree.map(lambda average, new: average + weight * (new - average), ema, params)
+      # The weight of the newest parameters: larger at first, to forget the initial ones.
+      weight = jnp.maximum(1.0 - config.train.ema_decay, 9.0 / (10.0 + optimizer_lib.num_updates(opt_state)))
+      ema = optax.incremental_update(params, ema, weight)
     if config.train.on_nonfinite == "skip":
       finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
       select = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
@@ -151,11 +152,6 @@ def make_train_step(config: Config, optimizer: Optimizer) -> Callable[..., tuple
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
   return train_step
-
-
-def _ema_weight(decay: float, num_updates: jax.Array) -> jax.Array:
-  """Returns the weight of the newest parameters in their average: larger at first, to forget the initial ones."""
-  return jnp.maximum(1.0 - decay, 9.0 / (10.0 + num_updates))
 
 
 def lower(config: Config, optimizer: Optimizer, abstract: TrainState, batch: Batch, mesh: Mesh) -> jax.stages.Lowered:

@@ -13,12 +13,14 @@ import os
 import platform
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from etils import epath
+from flax import traverse_util
 
 from perceiver_ar_jax.config import Config, InputError, require, writing
-from perceiver_ar_jax.config.config_from_run import WEIGHTS, flatten, load_config
+from perceiver_ar_jax.config.config_from_run import WEIGHTS, load_config
 
 _RESUMABLE = tuple(
   "attention_map. eval. mesh. plan. sample. model.attention model.logits_chunk model.remat"
@@ -109,6 +111,11 @@ def check_initial_weights(config: Config, folder: epath.PathLike) -> None:
       settings[wavelength] = settings[wavelength] or settings["model.max_context"]  # which None implies
   changed = _differences(new, old, ignored=_SAME_INITIAL_WEIGHTS)
   require(not changed, f"train.init_from={folder} contains weights of another model: {changed}. Use its settings.")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+  """Returns every setting by its dotted name, such as train.steps."""
+  return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
 
 
 def _with_fingerprint(config: Config, saved: Config | None) -> Config:
