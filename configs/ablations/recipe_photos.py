@@ -21,15 +21,15 @@ from configs import photos32
 
 VARIANTS = {
   "adam": "the paper's: Adam, learned tables of row, column and channel; rate 8e-3",
-  "muon": "the same with Muon; rate 1.6e-2",
-  "rotary": "muon, and rotary positions over row, column and channel; rate 1.6e-2",
-  "values": "muon, and features of values; rate 1.6e-2",
-  "both": "muon with both",
-  "taps": "both, and model.conv_taps=2",
-  "all": "taps, and model.qk_norm",
-  "transformer": "all, with 512 latents of 512 inputs and 2 pictures for each step: a plain Transformer",
+  "muon": "the same with Muon; rate 3.2e-2",
+  "rotary": "muon, and rotary positions over row, column and channel; rate 3.2e-2",
+  "values": "muon, and features of values; rate 3.2e-2",
+  "both": "muon with both; rate 1.6e-2",
+  "taps": "both, and model.conv_taps=2; rate 3.2e-2",
+  "all": "taps, and model.qk_norm; rate 1.6e-2",
+  "transformer": "all, with 512 latents of 512 inputs and 2 pictures for each step: a plain Transformer; rate 3.2e-2",
 }
-_RATES = {"adam": 8e-3}
+_RATES = {"adam": 8e-3, "both": 1.6e-2, "all": 1.6e-2}
 
 
 def get_config(variant="all"):
@@ -45,7 +45,7 @@ def get_config(variant="all"):
     config.data.min_crop = 513
     config.train.batch_size = 2
   config.train.update(steps=400, checkpoint_every=400)
-  config.train.optimizer.learning_rate = _RATES.get(variant, 1.6e-2)
+  config.train.optimizer.learning_rate = _RATES.get(variant, 3.2e-2)
   if variant == "adam":
     config.train.optimizer.update(name="adam", b2=0.999)
   config.eval.update(every=200, max_sequences=32, num_samples=0)

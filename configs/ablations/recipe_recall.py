@@ -34,7 +34,7 @@ def get_config(variant="taps"):
   config.model.update(num_cross_heads=2, num_self_heads=2, conv_taps=0)
   config.train.update(steps=300, batch_size=64, checkpoint_every=300)
   config.train.optimizer.update(learning_rate=_RATES.get(variant, 3e-3), warmup_steps=30, decay_steps=150)
-  config.eval.every = 100
+  config.eval.update(every=100, num_samples=0)
   if variant.startswith("adam"):
     config.train.optimizer.update(name="adam", b2=0.999)
   if "taps" in variant or variant == "all":
