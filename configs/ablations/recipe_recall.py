@@ -2,12 +2,12 @@
 
 Multi-query associative recall (Arora et al., 2023): key/value pairs among filler, then keys whose values are scored.
 Here: 16 pairs and 8 queries in 128 inputs, chance 1/64; width 64, 32 latents, 300 steps of 64 rows. The same model with
-as many latents as inputs is a plain Transformer. With taps, each optimizer has two learning rates. Each run had one
-core that it shared, so compare FLOPs rather than seconds.
+as many latents as inputs is a plain Transformer. Taps have two learning rates with each optimizer, the others one.
+Each run had one core that it shared, so compare FLOPs rather than seconds.
 
 Result: with one tap and Muon every answer is right, at both rates and with both seeds. Without taps Muon reaches 9%,
-with a second cross-attention 8%, and a plain Transformer of two layers 8%: little more than 1 of 16, the values that
-occur. With Adam, taps have not begun to help after as many steps (1.5 to 2.4%).
+with a second cross-attention, a plain Transformer and a Transformer-XL, each of two layers, 8%: little more than 1 of
+16, the values that occur. With Adam, taps have not begun to help after as many steps (1.5 to 2.4%).
 """
 
 from configs import recall
