@@ -300,6 +300,8 @@ def _raised_from(error: Exception, cause: Exception) -> Exception:
 
 
 _DEAD_PEER = jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo AllGather failed: Connection reset by peer")
+_TOO_LARGE = _raised_from(InputError("x"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+_DISK_FULL_AT_BARRIER = _raised_from(jax.errors.JaxRuntimeError("UNAVAILABLE"), OSError(errno.ENOSPC, "No space"))
 _DEAD_PEER_AT_BARRIER = _raised_from(TimeoutError("Timed out while waiting for a barrier."), _DEAD_PEER)
 
 
@@ -327,10 +329,13 @@ def test_a_process_that_dies_during_a_save_is_not_reported_as_a_storage_failure(
     (KeyError("x"), 75, False),
     (MemoryError(), 75, False),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 75, False),
+    (_TOO_LARGE, 1, True),
+    (_DISK_FULL_AT_BARRIER, 75, True),
     (_DEAD_PEER_AT_BARRIER, 75, False),
   ],
 )
 def test_errors_that_users_see(error, exit_code, is_explained, capsys):
   assert checks.report(error) == exit_code
+  assert not (is_explained and checks.is_computation(error))  # several processes would wait for a dead one
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1 and lines[0].startswith("Error: ") if is_explained else type(error).__name__ in lines[-1]

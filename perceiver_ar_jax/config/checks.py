@@ -70,9 +70,11 @@ is_denied = _kind((PermissionError,), "EACCES EPERM EROFS", (401, 403), r"\bPERM
 def is_computation(error: BaseException) -> bool:
   """Whether a computation, or the processes' coordination, failed: out of device memory, or another process died.
 
-  Its status may be one of storage as well, such as UNAVAILABLE.
+  Its status may be one of storage as well, such as UNAVAILABLE. An error with an errno in the same chain is the cause.
   """
-  return any(type(link).__name__ in ("JaxRuntimeError", "XlaRuntimeError") for link in _chain(error))
+  chain = _chain(error)
+  is_explained = isinstance(error, (InputError, TransientError)) or any(getattr(link, "errno", None) for link in chain)
+  return not is_explained and any(type(link).__name__ in ("JaxRuntimeError", "XlaRuntimeError") for link in chain)
 
 
 def one_line(error: BaseException) -> str:

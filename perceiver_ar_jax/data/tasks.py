@@ -37,10 +37,10 @@ def _release_file(data: DataConfig, release: str, *names: str) -> str:
   problem = f"The task {data.task} reads your copy of {release}"
   require(bool(data.data_dir), f"{problem}: set data.data_dir to the folder of {names[0]}.")
   paths = [os.path.join(data.data_dir, name) for name in names]
-  existing = list(filter(tf.io.gfile.exists, paths))
+  path = next(filter(tf.io.gfile.exists, paths), "")
   fix = f"set data.data_dir to the folder of the unpacked {release}"
-  require(bool(existing), f"{' or '.join(paths)} does not exist: {fix}.")
-  return existing[0]
+  require(bool(path), f"{' or '.join(paths)} does not exist: {fix}.")
+  return path
 
 
 def _image_task(data: DataConfig, size: int, order: str, source=None, decode: Callable | None = None) -> Task:

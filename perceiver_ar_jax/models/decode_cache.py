@@ -48,7 +48,10 @@ class ContextCache(NamedTuple):
 
 
 LatentCaches = list[list[CachedKeys]]
-"""Of each layer, by group of layers between cross-attentions: the first M slots, as those of ContextCache.latents."""
+"""Keys and values of the latents in each self-attention layer, by group of layers between cross-attentions.
+
+Their M slots are the first M of ContextCache.latents.
+"""
 
 
 class CachedModel:

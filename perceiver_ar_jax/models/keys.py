@@ -81,7 +81,7 @@ class CachedKeys(NamedTuple):
 
 
 def write(tree, updates, slot):
-  """A tree of [B, S, ...] with the `updates` [B, 1, ...] at slot int32[]."""
+  """A tree of [B, S, ...] with the `updates` [B, 1, ...] written to `slot`, int32[]."""
   at_slot = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
   return jax.tree.map(lambda x, update: at_slot(x, update.astype(x.dtype)), tree, updates)
 

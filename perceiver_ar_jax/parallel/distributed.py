@@ -135,6 +135,7 @@ def end_together() -> Iterator[None]:
     code = checks.report(error)
     if checks.is_computation(error):
       print(f"A computation failed in {name}; probably another process has died.", file=sys.stderr, flush=True)
-      time.sleep(2 * HEARTBEAT_SECONDS)  # meanwhile JAX exits with the name of the process that died
+      # Meanwhile JAX exits with the name of the process that died; it looks for heartbeats every few seconds only.
+      time.sleep(HEARTBEAT_SECONDS + 15)
     print(f"{name} exits.", file=sys.stderr, flush=True)
     os._exit(code)

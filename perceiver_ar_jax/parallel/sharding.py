@@ -34,7 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
 def mesh_axes(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh=None) -> list[tuple[str, ...]]:
   """The mesh axes over which each dimension of an array with these logical `axes`, keys of RULES, is sharded.
 
-  Without `mesh`, they are those of the mesh in use (jax.set_mesh); () for none.
+  () for a dimension that is not sharded. Without `mesh`, the mesh in use (jax.set_mesh) counts, if there is one.
   """
   sizes, result = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape, []
   for axis, size in zip(axes, shape, strict=True):
