@@ -22,7 +22,7 @@ def weights(request, tmp_path):
 def test_photographs_cost_what_the_card_states(weights):
   result = evaluate.evaluate(config_from_run.load_config(weights), weights)
   card = (weights / "README.md").read_text()
-  assert f"| validation | 2000 | {result['bits_per_dim']:.3f} bits/dim |" in card
+  assert f"| validation | 1500 | {result['bits_per_dim']:.3f} bits/dim |" in card
   for name, bits in result["compressors"].items():
     assert f"{bits:.3f}" in card, name
 
