@@ -135,7 +135,7 @@ def end_together() -> Iterator[None]:
     code = checks.report(error)
     if checks.is_computation(error):
       print(f"A computation failed in {name}; probably another process has died.", file=sys.stderr, flush=True)
-      # Meanwhile JAX exits with the name of the process that died; it looks for heartbeats every few seconds only.
+      # Meanwhile JAX exits with the name of the process that died; the margin is for a late check of heartbeats.
       time.sleep(HEARTBEAT_SECONDS + 15)
     print(f"{name} exits.", file=sys.stderr, flush=True)
     os._exit(code)
